@@ -1,0 +1,46 @@
+# `make run` and `make test` do all of their own set-up; `make help` lists the rest.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/installed
+
+export PORT SIMULATOR_PORT
+
+.PHONY: help run test lint format requirements openapi clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port)
+	@exec $(VENV)/bin/python -m dev.run
+
+test: $(INSTALLED) ## run the whole test suite (ARGS="-k login" for a part)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED) ## put the code into shape
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+requirements: $(INSTALLED) ## compile requirements*.in to pinned, hashed requirements*.txt (ARGS=--upgrade for newer ones)
+	for name in requirements requirements-dev; do \
+	  $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(ARGS) \
+	    --custom-compile-command "make requirements" --output-file $$name.txt $$name.in || exit 1; \
+	done
+
+openapi: $(INSTALLED) ## write openapi.json from the code
+	$(VENV)/bin/python -m dev.openapi
+
+clean: ## remove the virtual environment, what the tools left, and the data under var/
+	rm -rf $(VENV) var .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON to one")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,23 @@
+"""All that is served, in order: each group of routes, where it is mounted, and who may come in."""
+
+from flask import Flask
+
+from blueprints import auth, docs, health, users
+from blueprints.api import Api
+
+V1 = "/api/v1"
+
+
+def init_app(app: Flask) -> None:
+    app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"])
+    api = Api(app)
+    api.guard("api-docs", auth=auth.public)  # flask-smorest mounts that one itself
+    app.register_blueprint(docs.assets)
+    api.guard("docs", auth=auth.public)
+    api.register_blueprint(health.blueprint, auth=auth.public)
+    api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=auth.public)
+    api.register_blueprint(auth.sessions, url_prefix=f"{V1}/auth", auth=auth.signed_in)
+    api.register_blueprint(users.blueprint, url_prefix=f"{V1}/users", auth=auth.signed_in)
+
+    # Client code in the field calls the login without a version.
+    app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])

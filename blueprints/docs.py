@@ -1,0 +1,42 @@
+"""The API's documents: /openapi.json for programs, /docs for people. flask-smorest makes both from the code."""
+
+from importlib.resources import files
+from typing import Any
+
+from flask import Blueprint
+
+from errors import Code
+
+_DESCRIPTION = "\n".join(
+    [
+        "微信小程序后端 A backend for WeChat mini-programs. Every JSON answer is `{code, message, data}` and carries "
+        "`X-Trace-Id`; `message` is Chinese, or English where `Accept-Language` prefers it.",
+        "",
+        "| code | HTTP | 中文 | English |",
+        "|---|---|---|---|",
+        *(f"| {code.number} | {code.status} | {code.chinese} | {code.english} |" for code in Code),
+    ]
+)
+
+CONFIG: dict[str, Any] = {
+    "API_TITLE": "快上 Kuaishang",
+    "OPENAPI_VERSION": "3.1.0",
+    "OPENAPI_URL_PREFIX": "/",
+    "OPENAPI_JSON_PATH": "openapi.json",
+    "OPENAPI_SWAGGER_UI_PATH": "docs",
+    "OPENAPI_SWAGGER_UI_URL": "/docs/assets/",
+    "API_SPEC_OPTIONS": {
+        "info": {"description": _DESCRIPTION},
+        "components": {
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
+                "cookie": {"type": "apiKey", "in": "cookie", "name": "session", "description": "For browsers."},
+            }
+        },
+    },
+}
+
+# flask-swagger-ui carries Swagger UI's files, so the page works without the internet.
+assets = Blueprint(
+    "docs", __name__, static_folder=str(files("flask_swagger_ui") / "dist"), static_url_path="/docs/assets"
+)

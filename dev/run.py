@@ -1,0 +1,320 @@
+"""The launcher behind `make run`: the service with code reload, and real parts for whatever is not configured.
+
+Reads the service's own settings (settings.py), and SIMULATOR_PORT. Keeps what it makes under `--var`.
+"""
+
+import argparse
+import base64
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import IO
+
+import requests
+
+from dev.redis_server import RedisServer
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+START_SECONDS = 30
+STOP_SECONDS = 5
+
+signals: list[int] = []
+"""Those that ask for the end; a plain list, as the lock of an Event must not be taken in a signal handler."""
+
+
+def fail(line: str) -> SystemExit:
+    """One line for the person at the keyboard, and a status that is not 0."""
+    return SystemExit(f"make run: {line}")
+
+
+class Stopped(Exception):
+    """Somebody wants all of it to end."""
+
+
+class Part:
+    """A process that the launcher starts, watches and stops."""
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str], inherited: Sequence[int] = ()) -> None:
+        self.name = name
+        self._command = [sys.executable, "-m", *command]
+        self._env = env
+        self._inherited = inherited
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        # A session of its own: Ctrl-C reaches the launcher alone, which then stops all parts in order.
+        self.process = subprocess.Popen(
+            self._command,
+            cwd=ROOT,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=self._inherited,
+        )
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve on this machine; Ctrl-C stops everything.")
+    parser.add_argument("--var", type=Path, default=ROOT / "var", help="where data and secrets are kept")
+    var: Path = parser.parse_args().var.resolve()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    for name in ("NO_PROXY", "no_proxy"):  # whatever proxy leads to the internet, it does not lead here
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
+    with ExitStack() as stack, suppress(Stopped):
+        launch(var, {name: value for name, value in os.environ.items() if value.strip()}, stack)
+
+
+def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
+    """Start what the environment lacks, then the service, and watch over them until the stop.
+
+    :param env: what is configured; what is not is added.
+    :param stack: takes what is to be stopped in the end.
+    """
+    var.mkdir(parents=True, exist_ok=True)
+    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000")))  # nobody else gets it from now on
+    port = door.getsockname()[1]
+    env["PORT"] = str(port)
+    url = f"http://{HOST}:{port}"
+    simulator_url = None
+
+    lock = lock_folder(var, stack) if {"REDIS_URL", "DATABASE_URL"} - env.keys() else None
+    if lock and "REDIS_URL" not in env:
+        env["REDIS_URL"] = start_redis(var / "redis", lock, stack)
+    if "DATABASE_URL" not in env:
+        env["DATABASE_URL"] = f"sqlite:///{var / 'kuaishang.db'}"
+    if "WECHAT_APP_ID" not in env:
+        for name in env.keys() & {"WECHAT_APP_SECRET", "WECHAT_API_BASE_URL"}:
+            raise fail(f"{name} is set and WECHAT_APP_ID is not; set both for a real account, or none to simulate one")
+        simulator_url = start_simulator(env, stack)
+    for name, value in kept_secrets(var).items():
+        env.setdefault(name, value)
+    migrate(env)
+
+    service = Part(
+        "the service",
+        ["gunicorn", "wsgi:app", "--bind", f"{HOST}:{port}", "--log-level", "warning", "--graceful-timeout", "1"],
+        env,
+    )
+    stack.callback(service.stop)
+    door.close()
+    sources = snapshot()
+    service.start()
+    wait_for(f"{url}/livez", service)
+    print(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"]), flush=True)
+    watch(service, sources, env)
+
+
+def free_port(name: str, value: str) -> int:
+    """Check that a port can be listened on; 0 finds one.
+
+    :raises SystemExit: if it is no port, or taken.
+    """
+    with listen(name, value) as listener:
+        return int(listener.getsockname()[1])
+
+
+def listen(name: str, value: str) -> socket.socket:
+    """Listen on a port of this machine.
+
+    :raises SystemExit: if it is no port, or taken.
+    """
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, int(value)))
+        listener.listen()
+    except (ValueError, OverflowError):
+        listener.close()
+        raise fail(f"{name}={value} is no port number") from None
+    except OSError as error:
+        listener.close()
+        raise fail(f"port {value} cannot be used ({error.strerror}); set {name} to another one") from None
+    return listener
+
+
+def lock_folder(var: Path, stack: ExitStack) -> IO[bytes]:
+    """Make sure that nobody else keeps data in this folder.
+
+    :raises SystemExit: if somebody does.
+    """
+    lock = stack.enter_context((var / "lock").open("wb"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise fail(f"{var} is in use by another one; set REDIS_URL and DATABASE_URL to run beside it") from None
+    return lock
+
+
+def start_redis(data: Path, lock: IO[bytes], stack: ExitStack) -> str:
+    """Start a private redis-server and answer its URL."""
+    redis = RedisServer(data)
+    stack.callback(redis.close)
+    try:
+        redis.start(inherited=[lock.fileno()])  # the data is in use for as long as it runs, whatever becomes of us
+    except (OSError, RuntimeError) as error:
+        raise fail(str(error)) from None
+    return redis.url
+
+
+def start_simulator(env: dict[str, str], stack: ExitStack) -> str:
+    """Start the WeChat simulator, point the service at it, and answer its URL."""
+    wanted = env.get("SIMULATOR_PORT")
+    try:
+        listener = listen("SIMULATOR_PORT", wanted or "8001")
+    except SystemExit:
+        if wanted:
+            raise
+        listener = listen("SIMULATOR_PORT", "0")  # somebody else simulates on the usual port
+    with listener:
+        url = f"http://{HOST}:{listener.getsockname()[1]}"
+        env.update(WECHAT_APP_ID="wx0123456789abcdef", WECHAT_APP_SECRET="simulated", WECHAT_API_BASE_URL=url)
+        simulator = Part(
+            "the WeChat simulator",
+            ["dev.wechat_simulator", "--fd", str(listener.fileno())]
+            + ["--app-id", env["WECHAT_APP_ID"], "--app-secret", env["WECHAT_APP_SECRET"]],
+            env,
+            inherited=[listener.fileno()],
+        )
+        stack.callback(simulator.stop)
+        simulator.start()
+    wait_for(f"{url}/simulator/calls", simulator)
+    return url
+
+
+def kept_secrets(var: Path) -> dict[str, str]:
+    """Read the secrets of this folder, made when they are first asked for."""
+    path = var / "secrets.env"
+    if not path.exists():
+        made = {name: base64.b64encode(secrets.token_bytes(32)).decode() for name in ("SECRET_KEY", "ENCRYPTION_KEYS")}
+        draft = var / f"secrets.{os.getpid()}"
+        with open(draft, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.writelines(f"{name}={value}\n" for name, value in made.items())
+        with suppress(FileExistsError):  # made meanwhile by another one: that one counts
+            os.link(draft, path)
+        draft.unlink()
+    return dict(line.split("=", 1) for line in path.read_text().splitlines())
+
+
+def migrate(env: dict[str, str]) -> None:
+    """Bring the database's schema up to date.
+
+    :raises SystemExit: with Alembic's last line, if that fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    if done.returncode:
+        reasons = [line for line in done.stderr.splitlines() if line and not line.startswith("(Background on")]
+        raise fail(f"the database cannot be migrated: {reasons[-1]}")
+
+
+def wait_for(url: str, part: Part) -> None:
+    """Wait until a part answers.
+
+    :raises SystemExit: if it ends, or takes too long.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and part.running():
+        with suppress(requests.RequestException):
+            if requests.get(url, timeout=1).ok:
+                return
+        pause()
+    raise fail(f"{part.name} did not start; its own lines above say why")
+
+
+def watch(service: Part, sources: dict[Path, int], env: dict[str, str]) -> None:
+    """Start the service anew whenever its code changes, also where broken code made it stop."""
+    told = False
+    while True:
+        pause()
+        if (now := snapshot()) != sources:
+            sources = now
+            service.stop()
+            try:
+                migrate(env)
+            except SystemExit as error:
+                print(error, flush=True)
+            service.start()
+            told = False
+        elif not service.running() and not told:
+            print("make run: the service stopped; its own lines above say why. It starts again when a file changes.")
+            told = True
+
+
+def snapshot() -> dict[Path, int]:
+    """When each source file of the service was changed."""
+    folders = (ROOT / name for name in ("blueprints", "storage", "telemetry", "wechat"))
+    changed = {}
+    for path in (*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))):
+        with suppress(OSError):  # an editor's lock, or a file that it is just replacing
+            changed[path] = path.stat().st_mtime_ns
+    return changed
+
+
+def pause() -> None:
+    time.sleep(0.2)
+    if signals:
+        raise Stopped
+
+
+def banner(url: str, simulator_url: str | None, redis_url: str, database_url: str) -> str:
+    """Say where things are, and how to log in from another terminal."""
+    where = {"API": url, "Docs": f"{url}/docs", "WeChat": simulator_url or "the account of WECHAT_APP_ID"}
+    where |= {"Redis": without_password(redis_url), "Database": without_password(database_url)}
+    lines = ["", "快上 Kuaishang is up; Ctrl-C stops everything.", ""]
+    lines += [f"  {name:10}{place}" for name, place in where.items()]
+    if simulator_url:
+        lines += ["", "Log in, in another terminal:", ""]
+        lines += ["export no_proxy=127.0.0.1"] if os.environ.keys() & {"http_proxy", "all_proxy", "ALL_PROXY"} else []
+        lines += [login_to_paste(url, simulator_url)]
+    return "\n".join([*lines, ""])
+
+
+def without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def login_to_paste(url: str, simulator_url: str) -> str:
+    """Shell commands that log in as a new user and read him; they need curl and sed."""
+    return "\n".join(
+        [
+            f"""code=$(curl -s -X POST {simulator_url}/simulator/codes | sed 's/.*"code": *"\\([^"]*\\)".*/\\1/')""",
+            f"""answer=$(curl -s {url}/api/v1/auth/wechat -H 'Content-Type: application/json' """
+            """-d "{\\"code\\": \\"$code\\"}"); echo "$answer\"""",
+            """token=$(echo "$answer" | sed 's/.*"token": *"\\([^"]*\\)".*/\\1/')""",
+            f"""curl -s {url}/api/v1/users/me -H "Authorization: Bearer $token\"""",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The envelope, the one table of codes, the exceptions and the global error handler."""
+
+from enum import Enum
+from typing import Any, cast
+
+import redis.exceptions
+import sqlalchemy.exc
+from flask import Flask, Response, current_app, jsonify, request
+from marshmallow import Schema, fields
+from werkzeug.exceptions import HTTPException, InternalServerError
+
+
+class Code(Enum):
+    """The business codes: number, HTTP status, message in Chinese and in English.
+
+    The OpenAPI document and the tables in both READMEs are held against this one.
+    """
+
+    SUCCESS = 200, 200, "操作成功", "Success"
+    INVALID_INPUT = 400, 400, "请求参数有误，详见 data.errors", "Malformed or invalid; data.errors names the fields"
+    UNAUTHORIZED = 401, 401, "未登录或登录已过期，请重新登录", "No session, or it has expired: log in again"
+    FORBIDDEN = 403, 403, "没有权限", "You may not do this"
+    NOT_FOUND = 404, 404, "资源不存在", "There is nothing at this address"
+    METHOD_NOT_ALLOWED = 405, 405, "不支持该请求方法", "This address does not support the method; see Allow"
+    CONFLICT = 409, 409, "与资源的当前状态冲突", "This conflicts with the current state of the resource"
+    PRECONDITION_FAILED = 412, 412, "资源已被修改，请重新获取", "The resource has changed: read it again"
+    PAYLOAD_TOO_LARGE = 413, 413, "请求体过大", "The request body is too large"
+    UNSUPPORTED_MEDIA_TYPE = 415, 415, "请求体必须是 JSON", "The request body must be JSON"
+    PRECONDITION_REQUIRED = 428, 428, "缺少 If-Match 请求头", "The If-Match header is required"
+    TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
+    WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Invalid or old code: call wx.login again"
+    WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code used already: call wx.login again"
+    WECHAT_HIGH_RISK_USER = 462, 403, "微信判定该用户为高风险用户", "WeChat blocks this user as high risk"
+    SESSION_KEY_STALE = 463, 401, "session_key 已失效，请重新登录再提交", "session_key is stale: log in, send again"
+    SIGNATURE_MISMATCH = 464, 400, "签名或水印校验失败", "The signature or watermark does not match"
+    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 Idempotency-Key 已用于另一请求", "This Idempotency-Key was used already"
+    CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查", "WeChat's content check refuses the text"
+    INTERNAL_ERROR = 500, 500, "服务器内部错误", "Internal error"
+    UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "WeChat answered with something unknown"
+    UNAVAILABLE = 503, 503, "服务暂时不可用，请稍后再试", "Temporarily unavailable: retry later"
+    UPSTREAM_TIMEOUT = 504, 504, "微信响应超时，请稍后再试", "WeChat did not answer in time: retry later"
+    WECHAT_REFUSED = 520, 502, "微信拒绝了本服务的凭据，须运维处理", "WeChat refuses this service: an operator must act"
+
+    def __init__(self, number: int, status: int, chinese: str, english: str) -> None:
+        self.number = number
+        self.status = status
+        self.chinese = chinese
+        self.english = english
+
+    @property
+    def message(self) -> str:
+        """The message in the language that the request prefers: Chinese unless it asks for English."""
+        prefers_english = request.accept_languages.best_match(["zh", "en"], default="zh") == "en"
+        return self.english if prefers_english else self.chinese
+
+
+_UNAVAILABLE = (
+    redis.exceptions.RedisError,  # also one that answers, but takes no writes: out of memory, or no longer the primary
+    sqlalchemy.exc.OperationalError,
+    sqlalchemy.exc.InterfaceError,
+    sqlalchemy.exc.TimeoutError,
+)
+_CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status}
+_RETRY_AFTER_SECONDS = 3
+
+
+class ErrorDetails(Schema):
+    errors = fields.Dict(
+        keys=fields.String(), values=fields.Raw(), metadata={"description": "What is wrong, by field."}
+    )
+
+
+class ErrorEnvelope(Schema):
+    """What every error answers. For documentation; `envelope` makes it."""
+
+    code = fields.Integer(
+        required=True,
+        metadata={
+            "enum": [code.number for code in Code if code is not Code.SUCCESS],
+            "description": "The business code.",
+        },
+    )
+    message = fields.String(required=True)
+    data = fields.Nested(ErrorDetails, required=True, allow_none=True)
+
+
+def envelope(code: Code, data: Any) -> dict[str, Any]:
+    """The three keys of every JSON answer; `data` is what the code has to say beyond its message."""
+    return {"code": code.number, "message": code.message, "data": data}
+
+
+class ApiError(HTTPException):
+    """Stop the request and answer with this code.
+
+    :param errors: what is wrong, by field; becomes `data.errors`.
+    """
+
+    def __init__(self, code: Code, *, errors: dict[str, Any] | None = None) -> None:
+        super().__init__(code.english)
+        self.api_code = code
+        self.code = code.status
+        self.errors = errors
+
+
+def init_app(app: Flask) -> None:
+    """Let every failure, of whatever kind, answer in the envelope."""
+    app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # code, message, data
+    app.register_error_handler(HTTPException, handle_http_exception)
+    for unavailable in _UNAVAILABLE:
+        app.register_error_handler(unavailable, handle_unavailable)
+
+
+def handle_unavailable(error: Exception) -> Response:
+    """Answer 503 for a Redis or a database that is away, and say in the log which one and why."""
+    cause = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's essay around them
+    current_app.logger.error("A backing service is unavailable: %s: %s", type(cause).__qualname__, cause)
+    return handle_http_exception(ApiError(Code.UNAVAILABLE))
+
+
+def handle_http_exception(error: HTTPException) -> Response:
+    """Answer an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
+    if isinstance(error, InternalServerError) and isinstance(error.original_exception, _UNAVAILABLE):
+        # The session is saved after the view has returned, where Flask makes every failure a crash.
+        return handle_unavailable(error.original_exception)
+    code = _code_of(error)
+    errors = getattr(error, "errors", None)
+    response = cast(Response, error.get_response(request.environ))
+    response.data = jsonify(envelope(code, {"errors": errors} if errors else None)).data
+    response.content_type = "application/json"
+    if response.status_code == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if response.status_code in (429, 503) and "Retry-After" not in response.headers:
+        response.headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
+    return response
+
+
+def _code_of(error: HTTPException) -> Code:
+    if isinstance(error, ApiError):
+        return error.api_code
+    status = error.code or 500
+    return _CODE_BY_STATUS.get(status, Code.INVALID_INPUT if status < 500 else Code.INTERNAL_ERROR)

@@ -1,0 +1,31 @@
+"""The application factory: reads the settings and puts the parts together, in order."""
+
+import os
+from collections.abc import Mapping
+
+from flask import Flask
+
+import blueprints
+import errors
+import settings
+import storage
+import telemetry
+import wechat
+
+VERSION = "0.1.0"
+
+
+def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
+    """Make the WSGI application.
+
+    :param environ: where the settings are read from; see settings.py.
+    :raises settings.SettingsError: listing every setting that is missing or malformed.
+    """
+    app = Flask("service", static_folder=None)
+    app.config.update(settings.load(environ), VERSION=VERSION, MAX_CONTENT_LENGTH=1024 * 1024)
+    telemetry.init_app(app)
+    storage.init_app(app)
+    wechat.init_app(app)
+    errors.init_app(app)
+    blueprints.init_app(app)
+    return app

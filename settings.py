@@ -1,0 +1,140 @@
+"""Every environment variable the service reads, declared once: name, type, default or required, help."""
+
+import base64
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import redis.connection
+import sqlalchemy
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
+
+
+class SettingsError(SystemExit):
+    """The environment does not hold what the service needs.
+
+    A SystemExit, because no server can do anything about it: each of them prints the message and stops,
+    without a traceback and with a status that is not 0.
+    """
+
+
+class EncryptionKeys(fields.Field[list[bytes]]):
+    """Comma-separated base64 of 32 random bytes each."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> list[bytes]:
+        try:
+            keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
+        except ValueError:
+            raise ValidationError("Not base64.") from None
+        if any(len(key) != 32 for key in keys):
+            raise ValidationError("Each key must be the base64 of exactly 32 bytes.")
+        return keys
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+def _url(pattern: str, parse: Callable[[str], object], error: str) -> Callable[[str], None]:
+    """Accept what matches and can be parsed; what a parser says of the rest may hold a password, so it is not shown."""
+
+    def validator(value: str) -> None:
+        try:
+            parsed = re.match(pattern, value) and parse(value)
+        except (ValueError, TypeError, sqlalchemy.exc.ArgumentError):
+            parsed = None
+        if not parsed:
+            raise ValidationError(error)
+
+    return validator
+
+
+def _seconds(default: int, text: str) -> fields.Integer:
+    return fields.Integer(load_default=default, validate=validate.Range(60, 366 * 86400), metadata=_help(text))
+
+
+def _count(default: int, maximum: int, text: str) -> fields.Integer:
+    return fields.Integer(load_default=default, validate=validate.Range(1, maximum), metadata=_help(text))
+
+
+class Settings(Schema):
+    """One field a variable; `load` reads them. A field without a default is required."""
+
+    class Meta:
+        unknown = EXCLUDE  # the environment holds much that is not ours
+
+    WECHAT_APP_ID = fields.String(required=True, metadata=_help("The mini-program's app id, from mp.weixin.qq.com."))
+    WECHAT_APP_SECRET = fields.String(
+        required=True, metadata=_help("The mini-program's app secret, from the same page.")
+    )
+    WECHAT_API_BASE_URL = fields.Url(
+        schemes={"http", "https"},
+        require_tld=False,
+        load_default="https://api.weixin.qq.com",
+        metadata=_help("Where WeChat's server API answers."),
+    )
+    REDIS_URL = fields.String(
+        required=True,
+        validate=_url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Not a redis:// or unix:// URL."),
+        metadata=_help("The Redis that all instances share, such as redis://:password@host:6379/0."),
+    )
+    DATABASE_URL = fields.String(
+        required=True,
+        validate=_url(
+            r"sqlite:///(?!:memory:).|(mysql|mariadb)(\+pymysql)?://.",
+            sqlalchemy.make_url,
+            "Not a sqlite:///path or mysql:// URL.",
+        ),
+        metadata=_help(
+            "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db."
+        ),
+    )
+    SECRET_KEY = fields.String(
+        required=True,
+        validate=validate.Length(min=32),
+        metadata=_help("Flask's signing key, 32 characters or more: openssl rand -base64 32"),
+    )
+    ENCRYPTION_KEYS = EncryptionKeys(
+        required=True,
+        metadata=_help(
+            "Comma-separated keys for data at rest, the first encrypts and all decrypt; each: openssl rand -base64 32"
+        ),
+    )
+    SESSION_LIFETIME = _seconds(3600, "Seconds after which an unused session ends, 60 or more.")
+    SESSION_ABSOLUTE_LIFETIME = _seconds(
+        86400, "Seconds after which a session ends however much it is used, 60 or more."
+    )
+    PORT = _count(8000, 65535, "The TCP port to listen on.")
+    WEB_CONCURRENCY = _count(2, 256, "Worker processes, 1 to 256.")
+    WEB_THREADS = _count(16, 256, "Threads a worker, 1 to 256: the requests that one process serves at once.")
+    LOG_LEVEL = fields.String(
+        load_default="INFO",
+        validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"]),
+        metadata=_help("The least level that is logged: DEBUG, INFO, WARNING or ERROR; requests are INFO."),
+    )
+
+
+def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read the settings from an environment; an empty variable counts as not set.
+
+    :param only: the names of those that are wanted; all of them by default.
+    :returns: the settings by name, parsed.
+    :raises SettingsError: with one message that lists all that is missing or malformed, each with its help.
+    """
+    try:
+        given = {name: value for name, value in environ.items() if value.strip()}
+        loaded: dict[str, Any] = Settings(only=only).load(given)
+        return loaded
+    except ValidationError as error:
+        raise SettingsError(_explain(error.normalized_messages())) from None
+
+
+def _explain(problems: dict[str, list[str]]) -> str:
+    """Say for each setting what is wrong and what it is for, never what it was set to."""
+    declared = Settings().fields
+    lines = ["The service cannot start: these settings are missing or malformed in its environment."]
+    for name, messages in problems.items():
+        field = declared[name]
+        missing = messages == [field.error_messages["required"]]
+        lines.append(f"  {name}: {'missing' if missing else ' '.join(messages)} ({field.metadata['help']})")
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""The SQL database: one engine a process, one session a request."""
+
+import sqlite3
+from typing import Any, cast
+
+from flask import Flask, current_app, g
+from sqlalchemy import Engine, Executable, create_engine, event, make_url, text
+from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.orm import DeclarativeBase, Session
+from werkzeug.local import LocalProxy
+
+STATEMENT_SECONDS = 3
+
+
+def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
+    """Connect lazily to a database.
+
+    :param url: SQLAlchemy's form; mysql:// and mariadb:// are spoken by PyMySQL.
+    :param pool_size: connections at the most.
+    :param seconds: how long a statement may keep its caller waiting; for ever by default, as migrations need.
+    """
+    address = make_url(url)
+    options: dict[str, Any] = {}
+    if address.get_backend_name() != "sqlite":
+        # PyMySQL is the one driver that is installed, and MariaDB speaks MySQL.
+        address = address.set(drivername="mysql+pymysql")
+        options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
+        options["pool_pre_ping"] = True  # a server that was restarted costs nobody an error
+    engine = create_engine(
+        address,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=1,
+        hide_parameters=True,  # error messages are logged, and parameters are personal data
+        **options,
+    )
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.execute("PRAGMA busy_timeout = 3000")
+    connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
+    connection.execute("PRAGMA synchronous = NORMAL")  # safe with the write-ahead log, and spares a sync a commit
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def init_app(app: Flask) -> None:
+    app.extensions["database"] = engine_for(
+        app.config["DATABASE_URL"], pool_size=app.config["WEB_THREADS"], seconds=STATEMENT_SECONDS
+    )
+    app.teardown_appcontext(_close)
+
+
+def _session() -> Session:
+    if "database_session" not in g:
+        g.database_session = Session(current_app.extensions["database"], expire_on_commit=False)
+    return cast(Session, g.database_session)
+
+
+def _close(error: BaseException | None) -> None:
+    if "database_session" in g:
+        g.pop("database_session").close()
+
+
+session = cast(Session, LocalProxy(_session))
+"""The current request's session, closed with the request whatever happens; what is not committed is rolled back."""
+
+
+def ping() -> None:
+    """Ask the database for nothing.
+
+    :raises sqlalchemy.exc.OperationalError: if it does not answer.
+    """
+    session.execute(text("SELECT 1"))
+
+
+def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:
+    """Insert a row, or leave the one that holds a unique key of it already as it is, in one statement.
+
+    Leaves the commit to the caller. Columns without a value get their defaults.
+    """
+    session.execute(insert_statement(session.get_bind().dialect.name, model, values))
+
+
+def insert_statement(dialect: str, model: type[DeclarativeBase], values: dict[str, Any]) -> Executable:
+    """What `insert_unless_exists` says to a database of this SQLAlchemy dialect."""
+    if dialect == "sqlite":
+        return sqlite.insert(model).values(**values).on_conflict_do_nothing()
+    unchanged = {name: getattr(model, name) for name in values}
+    return mysql.insert(model).values(**values).on_duplicate_key_update(unchanged)

@@ -1,0 +1,206 @@
+"""Sessions in Redis through flask-session: a bearer token or a cookie, kept under its hash, as JSON."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from datetime import timedelta
+from functools import cached_property, partial
+from typing import Any, cast
+
+import msgspec
+from flask import Flask, Request, Response, current_app, session
+from flask.sessions import SessionMixin
+from flask_session.base import Serializer
+from flask_session.redis import RedisSessionInterface
+from redis import Redis
+from redis.exceptions import RedisError
+
+from storage.privacy import Cipher
+
+TOKEN_BYTES = 32
+
+
+class JsonSerializer(Serializer):
+    """JSON and nothing else: flask-session's own falls back to pickle, which runs what it reads."""
+
+    def encode(self, session: MutableMapping[str, Any]) -> bytes:
+        return msgspec.json.encode(dict(session))
+
+    def decode(self, serialized_data: bytes) -> dict[str, Any] | None:
+        try:
+            return msgspec.json.decode(serialized_data, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None  # what cannot be read is no session
+
+
+class LazySession(SessionMixin):
+    """A session that is fetched when it is first looked at: a request that never looks costs Redis nothing.
+
+    :param fetch: answers the session's id, its data, and whether it is new.
+    :param bearer: whether the request speaks bearer tokens, not cookies.
+    """
+
+    permanent = True  # the cookie ends when the session does
+    sid: str
+
+    def __init__(self, fetch: Callable[[], tuple[str, dict[str, Any], bool]], bearer: bool) -> None:
+        self._fetch = fetch
+        self.bearer = bearer
+        self.loaded = False
+        self.accessed = False
+        self.modified = False
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        self.sid, data, self.new = self._fetch()
+        self.loaded = True
+        return data
+
+    def __getitem__(self, key: str) -> Any:
+        return self._data[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._data[key] = value
+        self.modified = True
+
+    def __delitem__(self, key: str) -> None:
+        del self._data[key]
+        self.modified = True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+class SessionInterface(RedisSessionInterface):
+    """flask-session's Redis backend, with tokens in place of cookies where a request brings one.
+
+    Each session holds `expires_at`, when Redis forgets it unless it is used, and `ends_at`, when it does so
+    however much it is used; both in seconds since the epoch.
+    """
+
+    def __init__(self, app: Flask, client: Redis, cipher: Cipher) -> None:
+        super().__init__(app, client, sid_length=TOKEN_BYTES)
+        self.serializer = JsonSerializer()
+        self.cipher = cipher
+        self.absolute_lifetime: int = app.config["SESSION_ABSOLUTE_LIFETIME"]
+
+    def open_session(self, app: Flask, request: Request) -> LazySession:
+        credentials = request.authorization
+        if credentials and credentials.type == "bearer":
+            return LazySession(partial(self._fetch, credentials.token), bearer=True)
+        return LazySession(partial(self._fetch, request.cookies.get(self.get_cookie_name(app))), bearer=False)
+
+    def _fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
+        data = self._retrieve_session_data(self._get_store_id(token)) if token else None
+        if token and data is not None:
+            return token, data, False
+        return self._generate_sid(self.sid_length), {}, True  # never an id that the caller chose
+
+    def _get_store_id(self, sid: str) -> str:
+        return f"{self.key_prefix}{hashlib.sha256(sid.encode()).hexdigest()}"
+
+    def save_session(self, app: Flask, session: LazySession, response: Response) -> None:
+        if not session.loaded:
+            return
+        try:
+            # wx.request keeps no cookies: for a bearer, flask-session sets its own on an answer nobody gets.
+            super().save_session(app, session, app.response_class() if session.bearer else response)
+        except RedisError:
+            session.loaded = False  # the error's answer is saved too; Redis need not be waited for twice
+            raise
+
+    def should_set_storage(self, app: Flask, session: LazySession) -> bool:
+        expires_at = session.get("expires_at", 0)
+        half_gone = expires_at - time.time() < app.permanent_session_lifetime.total_seconds() / 2
+        return session.modified or (half_gone and expires_at < session.get("ends_at", 0))
+
+    def store(self, session: LazySession) -> None:
+        """Write the session to Redis at once."""
+        self._upsert_session(self.app.permanent_session_lifetime, session, self._get_store_id(session.sid))
+
+    def _upsert_session(self, session_lifetime: timedelta, session: LazySession, store_id: str) -> None:
+        now = int(time.time())
+        ends_at = session.setdefault("ends_at", now + self.absolute_lifetime)
+        session["expires_at"] = expires_at = min(now + int(session_lifetime.total_seconds()), ends_at)
+        with self.client.pipeline() as pipeline:
+            # A session that was revoked since it was read must not come back: what is not new replaces, or nothing.
+            pipeline.set(store_id, self.serializer.encode(session), ex=max(expires_at - now, 1), xx=not session.new)
+            if session.new and "user_id" in session:
+                index = _index_key(session["user_id"])
+                pipeline.zadd(index, {store_id: ends_at})
+                pipeline.zremrangebyscore(index, "-inf", now)
+                pipeline.expire(index, self.absolute_lifetime)
+            pipeline.execute()
+        session.new = False
+
+
+def _index_key(user_id: int) -> str:
+    return f"user:{user_id}:sessions"
+
+
+def _session_key_key(user_id: int) -> str:
+    return f"user:{user_id}:session_key"
+
+
+def init_app(app: Flask) -> None:
+    app.config.update(
+        PERMANENT_SESSION_LIFETIME=app.config["SESSION_LIFETIME"],
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SECURE=True,
+        SESSION_COOKIE_SAMESITE="Lax",
+    )
+    app.session_interface = SessionInterface(app, app.extensions["redis"], app.extensions["cipher"])
+
+
+def log_in(user_id: int, session_key: str) -> str:
+    """Begin a session of this user under a new id; it is stored when this returns.
+
+    :param session_key: WeChat's, kept encrypted: the newest one of a user serves all of his sessions.
+    :returns: the token.
+    :raises redis.exceptions.RedisError: if Redis is away; there is no session then.
+    """
+    interface = _interface()
+    current = cast(LazySession, session)
+    if current:
+        interface.regenerate(current)
+        current.clear()
+    current.new = True
+    current["user_id"] = user_id
+    key = _session_key_key(user_id)
+    try:
+        interface.client.set(key, interface.cipher.encrypt(session_key, key), ex=interface.absolute_lifetime)
+        # Now, not only at the request's end: a double tap may hand the token out before that.
+        interface.store(current)
+    except RedisError:
+        current.loaded = False
+        raise
+    return current.sid
+
+
+def log_out() -> None:
+    """End the current request's session."""
+    session.clear()
+
+
+def log_out_everywhere(user_id: int) -> None:
+    """End all sessions of this user, the current one included, and forget the session_key.
+
+    :raises redis.exceptions.RedisError: if Redis is away; asked again, it ends what is left.
+    """
+    redis = _interface().client
+    index = _index_key(user_id)
+    store_ids = redis.zrange(index, 0, -1)
+    with redis.pipeline() as pipeline:
+        pipeline.delete(_session_key_key(user_id), *store_ids)
+        if store_ids:
+            # Only what was listed leaves the list: a login in between keeps its session and its entry.
+            pipeline.zrem(index, *store_ids)
+        pipeline.execute()
+    session.clear()
+
+
+def _interface() -> SessionInterface:
+    return cast(SessionInterface, current_app.session_interface)

@@ -1,0 +1,123 @@
+"""Every answer is as openapi.json says, and openapi.json is as the code says."""
+
+import json
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from blueprints.api import Blueprint
+from blueprints.auth import public, signed_in
+from dev import openapi
+from errors import Code
+from tests.harness import Simulator, bearer
+
+POLICIES = {public.check, signed_in.check}
+
+
+def test_every_route_belongs_to_a_group(app: Flask) -> None:
+    assert {rule.endpoint.rpartition(".")[0] for rule in app.url_map.iter_rules()} == set(app.blueprints)
+
+
+def test_every_group_has_one_policy(app: Flask) -> None:
+    for group in app.blueprints:
+        hooks = app.before_request_funcs.get(group, [])
+        assert len(POLICIES.intersection(hooks)) == 1, f"{group} has no policy, or several"
+
+
+def test_what_the_document_calls_secured_lets_nobody_in_without_a_session(client: FlaskClient) -> None:
+    operations = list(each_operation(client.get("/openapi.json").get_json()))
+    assert any(operation["security"] for _, _, operation in operations)
+    for path, method, operation in operations:
+        answer = client.open(path, method=method)
+        assert (answer.status_code == 401) == bool(operation["security"]), (method, path)
+
+
+def test_the_file_openapi_json_is_what_is_served(client: FlaskClient) -> None:
+    served = client.get("/openapi.json").get_json()
+    assert json.loads(openapi.PATH.read_text()) == served, "run `make openapi`"
+    assert served["openapi"] == "3.1.0"
+
+
+def test_the_document_lists_every_code(client: FlaskClient) -> None:
+    document = client.get("/openapi.json").get_json()
+    listed = document["components"]["schemas"]["ErrorEnvelope"]["properties"]["code"]["enum"]
+    assert listed == [code.number for code in Code if code is not Code.SUCCESS]
+    for code in Code:
+        assert f"| {code.number} | {code.status} | {code.chinese} | {code.english} |" in document["info"]["description"]
+
+
+def test_the_policy_runs_before_the_hooks_of_the_group_itself(app: Flask) -> None:
+    group = Blueprint("group", __name__)
+    group.before_request(lambda: pytest.fail("reached without a session"))
+    group.route("/", endpoint="view")(lambda: None)
+    api = app.extensions["flask-smorest"]["apis"][""]["ext_obj"]
+    api.register_blueprint(group, url_prefix="/group", auth=signed_in)
+    assert app.test_client().get("/group/").status_code == 401
+
+
+def test_the_document_tells_how_an_operation_can_fail(client: FlaskClient) -> None:
+    paths = client.get("/openapi.json").get_json()["paths"]
+    login, me = paths["/api/v1/auth/wechat"]["post"]["responses"], paths["/api/v1/users/me"]["get"]["responses"]
+    assert set(login) == {"200", "400", "403", "413", "415", "502", "503", "504", "default"}
+    assert set(me) == {"200", "401", "503", "default"}
+    assert [number for number in ("400", "460", "461", "462") if f"{number}: " in login["400"]["description"]] == [
+        "400",
+        "460",
+        "461",
+    ]
+    assert set(me["401"]["headers"]) == {"X-Trace-Id", "WWW-Authenticate"}
+    assert set(me["503"]["headers"]) == {"X-Trace-Id", "Retry-After"}
+
+
+def test_every_route_of_the_api_is_in_the_document(app: Flask, client: FlaskClient) -> None:
+    documented = {(path, method) for path, method, _ in each_operation(client.get("/openapi.json").get_json())}
+    served = {
+        (rule.rule, method.lower())
+        for rule in app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        if not rule.rule.startswith(("/docs", "/openapi.json", "/api/auth/"))  # the last one is an alias
+    }
+    assert documented == served
+
+
+def test_the_page_and_all_that_it_loads_come_from_this_service(client: FlaskClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    loaded = [part.split('"')[0] for part in page.text.replace("src=", "href=").split('href="')[1:]]
+    assert len(loaded) >= 3
+    for url in loaded:
+        with client.get(url) as asset:
+            assert asset.status_code == 200, url
+
+
+def test_answers_have_the_keys_that_the_document_names(client: FlaskClient, simulator: Simulator) -> None:
+    document = client.get("/openapi.json").get_json()
+    token = client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]["token"]
+    for path, method, operation in each_operation(document):
+        if method == "get":
+            answer = client.get(path, headers=bearer(token))
+            schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            assert_fits(answer.get_json(), schema, document)
+            assert "X-Trace-Id" in answer.headers
+
+
+def each_operation(document: dict[str, Any]) -> Any:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield path, method, operation
+
+
+def assert_fits(value: Any, schema: dict[str, Any], document: dict[str, Any]) -> None:
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    if schema.get("type") == "object":
+        assert set(schema.get("required", [])) <= set(value) <= set(schema.get("properties", value))
+        for name, property_schema in schema.get("properties", {}).items():
+            assert_fits(value[name], property_schema, document)
+
+
+@pytest.mark.parametrize("path", ["/docs/assets/../../settings.py", "/docs/assets/%2e%2e/flask_swagger_ui.py"])
+def test_the_assets_lead_nowhere_else(client: FlaskClient, path: str) -> None:
+    assert client.get(path).status_code == 404

@@ -1,0 +1,130 @@
+"""What the tests run against: a private Redis, the WeChat simulator over HTTP, a migrated database, and the service."""
+
+import base64
+import io
+import json
+import logging
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from redis import Redis
+
+from dev.redis_server import RedisServer
+from service import create_app
+from telemetry.logs import JsonLineFormatter
+from tests.harness import APP_ID, APP_SECRET, Service, Simulator, migrate
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of this test alone, which may stop it or make it hang."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    if server.process:
+        server.process.send_signal(signal.SIGCONT)
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def shared_simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    simulator = Simulator(tmp_path_factory.mktemp("simulator") / "output")
+    yield simulator
+    simulator.process.stop()
+
+
+@pytest.fixture
+def simulator(shared_simulator: Simulator) -> Simulator:
+    """The simulator, with no code, fault or call in its memory."""
+    shared_simulator.forget()
+    return shared_simulator
+
+
+@pytest.fixture(scope="session")
+def environ(
+    redis_server: RedisServer, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """A complete environment for the service, its database migrated."""
+    database_url = f"sqlite:///{tmp_path_factory.mktemp('database') / 'test.db'}"
+    migrate(database_url)
+    return {
+        "WECHAT_APP_ID": APP_ID,
+        "WECHAT_APP_SECRET": APP_SECRET,
+        "WECHAT_API_BASE_URL": shared_simulator.url,
+        "REDIS_URL": redis_server.url,
+        "DATABASE_URL": database_url,
+        "SECRET_KEY": secrets.token_hex(32),
+        "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
+    }
+
+
+@pytest.fixture
+def redis(redis_server: RedisServer) -> Iterator[Redis]:
+    """The service's Redis, empty."""
+    with Redis.from_url(redis_server.url) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def app(environ: dict[str, str], redis: Redis) -> Iterator[Flask]:
+    app = create_app(environ)
+    yield app
+    app.extensions["redis"].close()
+    app.extensions["wechat"].close()
+    app.extensions["database"].dispose()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    """Calls the application in this process, keeping no cookies, as wx.request does."""
+    return app.test_client(use_cookies=False)
+
+
+@pytest.fixture
+def token(client: FlaskClient, simulator: Simulator) -> str:
+    """The token of somebody who has just logged in for the first time."""
+    return client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]["token"]
+
+
+@pytest.fixture
+def log_lines(app: Flask) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What the application in this process has logged, at any level, as the lines would be written."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLineFormatter(json_ensure_ascii=False))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    root.setLevel(level)
+    root.removeHandler(handler)
+
+
+@pytest.fixture
+def start_service(environ: dict[str, str], redis: Redis, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Start the service, as often as wanted, with settings that differ from the usual as named."""
+    with ExitStack() as stack:
+
+        def start(**different: str) -> Service:
+            service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}")
+            stack.callback(service.stop)
+            return service
+
+        yield start

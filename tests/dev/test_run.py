@@ -1,0 +1,238 @@
+"""`make run`, as somebody at a keyboard sees it."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from dev.run import banner, free_port
+from tests.harness import ROOT, wait_until
+
+
+class Launched:
+    """A launcher with a folder, a port and a simulator's port of its own."""
+
+    def __init__(self, var: Path, output: Path, root: Path = ROOT, **env: str) -> None:
+        self.port = env.get("PORT") or str(free_port("PORT", "0"))
+        self.output = output
+        with output.open("wb") as file:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "dev.run", "--var", str(var)],
+                cwd=root,
+                env={"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def ready(self) -> "Launched":
+        wait_until(lambda: "Ctrl-C stops everything" in self.said() or self.popen.poll() is not None, 40)
+        assert self.popen.poll() is None, self.said()
+        return self
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.popen.pid).children(recursive=True)
+
+    def end(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.terminate()
+        self.popen.wait(30)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    with ExitStack() as stack:
+        count = iter(range(10))
+
+        def start(var: str = "var", **env: str) -> Launched:
+            launched = Launched(tmp_path / var, tmp_path / f"said-{next(count)}", **env)
+            stack.callback(launched.end)
+            return launched
+
+        yield start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_the_pasted_login_works_and_a_signal_stops_everything(
+    launch: Callable[..., Launched], number: signal.Signals
+) -> None:
+    launched = launch(SIMULATOR_PORT=str(free_port("SIMULATOR_PORT", "0"))).ready()
+    pasted = launched.said().partition("in another terminal:")[2].split("\n{")[0]
+    shell = subprocess.run(
+        ["bash", "-euc", pasted], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, timeout=30
+    )
+    login, me = shell.stdout.splitlines()
+    assert '"code":200' in login
+    assert '"token":"' in login
+    assert '"code":200' in me
+    assert '"role":"user"' in me
+
+    family = launched.family()
+    names = " ".join(" ".join(process.cmdline()) for process in family)
+    assert all(part in names for part in ("redis-server", "dev.wechat_simulator", "gunicorn"))
+    launched.popen.send_signal(number)
+    assert launched.popen.wait(20) == 0
+    assert psutil.wait_procs(family, timeout=1)[1] == []
+    for port in re.findall(r"http://127\.0\.0\.1:(\d+)\n", launched.said()):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", int(port))) != 0
+    assert "Traceback" not in launched.said()
+
+
+def test_sessions_users_and_secrets_outlive_a_restart(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    launched = launch().ready()
+    url, simulator_url = re.findall(r"(?:API|WeChat) +(http://\S+)", launched.said())
+    code = requests.post(f"{simulator_url}/simulator/codes", timeout=5).json()["code"]
+    login = requests.post(f"{url}/api/v1/auth/wechat", json={"code": code}, timeout=5).json()["data"]
+    launched.end()
+    assert (tmp_path / "var" / "secrets.env").stat().st_mode & 0o777 == 0o600
+    url = f"http://127.0.0.1:{launch().ready().port}"
+    headers = {"Authorization": f"Bearer {login['token']}"}
+    assert requests.get(f"{url}/api/v1/users/me", headers=headers, timeout=5).json()["data"] == login["user"]
+
+
+def test_what_the_environment_sets_is_used_and_several_run_side_by_side(
+    launch: Callable[..., Launched], environ: dict[str, str]
+) -> None:
+    stores = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL")}
+    one, other = launch(**stores), launch(**stores)
+    for launched in (one.ready(), other.ready()):
+        assert not any("redis-server" in " ".join(process.cmdline()) for process in launched.family())
+        assert requests.get(f"http://127.0.0.1:{launched.port}/readyz", timeout=5).status_code == 200
+    account = {name: value for name, value in environ.items() if name.startswith("WECHAT_")}
+    third = launch(**stores, **account).ready()
+    assert not any("simulator" in " ".join(process.cmdline()) for process in third.family())
+    assert "in another terminal" not in third.said()
+
+
+def test_a_folder_in_use_and_a_port_that_is_taken_get_one_clear_line(launch: Callable[..., Launched]) -> None:
+    launched = launch().ready()
+    second = launch()
+    assert second.popen.wait(20) == 1
+    assert second.said().splitlines() == [second.said().strip()]
+    assert "is in use" in second.said()
+    both = str(free_port("PORT", "0"))
+    for taken, port in (
+        (launch("other-var", PORT=launched.port), launched.port),
+        (launch("third-var", SIMULATOR_PORT=launched.port), launched.port),
+        (launch("fourth-var", PORT=both, SIMULATOR_PORT=both), both),
+    ):
+        assert taken.popen.wait(20) == 1
+        assert taken.said().splitlines() == [taken.said().strip()]
+        assert f"port {port} cannot be used" in taken.said()
+
+
+@pytest.mark.parametrize("port", ["eighty", "-1", "70000", "80.5"])
+def test_what_is_no_port_gets_one_clear_line(launch: Callable[..., Launched], port: str) -> None:
+    launched = launch(PORT=port)
+    assert launched.popen.wait(20) == 1
+    assert launched.said().strip() == f"make run: PORT={port} is no port number"
+
+
+def test_half_an_account_is_not_taken_for_none(launch: Callable[..., Launched]) -> None:
+    launched = launch(WECHAT_API_BASE_URL="https://api.weixin.qq.com")
+    assert launched.popen.wait(20) == 1
+    assert launched.said().count("\n") == 1
+    assert "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not" in launched.said()
+
+
+def test_a_proxy_to_the_internet_is_not_asked_for_what_is_on_this_machine(launch: Callable[..., Launched]) -> None:
+    launched = launch(http_proxy="http://127.0.0.1:9").ready()
+    assert "\nexport no_proxy=127.0.0.1\n" in launched.said()
+    (simulator_url,) = re.findall(r"WeChat +(http://\S+)", launched.said())
+    code = requests.post(f"{simulator_url}/simulator/codes", timeout=5).json()["code"]
+    login = requests.post(f"http://127.0.0.1:{launched.port}/api/v1/auth/wechat", json={"code": code}, timeout=5)
+    assert login.status_code == 200
+
+
+def test_data_stays_locked_for_as_long_as_its_redis_runs(launch: Callable[..., Launched]) -> None:
+    launched = launch().ready()
+    left_behind = launched.family()
+    launched.popen.kill()
+    launched.popen.wait()
+    try:
+        second = launch()
+        assert second.popen.wait(20) == 1
+        assert "is in use" in second.said()
+    finally:
+        for process in left_behind:
+            process.kill()
+        psutil.wait_procs(left_behind)
+    launch().ready()
+
+
+def test_a_database_that_cannot_be_reached_gets_one_clear_line(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    launched = launch(DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder.db")
+    assert launched.popen.wait(20) == 1
+    assert launched.said().count("\n") == 1
+    assert "cannot be migrated" in launched.said()
+
+
+@pytest.mark.parametrize("mistake", ["this is no python", "import no_such_module"])
+def test_changed_code_is_reloaded_and_a_mistake_is_survived(
+    tmp_path: Path, environ: dict[str, str], mistake: str
+) -> None:
+    clone = tmp_path / "clone"
+    ignore = shutil.ignore_patterns(".git", ".venv", "var", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, clone, ignore=ignore)
+    launched = Launched(tmp_path / "var", tmp_path / "said", root=clone, **environ)
+    try:
+        launched.ready()
+        url = f"http://127.0.0.1:{launched.port}/version"
+        source = clone / "service.py"
+        (clone / ".#service.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
+        os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
+        original = source.read_text()
+
+        source.write_text(original.replace("VERSION = ", "VERSION = 'patched' + "))
+        wait_until(lambda: "patched" in read(url), 20)
+        source.write_text(original)
+        source = clone / "blueprints" / "health.py"
+        original = source.read_text()
+        source.write_text(f"{original}\n{mistake}\n")
+        wait_until(lambda: not read(url), 20)
+        assert launched.popen.poll() is None
+        source.write_text(original)
+        wait_until(lambda: '"version"' in read(url) and "patched" not in read(url), 20)
+    finally:
+        launched.end()
+
+
+def read(url: str) -> str:
+    """What is answered there; nothing if nobody does."""
+    try:
+        return requests.get(url, timeout=5).text
+    except requests.RequestException:
+        return ""
+
+
+def test_passwords_are_not_printed() -> None:
+    said = banner(
+        "http://x", None, "redis://user:pass@word@host:6379/0", "mysql://user:word@host/kuaishang?password=word"
+    )
+    assert "redis://host:6379/0" in said
+    assert "mysql://host/kuaishang" in said
+    assert "word" not in said
+
+
+def test_the_secrets_of_the_environment_come_before_those_that_are_kept(
+    launch: Callable[..., Launched], environ: dict[str, str], tmp_path: Path
+) -> None:
+    launched = launch(ENCRYPTION_KEYS=environ["ENCRYPTION_KEYS"]).ready()
+    (service,) = [process for process in launched.family() if "gunicorn" in " ".join(process.cmdline())][:1]
+    kept = dict(line.split("=", 1) for line in (tmp_path / "var" / "secrets.env").read_text().splitlines())
+    assert service.environ()["ENCRYPTION_KEYS"] == environ["ENCRYPTION_KEYS"]
+    assert service.environ()["SECRET_KEY"] == kept["SECRET_KEY"]

@@ -1,0 +1,49 @@
+"""Who may import whom: nothing flows back up, and the service knows nothing of the laptop's stand-ins."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "settings": set(),
+    "errors": set(),
+    "telemetry": set(),
+    "storage": {"errors", "settings"},  # the latter for the migrations, which run by themselves
+    "wechat": {"errors"},
+    "blueprints": {"errors", "storage", "telemetry", "wechat"},
+    "service": {"blueprints", "errors", "settings", "storage", "telemetry", "wechat"},
+    "wsgi": {"service"},
+}
+PARTS = {*MAY_IMPORT, "dev", "tests"}
+
+
+def imported_parts(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names} & PARTS
+
+
+def files_of(part: str) -> list[Path]:
+    return [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else sorted((ROOT / part).rglob("*.py"))
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
+    assert files_of(part)
+    for path in files_of(part):
+        assert imported_parts(path) - {part} <= MAY_IMPORT[part], path
+
+
+def test_every_part_of_the_service_is_named_here() -> None:
+    top = {path.stem for path in ROOT.glob("*.py") if path.name != "gunicorn.conf.py"}
+    assert top | {path.parent.name for path in ROOT.glob("*/__init__.py")} == PARTS
+
+
+def test_the_simulator_does_not_import_what_it_tests() -> None:
+    assert imported_parts(ROOT / "dev" / "wechat_simulator.py") == set()

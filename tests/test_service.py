@@ -1,0 +1,274 @@
+"""The service as it runs in production: gunicorn with several workers, real Redis, HTTP to the simulator."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from redis import Redis
+from sqlalchemy import func, select
+
+from dev.redis_server import RedisServer
+from settings import Settings
+from storage.database import engine_for
+from storage.models import User
+from tests.harness import APP_SECRET, ROOT, Service, Simulator, bearer, migrate, wait_until
+
+StartService = Callable[..., Service]
+LOGIN = "/api/v1/auth/wechat"
+
+
+def test_fifty_first_logins_of_one_openid_make_one_user_and_fifty_sessions(
+    start_service: StartService, simulator: Simulator, environ: dict[str, str]
+) -> None:
+    service = start_service()
+    with ThreadPoolExecutor(50) as pool:
+        tokens = list(pool.map(lambda _: service.log_in(simulator, openid="o-fifty-at-once"), range(50)))
+        readings = list(pool.map(service.read_me, tokens))
+    assert len(set(tokens)) == 50
+    assert {reading.status_code for reading in readings} == {200}
+    assert len({reading.json()["data"]["id"] for reading in readings}) == 1
+    engine = engine_for(environ["DATABASE_URL"])
+    with engine.connect() as connection:
+        rows = connection.scalar(select(func.count()).where(User.openid == "o-fifty-at-once"))
+    engine.dispose()
+    assert rows == 1
+
+
+def test_a_double_tap_on_two_service_processes_shares_one_call(
+    start_service: StartService, simulator: Simulator
+) -> None:
+    services = [start_service(), start_service()]
+    code = simulator.code()
+    simulator.fault("slow", seconds=1)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(
+            pool.map(lambda service: requests.post(service.url + LOGIN, json={"code": code}, timeout=10), services)
+        )
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].text == answers[1].text
+    assert len(simulator.calls()) == 1
+
+
+def test_two_service_processes_share_sessions(start_service: StartService, simulator: Simulator) -> None:
+    one, other = start_service(), start_service()
+    token = one.log_in(simulator)
+    assert other.read_me(token).status_code == 200
+    requests.delete(f"{other.url}/api/v1/auth/session", headers=bearer(token), timeout=5).raise_for_status()
+    assert one.read_me(token).status_code == 401
+
+
+def test_sessions_survive_a_restart_of_the_service_and_of_redis(
+    start_service: StartService, simulator: Simulator, own_redis: RedisServer
+) -> None:
+    service = start_service(REDIS_URL=own_redis.url)
+    token = service.log_in(simulator)
+    own_redis.stop()
+    own_redis.start()
+    assert {service.read_me(token).status_code for _ in range(10)} == {200}
+    service.stop()
+    service.start()
+    assert service.read_me(token).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["stopped", "hanging"])
+def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself(
+    start_service: StartService, simulator: Simulator, own_redis: RedisServer, how: str
+) -> None:
+    service = start_service(REDIS_URL=own_redis.url)
+    token = service.log_in(simulator)
+    if how == "stopped":
+        own_redis.stop()
+    else:
+        own_redis.process.send_signal(signal.SIGSTOP)
+    for call in (
+        lambda: service.read_me(token),
+        lambda: requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5),
+        lambda: requests.get(f"{service.url}/readyz", timeout=5),
+    ):
+        started = time.monotonic()
+        answer = call()
+        assert time.monotonic() - started < 1
+        assert (answer.status_code, answer.json()["code"]) == (503, 503)
+        assert "Retry-After" in answer.headers
+        assert len(answer.headers["X-Trace-Id"]) == 32
+    assert requests.get(f"{service.url}/livez", headers=bearer(token), timeout=5).status_code == 200
+    if how == "stopped":
+        own_redis.start()
+    else:
+        own_redis.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: service.read_me(token).status_code == 200, seconds=5)
+    assert "Traceback" not in service.log()
+
+
+def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(
+    start_service: StartService, simulator: Simulator, own_redis: RedisServer
+) -> None:
+    service = start_service(REDIS_URL=own_redis.url)
+    simulator.fault("slow", seconds=1)
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        code = simulator.code()
+        login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
+        wait_until(simulator.calls)
+        own_redis.process.send_signal(signal.SIGSTOP)
+        answer = login.result()
+    assert time.monotonic() - started < 2
+    assert (answer.status_code, answer.json()["code"]) == (503, 503)
+    assert "token" not in answer.text
+    assert "Traceback" not in service.log()
+
+
+def test_stdout_holds_a_json_line_for_each_request_and_nothing_else(start_service: StartService) -> None:
+    service = start_service(LOG_LEVEL="INFO")
+    trace_id = requests.get(f"{service.url}/version", timeout=5).headers["X-Trace-Id"]
+    (line,) = wait_until(lambda: [line for line in service.log_lines() if line["traceId"] == trace_id])
+    assert (line["method"], line["route"], line["status"]) == ("GET", "/version", 200)
+    assert {"timestamp", "level", "service", "traceId", "message"} <= set(line)
+    quiet = start_service(LOG_LEVEL="ERROR")
+    requests.get(f"{quiet.url}/version", timeout=5)
+    assert quiet.log_lines() == []
+
+
+def test_a_killed_worker_costs_no_session_and_the_next_request_is_served(
+    start_service: StartService, simulator: Simulator
+) -> None:
+    service = start_service()
+    token = service.log_in(simulator)
+    stop = threading.Event()
+    served: list[int] = []
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                served.append(service.read_me(token).status_code)
+            except requests.ConnectionError:
+                served.append(0)  # this one was in the hands of the worker that was killed
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(load)
+        for _ in range(3):
+            wait_until(lambda: len(workers(service)) == 2)
+            served_by_now = len(served)
+            while len(served) < served_by_now + 50:
+                time.sleep(0.01)
+            workers(service)[0].kill()
+            assert service.read_me(token).status_code == 200
+        wait_until(lambda: len(workers(service)) == 2)
+        stop.set()
+    assert set(served) <= {200, 0}
+    assert served.count(0) <= 3 * 8
+    assert service.read_me(token).status_code == 200
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    return psutil.Process(service.process.popen.pid).children()
+
+
+def test_after_a_login_no_token_session_key_or_secret_is_at_rest_or_in_the_logs(
+    start_service: StartService, simulator: Simulator, redis: Redis, tmp_path: Path
+) -> None:
+    database_url = f"sqlite:///{tmp_path / 'own.db'}"
+    migrate(database_url)
+    service = start_service(DATABASE_URL=database_url, LOG_LEVEL="DEBUG")
+    code = simulator.code(openid="o-alice")
+    answer = requests.post(service.url + LOGIN, json={"code": code}, timeout=5).json()
+    token = answer["data"]["token"]
+    requests.post(service.url + LOGIN, json={"code": code}, timeout=5)
+    simulator.fault("close", times=2)
+    requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5)
+    assert service.read_me(token).status_code == 200
+    session_key = simulator.session_key("o-alice")
+    service.stop()
+
+    at_rest = b"".join(path.read_bytes() for path in tmp_path.glob("own.db*"))
+    at_rest += b"".join(key + contents(redis, key) for key in redis.scan_iter())
+    assert b"o-alice" in at_rest  # the search does find what is there
+    for secret in (token, session_key, code):
+        assert secret.encode() not in at_rest
+        assert secret not in service.log()
+        assert secret not in answer["message"]
+    assert session_key not in str(answer)
+    secrets = [APP_SECRET, *(service.environ[name] for name in ("SECRET_KEY", "ENCRYPTION_KEYS"))]
+    assert not any(secret in service.log() or secret.encode() in at_rest for secret in secrets)
+
+
+def contents(redis: Redis, key: bytes) -> bytes:
+    return redis.get(key) if redis.type(key) == b"string" else b"".join(redis.zrange(key, 0, -1))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_oversized_body_is_refused_in_the_envelope(start_service: StartService, chunked: bool) -> None:
+    service = start_service()
+    body = b" " * 8_000_000
+    data = iter([body]) if chunked else body
+    answer = requests.post(service.url + LOGIN, data=data, headers={"Content-Type": "application/json"}, timeout=10)
+    assert (answer.status_code, answer.json()["code"]) == (413, 413)
+    assert requests.get(f"{service.url}/livez", timeout=5).status_code == 200
+
+
+def test_a_body_that_is_not_as_its_headers_say_is_400(start_service: StartService) -> None:
+    service = start_service()
+    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=10) as connection:
+        head = "POST /api/auth/wechat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(f"{head}ZZZ\r\nx".encode())
+        answer = connection.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 400 ")
+    assert '"code":400' in answer
+    assert "X-Trace-Id" in answer
+
+
+def test_without_its_settings_it_refuses_to_start_with_one_message(tmp_path: Path) -> None:
+    started = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "wsgi:app"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    said = started.stdout + started.stderr
+    assert started.returncode != 0
+    assert "Traceback" not in said
+    for name, field in Settings().fields.items():
+        assert said.count(f"{name}: missing ({field.metadata['help']})") == int(field.required)
+
+
+def test_any_other_server_is_told_the_same(tmp_path: Path) -> None:
+    started = subprocess.run(
+        [sys.executable, "-c", "import wsgi"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 1
+    assert "REDIS_URL: missing" in started.stderr
+    assert "Traceback" not in started.stderr
+
+
+def test_no_stand_in_starts_in_production(start_service: StartService) -> None:
+    service = start_service()
+    family = [psutil.Process(service.process.popen.pid), *workers(service)]
+    assert all("gunicorn" in " ".join(process.cmdline()) for process in family)
+
+
+def test_requests_in_hand_are_finished_at_a_stop(start_service: StartService, simulator: Simulator) -> None:
+    service = start_service()
+    simulator.fault("slow", seconds=1.5)
+    code = simulator.code()
+    with ThreadPoolExecutor(1) as pool:
+        login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
+        wait_until(lambda: simulator.calls())
+        service.stop()
+        assert login.result().status_code == 200

@@ -1,0 +1,78 @@
+import base64
+
+import pytest
+
+from settings import Settings, SettingsError, load
+
+COMPLETE = {
+    "WECHAT_APP_ID": "wx1",
+    "WECHAT_APP_SECRET": "secret",
+    "REDIS_URL": "redis://localhost",
+    "DATABASE_URL": "sqlite:///x.db",
+    "SECRET_KEY": "k" * 32,
+    "ENCRYPTION_KEYS": base64.b64encode(bytes(32)).decode(),
+}
+REQUIRED = {name for name, field in Settings().fields.items() if field.required}
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    assert all(field.metadata["help"] for field in Settings().fields.values())
+
+
+def test_exactly_the_settings_without_a_sane_default_are_required() -> None:
+    assert set(COMPLETE) == REQUIRED
+
+
+def test_defaults_complete_what_is_set() -> None:
+    loaded = load(COMPLETE)
+    assert loaded["SESSION_LIFETIME"] == 3600
+    assert loaded["WECHAT_API_BASE_URL"] == "https://api.weixin.qq.com"
+    assert set(loaded) == set(Settings().fields)
+
+
+def test_all_that_is_missing_is_listed_at_once_with_its_help() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({})
+    for name, field in Settings().fields.items():
+        assert (f"{name}: missing ({field.metadata['help']})" in str(caught.value)) == field.required
+
+
+def test_an_empty_variable_counts_as_missing() -> None:
+    with pytest.raises(SettingsError, match="WECHAT_APP_ID: missing"):
+        load({**COMPLETE, "WECHAT_APP_ID": " "})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "eighty"),
+        ("PORT", "70000"),
+        ("SESSION_LIFETIME", "-7"),
+        ("REDIS_URL", "localhost:6379"),
+        ("DATABASE_URL", "postgresql://localhost/x"),
+        ("REDIS_URL", "redis://:s3cret/w0rd@host:6379/0"),
+        ("REDIS_URL", "redis://[::1/0"),
+        ("DATABASE_URL", "mysql://user:password@host:notaport/x"),
+        ("DATABASE_URL", "sqlite://"),
+        ("DATABASE_URL", "sqlite:///:memory:"),
+        ("WECHAT_API_BASE_URL", "api.weixin.qq.com"),
+        ("SECRET_KEY", "too-short"),
+        ("ENCRYPTION_KEYS", "%%%-not-base64"),
+        ("ENCRYPTION_KEYS", "密钥"),
+        ("SESSION_LIFETIME", "99999999999999"),
+        ("ENCRYPTION_KEYS", base64.b64encode(bytes(16)).decode()),
+        ("LOG_LEVEL", "LOUD"),
+    ],
+)
+def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name: str, value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({**COMPLETE, name: value})
+    assert f"{name}: " in str(caught.value)
+    assert f"{value} " not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_several_encryption_keys_are_read_in_their_order() -> None:
+    keys = [bytes([number]) * 32 for number in range(3)]
+    listed = ", ".join(base64.b64encode(key).decode() for key in keys)
+    assert load({**COMPLETE, "ENCRYPTION_KEYS": listed})["ENCRYPTION_KEYS"] == keys
