@@ -14,8 +14,8 @@ help: ## list the targets
 run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port)
 	@exec $(VENV)/bin/python -m dev.run
 
-test: $(INSTALLED) ## run the whole test suite (ARGS="-k login" for a part)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the whole test suite (ARGS="-k login" for a part, ARGS="-n 0 --pdb" to debug)
+	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(VENV)/bin/ruff check .
@@ -36,7 +36,7 @@ openapi: $(INSTALLED) ## write openapi.json from the code
 	$(VENV)/bin/python -m dev.openapi
 
 clean: ## remove the virtual environment, what the tools left, and the data under var/
-	rm -rf $(VENV) var .*_cache
+	rm -rf $(VENV) var .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt requirements-dev.txt

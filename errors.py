@@ -1,13 +1,26 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
 from enum import Enum
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import redis.exceptions
 import sqlalchemy.exc
-from flask import Flask, Response, current_app, jsonify, request
+import sqlalchemy.orm.exc
+from flask import Flask, Response, current_app, g, jsonify, request
 from marshmallow import Schema, fields
 from werkzeug.exceptions import HTTPException, InternalServerError
+
+
+class Message(NamedTuple):
+    """What a caller reads, in both languages."""
+
+    chinese: str
+    english: str
+
+    def __str__(self) -> str:
+        """The one that the request prefers: Chinese unless it asks for English."""
+        prefers_english = request.accept_languages.best_match(["zh", "en"], default="zh") == "en"
+        return self.english if prefers_english else self.chinese
 
 
 class Code(Enum):
@@ -44,14 +57,7 @@ class Code(Enum):
     def __init__(self, number: int, status: int, chinese: str, english: str) -> None:
         self.number = number
         self.status = status
-        self.chinese = chinese
-        self.english = english
-
-    @property
-    def message(self) -> str:
-        """The message in the language that the request prefers: Chinese unless it asks for English."""
-        prefers_english = request.accept_languages.best_match(["zh", "en"], default="zh") == "en"
-        return self.english if prefers_english else self.chinese
+        self.message = Message(chinese, english)
 
 
 _UNAVAILABLE = (
@@ -59,6 +65,7 @@ _UNAVAILABLE = (
     sqlalchemy.exc.OperationalError,
     sqlalchemy.exc.InterfaceError,
     sqlalchemy.exc.TimeoutError,
+    sqlalchemy.orm.exc.StaleDataError,  # the row went away meanwhile, as when two users became one
 )
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status}
 _RETRY_AFTER_SECONDS = 3
@@ -84,22 +91,24 @@ class ErrorEnvelope(Schema):
     data = fields.Nested(ErrorDetails, required=True, allow_none=True)
 
 
-def envelope(code: Code, data: Any) -> dict[str, Any]:
+def envelope(code: Code, data: Any, message: Message | None = None) -> dict[str, Any]:
     """The three keys of every JSON answer; `data` is what the code has to say beyond its message."""
-    return {"code": code.number, "message": code.message, "data": data}
+    return {"code": code.number, "message": str(message or code.message), "data": data}
 
 
 class ApiError(HTTPException):
     """Stop the request and answer with this code.
 
     :param errors: what is wrong, by field; becomes `data.errors`.
+    :param message: what to say where the code's own message would mislead.
     """
 
-    def __init__(self, code: Code, *, errors: dict[str, Any] | None = None) -> None:
-        super().__init__(code.english)
+    def __init__(self, code: Code, *, errors: dict[str, Any] | None = None, message: Message | None = None) -> None:
+        super().__init__(code.message.english)
         self.api_code = code
         self.code = code.status
         self.errors = errors
+        self.message = message
 
 
 def init_app(app: Flask) -> None:
@@ -124,9 +133,11 @@ def handle_http_exception(error: HTTPException) -> Response:
         # The session is saved after the view has returned, where Flask makes every failure a crash.
         return handle_unavailable(error.original_exception)
     code = _code_of(error)
+    g.code = code.number  # for the log
     errors = getattr(error, "errors", None)
     response = cast(Response, error.get_response(request.environ))
-    response.data = jsonify(envelope(code, {"errors": errors} if errors else None)).data
+    data = {"errors": errors} if errors else None
+    response.data = jsonify(envelope(code, data, getattr(error, "message", None))).data
     response.content_type = "application/json"
     if response.status_code == 401:
         response.headers["WWW-Authenticate"] = "Bearer"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from flask import Flask
 
 import blueprints
+import concurrency
 import errors
 import settings
 import storage
@@ -24,6 +25,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app = Flask("service", static_folder=None)
     app.config.update(settings.load(environ), VERSION=VERSION, MAX_CONTENT_LENGTH=1024 * 1024)
     telemetry.init_app(app)
+    concurrency.init_app(app)
     storage.init_app(app)
     wechat.init_app(app)
     errors.init_app(app)

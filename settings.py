@@ -7,7 +7,7 @@ from typing import Any
 
 import redis.connection
 import sqlalchemy
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 
 class SettingsError(SystemExit):
@@ -53,6 +53,20 @@ def _seconds(default: int, text: str) -> fields.Integer:
     return fields.Integer(load_default=default, validate=validate.Range(60, 366 * 86400), metadata=_help(text))
 
 
+def _site(default: str, text: str) -> fields.Url:
+    return fields.Url(schemes={"http", "https"}, require_tld=False, load_default=default, metadata=_help(text))
+
+
+def _optional(text: str, pattern: str = ".*", error: str = "") -> fields.String:
+    return fields.String(
+        load_default="", validate=validate.Regexp(rf"({pattern})\Z", error=error), metadata=_help(text)
+    )
+
+
+def _switch(text: str) -> fields.Boolean:
+    return fields.Boolean(load_default=False, metadata=_help(text))
+
+
 def _count(default: int, maximum: int, text: str) -> fields.Integer:
     return fields.Integer(load_default=default, validate=validate.Range(1, maximum), metadata=_help(text))
 
@@ -67,12 +81,31 @@ class Settings(Schema):
     WECHAT_APP_SECRET = fields.String(
         required=True, metadata=_help("The mini-program's app secret, from the same page.")
     )
-    WECHAT_API_BASE_URL = fields.Url(
-        schemes={"http", "https"},
-        require_tld=False,
-        load_default="https://api.weixin.qq.com",
-        metadata=_help("Where WeChat's server API answers."),
+    WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Where WeChat's server API answers.")
+    WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Where WeChat's pages for login on the web are.")
+    WECHAT_ACCOUNT_APP_ID = _optional(
+        "The official account for login on the web inside WeChat; the mini-program's app id if empty."
     )
+    WECHAT_ACCOUNT_APP_SECRET = _optional("Its app secret.")
+    WECHAT_WEBSITE_APP_ID = _optional(
+        "The website application for login by QR code; the mini-program's app id if empty."
+    )
+    WECHAT_WEBSITE_APP_SECRET = _optional("Its app secret.")
+    WECHAT_PUSH_TOKEN = _optional(
+        "The message push's token, as set at mp.weixin.qq.com; without it nothing is accepted.",
+        "[A-Za-z0-9]{3,32}",
+        "Not 3 to 32 letters and digits.",
+    )
+    WECHAT_PUSH_AES_KEY = _optional(
+        "The message push's EncodingAESKey: with it only encrypted messages are accepted, without it only plain ones.",
+        "[A-Za-z0-9]{43}",
+        "Not 43 letters and digits.",
+    )
+    WECHAT_CONTENT_CHECK = _switch("Whether nicknames go through WeChat's content check.")
+    TRUST_WXCLOUD_HEADERS = _switch(
+        "Whether X-WX-OPENID says who calls: only where nobody reaches the service but through WeChat cloud run."
+    )
+    PUBLIC_URL = _site("", "Where browsers reach this service; if empty, the address that a request came to.")
     REDIS_URL = fields.String(
         required=True,
         validate=_url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Not a redis:// or unix:// URL."),
@@ -112,6 +145,21 @@ class Settings(Schema):
         validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"]),
         metadata=_help("The least level that is logged: DEBUG, INFO, WARNING or ERROR; requests are INFO."),
     )
+
+    @validates_schema
+    def _belong_together(self, settings: dict[str, Any], **kwargs: Any) -> None:
+        pairs = {
+            "WECHAT_ACCOUNT_APP_ID": "WECHAT_ACCOUNT_APP_SECRET",
+            "WECHAT_WEBSITE_APP_ID": "WECHAT_WEBSITE_APP_SECRET",
+        }
+        needs = {
+            **pairs,
+            **{secret: name for name, secret in pairs.items()},
+            "WECHAT_PUSH_AES_KEY": "WECHAT_PUSH_TOKEN",
+        }
+        for name, other in needs.items():
+            if settings.get(name) and not settings.get(other):
+                raise ValidationError(f"Needed, as {name} is set.", other)
 
 
 def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from flask import Flask
 
-from blueprints import auth, docs, health, users
+from blueprints import auth, docs, health, messages, users, web_login
 from blueprints.api import Api
 
 V1 = "/api/v1"
@@ -17,7 +17,9 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(health.blueprint, auth=auth.public)
     api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=auth.public)
     api.register_blueprint(auth.sessions, url_prefix=f"{V1}/auth", auth=auth.signed_in)
+    api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=auth.public)
     api.register_blueprint(users.blueprint, url_prefix=f"{V1}/users", auth=auth.signed_in)
+    api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=auth.public)  # signed by WeChat itself
 
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])

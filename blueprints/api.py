@@ -11,7 +11,7 @@ from marshmallow import Schema, ValidationError, fields
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import HTTPException
 
-from errors import ApiError, Code, ErrorEnvelope, envelope
+from errors import ApiError, Code, ErrorEnvelope, Message, envelope
 
 TRACE_ID_HEADER = {
     "X-Trace-Id": {
@@ -33,13 +33,7 @@ class JsonParser(FlaskParser):
     def load_json(self, req: Request, schema: Schema) -> Any:
         if req.mimetype and not req.is_json:
             raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
-        try:
-            body = req.get_data()
-            req.stream.read(1)  # werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH; only reading on raises the 413
-        except HTTPException:
-            raise
-        except Exception:  # noqa: BLE001  each server has its own for a body that is not as its headers say
-            raise ApiError(Code.INVALID_INPUT, errors={"body": ["Cannot be read."]}) from None
+        body = read_body(req)
         try:
             document = json.loads(body.decode()) if body else {}  # undecoded, json takes UTF-16 and lone surrogates too
             if b"\\u" in body:
@@ -51,6 +45,22 @@ class JsonParser(FlaskParser):
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **kwargs: Any) -> NoReturn:
         (errors,) = error.normalized_messages().values()  # of the one location that was parsed
         raise ApiError(Code.INVALID_INPUT, errors=errors)
+
+
+def read_body(req: Request) -> bytes:
+    """Read a request's body.
+
+    :raises ApiError: INVALID_INPUT if it is not as the headers say.
+    :raises werkzeug.exceptions.RequestEntityTooLarge: if it is longer than MAX_CONTENT_LENGTH.
+    """
+    try:
+        body = req.get_data()
+        req.stream.read(1)  # werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH; only reading on raises the 413
+    except HTTPException:
+        raise
+    except Exception:  # noqa: BLE001  each server has its own for a body that is not as its headers say
+        raise ApiError(Code.INVALID_INPUT, errors={"body": ["Cannot be read."]}) from None
+    return body
 
 
 class AuthPolicy(NamedTuple):
@@ -78,25 +88,30 @@ class Blueprint(flask_smorest.Blueprint):
         return decorator
 
     @staticmethod
-    def fails(*codes: Code) -> Callable[..., Any]:
-        """Document codes with which an operation can fail, beyond those that its policy and its body bring along."""
+    def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
+        """Document codes with which an operation can fail, beyond those that its policy and its body bring along.
+
+        :param message: what they say here, unless it is what they always say.
+        """
 
         def decorate(view: Any) -> Any:
             documented = getattr(view, "_apidoc", {})
-            view._apidoc = {**documented, "fails": [*documented.get("fails", []), *codes]}
+            texts = {code: (message or code.message).english for code in codes}
+            view._apidoc = {**documented, "fails": {**documented.get("fails", {}), **texts}}
             return view
 
         return decorate
 
     def _prepare_failures_doc(self, doc: dict[str, Any], doc_info: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         doc["security"] = self.auth.security
-        codes = list(doc_info.get("fails", []))
+        codes = []
         if self.auth.security:
             codes += [Code.UNAUTHORIZED, Code.UNAVAILABLE]
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE]
-        for status in sorted({code.status for code in codes}):
-            lines = [f"{code.number}: {code.english}" for code in Code if code.status == status and code in codes]
+        texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
+        for status in sorted({code.status for code in texts}):
+            lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
             doc["responses"][status] = {
                 "description": "; ".join(lines),
                 "headers": {**TRACE_ID_HEADER, **HEADERS_BY_STATUS.get(status, {})},
@@ -109,7 +124,9 @@ class Blueprint(flask_smorest.Blueprint):
         return envelope(Code.SUCCESS, {} if data is None else data)
 
     @staticmethod
-    def _make_doc_response_schema(schema: Schema | None) -> type[Schema]:
+    def _make_doc_response_schema(schema: Schema | dict[str, Any] | None) -> type[Schema] | dict[str, Any]:
+        if isinstance(schema, dict):
+            return schema  # a view that answers something else than JSON says so in OpenAPI's own words
         return _success_envelope(schema and type(schema))
 
 

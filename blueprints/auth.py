@@ -3,31 +3,46 @@
 import hashlib
 from typing import Any
 
-from flask import current_app, session
-from marshmallow import Schema, fields, validate
+from flask import current_app, g, request, session
+from marshmallow import Schema, fields
 
 import wechat
 from blueprints.api import AuthPolicy, Blueprint
-from blueprints.users import UserSchema, get_or_create_user, get_user
+from blueprints.users import CODE_LIFETIME_SECONDS, CODE_RULE, UserSchema, get_user
+from blueprints.web_login import is_authorization_valid
 from errors import ApiError, Code
 from storage import sessions as stored_sessions
+from storage.identities import get_or_create_user, openid_of
 from storage.single_flight import AlreadyDone, single_flight
-from wechat.client import PATIENCE_SECONDS
-
-CODE_LIFETIME_SECONDS = 300  # WeChat's; after that it refuses the code by itself
+from wechat.client import is_identifier
+from wechat.transport import PATIENCE_SECONDS
 
 
 def _let_everybody_in() -> None:
     pass
 
 
-def _require_session() -> None:
-    if "user_id" not in session:
+def _require_user() -> None:
+    if "user_id" in session:
+        g.user_id = session["user_id"]
+    elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
+        g.user_id = _user_of_cloud_run()
+    else:
         raise ApiError(Code.UNAUTHORIZED)
 
 
+def _user_of_cloud_run() -> int:
+    """Whom WeChat cloud run says the call comes from. Source:
+    https://developers.weixin.qq.com/miniprogram/dev/wxcloudservice/wxcloudrun/src/development/call/container.html
+    """
+    app_id, openid, unionid = (request.headers.get(f"X-WX-{name}") for name in ("APPID", "OPENID", "UNIONID"))
+    if app_id not in (None, wechat.api.app_id) or not all(is_identifier(name) for name in (openid, unionid or openid)):
+        raise ApiError(Code.UNAUTHORIZED)
+    return get_or_create_user(wechat.api.app_id, str(openid), unionid or None).id
+
+
 public = AuthPolicy(_let_everybody_in, security=[])
-signed_in = AuthPolicy(_require_session, security=[{"bearer": []}, {"cookie": []}])
+signed_in = AuthPolicy(_require_user, security=[{"bearer": []}, {"cookie": []}])
 
 login = Blueprint("login", __name__, description="登录 Log in")
 sessions = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
@@ -36,7 +51,7 @@ sessions = Blueprint("sessions", __name__, description="登录状态 The session
 class WechatCodeSchema(Schema):
     code = fields.String(
         required=True,
-        validate=validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a code of wx.login."),
+        validate=CODE_RULE,
         metadata={"description": "What wx.login gave: works once, for five minutes."},
     )
 
@@ -45,6 +60,10 @@ class LoginSchema(Schema):
     token = fields.String(required=True, metadata={"description": "Send it as `Authorization: Bearer …`."})
     expires_in = fields.Integer(required=True, metadata={"description": "Seconds; each use may prolong it."})
     user = fields.Nested(UserSchema, required=True)
+
+
+class WechatSessionSchema(Schema):
+    valid = fields.Boolean(required=True, metadata={"description": "If not, log in again before you send data."})
 
 
 @login.route("/wechat", methods=["POST"])
@@ -76,9 +95,29 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
 
 
 def _redeem(code: str) -> dict[str, Any]:
+    asked_at = stored_sessions.clock()
     identity = wechat.api.code_to_session(code)
+    answered_at = stored_sessions.clock()
     user = get_or_create_user(wechat.api.app_id, identity.openid, identity.unionid)
-    return {"token": stored_sessions.log_in(user.id, identity.session_key), "user_id": user.id}
+    stored_sessions.keep_session_key(user.id, identity.session_key, asked_at, answered_at)
+    return {"token": stored_sessions.log_in(user.id), "user_id": user.id}
+
+
+@sessions.route("/wechat")
+@sessions.response(200, WechatSessionSchema)
+@sessions.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+def get_wechat_session() -> dict[str, bool]:
+    """Ask WeChat whether the session_key still holds
+
+    For somebody who logged in on the web: whether what he granted there still holds.
+    """
+    get_user(g.user_id)  # or 401
+    web_app_id = session.get("web_app_id")
+    if web_app_id is not None:
+        return {"valid": is_authorization_valid(g.user_id, web_app_id)}
+    openid = openid_of(g.user_id, wechat.api.app_id)
+    session_keys = stored_sessions.session_keys(g.user_id) if openid else []
+    return {"valid": any(wechat.api.is_session_key_valid(str(openid), session_key) for session_key in session_keys)}
 
 
 @sessions.route("/session", methods=["DELETE"])
@@ -92,4 +131,4 @@ def log_out() -> None:
 @sessions.response(200)
 def log_out_everywhere() -> None:
     """Log out on every device"""
-    stored_sessions.log_out_everywhere(session["user_id"])
+    stored_sessions.log_out_everywhere(g.user_id)

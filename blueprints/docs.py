@@ -14,7 +14,7 @@ _DESCRIPTION = "\n".join(
         "",
         "| code | HTTP | 中文 | English |",
         "|---|---|---|---|",
-        *(f"| {code.number} | {code.status} | {code.chinese} | {code.english} |" for code in Code),
+        *(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code),
     ]
 )
 

@@ -1,14 +1,33 @@
 """Users: what a user looks like from outside, and the reads and writes of the table behind it."""
 
-from flask import session
-from marshmallow import Schema, fields
-from sqlalchemy import select
+import hashlib
+import time
+from typing import Any, cast
 
+from flask import current_app, g
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+
+import wechat
 from blueprints.api import Blueprint
-from errors import ApiError, Code
+from errors import ApiError, Code, Message
 from storage import database
-from storage.models import User, now
+from storage import sessions as stored_sessions
+from storage.identities import openid_of
+from storage.models import User
 from storage.privacy import mask_phone
+from storage.single_flight import AlreadyDone, single_flight
+from wechat import strict_json
+from wechat.client import phone_number
+from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
+from wechat.transport import PATIENCE_SECONDS
+
+CODE_LIFETIME_SECONDS = 300  # WeChat's; after that it refuses a code by itself
+CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a code of WeChat's.")
+PHONE_CODE_WANTED = Message(
+    "code 无效、过期或已使用：需要 getPhoneNumber 按钮返回的 code，而非 wx.login 的 code",
+    "Invalid, old or used code: the code of a getPhoneNumber button is wanted, not that of wx.login",
+)
+MINI_PROGRAM_WANTED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
 blueprint = Blueprint("users", __name__, description="用户 Users")
 
@@ -27,11 +46,102 @@ class UserSchema(Schema):
     updated_at = fields.DateTime(required=True)
 
 
+class PhoneSchema(Schema):
+    """Either `code`, or `encryptedData` and `iv`."""
+
+    code = fields.String(validate=CODE_RULE, metadata={"description": "What a getPhoneNumber button gave."})
+    encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
+    iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+
+    @validates_schema
+    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
+        _require_one_of(body, {"code"}, {"encryptedData", "iv"})
+
+
+class ProfileSchema(Schema):
+    """Either what wx.getUserProfile gave, all of it, or `nickname` and `avatar_url`, one or both."""
+
+    rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
+    signature = fields.String(metadata={"description": "That of rawData, as WeChat gave it."})
+    encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
+    iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+    nickname = fields.String(
+        allow_none=True,
+        metadata={"description": "As typed in; null takes it away."},
+        validate=validate.Regexp(r"^(?=.*\S)[^\x00-\x1f\x7f]{1,64}(?!\n)$", error="Not 1 to 64 printable characters."),
+    )
+    avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
+
+    @validates_schema
+    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
+        signed = {"rawData", "signature", "encryptedData", "iv"}
+        typed = body.keys() & {"nickname", "avatar_url"}
+        _require_one_of(body, typed or {"nickname"}, signed)
+
+
+def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
+    """Let pass what has all the fields of one way and none of another."""
+    given = set(body)
+    if given in ways:
+        return
+    likeliest = max(ways, key=lambda way: len(given & way))
+    errors = {name: ["Missing data for required field."] for name in likeliest - given}
+    errors |= {name: ["Not together with the others."] for name in given - likeliest}
+    raise ValidationError(errors)
+
+
 @blueprint.route("/me")
 @blueprint.response(200, UserSchema)
 def get_me() -> User:
     """Read yourself"""
-    return get_user(session["user_id"])
+    return get_user(g.user_id)
+
+
+@blueprint.route("/me/phone", methods=["PUT"])
+@blueprint.arguments(PhoneSchema)
+@blueprint.response(200, UserSchema)
+@blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=PHONE_CODE_WANTED)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
+@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
+@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+def put_phone(body: dict[str, str]) -> User:
+    """Store your phone number
+
+    From the `code` of a `getPhoneNumber` button, which is not that of `wx.login`, or from the `encryptedData` and `iv`
+    that older versions give.
+    """
+    openid = _own_openid()
+    if "code" in body:
+        _redeem_phone_code(body["code"], openid)
+        return get_user(g.user_id)
+    data, _ = _decrypt(body, openid)
+    phone = phone_number(data)
+    if phone is None:
+        raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Holds no phone number."]})
+    return _store(phone=phone)
+
+
+@blueprint.route("/me/profile", methods=["PUT"])
+@blueprint.arguments(ProfileSchema)
+@blueprint.response(200, UserSchema)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED)
+@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
+@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+def put_profile(body: dict[str, str | None]) -> User:
+    """Store your nickname and picture
+
+    As the user typed and chose them, or all that `wx.getUserProfile` gave: `rawData`, `signature`, `encryptedData`
+    and `iv`.
+    """
+    openid = None
+    if "rawData" in body:
+        openid = _own_openid()
+        body = _verify_profile(cast(dict[str, str], body), openid)
+    nickname = body.get("nickname")
+    checks = current_app.config["WECHAT_CONTENT_CHECK"]
+    if nickname and checks and wechat.api.is_risky(nickname, openid or _own_openid(), nickname=nickname):
+        raise ApiError(Code.CONTENT_REFUSED)
+    return _store(**body)
 
 
 def get_user(user_id: int) -> User:
@@ -45,20 +155,81 @@ def get_user(user_id: int) -> User:
     return user
 
 
-def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
-    """Find the one user of this app and openid, creating it at the first login, however many arrive at once.
-
-    Commits.
-    """
-    find = select(User).where(User.app_id == app_id, User.openid == openid)
-    user = database.session.scalar(find)
-    if user is None:
-        # A transaction of its own: under MySQL's repeatable read the old one goes on seeing no row.
-        database.session.rollback()
-        moment = now()
-        database.insert_unless_exists(User, app_id=app_id, openid=openid, created_at=moment, updated_at=moment)
-        user = database.session.scalars(find).one()
-    if unionid:
-        user.unionid = unionid
+def _store(**values: str | None) -> User:
+    user = get_user(g.user_id)
+    for name, value in values.items():
+        setattr(user, name, value)
     database.session.commit()
     return user
+
+
+def _own_openid() -> str:
+    """Under which openid the mini-program knows the caller.
+
+    :raises ApiError: FORBIDDEN if it does not.
+    """
+    openid = openid_of(g.user_id, wechat.api.app_id)
+    if openid is None:
+        raise ApiError(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
+    return openid
+
+
+def _redeem_phone_code(code: str, openid: str) -> None:
+    user_id = g.user_id
+    try:
+        single_flight(
+            f"phone:{user_id}:{hashlib.sha256(code.encode()).hexdigest()}",
+            lambda: _store(phone=wechat.api.code_to_phone(code, openid)) and None,
+            patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
+            remember=CODE_LIFETIME_SECONDS,
+        )
+    except AlreadyDone:
+        raise ApiError(Code.WECHAT_CODE_USED, message=PHONE_CODE_WANTED) from None
+    except ApiError as error:
+        if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
+            raise ApiError(error.api_code, message=PHONE_CODE_WANTED) from None
+        raise
+
+
+def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+    """Decrypt encryptedData, and answer with which session_key."""
+    for session_key in stored_sessions.session_keys(g.user_id):
+        try:
+            data = decrypt_user_data(
+                body["encryptedData"],
+                body["iv"],
+                session_key=session_key,
+                app_id=wechat.api.app_id,
+                openid=openid,
+                now=time.time(),
+                expected=expected,
+            )
+        except ApiError as error:
+            if error.api_code is not Code.SESSION_KEY_STALE:
+                raise
+        else:
+            return data, session_key
+    raise ApiError(Code.SESSION_KEY_STALE)
+
+
+def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
+    """Check that rawData, its signature and what is encrypted agree, and answer nickname and avatar_url.
+
+    :raises ApiError: INVALID_INPUT, SESSION_KEY_STALE, SIGNATURE_MISMATCH.
+    """
+    try:
+        raw = strict_json.loads(body["rawData"])
+    except ValueError:
+        raw = None
+    if not isinstance(raw, dict):
+        raise ApiError(Code.INVALID_INPUT, errors={"rawData": ["Not a JSON object."]})
+    # First, as it tells a session_key that was replaced from a forgery.
+    data, session_key = _decrypt(body, openid, expected=raw)
+    if not constant_time_equals(body["signature"], raw_data_signature(body["rawData"], session_key)):
+        raise ApiError(Code.SIGNATURE_MISMATCH)
+    found = {"nickname": data.get("nickName"), "avatar_url": data.get("avatarUrl")}
+    profile = {name: value for name, value in found.items() if value}  # what is empty, the user may have typed in
+    errors = ProfileSchema().validate(profile)
+    if errors:
+        raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": errors})
+    return profile

@@ -24,6 +24,14 @@ from dev.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
+SIMULATED_ACCOUNT = {
+    "WECHAT_APP_ID": "wx0123456789abcdef",
+    "WECHAT_APP_SECRET": "simulated",
+    "WECHAT_ACCOUNT_APP_ID": "wxacc0123456789ab",
+    "WECHAT_ACCOUNT_APP_SECRET": "simulated",
+    "WECHAT_WEBSITE_APP_ID": "wxweb0123456789ab",
+    "WECHAT_WEBSITE_APP_SECRET": "simulated",
+}
 START_SECONDS = 30
 STOP_SECONDS = 5
 
@@ -106,9 +114,9 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     if "DATABASE_URL" not in env:
         env["DATABASE_URL"] = f"sqlite:///{var / 'kuaishang.db'}"
     if "WECHAT_APP_ID" not in env:
-        for name in env.keys() & {"WECHAT_APP_SECRET", "WECHAT_API_BASE_URL"}:
+        for name in sorted(env.keys() & {*SIMULATED_ACCOUNT, "WECHAT_API_BASE_URL", "WECHAT_OPEN_BASE_URL"}):
             raise fail(f"{name} is set and WECHAT_APP_ID is not; set both for a real account, or none to simulate one")
-        simulator_url = start_simulator(env, stack)
+        simulator_url = start_simulator(env, url, stack)
     for name, value in kept_secrets(var).items():
         env.setdefault(name, value)
     migrate(env)
@@ -179,8 +187,8 @@ def start_redis(data: Path, lock: IO[bytes], stack: ExitStack) -> str:
     return redis.url
 
 
-def start_simulator(env: dict[str, str], stack: ExitStack) -> str:
-    """Start the WeChat simulator, point the service at it, and answer its URL."""
+def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> str:
+    """Start the WeChat simulator, point it and the service at each other, and answer its URL."""
     wanted = env.get("SIMULATOR_PORT")
     try:
         listener = listen("SIMULATOR_PORT", wanted or "8001")
@@ -190,11 +198,17 @@ def start_simulator(env: dict[str, str], stack: ExitStack) -> str:
         listener = listen("SIMULATOR_PORT", "0")  # somebody else simulates on the usual port
     with listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
-        env.update(WECHAT_APP_ID="wx0123456789abcdef", WECHAT_APP_SECRET="simulated", WECHAT_API_BASE_URL=url)
+        if "WECHAT_PUSH_TOKEN" not in env:  # with a token of one's own alone, messages are plain
+            env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
+        env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)
         simulator = Part(
             "the WeChat simulator",
             ["dev.wechat_simulator", "--fd", str(listener.fileno())]
-            + ["--app-id", env["WECHAT_APP_ID"], "--app-secret", env["WECHAT_APP_SECRET"]],
+            + ["--app-id", env["WECHAT_APP_ID"], "--app-secret", env["WECHAT_APP_SECRET"]]
+            + ["--web-app", f"{env['WECHAT_ACCOUNT_APP_ID']}:{env['WECHAT_ACCOUNT_APP_SECRET']}"]
+            + ["--web-app", f"{env['WECHAT_WEBSITE_APP_ID']}:{env['WECHAT_WEBSITE_APP_SECRET']}"]
+            + ["--push-token", env["WECHAT_PUSH_TOKEN"], "--push-aes-key", env.get("WECHAT_PUSH_AES_KEY", "")]
+            + ["--push-url", f"{service_url}/api/v1/wechat/messages"],
             env,
             inherited=[listener.fileno()],
         )
@@ -288,6 +302,8 @@ def pause() -> None:
 def banner(url: str, simulator_url: str | None, redis_url: str, database_url: str) -> str:
     """Say where things are, and how to log in from another terminal."""
     where = {"API": url, "Docs": f"{url}/docs", "WeChat": simulator_url or "the account of WECHAT_APP_ID"}
+    if simulator_url:
+        where["Web login"] = f"{url}/api/v1/auth/wechat/authorize?return_to=/docs"
     where |= {"Redis": without_password(redis_url), "Database": without_password(database_url)}
     lines = ["", "快上 Kuaishang is up; Ctrl-C stops everything.", ""]
     lines += [f"  {name:10}{place}" for name, place in where.items()]

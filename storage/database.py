@@ -6,10 +6,15 @@ from typing import Any, cast
 from flask import Flask, current_app, g
 from sqlalchemy import Engine, Executable, create_engine, event, make_url, text
 from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Session
 from werkzeug.local import LocalProxy
 
 STATEMENT_SECONDS = 3
+_RACE_ERRORS = {
+    1213,  # deadlock: somebody has to begin again
+    1020,  # MariaDB's snapshot isolation: the record has changed since last read
+}
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
@@ -74,6 +79,12 @@ def ping() -> None:
     :raises sqlalchemy.exc.OperationalError: if it does not answer.
     """
     session.execute(text("SELECT 1"))
+
+
+def is_lost_race(error: DBAPIError) -> bool:
+    """Whether a transaction failed only because another one was faster, so that it is worth to begin it again."""
+    number = error.orig.args[0] if error.orig and error.orig.args else None
+    return isinstance(error, IntegrityError) or number in _RACE_ERRORS
 
 
 def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:

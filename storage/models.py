@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from flask import current_app
-from sqlalchemy import BigInteger, DateTime, Integer, String, UniqueConstraint
+from sqlalchemy import BigInteger, DateTime, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -39,11 +39,12 @@ class Base(DeclarativeBase):
 
 
 class User(Base):
-    """Someone who has logged in. An openid means something only together with its app id."""
+    """Someone who has logged in, with the identity that he came with first; `Identity` holds all of them."""
 
     __tablename__ = "users"
     __table_args__ = (
         UniqueConstraint("app_id", "openid", name="uq_users_app_id_openid"),
+        Index("uq_users_unionid", "unionid", unique=True),
         # No id is ever given out twice: a session that outlives its user must not become another's.
         {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
     )
@@ -62,17 +63,47 @@ class User(Base):
     @property
     def phone(self) -> str | None:
         """The phone number in full, or None; the column holds it encrypted for this row alone."""
-        if self.phone_encrypted is None:
-            return None
-        phone: str = current_app.extensions["cipher"].decrypt(self.phone_encrypted, self._phone_context)
-        return phone
+        return _decrypt(self.phone_encrypted, self._phone_context)
 
     @phone.setter
     def phone(self, phone: str | None) -> None:
-        cipher = current_app.extensions["cipher"]
-        self.phone_encrypted = None if phone is None else cipher.encrypt(phone, self._phone_context)
+        self.phone_encrypted = _encrypt(phone, self._phone_context)
 
     @property
     def _phone_context(self) -> str:
         # By what names the row from the start: a new one has no id yet.
         return f"users.phone:{self.app_id}:{self.openid}"
+
+
+class Identity(Base):
+    """Whom one of our apps knows under an openid, which means something only together with the app id."""
+
+    __tablename__ = "identities"
+    __table_args__ = ({"mysql_charset": "utf8mb4"},)
+
+    app_id: Mapped[str] = mapped_column(identifier(32), primary_key=True)
+    openid: Mapped[str] = mapped_column(identifier(64), primary_key=True)
+    user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    authorization_encrypted: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+    @property
+    def authorization(self) -> str | None:
+        """What the user granted to a web app, as text, or None; the column holds it encrypted for this row alone."""
+        return _decrypt(self.authorization_encrypted, self._authorization_context)
+
+    @authorization.setter
+    def authorization(self, authorization: str | None) -> None:
+        self.authorization_encrypted = _encrypt(authorization, self._authorization_context)
+
+    @property
+    def _authorization_context(self) -> str:
+        return f"identities.authorization:{self.app_id}:{self.openid}"
+
+
+def _encrypt(text: str | None, context: str) -> str | None:
+    return None if text is None else current_app.extensions["cipher"].encrypt(text, context)
+
+
+def _decrypt(value: str | None, context: str) -> str | None:
+    return None if value is None else current_app.extensions["cipher"].decrypt(value, context)

@@ -1,8 +1,10 @@
 """Sessions in Redis through flask-session: a bearer token or a cookie, kept under its hash, as JSON."""
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, cast
@@ -15,9 +17,11 @@ from flask_session.redis import RedisSessionInterface
 from redis import Redis
 from redis.exceptions import RedisError
 
-from storage.privacy import Cipher
+from storage.privacy import Cipher, DecryptionError
 
 TOKEN_BYTES = 32
+KEPT_SESSION_KEYS = 8
+"""The most logins of one user that are taken to come at the same moment."""
 
 
 class JsonSerializer(Serializer):
@@ -141,8 +145,8 @@ def _index_key(user_id: int) -> str:
     return f"user:{user_id}:sessions"
 
 
-def _session_key_key(user_id: int) -> str:
-    return f"user:{user_id}:session_key"
+def _session_keys_key(user_id: int) -> str:
+    return f"user:{user_id}:session_keys"
 
 
 def init_app(app: Flask) -> None:
@@ -155,10 +159,19 @@ def init_app(app: Flask) -> None:
     app.session_interface = SessionInterface(app, app.extensions["redis"], app.extensions["cipher"])
 
 
-def log_in(user_id: int, session_key: str) -> str:
+def clock() -> float:
+    """Redis's clock, in seconds since the epoch: the one that all instances share.
+
+    :raises redis.exceptions.RedisError: if Redis is away.
+    """
+    seconds, microseconds = cast(tuple[int, int], _interface().client.time())
+    return seconds + microseconds / 1e6
+
+
+def log_in(user_id: int, **facts: Any) -> str:
     """Begin a session of this user under a new id; it is stored when this returns.
 
-    :param session_key: WeChat's, kept encrypted: the newest one of a user serves all of his sessions.
+    :param facts: what else the session holds; must be JSON.
     :returns: the token.
     :raises redis.exceptions.RedisError: if Redis is away; there is no session then.
     """
@@ -168,10 +181,8 @@ def log_in(user_id: int, session_key: str) -> str:
         interface.regenerate(current)
         current.clear()
     current.new = True
-    current["user_id"] = user_id
-    key = _session_key_key(user_id)
+    current.update(facts, user_id=user_id)
     try:
-        interface.client.set(key, interface.cipher.encrypt(session_key, key), ex=interface.absolute_lifetime)
         # Now, not only at the request's end: a double tap may hand the token out before that.
         interface.store(current)
     except RedisError:
@@ -180,13 +191,56 @@ def log_in(user_id: int, session_key: str) -> str:
     return current.sid
 
 
+def keep_session_key(user_id: int, session_key: str, asked_at: float, answered_at: float) -> None:
+    """Keep WeChat's session_key of a user, encrypted; it serves all of his sessions.
+
+    :param asked_at: when WeChat was asked for it, by `clock`.
+    :param answered_at: when its answer came, by `clock`.
+    :raises redis.exceptions.RedisError: if Redis is away.
+    """
+    interface = _interface()
+    key = _session_keys_key(user_id)
+    kept = json.dumps([session_key, asked_at, answered_at])
+    with interface.client.pipeline() as pipeline:
+        pipeline.zadd(key, {interface.cipher.encrypt(kept, key): answered_at})
+        pipeline.zremrangebyrank(key, 0, -1 - KEPT_SESSION_KEYS)
+        pipeline.expire(key, interface.absolute_lifetime)
+        pipeline.execute()
+
+
+def session_keys(user_id: int) -> list[str]:
+    """The newest session_key of a user, whichever login brought it; none if there is none.
+
+    Several where logins on several devices overlapped, so that only WeChat knows which one counts; likeliest first.
+
+    :raises redis.exceptions.RedisError: if Redis is away.
+    """
+    interface = _interface()
+    key = _session_keys_key(user_id)
+    kept = []
+    for sealed in cast(list[bytes], interface.client.zrevrange(key, 0, -1)):
+        with suppress(DecryptionError):  # of a key that is not among ENCRYPTION_KEYS any more
+            kept.append(json.loads(interface.cipher.decrypt(sealed.decode(), key)))
+    last_asked_at = max((asked_at for _, asked_at, _ in kept), default=0)
+    return [session_key for session_key, _, answered_at in kept if answered_at >= last_asked_at]
+
+
 def log_out() -> None:
     """End the current request's session."""
     session.clear()
 
 
 def log_out_everywhere(user_id: int) -> None:
-    """End all sessions of this user, the current one included, and forget the session_key.
+    """End all sessions of this user, the current one included, and forget the session_keys.
+
+    :raises redis.exceptions.RedisError: if Redis is away; asked again, it ends what is left.
+    """
+    revoke_sessions(user_id)
+    session.clear()
+
+
+def revoke_sessions(user_id: int) -> None:
+    """End all sessions of a user, and forget the session_keys. Needs no request.
 
     :raises redis.exceptions.RedisError: if Redis is away; asked again, it ends what is left.
     """
@@ -194,12 +248,11 @@ def log_out_everywhere(user_id: int) -> None:
     index = _index_key(user_id)
     store_ids = redis.zrange(index, 0, -1)
     with redis.pipeline() as pipeline:
-        pipeline.delete(_session_key_key(user_id), *store_ids)
+        pipeline.delete(_session_keys_key(user_id), *store_ids)
         if store_ids:
             # Only what was listed leaves the list: a login in between keeps its session and its entry.
             pipeline.zrem(index, *store_ids)
         pipeline.execute()
-    session.clear()
 
 
 def _interface() -> SessionInterface:

@@ -32,7 +32,7 @@ def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember:
     :returns: what `call` returned, here or in the process that made it.
     :raises AlreadyDone: if the call had succeeded before this one asked.
     :raises ApiError: what `call` raised, here or there, and the next who asks makes the call again; UNAVAILABLE where
-        the call under way gave no answer for long.
+        the call under way crashed, or gave no answer for long.
     :raises redis.exceptions.RedisError: if Redis is away.
     """
     while True:
@@ -58,7 +58,9 @@ def _lead(key: str, flight: str, call: Callable[[], Any], remember: int) -> Any:
     except RedisError:
         raise  # it expires by itself; whoever waits for Redis here waits twice
     except BaseException:
-        redis.delete(key)
+        _land(
+            key, flight, {"error": Code.UNAVAILABLE.name}, remember=0
+        )  # the call may have been made: no one repeats it
         raise
     _land(key, flight, {"result": result}, remember)
     return result

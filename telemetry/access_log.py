@@ -38,6 +38,7 @@ def _log_request(error: BaseException | None) -> None:
             "method": request.method,
             "route": request.url_rule.rule if request.url_rule else None,  # the template: a raw path may hold secrets
             "status": g.get("status"),
+            "code": g.get("code"),  # of an error
             "durationMs": round((time.perf_counter() - g.started) * 1000, 2),
         },
     )

@@ -19,7 +19,24 @@ from redis import Redis
 from dev.redis_server import RedisServer
 from service import create_app
 from telemetry.logs import JsonLineFormatter
-from tests.harness import APP_ID, APP_SECRET, Service, Simulator, migrate
+from tests.harness import (
+    APP_ID,
+    APP_SECRET,
+    PUSH_AES_KEY,
+    PUSH_TOKEN,
+    WEB_APP_ID,
+    WEB_APP_SECRET,
+    Service,
+    Simulator,
+    migrate,
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run one after the other what starts many processes, or looks at the clock while they run."""
+    for item in items:
+        if {"start_service", "launch"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +83,11 @@ def environ(
         "WECHAT_APP_ID": APP_ID,
         "WECHAT_APP_SECRET": APP_SECRET,
         "WECHAT_API_BASE_URL": shared_simulator.url,
+        "WECHAT_OPEN_BASE_URL": shared_simulator.url,
+        "WECHAT_ACCOUNT_APP_ID": WEB_APP_ID,
+        "WECHAT_ACCOUNT_APP_SECRET": WEB_APP_SECRET,
+        "WECHAT_PUSH_TOKEN": PUSH_TOKEN,
+        "WECHAT_PUSH_AES_KEY": PUSH_AES_KEY,
         "REDIS_URL": redis_server.url,
         "DATABASE_URL": database_url,
         "SECRET_KEY": secrets.token_hex(32),
@@ -82,12 +104,24 @@ def redis(redis_server: RedisServer) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def app(environ: dict[str, str], redis: Redis) -> Iterator[Flask]:
-    app = create_app(environ)
-    yield app
-    app.extensions["redis"].close()
-    app.extensions["wechat"].close()
-    app.extensions["database"].dispose()
+def make_app(environ: dict[str, str], redis: Redis) -> Iterator[Callable[..., Flask]]:
+    """Make the application, as often as wanted, with settings that differ from the usual as named."""
+    with ExitStack() as stack:
+
+        def make(**different: str) -> Flask:
+            app = create_app({**environ, **different})
+            stack.callback(app.extensions["database"].dispose)
+            stack.callback(app.extensions["wechat"].transport.close)
+            stack.callback(app.extensions["redis"].close)
+            stack.callback(app.extensions["background"].close)
+            return app
+
+        yield make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    return make_app()
 
 
 @pytest.fixture
@@ -122,8 +156,8 @@ def start_service(environ: dict[str, str], redis: Redis, tmp_path: Path) -> Iter
     """Start the service, as often as wanted, with settings that differ from the usual as named."""
     with ExitStack() as stack:
 
-        def start(**different: str) -> Service:
-            service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}")
+        def start(module: str = "wsgi", **different: str) -> Service:
+            service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}", module)
             stack.callback(service.stop)
             return service
 

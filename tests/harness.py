@@ -1,7 +1,9 @@
 """The programs that the tests run against, each a process of its own, and the ways to steer them."""
 
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from dev.run import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 APP_ID, APP_SECRET = "wx0123456789abcdef", "an-app-secret-nobody-may-see"
+WEB_APP_ID, WEB_APP_SECRET = "wxfedcba9876543210", "a-web-app-secret-nobody-may-see"
+PUSH_TOKEN, PUSH_AES_KEY = "apushtokennobodymaysee", "aPushAesKeyNobodyMaySee012345678901234567ab"
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 15) -> Any:
@@ -56,37 +60,94 @@ class Simulator:
         port = free_port("the simulator's port", "0")
         self.url = f"http://127.0.0.1:{port}"
         command = ["dev.wechat_simulator", "--port", str(port), "--app-id", APP_ID, "--app-secret", APP_SECRET]
+        command += ["--web-app", f"{WEB_APP_ID}:{WEB_APP_SECRET}"]
+        command += ["--push-token", PUSH_TOKEN, "--push-aes-key", PUSH_AES_KEY]
         self.process = Process(command, dict(os.environ), output)
         wait_until(lambda: answers(f"{self.url}/simulator/calls"))
 
     def code(self, **wanted: Any) -> str:
-        return requests.post(f"{self.url}/simulator/codes", json=wanted, timeout=5).json()["code"]
+        return self._post("codes", **wanted)["code"]
 
-    def fault(self, kind: str, times: int = 1, **details: Any) -> None:
-        fault = {"path": "/sns/jscode2session", "kind": kind, "times": times, **details}
-        requests.post(f"{self.url}/simulator/faults", json=fault, timeout=5).raise_for_status()
+    def phone_code(self, **wanted: Any) -> str:
+        return self._post("phone_codes", **wanted)["code"]
 
-    def calls(self) -> list[dict[str, Any]]:
-        return requests.get(f"{self.url}/simulator/calls", timeout=5).json()["calls"]
+    def user_data(self, openid: str, data: dict[str, Any], **wanted: Any) -> dict[str, str]:
+        return self._post("user_data", openid=openid, data=data, **wanted)
+
+    def accept(self, openid: str, template_id: str, times: int = 1) -> None:
+        self._post("subscriptions", openid=openid, template_id=template_id, times=times)
+
+    def subscribe_messages(self) -> list[dict[str, Any]]:
+        return self._get("subscribe_messages")["messages"]
+
+    def web_user(self, **wanted: Any) -> dict[str, str | None]:
+        """Sit down in front of the browser; answers the openid and unionid."""
+        return self._post("web_user", **wanted)
+
+    def sign_in_on_the_web(self, authorize_url: str, agree: bool = True) -> str:
+        """Open WeChat's page and answer where the person's choice leads, without going there."""
+        page = requests.get(authorize_url, allow_redirects=False, timeout=5)
+        if page.status_code == 302:
+            return page.headers["Location"]
+        link = re.search(rf'<a id="{"agree" if agree else "decline"}" href="([^"]*)"', page.text)
+        assert link, page.text
+        return html.unescape(link[1])
 
     def session_key(self, openid: str) -> str:
-        return requests.get(f"{self.url}/simulator/session_keys/{openid}", timeout=5).json()["session_key"]
+        return self._get(f"session_keys/{openid}")["session_key"]
+
+    def access_token(self) -> str | None:
+        return self._get("access_token")["access_token"]
+
+    def drop_access_token(self) -> None:
+        requests.delete(f"{self.url}/simulator/access_token", timeout=5).raise_for_status()
+
+    def push(self, message: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+        """Push a message to the service; answers what it said to each attempt."""
+        return self._post("push", message=message, **wanted)["answers"]
+
+    def verify_push(self, **wanted: Any) -> dict[str, Any]:
+        return self._post("push/verify", **wanted)
+
+    def travel(self, seconds: float) -> None:
+        self._post("clock", advance=seconds)
+
+    def fault(self, kind: str, times: int = 1, path: str = "/sns/jscode2session", **details: Any) -> None:
+        self._post("faults", path=path, kind=kind, times=times, **details)
+
+    def calls(self, path: str | None = None) -> list[dict[str, Any]]:
+        return [call for call in self._get("calls")["calls"] if path in (None, call["path"])]
 
     def forget(self) -> None:
         requests.delete(f"{self.url}/simulator", timeout=5).raise_for_status()
 
+    def _get(self, control: str) -> dict[str, Any]:
+        answer = requests.get(f"{self.url}/simulator/{control}", timeout=5)
+        answer.raise_for_status()
+        return answer.json()
+
+    def _post(self, control: str, **wanted: Any) -> dict[str, Any]:
+        # A push waits for its answer three times for 5 s.
+        answer = requests.post(f"{self.url}/simulator/{control}", json=wanted, timeout=20)
+        answer.raise_for_status()
+        return answer.json()
+
 
 class Service:
-    """The service as in production: gunicorn, its configuration file, settings from the environment alone."""
+    """The service as in production: gunicorn, its configuration file, settings from the environment alone.
 
-    def __init__(self, environ: dict[str, str], output: Path) -> None:
+    :param module: where gunicorn finds the application.
+    """
+
+    def __init__(self, environ: dict[str, str], output: Path, module: str = "wsgi") -> None:
+        self.module = module
         self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(free_port("PORT", "0"))}
         self.url = f"http://127.0.0.1:{self.environ['PORT']}"
         self.output = output
         self.start()
 
     def start(self) -> None:
-        self.process = Process(["gunicorn", "wsgi:app"], self.environ, self.output)
+        self.process = Process(["gunicorn", f"{self.module}:app"], self.environ, self.output)
         wait_until(lambda: answers(f"{self.url}/livez"))
 
     def stop(self) -> None:
@@ -103,9 +164,11 @@ class Service:
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]["token"]
 
+    def call(self, method: str, path: str, token: str, **options: Any) -> requests.Response:
+        return requests.request(method, f"{self.url}/api/v1{path}", headers=bearer(token), timeout=20, **options)
+
     def read_me(self, token: str) -> requests.Response:
-        headers = {"Authorization": f"Bearer {token}"}
-        return requests.get(f"{self.url}/api/v1/users/me", headers=headers, timeout=5)
+        return self.call("GET", "/users/me", token)
 
 
 def migrate(database_url: str, *revision: str) -> None:

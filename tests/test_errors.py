@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +7,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from errors import ApiError, Code
-from service import create_app
+from errors import ApiError, Code, Message
 from tests.harness import bearer
 
 JSON = {"Content-Type": "application/json"}
@@ -28,6 +28,17 @@ def failing(app: Flask) -> FlaskClient:
     return app.test_client(use_cookies=False)
 
 
+def test_an_error_may_say_more_than_its_code_does(app: Flask) -> None:
+    def fail() -> None:
+        raise ApiError(Code.FORBIDDEN, message=Message("用户未同意", "The user did not consent"))
+
+    app.add_url_rule("/fail", view_func=fail)
+    client = app.test_client()
+    assert client.get("/fail").get_json() == {"code": 403, "message": "用户未同意", "data": None}
+    answer = client.get("/fail", headers={"Accept-Language": "en"})
+    assert answer.get_json()["message"] == "The user did not consent"
+
+
 def test_numbers_are_unique() -> None:
     assert len({code.number for code in Code}) == len(Code)
 
@@ -42,8 +53,8 @@ def test_the_callers_faults_are_in_the_400s_and_ours_in_the_500s() -> None:
 def test_each_code_answers_with_its_status_in_the_envelope(failing: FlaskClient, code: Code) -> None:
     answer = failing.get(f"/fail/{code.name}")
     assert answer.status_code == code.status
-    assert answer.get_json() == {"code": code.number, "message": code.chinese, "data": None}
-    assert code.chinese.encode() in answer.data  # as UTF-8, not escaped
+    assert answer.get_json() == {"code": code.number, "message": code.message.chinese, "data": None}
+    assert code.message.chinese.encode() in answer.data  # as UTF-8, not escaped
     assert (int(answer.headers.get("Retry-After", 0)) > 0) == (code.status in (429, 503))
     assert ("WWW-Authenticate" in answer.headers) == (code.status == 401)
 
@@ -63,9 +74,11 @@ def test_messages_are_chinese_unless_english_is_preferred(
     failing: FlaskClient, language: str | None, english: bool
 ) -> None:
     answer = failing.get("/fail/NOT_FOUND", headers={"Accept-Language": language} if language else {})
-    assert answer.get_json()["message"] == (Code.NOT_FOUND.english if english else Code.NOT_FOUND.chinese)
+    assert answer.get_json()["message"] == (
+        Code.NOT_FOUND.message.english if english else Code.NOT_FOUND.message.chinese
+    )
     success = failing.get("/livez", headers={"Accept-Language": language} if language else {})
-    assert success.get_json()["message"] == (Code.SUCCESS.english if english else Code.SUCCESS.chinese)
+    assert success.get_json()["message"] == (Code.SUCCESS.message.english if english else Code.SUCCESS.message.chinese)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_messages_are_chinese_unless_english_is_preferred(
     [
         ({"path": "/nowhere"}, 404, 404),
         ({"path": "/api/v1/users/me/nothing"}, 404, 404),
-        ({"path": "/api/v1/auth/wechat", "method": "GET"}, 405, 405),
+        ({"path": "/livez", "method": "DELETE"}, 405, 405),
         ({"path": "/livez", "method": "BREW"}, 405, 405),
         (
             {"path": "/api/v1/auth/wechat", "method": "POST", "data": b'{"a": "\xed\xa0\x80"}', "headers": JSON},
@@ -129,17 +142,16 @@ def test_a_body_that_is_no_json_object_in_utf_8_is_400(client: FlaskClient, body
 
 
 def test_a_database_that_is_away_is_503_and_the_log_says_why(
-    environ: dict[str, str], token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_app: Callable[..., Flask], token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    app = create_app({**environ, "DATABASE_URL": f"sqlite:///{tmp_path}/no/such/folder.db"})
+    app = make_app(DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder.db")
     answer = app.test_client().get("/api/v1/users/me", headers=bearer(token))
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
     assert "unable to open database file" in capsys.readouterr().out
-    app.extensions["redis"].close()
 
 
 def test_a_405_says_which_methods_are_allowed(client: FlaskClient) -> None:
-    assert set(client.get("/api/v1/auth/wechat").headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
+    assert set(client.put("/api/v1/auth/wechat").headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
 
 
 def test_invalid_fields_are_named(client: FlaskClient) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.harness import ROOT
-from wechat.client import PATIENCE_SECONDS
+from wechat.transport import PATIENCE_SECONDS
 
 
 @pytest.fixture

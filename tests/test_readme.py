@@ -39,7 +39,7 @@ def test_the_settings_table_is_that_of_settings_py(readme: Path) -> None:
 def test_the_code_table_is_that_of_errors_py(readme: Path) -> None:
     rows = table(readme, {"README.md": "code", "README.zh-CN.md": "业务码"}[readme.name])
     message = {"README.md": "english", "README.zh-CN.md": "chinese"}[readme.name]
-    assert rows == [[str(code.number), str(code.status), getattr(code, message)] for code in Code]
+    assert rows == [[str(code.number), str(code.status), getattr(code.message, message)] for code in Code]
 
 
 @README

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -261,6 +262,36 @@ def test_no_stand_in_starts_in_production(start_service: StartService) -> None:
     service = start_service()
     family = [psutil.Process(service.process.popen.pid), *workers(service)]
     assert all("gunicorn" in " ".join(process.cmdline()) for process in family)
+
+
+def push_text(simulator: Simulator, service: Service, seconds: float) -> dict[str, Any]:
+    """Push a message whose handler takes this long, and answer what WeChat was told."""
+    message = {"MsgType": "text", "Content": str(seconds)}
+    (answer,) = simulator.push(message, url=f"{service.url}/api/v1/wechat/messages")
+    return answer
+
+
+def test_wechat_has_its_success_at_once_however_long_a_handler_takes(
+    start_service: StartService, simulator: Simulator, redis: Redis
+) -> None:
+    service = start_service("tests.slow_handler")
+    answer = push_text(simulator, service, 10)
+    assert (answer["status"], answer["body"]) == (200, "success")
+    assert answer["seconds"] < 1
+    assert redis.lrange("handled", 0, -1) == []
+    for process in (psutil.Process(service.process.popen.pid), *workers(service)):
+        process.kill()  # nobody waits the ten seconds
+
+
+def test_messages_in_hand_are_finished_at_a_stop(
+    start_service: StartService, simulator: Simulator, redis: Redis
+) -> None:
+    service = start_service("tests.slow_handler", WEB_CONCURRENCY="1")
+    for _ in range(12):  # more than are handled at once
+        assert push_text(simulator, service, 0.7)["status"] == 200
+    service.stop()
+    assert redis.llen("handled") == 12
+    assert service.process.popen.returncode == 0
 
 
 def test_requests_in_hand_are_finished_at_a_stop(start_service: StartService, simulator: Simulator) -> None:

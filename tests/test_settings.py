@@ -62,6 +62,14 @@ def test_an_empty_variable_counts_as_missing() -> None:
         ("SESSION_LIFETIME", "99999999999999"),
         ("ENCRYPTION_KEYS", base64.b64encode(bytes(16)).decode()),
         ("LOG_LEVEL", "LOUD"),
+        ("WECHAT_PUSH_TOKEN", "has space"),
+        ("WECHAT_PUSH_TOKEN", "x" * 33),
+        ("WECHAT_PUSH_TOKEN", "token\n"),
+        ("WECHAT_PUSH_AES_KEY", "x" * 42),
+        ("WECHAT_CONTENT_CHECK", "perhaps"),
+        ("TRUST_WXCLOUD_HEADERS", "perhaps"),
+        ("PUBLIC_URL", "shop.example.com"),
+        ("WECHAT_OPEN_BASE_URL", "javascript:x"),
     ],
 )
 def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name: str, value: str) -> None:
@@ -70,6 +78,26 @@ def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name: str, valu
     assert f"{name}: " in str(caught.value)
     assert f"{value} " not in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("WECHAT_PUSH_AES_KEY", "WECHAT_PUSH_TOKEN"),
+        ("WECHAT_ACCOUNT_APP_ID", "WECHAT_ACCOUNT_APP_SECRET"),
+        ("WECHAT_ACCOUNT_APP_SECRET", "WECHAT_ACCOUNT_APP_ID"),
+        ("WECHAT_WEBSITE_APP_ID", "WECHAT_WEBSITE_APP_SECRET"),
+        ("WECHAT_WEBSITE_APP_SECRET", "WECHAT_WEBSITE_APP_ID"),
+    ],
+)
+def test_a_setting_that_is_worth_nothing_alone_says_what_it_needs(name: str, missing: str) -> None:
+    with pytest.raises(SettingsError, match=f"{missing}: Needed, as {name} is set."):
+        load({**COMPLETE, name: "x" * 43})
+
+
+def test_a_token_alone_means_plain_messages() -> None:
+    loaded = load({**COMPLETE, "WECHAT_PUSH_TOKEN": "AAAAA"})
+    assert (loaded["WECHAT_PUSH_TOKEN"], loaded["WECHAT_PUSH_AES_KEY"]) == ("AAAAA", "")
 
 
 def test_several_encryption_keys_are_read_in_their_order() -> None:

@@ -1,20 +1,64 @@
 """Everything that speaks WeChat's protocols; knows no HTTP route of ours and no table."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from flask import Flask, current_app
 from werkzeug.local import LocalProxy
 
+from wechat.access_token import AccessToken
 from wechat.client import Client
+from wechat.push import MessagePush
+from wechat.transport import Transport
+from wechat.web_login import QR_CODE_SCOPE, SCOPES, WebApp
 
-api = cast(Client, LocalProxy(lambda: current_app.extensions["wechat"]))
+
+class WeChat(NamedTuple):
+    """What the application knows of WeChat."""
+
+    transport: Transport
+    client: Client
+    web_apps: dict[str, WebApp]
+    push: MessagePush | None
+
+
+_wechat = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
+api = cast(Client, LocalProxy(lambda: _wechat.client))
 """WeChat's server API, as the configured mini-program."""
 
 
+def web_app(scope: str) -> WebApp:
+    """The web app that asks for this scope, one of `web_login.SCOPES`."""
+    return _wechat.web_apps[scope]
+
+
+def web_app_of(app_id: str) -> WebApp | None:
+    """The web app of this app id; None if it is not, or no longer, one of ours."""
+    return next((app for app in _wechat.web_apps.values() if app.app_id == app_id), None)
+
+
+def message_push() -> MessagePush | None:
+    """The message push as the account is set; None if it is not."""
+    return _wechat.push
+
+
 def init_app(app: Flask) -> None:
-    app.extensions["wechat"] = Client(
-        app_id=app.config["WECHAT_APP_ID"],
-        app_secret=app.config["WECHAT_APP_SECRET"],
-        base_url=app.config["WECHAT_API_BASE_URL"],
-        connections=app.config["WEB_THREADS"],
+    config = app.config
+    app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
+    transport = Transport(config["WECHAT_API_BASE_URL"], connections=config["WEB_THREADS"])
+    access_token = AccessToken(transport, app.extensions["redis"], app.extensions["cipher"], app_id, app_secret)
+
+    def web_app_from_settings(name: str) -> WebApp:
+        credentials = (config[f"{name}_APP_ID"], config[f"{name}_APP_SECRET"])
+        return WebApp(
+            transport, *(credentials if all(credentials) else (app_id, app_secret)), config["WECHAT_OPEN_BASE_URL"]
+        )
+
+    account, website = web_app_from_settings("WECHAT_ACCOUNT"), web_app_from_settings("WECHAT_WEBSITE")
+    app.extensions["wechat"] = WeChat(
+        transport=transport,
+        client=Client(transport, access_token, app_id, app_secret),
+        web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
+        push=MessagePush(config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"] or None, app_id)
+        if config["WECHAT_PUSH_TOKEN"]
+        else None,
     )

@@ -1,47 +1,17 @@
-"""WeChat's server API over one `requests.Session`: timeouts, one retry, errcode to error code."""
+"""WeChat's server API as the mini-program."""
 
-import json
-import logging
 import re
-import time
-from http.cookiejar import DefaultCookiePolicy
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
+from errors import Code
+from wechat.access_token import AccessToken
+from wechat.crypto import session_signature
+from wechat.transport import INVALID_TOKEN, Transport, failure
 
-from errors import ApiError, Code
-
-logger = logging.getLogger(__name__)
-# At DEBUG urllib3 logs whole URLs, and WeChat wants the app secret in the URL.
-logging.getLogger("urllib3").setLevel(logging.WARNING)
-
-CONNECT_SECONDS = 1
-READ_SECONDS = 3
-ANSWER_SECONDS = 4
-MAXIMUM_ANSWER_BYTES = 1024 * 1024
-RETRY_PAUSE_SECONDS = 0.2
-PATIENCE_SECONDS = 15
-"""No call takes longer than this: two tries, each with a last wait for a part of the answer. Sending the headers byte
-by byte is the one way to stretch it."""
-
-BUSY = -1
-CODE_BY_ERRCODE = {
-    BUSY: Code.UNAVAILABLE,
-    45009: Code.UNAVAILABLE,  # daily quota
-    45011: Code.UNAVAILABLE,  # quota a minute
-    40029: Code.WECHAT_CODE_INVALID,
-    41008: Code.WECHAT_CODE_INVALID,  # no code at all
-    40163: Code.WECHAT_CODE_USED,
-    40226: Code.WECHAT_HIGH_RISK_USER,
-    40013: Code.WECHAT_REFUSED,  # app id
-    40125: Code.WECHAT_REFUSED,  # app secret
-    40164: Code.WECHAT_REFUSED,  # our IP address is not on the account's list
-    41002: Code.WECHAT_REFUSED,  # no app id
-    41004: Code.WECHAT_REFUSED,  # no app secret
-    48001: Code.WECHAT_REFUSED,  # the account may not use this interface
-}
+BAD_SIGNATURE = 87009
+USER_REFUSED = 43101
+PROFILE_SCENE = 1
 
 
 class CodeSession(NamedTuple):
@@ -55,23 +25,15 @@ class CodeSession(NamedTuple):
 class Client:
     """One mini-program's view of WeChat. May be shared by threads.
 
-    :param base_url: where the API answers, without a path.
-    :param connections: how many are kept open at the most.
+    Each method raises ApiError: what `Transport.call` does, and those that need an access token also what
+    `AccessToken.get` does, and RedisError.
     """
 
-    def __init__(self, app_id: str, app_secret: str, base_url: str, connections: int) -> None:
+    def __init__(self, transport: Transport, access_token: AccessToken, app_id: str, app_secret: str) -> None:
         self.app_id = app_id
         self._app_secret = app_secret
-        self._base_url = base_url.rstrip("/")
-        self._http = requests.Session()
-        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections)
-        self._http.mount("https://", adapter)
-        self._http.mount("http://", adapter)
-        self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-
-    def close(self) -> None:
-        """Close the connections that are kept open."""
-        self._http.close()
+        self._transport = transport
+        self._access_token = access_token
 
     def code_to_session(self, code: str) -> CodeSession:
         """Redeem a wx.login code (sns/jscode2session). Takes no access token, so login works without one.
@@ -79,109 +41,144 @@ class Client:
         Takes PATIENCE_SECONDS at the most. Source:
         https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/code2Session.html
 
-        :raises ApiError: WECHAT_CODE_INVALID, WECHAT_CODE_USED, WECHAT_HIGH_RISK_USER, WECHAT_REFUSED, UNAVAILABLE,
-            UPSTREAM_TIMEOUT, UPSTREAM_INVALID.
+        :raises ApiError: also WECHAT_CODE_INVALID, WECHAT_CODE_USED, WECHAT_HIGH_RISK_USER.
         """
         path = "/sns/jscode2session"
-        answer = self._get(
+        answer = self._transport.call(
             path,
-            appid=self.app_id,
-            secret=self._app_secret,
-            js_code=code,
-            grant_type="authorization_code",
+            {
+                "appid": self.app_id,
+                "secret": self._app_secret,
+                "js_code": code,
+                "grant_type": "authorization_code",
+            },
         )
-        openid, session_key, unionid = (answer.get(name) or "" for name in CodeSession._fields)
-        if not (_identifies(openid) and _identifies(session_key) and (not unionid or _identifies(unionid))):
-            raise _failure(path, Code.UPSTREAM_INVALID, "no openid or session_key, or one that is none")
+        openid, session_key, unionid = (answer.get(name) or "" for name in ("openid", "session_key", "unionid"))
+        is_key = isinstance(session_key, str) and re.fullmatch(r"[!-~]{1,64}", session_key)
+        if not (is_identifier(openid) and is_key and (not unionid or is_identifier(unionid))):
+            raise failure(path, Code.UPSTREAM_INVALID, "no openid or session_key, or one that is none")
         return CodeSession(openid, session_key, unionid or None)
 
-    def _get(self, path: str, **params: str) -> dict[str, Any]:
-        """Call WeChat, and once more if it is busy or the connection is lost.
+    def is_session_key_valid(self, openid: str, session_key: str) -> bool:
+        """Whether this is still the session_key of the user (wxa/checksession).
 
-        An exception of requests holds the URL and so the app secret: none of them goes further than this.
+        Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/checkSessionKey.html
         """
-        for may_retry in (True, False):
-            try:
-                status, body = self._exchange(path, params)
-            except requests.Timeout:
-                raise _failure(path, Code.UPSTREAM_TIMEOUT, "no answer in time") from None
-            except requests.ConnectionError as error:
-                if not may_retry:
-                    raise _failure(path, Code.UNAVAILABLE, f"no connection: {_root_cause(error)}") from None
-            except requests.RequestException as error:
-                raise _failure(path, Code.UPSTREAM_INVALID, f"broken answer: {type(error).__name__}") from None
-            else:
-                answer = _parse(path, status, body)
-                errcode = _errcode(path, answer)
-                if errcode == 0:
-                    return answer
-                if errcode != BUSY or not may_retry:
-                    code = CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
-                    raise _failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}")
-            time.sleep(RETRY_PAUSE_SECONDS)
-        raise AssertionError("unreachable")
+        signature = session_signature(session_key)
+        params = {"openid": openid, "signature": signature, "sig_method": "hmac_sha256"}
+        answer = self._call("/wxa/checksession", params, expected={BAD_SIGNATURE})
+        return bool(answer["errcode"] == 0)
 
-    def _exchange(self, path: str, params: dict[str, str]) -> tuple[int, bytes]:
-        """Send a request and read the answer, which a timeout of requests alone lets trickle for ever."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        with self._http.get(
-            self._base_url + path,
-            params=params,
-            timeout=(CONNECT_SECONDS, READ_SECONDS),
-            allow_redirects=False,
-            stream=True,
-        ) as response:
-            body = b""
-            try:
-                while part := response.raw.read1(65536, decode_content=True):
-                    body += part
-                    if time.monotonic() > deadline:
-                        raise requests.Timeout
-                    if len(body) > MAXIMUM_ANSWER_BYTES:
-                        raise requests.RequestException
-            except urllib3.exceptions.ReadTimeoutError:
-                raise requests.Timeout from None
-            except urllib3.exceptions.HTTPError:  # cut short: WeChat has done its part, so it is not asked again
-                raise requests.RequestException from None
-            return response.status_code, body
+    def code_to_phone(self, code: str, openid: str) -> str:
+        """Redeem the code of a getPhoneNumber button (wxa/business/getuserphonenumber).
+
+        Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-info/phone-number/getPhoneNumber.html
+
+        :param openid: WeChat checks that the code is that of this user.
+        :returns: as `phone_number` does.
+        :raises ApiError: also WECHAT_CODE_INVALID, for a code of wx.login too.
+        """
+        path = "/wxa/business/getuserphonenumber"
+        info = self._call(path, body={"code": code, "openid": openid}).get("phone_info")
+        watermark = info.get("watermark") if isinstance(info, dict) else None
+        number = phone_number(info) if isinstance(info, dict) else None
+        if number is None or not isinstance(watermark, dict) or watermark.get("appid") != self.app_id:
+            raise failure(path, Code.UPSTREAM_INVALID, "no phone number of ours")
+        return number
+
+    def is_risky(self, text: str, openid: str, *, scene: int = PROFILE_SCENE, nickname: str | None = None) -> bool:
+        """Whether WeChat's content check, version 2, advises against a text (wxa/msg_sec_check).
+
+        Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/sec-center/sec-check/msgSecCheck.html
+
+        :param text: 2,500 characters at the most.
+        :param openid: the author's, who was in the mini-program within two hours.
+        :param scene: 1 profile, 2 comment, 3 forum, 4 social log.
+        :param nickname: the author's.
+        :raises ApiError: also SESSION_KEY_STALE if the author was away for longer.
+        """
+        path = "/wxa/msg_sec_check"
+        body = {"content": text, "version": 2, "scene": scene, "openid": openid}
+        answer = self._call(path, body=body if nickname is None else {**body, "nickname": nickname})
+        result = answer.get("result")
+        suggestion = result.get("suggest") if isinstance(result, dict) else None
+        if suggestion not in ("pass", "review", "risky"):
+            raise failure(path, Code.UPSTREAM_INVALID, "no suggestion")
+        return bool(suggestion == "risky")
+
+    def send_subscribe_message(
+        self,
+        openid: str,
+        template_id: str,
+        data: Mapping[str, str],
+        *,
+        page: str | None = None,
+        miniprogram_state: str | None = None,
+        lang: str | None = None,
+    ) -> bool:
+        """Send a message that the user has subscribed to (cgi-bin/message/subscribe/send).
+
+        It is not sent again when the answer is lost: it may have arrived. Source:
+        https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/mp-message-management/subscribe-message/sendMessage.html
+
+        :param data: the template's keywords and their texts.
+        :param page: where a tap leads, such as `pages/orders/index?id=7`.
+        :param miniprogram_state: `developer`, `trial` or `formal`, which is WeChat's default.
+        :param lang: `zh_CN`, which is WeChat's default, `en_US`, `zh_HK` or `zh_TW`.
+        :returns: whether it was sent; False where the user has not subscribed, or no longer.
+        :raises ApiError: UPSTREAM_INVALID also for a mistake of the caller's: an openid, template, page or keyword that
+            WeChat does not know. The log has the errcode.
+        """
+        optional = {"page": page, "miniprogram_state": miniprogram_state, "lang": lang}
+        answer = self._call(
+            "/cgi-bin/message/subscribe/send",
+            body={
+                "touser": openid,
+                "template_id": template_id,
+                "data": {name: {"value": value} for name, value in data.items()},
+                **{name: value for name, value in optional.items() if value is not None},
+            },
+            expected={USER_REFUSED},
+            idempotent=False,
+        )
+        return bool(answer["errcode"] == 0)
+
+    def _call(
+        self,
+        path: str,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        *,
+        expected: Collection[int] = (),
+        idempotent: bool = True,
+    ) -> dict[str, Any]:
+        """Call with an access token; once more with another where WeChat calls it invalid, and no more."""
+
+        def call(token: str, expected: Collection[int]) -> dict[str, Any]:
+            query = {"access_token": token, **(params or {})}
+            return self._transport.call(path, query, body, expected=expected, idempotent=idempotent)
+
+        token = self._access_token.get()
+        answer = call(token, {*expected, *INVALID_TOKEN})
+        if answer["errcode"] in INVALID_TOKEN:
+            answer = call(self._access_token.get(refused=token), expected)
+        return answer
 
 
-def _parse(path: str, status: int, body: bytes) -> dict[str, Any]:
-    """Read the body as UTF-8 JSON, whatever the content type says."""
-    try:
-        answer = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        answer = None
-    if status != 200 or not isinstance(answer, dict):
-        raise _failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(body)} bytes")
-    return answer
+def phone_number(info: Mapping[str, Any]) -> str | None:
+    """Read a phone number as WeChat gives it, whether in an answer or in encrypted data.
+
+    :returns: the number alone for mainland China, which is its 11 digits; `+`, country code and number for the rest of
+        the world; None if there is none.
+    """
+    number, country = str(info.get("purePhoneNumber")), str(info.get("countryCode"))  # WeChat sends 86 and "86"
+    if not (re.fullmatch(r"[0-9]{5,15}", number) and re.fullmatch(r"[0-9]{1,4}", country)):
+        return None
+    if not str(info.get("phoneNumber")).endswith(number):  # that may have been altered which comes first in the data
+        return None
+    return number if country == "86" else f"+{country}{number}"
 
 
-def _errcode(path: str, answer: dict[str, Any]) -> int:
-    """Absent and 0 both mean success; the presence of errcode or errmsg alone means nothing."""
-    try:
-        return int(answer.get("errcode") or 0)
-    except (TypeError, ValueError, OverflowError):
-        raise _failure(path, Code.UPSTREAM_INVALID, "errcode is not a number") from None
-
-
-def _identifies(value: object) -> bool:
-    """Whether it is what WeChat tells users and sessions apart by: up to 64 characters of ASCII."""
-    return isinstance(value, str) and re.fullmatch(r"[!-~]{1,64}", value) is not None
-
-
-def _root_cause(error: BaseException) -> str:
-    """The name of the innermost exception, such as ConnectionRefusedError; the text would hold the URL."""
-    while error.__context__:
-        error = error.__context__
-    return type(error).__name__
-
-
-def _failure(path: str, code: Code, why: str) -> ApiError:
-    """Log why a call failed, which the answer will not say; errmsg holds the `rid` that WeChat's support asks for."""
-    if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID):
-        level = logging.ERROR  # it will not pass by itself
-    else:
-        level = logging.WARNING if code.number >= 500 else logging.INFO
-    logger.log(level, "WeChat call failed", extra={"interface": path, "code": code.number, "reason": why})
-    return ApiError(code)
+def is_identifier(value: object) -> bool:
+    """Whether it can be an openid or a unionid: up to 64 letters, digits, `-` and `_`."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None

@@ -1,18 +1,19 @@
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import requests
 from flask import Flask
 from flask.testing import FlaskClient
 from redis import Redis
 from sqlalchemy import select
 
-from service import create_app
-from storage import database
+from storage import database, sessions
 from storage.models import User
-from tests.harness import Simulator, bearer
+from tests.harness import APP_ID, APP_SECRET, Simulator, bearer
 
 LOGIN = "/api/v1/auth/wechat"
 
@@ -29,13 +30,12 @@ def test_logging_in_answers_a_token_its_lifetime_and_the_user(client: FlaskClien
     )
 
 
-def test_a_session_is_not_promised_for_longer_than_it_can_last(environ: dict[str, str], simulator: Simulator) -> None:
-    app = create_app({**environ, "SESSION_ABSOLUTE_LIFETIME": "60"})
+def test_a_session_is_not_promised_for_longer_than_it_can_last(
+    make_app: Callable[..., Flask], simulator: Simulator
+) -> None:
+    app = make_app(SESSION_ABSOLUTE_LIFETIME="60")
     answer = app.test_client().post(LOGIN, json={"code": simulator.code()})
     assert answer.get_json()["data"]["expires_in"] == 60
-    for part in ("redis", "wechat"):
-        app.extensions[part].close()
-    app.extensions["database"].dispose()
 
 
 def test_a_browser_that_logs_in_gets_the_token_in_a_cookie_too(client: FlaskClient, simulator: Simulator) -> None:
@@ -161,3 +161,71 @@ def test_a_code_adds_no_parameter_to_the_call(client: FlaskClient, simulator: Si
 def test_logging_out_needs_a_session(client: FlaskClient, path: str) -> None:
     answer = client.delete(path)
     assert (answer.status_code, answer.get_json()["code"]) == (401, 401)
+
+
+def test_whether_the_session_key_holds_is_asked_of_wechat(client: FlaskClient, simulator: Simulator) -> None:
+    def log_in() -> dict[str, str]:
+        answer = client.post(LOGIN, json={"code": simulator.code(openid="o-alice")})
+        return bearer(answer.get_json()["data"]["token"])
+
+    phone = log_in()
+    assert client.get(LOGIN, headers=phone).get_json()["data"] == {"valid": True}
+    code = simulator.code(openid="o-alice")
+    requests.get(  # a login on another device that never came to us
+        f"{simulator.url}/sns/jscode2session",
+        {"appid": APP_ID, "secret": APP_SECRET, "js_code": code, "grant_type": "authorization_code"},
+        timeout=5,
+    )
+    assert client.get(LOGIN, headers=phone).get_json()["data"] == {"valid": False}
+    tablet = log_in()
+    assert [client.get(LOGIN, headers=device).get_json()["data"] for device in (phone, tablet)] == [{"valid": True}] * 2
+
+
+def test_a_session_key_that_is_gone_does_not_hold_and_wechat_need_not_be_asked(
+    client: FlaskClient, simulator: Simulator, token: str, redis: Redis
+) -> None:
+    redis.delete(*redis.scan_iter("user:*:session_keys"))
+    assert client.get(LOGIN, headers=bearer(token)).get_json()["data"] == {"valid": False}
+    assert simulator.calls("/wxa/checksession") == []
+
+
+def test_two_logins_of_a_user_at_once_leave_the_session_key_that_counts(
+    client: FlaskClient, simulator: Simulator, app: Flask
+) -> None:
+    for _ in range(10):
+        codes = [simulator.code(openid="o-alice") for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            logins = list(pool.map(lambda code: client.post(LOGIN, json={"code": code}).get_json()["data"], codes))
+        with app.app_context():
+            assert simulator.session_key("o-alice") in sessions.session_keys(logins[0]["user"]["id"])
+        assert client.get(LOGIN, headers=bearer(logins[0]["token"])).get_json()["data"] == {"valid": True}
+
+
+CLOUD_RUN = {"X-WX-OPENID": "o-cloud", "X-WX-APPID": APP_ID, "X-WX-SOURCE": "wx_client"}
+
+
+def test_what_anybody_can_type_into_x_wx_openid_is_ignored(client: FlaskClient, token: str) -> None:
+    assert client.get("/api/v1/users/me", headers=CLOUD_RUN).status_code == 401
+    mine = client.get("/api/v1/users/me", headers=bearer(token)).get_json()
+    assert client.get("/api/v1/users/me", headers={**bearer(token), **CLOUD_RUN}).get_json() == mine
+
+
+def test_behind_wechat_cloud_run_the_header_says_who_calls(
+    make_app: Callable[..., Flask], simulator: Simulator
+) -> None:
+    client = make_app(TRUST_WXCLOUD_HEADERS="true").test_client(use_cookies=False)
+    user = client.get("/api/v1/users/me", headers=CLOUD_RUN).get_json()["data"]
+    login = client.post(LOGIN, json={"code": simulator.code(openid="o-cloud")}).get_json()["data"]
+    assert user["id"] == login["user"]["id"]
+    other = client.post(LOGIN, json={"code": simulator.code()}).get_json()["data"]
+    answer = client.get("/api/v1/users/me", headers={**bearer(other["token"]), **CLOUD_RUN})
+    assert answer.get_json()["data"]["id"] == other["user"]["id"]  # a session of ours comes first
+    for different in (
+        {"X-WX-APPID": "wx-other"},
+        {"X-WX-OPENID": ""},
+        {"X-WX-OPENID": "o" * 65},
+        {"X-WX-UNIONID": " "},
+    ):
+        answer = client.get("/api/v1/users/me", headers={**CLOUD_RUN, **different})
+        assert answer.status_code == 401, different
+    assert client.get("/api/v1/users/me").status_code == 401

@@ -92,6 +92,19 @@ def test_the_pasted_login_works_and_a_signal_stops_everything(
     assert "Traceback" not in launched.said()
 
 
+def test_the_service_and_the_simulator_are_pointed_at_each_other(launch: Callable[..., Launched]) -> None:
+    launched = launch().ready()
+    simulator_url = re.search(r"WeChat +(http://\S+)", launched.said())
+    web_login = re.search(r"Web login +(http://\S+)", launched.said())
+    assert simulator_url
+    assert web_login
+    assert requests.post(f"{simulator_url[1]}/simulator/push/verify", timeout=5).json()["verified"]
+    pushed = requests.post(f"{simulator_url[1]}/simulator/push", json={"message": {"MsgType": "text"}}, timeout=20)
+    assert [answer["body"] for answer in pushed.json()["answers"]] == ["success"]
+    away = requests.get(web_login[1], timeout=5, allow_redirects=False)
+    assert away.headers["Location"].startswith(f"{simulator_url[1]}/connect/qrconnect?")
+
+
 def test_sessions_users_and_secrets_outlive_a_restart(launch: Callable[..., Launched], tmp_path: Path) -> None:
     launched = launch().ready()
     url, simulator_url = re.findall(r"(?:API|WeChat) +(http://\S+)", launched.said())

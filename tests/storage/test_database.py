@@ -34,6 +34,34 @@ def test_the_migrations_go_down_and_up_again(tmp_path: Path) -> None:
     engine.dispose()
 
 
+def test_users_get_their_identities_when_they_are_migrated_and_a_unionid_stays_with_one(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'migrated.db'}"
+    engine = database.engine_for(url)
+    migrate(url, "upgrade", "0001")
+    rows = [("o-one", "u-twice"), ("o-two", "u-twice"), ("o-three", "u-once"), ("o-four", None)]
+    with engine.begin() as connection:
+        for openid, unionid in rows:
+            values = {"openid": openid, "unionid": unionid}
+            connection.execute(
+                text(
+                    "INSERT INTO users (app_id, openid, unionid, role, created_at, updated_at)"
+                    " VALUES ('wx', :openid, :unionid, 'user', '2026-01-01', '2026-01-01')"
+                ),
+                values,
+            )
+    for _ in range(2):
+        migrate(url)
+        with engine.connect() as connection:
+            identities = connection.execute(text("SELECT openid, user_id FROM identities ORDER BY user_id")).all()
+            assert identities == [("o-one", 1), ("o-two", 2), ("o-three", 3), ("o-four", 4)]
+            unionids = connection.scalars(text("SELECT unionid FROM users ORDER BY id")).all()
+            assert unionids == ["u-twice", None, "u-once", None]
+        migrate(url, "downgrade", "0001")
+        with engine.connect() as connection:
+            assert connection.scalar(text("SELECT count(*) FROM users")) == 4
+    engine.dispose()
+
+
 @pytest.mark.parametrize("url", [None, "nonsense", "postgresql://localhost/x"])
 def test_without_a_database_to_migrate_it_is_said_so_without_a_traceback(url: str | None) -> None:
     env = {"PATH": os.environ["PATH"], **({"DATABASE_URL": url} if url else {})}

@@ -1,7 +1,9 @@
+import base64
 import hashlib
 import os
 import pickle
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,6 @@ from flask.testing import FlaskClient
 from msgspec import json
 from redis import Redis
 
-from service import create_app
 from storage import sessions
 from tests.harness import Simulator, bearer
 
@@ -134,11 +135,51 @@ def test_what_cannot_be_read_is_no_session(client: FlaskClient, redis: Redis, co
 
 def test_the_session_key_is_kept_encrypted(app: Flask, client: FlaskClient, redis: Redis, simulator: Simulator) -> None:
     login = client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]
-    key = f"user:{login['user']['id']}:session_key"
-    session_key = app.extensions["cipher"].decrypt(redis.get(key).decode(), key)
+    with app.app_context():
+        (session_key,) = sessions.session_keys(login["user"]["id"])
     assert len(session_key) == 24
-    assert ABSOLUTE - 60 < redis.ttl(key) <= ABSOLUTE
+    assert ABSOLUTE - 60 < redis.ttl(f"user:{login['user']['id']}:session_keys") <= ABSOLUTE
     assert not any(session_key.encode() in (redis.dump(key) or b"") for key in redis.scan_iter())
+
+
+def test_nothing_of_the_session_before_survives_a_login(app: Flask) -> None:
+    with app.test_request_context("/"):
+        first = sessions.log_in(1, web_app_id="wx-web")
+        assert session["web_app_id"] == "wx-web"
+        assert sessions.log_in(2) != first
+        assert (session["user_id"], session.get("web_app_id")) == (2, None)
+
+
+def test_the_clock_is_that_of_redis(app: Flask, redis: Redis) -> None:
+    with app.app_context():
+        assert redis.time()[0] - 1 <= sessions.clock() <= redis.time()[0] + 1
+
+
+def test_the_session_key_of_the_last_login_counts_whichever_is_done_last(app: Flask) -> None:
+    with app.app_context():
+        assert sessions.session_keys(1) == []
+        for session_key, asked_at, answered_at in (("old", 1, 2), ("newest", 5, 6), ("newer", 3, 4)):
+            sessions.keep_session_key(1, session_key, asked_at, answered_at)
+        assert sessions.session_keys(1) == ["newest"]
+
+
+def test_of_logins_that_overlap_any_session_key_may_count(app: Flask) -> None:
+    with app.app_context():
+        for session_key, asked_at, answered_at in (("before", 1, 2), ("one", 3, 5), ("other", 4, 6)):
+            sessions.keep_session_key(1, session_key, asked_at, answered_at)
+        assert sessions.session_keys(1) == ["other", "one"]
+        for number in range(20):
+            sessions.keep_session_key(1, f"at the same moment {number}", 7, 8)
+        assert len(sessions.session_keys(1)) == 8
+
+
+def test_a_session_key_under_a_key_that_is_not_ours_any_more_is_none(
+    app: Flask, make_app: Callable[..., Flask]
+) -> None:
+    with app.app_context():
+        sessions.keep_session_key(1, "of-old", 1, 2)
+    with make_app(ENCRYPTION_KEYS=base64.b64encode(bytes(32)).decode()).app_context():
+        assert sessions.session_keys(1) == []
 
 
 def test_a_plain_read_costs_one_round_trip_and_writes_nothing(client: FlaskClient, redis: Redis, token: str) -> None:
@@ -178,20 +219,17 @@ def test_a_session_is_not_prolonged_beyond_its_absolute_end(client: FlaskClient,
 
 @pytest.mark.parametrize(("lifetime", "absolute"), [(120, 86400), (3600, 120)])
 def test_the_lifetimes_are_those_of_the_settings(
-    environ: dict[str, str], redis: Redis, simulator: Simulator, lifetime: int, absolute: int
+    make_app: Callable[..., Flask], redis: Redis, simulator: Simulator, lifetime: int, absolute: int
 ) -> None:
-    app = create_app({**environ, "SESSION_LIFETIME": str(lifetime), "SESSION_ABSOLUTE_LIFETIME": str(absolute)})
+    app = make_app(SESSION_LIFETIME=str(lifetime), SESSION_ABSOLUTE_LIFETIME=str(absolute))
     login = app.test_client().post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]
     assert 60 < redis.ttl(store_id(login["token"])) <= 120
     assert redis.ttl(f"user:{login['user']['id']}:sessions") <= absolute
-    for part in ("redis", "wechat"):
-        app.extensions[part].close()
-    app.extensions["database"].dispose()
 
 
 def test_a_login_is_stored_before_anybody_is_told_its_token(app: Flask, redis: Redis) -> None:
     with app.test_request_context("/", headers={"Authorization": "Bearer none"}):
-        assert redis.get(store_id(sessions.log_in(1, "session-key"))) is not None
+        assert redis.get(store_id(sessions.log_in(1))) is not None
 
 
 def test_a_login_in_the_middle_of_logging_out_everywhere_can_be_logged_out_the_next_time(

@@ -56,7 +56,7 @@ def test_one_who_asks_later_is_told_that_it_is_done(app: Flask) -> None:
         ask(app, lambda: None)
 
 
-def test_a_crash_of_the_caller_lets_those_who_wait_call_themselves(app: Flask) -> None:
+def test_a_crash_of_the_caller_is_told_to_those_who_wait_and_the_next_one_calls_again(app: Flask) -> None:
     started = threading.Event()
 
     def crash() -> None:
@@ -67,10 +67,13 @@ def test_a_crash_of_the_caller_lets_those_who_wait_call_themselves(app: Flask) -
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, app, crash)
         started.wait(5)
-        second = pool.submit(ask, app, lambda: "mine")
-        assert second.result(5) == "mine"
+        second = pool.submit(ask, app, lambda: pytest.fail("the call may have been made"))
+        with pytest.raises(ApiError) as caught:
+            second.result(5)
         with pytest.raises(RuntimeError):
             first.result(5)
+    assert caught.value.api_code is Code.UNAVAILABLE
+    assert ask(app, lambda: "now it works") == "now it works"
 
 
 def test_a_call_is_taken_for_dead_after_its_patience(app: Flask, redis: Redis) -> None:

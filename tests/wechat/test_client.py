@@ -1,229 +1,215 @@
-import logging
-import threading
-import traceback
-from collections.abc import Iterator
+import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from werkzeug import Request, Response
-from werkzeug.serving import make_server
+from flask import Flask
 
 from errors import ApiError, Code
-from tests.harness import APP_ID, APP_SECRET, Simulator
-from wechat import client as wechat_client
-from wechat.client import Client
+from tests.harness import Simulator
+from wechat.client import Client, is_identifier, phone_number
 
-PATH = "/sns/jscode2session"
+CHECKSESSION, PHONE = "/wxa/checksession", "/wxa/business/getuserphonenumber"
+CHECK, SEND, TOKEN = "/wxa/msg_sec_check", "/cgi-bin/message/subscribe/send", "/cgi-bin/stable_token"
+PHONE_INFO = {"phoneNumber": "13812345678", "purePhoneNumber": "13812345678", "countryCode": "86"}
 
 
 @pytest.fixture
-def client(simulator: Simulator) -> Iterator[Client]:
-    client = make_client(simulator.url)
-    yield client
-    client.close()
+def client(app: Flask) -> Client:
+    return app.extensions["wechat"].client
 
 
-def make_client(base_url: str, app_id: str = APP_ID, app_secret: str = APP_SECRET) -> Client:
-    return Client(app_id=app_id, app_secret=app_secret, base_url=base_url, connections=4)
-
-
-def failure(client: Client, code: str) -> ApiError:
+def code_of(call: Callable[[], Any]) -> Code:
+    """The code with which a call fails."""
     with pytest.raises(ApiError) as caught:
-        client.code_to_session(code)
-    return caught.value
+        call()
+    return caught.value.api_code
 
 
 def test_a_code_is_worth_an_openid_and_a_session_key(client: Client, simulator: Simulator) -> None:
     session = client.code_to_session(simulator.code(openid="o-alice", unionid="u-alice"))
     assert (session.openid, session.unionid) == ("o-alice", "u-alice")
-    assert len(session.session_key) == 24
+    assert session.session_key == simulator.session_key("o-alice")
 
 
-def test_success_is_seen_with_errcode_0_and_without_errcode(client: Client, simulator: Simulator) -> None:
-    for _ in range(4):  # the simulator says it either way in turn
-        assert client.code_to_session(simulator.code(openid="o-alice")).unionid is None
+@pytest.mark.parametrize("name", ["o-1,o-2", "", "o 1", "o" * 65, "ö", "o\n", None, 5])
+def test_what_cannot_be_an_openid_is_none(name: object) -> None:
+    assert not is_identifier(name)
+    assert is_identifier("oGZUI0egBJY1zhBYw2KhdUfwVJJE")
 
 
 def test_login_takes_no_access_token(client: Client, simulator: Simulator) -> None:
     client.code_to_session(simulator.code())
-    assert simulator.calls() == [{"path": PATH, "parameters": ["appid", "grant_type", "js_code", "secret"]}]
+    (call,) = simulator.calls()
+    assert (call["path"], call["parameters"]) == ("/sns/jscode2session", ["appid", "grant_type", "js_code", "secret"])
 
 
 def test_a_code_that_is_unknown_too_old_or_used_is_told_apart(client: Client, simulator: Simulator) -> None:
-    assert failure(client, "0unknown").api_code is Code.WECHAT_CODE_INVALID
-    assert failure(client, simulator.code(expires_in=-1)).api_code is Code.WECHAT_CODE_INVALID
+    assert code_of(lambda: client.code_to_session("0unknown")) is Code.WECHAT_CODE_INVALID
+    assert code_of(lambda: client.code_to_session(simulator.code(expires_in=-1))) is Code.WECHAT_CODE_INVALID
     code = simulator.code()
     client.code_to_session(code)
-    assert failure(client, code).api_code is Code.WECHAT_CODE_USED
+    assert code_of(lambda: client.code_to_session(code)) is Code.WECHAT_CODE_USED
 
 
-def test_a_wrong_app_id_or_secret_is_for_an_operator(simulator: Simulator) -> None:
-    for different in ({"app_id": "wx-other"}, {"app_secret": "other"}):
-        client = make_client(simulator.url, **different)
-        assert failure(client, simulator.code()).api_code is Code.WECHAT_REFUSED
-        client.close()
+def test_a_wrong_app_id_or_secret_is_for_an_operator(make_app: Callable[..., Flask], simulator: Simulator) -> None:
+    for different in ({"WECHAT_APP_ID": "wx-other"}, {"WECHAT_APP_SECRET": "other"}):
+        client = make_app(**different).extensions["wechat"].client
+        assert code_of(lambda: client.code_to_session(simulator.code())) is Code.WECHAT_REFUSED  # noqa: B023
+        assert code_of(lambda: client.is_risky("text", "o-alice")) is Code.WECHAT_REFUSED  # noqa: B023
 
 
 @pytest.mark.parametrize(
-    ("errcode", "code"),
+    "answer",
     [
-        (-1, Code.UNAVAILABLE),
-        (40029, Code.WECHAT_CODE_INVALID),
-        (40163, Code.WECHAT_CODE_USED),
-        (40226, Code.WECHAT_HIGH_RISK_USER),
-        (41002, Code.WECHAT_REFUSED),
-        (41004, Code.WECHAT_REFUSED),
-        (41008, Code.WECHAT_CODE_INVALID),
-        (40013, Code.WECHAT_REFUSED),
-        (40125, Code.WECHAT_REFUSED),
-        (40164, Code.WECHAT_REFUSED),
-        (48001, Code.WECHAT_REFUSED),
-        (45009, Code.UNAVAILABLE),
-        (45011, Code.UNAVAILABLE),
-        (40001, Code.UPSTREAM_INVALID),
-        (47001, Code.UPSTREAM_INVALID),
-        (99999, Code.UPSTREAM_INVALID),
+        {},
+        {"openid": "o"},
+        {"openid": 1, "session_key": "k"},
+        {"openid": "\ud800", "session_key": "k"},
+        {"openid": "o" * 65, "session_key": "k"},
+        {"openid": "o", "session_key": "k", "unionid": 5},
     ],
 )
-def test_each_errcode_has_its_code(client: Client, simulator: Simulator, errcode: int, code: Code) -> None:
-    simulator.fault("errcode", times=2, errcode=errcode)
-    assert failure(client, simulator.code()).api_code is code
+def test_an_answer_to_a_login_that_names_nobody_is_invalid(
+    client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    answer_with(client, monkeypatch, answer)
+    assert code_of(lambda: client.code_to_session("0code")) is Code.UPSTREAM_INVALID
+
+
+def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
+    monkeypatch.setattr(client._transport, "_exchange", lambda *_: (200, json.dumps(answer).encode()))
+
+
+def test_whether_a_session_key_still_holds_is_asked_of_wechat(client: Client, simulator: Simulator) -> None:
+    first = client.code_to_session(simulator.code(openid="o-alice"))
+    assert client.is_session_key_valid("o-alice", first.session_key)
+    second = client.code_to_session(simulator.code(openid="o-alice"))
+    assert not client.is_session_key_valid("o-alice", first.session_key)
+    assert client.is_session_key_valid("o-alice", second.session_key)
+    assert not client.is_session_key_valid("o-bob", second.session_key)
+    (call, *_) = simulator.calls(CHECKSESSION)
+    assert call["parameters"] == ["access_token", "openid", "sig_method", "signature"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"),
-    [("http_500", Code.UPSTREAM_INVALID), ("not_json", Code.UPSTREAM_INVALID), ("close", Code.UNAVAILABLE)],
+    ("wanted", "number"),
+    [
+        ({"phone": "13812345678"}, "13812345678"),
+        ({"phone": "13812345678", "country_code": 86}, "13812345678"),
+        ({"phone": "2025550123", "country_code": "1"}, "+12025550123"),
+    ],
 )
-def test_each_way_to_break_has_its_code(client: Client, simulator: Simulator, kind: str, code: Code) -> None:
-    simulator.fault(kind, times=2)
-    assert failure(client, simulator.code()).api_code is code
-
-
-def test_an_answer_that_takes_too_long_is_not_waited_for(
-    client: Client, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+def test_a_phone_code_is_worth_a_number(
+    client: Client, simulator: Simulator, wanted: dict[str, Any], number: str
 ) -> None:
-    monkeypatch.setattr(wechat_client, "READ_SECONDS", 0.2)
-    simulator.fault("slow", seconds=1)
-    assert failure(client, simulator.code()).api_code is Code.UPSTREAM_TIMEOUT
-    assert len(simulator.calls()) == 1
+    for _ in range(2):  # the country code comes as a string and as a number in turn
+        code = simulator.phone_code(openid="o-alice", **wanted)
+        assert client.code_to_phone(code, "o-alice") == number
 
 
-def test_an_answer_that_trickles_in_for_too_long_is_not_waited_for(
-    client: Client, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+def test_a_phone_code_is_that_of_one_user_and_works_once(client: Client, simulator: Simulator) -> None:
+    code = simulator.phone_code(openid="o-alice")
+    assert code_of(lambda: client.code_to_phone(code, "o-bob")) is Code.WECHAT_CODE_INVALID
+    assert client.code_to_phone(code, "o-alice")
+    assert code_of(lambda: client.code_to_phone(code, "o-alice")) is Code.WECHAT_CODE_INVALID
+    assert code_of(lambda: client.code_to_phone(simulator.code(), "o-alice")) is Code.WECHAT_CODE_INVALID
+
+
+@pytest.mark.parametrize(
+    ("different", "number"),
+    [
+        ({}, "13812345678"),
+        ({"countryCode": 86}, "13812345678"),
+        ({"phoneNumber": "85213812345678", "countryCode": 852}, "+85213812345678"),
+        ({"countryCode": None}, None),
+        ({"countryCode": True}, None),
+        ({"countryCode": {}}, None),
+        ({"purePhoneNumber": None}, None),
+        ({"purePhoneNumber": "138 1234"}, None),
+        ({"purePhoneNumber": "１３８１２３４５６７８"}, None),
+        ({"phoneNumber": "1" * 16, "purePhoneNumber": "1" * 16}, None),
+        ({"purePhoneNumber": ["13812345678"]}, None),
+        ({"phoneNumber": None}, None),
+        ({"phoneNumber": "13987654321"}, None),
+    ],
+)
+def test_a_phone_number_is_read_or_none(different: dict[str, Any], number: str | None) -> None:
+    assert phone_number({**PHONE_INFO, **different}) == number
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"phone_info": None},
+        {"phone_info": PHONE_INFO},
+        {"phone_info": {**PHONE_INFO, "watermark": {"appid": "wx-other"}}},
+    ],
+)
+def test_an_answer_without_a_phone_number_of_ours_is_invalid(
+    client: Client, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(wechat_client, "ANSWER_SECONDS", 0.5)
-    simulator.fault("trickle", seconds=60)
-    assert failure(client, simulator.code()).api_code is Code.UPSTREAM_TIMEOUT
-    assert len(simulator.calls()) == 1
+    monkeypatch.setattr(client._access_token, "get", lambda **_: "token")
+    answer_with(client, monkeypatch, answer)
+    assert code_of(lambda: client.code_to_phone("code", "o-alice")) is Code.UPSTREAM_INVALID
 
 
-def test_an_answer_that_does_not_end_is_not_read_to_its_end(
-    client: Client, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wechat_client, "MAXIMUM_ANSWER_BYTES", 3)
-    simulator.fault("trickle", seconds=60)
-    assert failure(client, simulator.code()).api_code is Code.UPSTREAM_INVALID
+@pytest.mark.parametrize(("text", "risky"), [("你好", False), ("可疑", False), ("违禁", True)])
+def test_wechat_says_which_text_is_risky(client: Client, simulator: Simulator, text: str, risky: bool) -> None:
+    client.code_to_session(simulator.code(openid="o-alice"))
+    assert client.is_risky(text, "o-alice", nickname="某人") is risky
 
 
-def test_no_answer_takes_longer_than_it_says() -> None:
-    longest_try = wechat_client.ANSWER_SECONDS + wechat_client.READ_SECONDS
-    assert 2 * longest_try + wechat_client.RETRY_PAUSE_SECONDS < wechat_client.PATIENCE_SECONDS
+def test_the_author_of_a_text_must_have_been_in_the_mini_program_lately(client: Client, simulator: Simulator) -> None:
+    assert code_of(lambda: client.is_risky("text", "o-nobody")) is Code.SESSION_KEY_STALE
 
 
-def test_neither_a_redirect_is_followed_nor_a_cookie_kept() -> None:
-    seen = []
-
-    @Request.application
-    def elsewhere(request: Request) -> Response:
-        seen.append((request.path, dict(request.cookies)))
-        return Response(status=302, headers={"Location": "/elsewhere", "Set-Cookie": "tracked=yes; Path=/"})
-
-    server = make_server("127.0.0.1", 0, elsewhere)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    client = make_client(f"http://127.0.0.1:{server.server_port}")
-    try:
-        assert [failure(client, "0code").api_code for _ in range(2)] == [Code.UPSTREAM_INVALID] * 2
-    finally:
-        client.close()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    assert seen == [(PATH, {})] * 2
-
-
-def test_nobody_listening_is_unavailable() -> None:
-    client = make_client("http://127.0.0.1:9")
-    assert failure(client, "0code").api_code is Code.UNAVAILABLE
-    client.close()
-
-
-@pytest.mark.parametrize("kind", ["errcode", "close"])
-def test_busy_and_a_lost_connection_are_tried_once_more_and_no_more(
-    client: Client, simulator: Simulator, kind: str
-) -> None:
-    simulator.fault(kind, times=1)
-    assert client.code_to_session(simulator.code(openid="o-alice")).openid == "o-alice"
-    assert len(simulator.calls()) == 2
-    simulator.fault(kind, times=10)
-    failure(client, simulator.code())
-    assert len(simulator.calls()) == 4
-
-
-def test_what_cannot_succeed_is_not_tried_again(client: Client, simulator: Simulator) -> None:
-    simulator.fault("errcode", times=10, errcode=40226)
-    failure(client, simulator.code())
-    assert len(simulator.calls()) == 1
-
-
-@pytest.mark.parametrize("fault", ["errcode", "http_500", "not_json", "close", "slow", None])
-def test_a_failure_is_logged_and_neither_it_nor_the_log_holds_the_secret_or_the_code(
-    simulator: Simulator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: str | None
-) -> None:
-    monkeypatch.setattr(wechat_client, "READ_SECONDS", 0.2)
-    caplog.set_level(logging.DEBUG)
-    code = simulator.code()
-    client = make_client(simulator.url if fault else "http://127.0.0.1:9")
-    if fault:
-        simulator.fault(fault, times=2, errcode=40226, seconds=0.5)
-    error = failure(client, code)
-    client.close()
-    (line,) = [record for record in caplog.records if record.name == "wechat.client"]
-    assert vars(line)["interface"] == PATH
-    everything = "".join(traceback.format_exception(error)) + "".join(str(vars(record)) for record in caplog.records)
-    assert APP_SECRET not in everything
-    assert code not in everything
-
-
-def test_the_request_id_that_wechat_support_asks_for_is_logged(
+def test_a_subscribe_message_is_sent_to_who_subscribed_and_43101_is_no_failure(
     client: Client, simulator: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
-    failure(client, "0unknown")
-    assert ", rid: " in vars(caplog.records[-1])["reason"]
+    client.code_to_session(simulator.code(openid="o-alice"))
+    simulator.accept("o-alice", "T-paid")
+    data = {"thing1": "一杯茶", "amount2": "¥8.00"}
+    assert client.send_subscribe_message("o-alice", "T-paid", data, page="pages/orders/index?id=7", lang="zh_CN")
+    (sent,) = simulator.subscribe_messages()
+    assert sent["data"] == {"thing1": {"value": "一杯茶"}, "amount2": {"value": "¥8.00"}}
+    assert (sent["page"], sent["lang"]) == ("pages/orders/index?id=7", "zh_CN")
+    assert "miniprogram_state" not in sent
+    caplog.clear()
+    assert not client.send_subscribe_message("o-alice", "T-paid", data)
+    assert not [record for record in caplog.records if record.name.startswith("wechat")]
 
 
-@pytest.mark.parametrize(
-    ("errcode", "level"), [(40125, logging.ERROR), (99999, logging.ERROR), (-1, logging.WARNING), (40029, logging.INFO)]
-)
-def test_a_failure_is_as_loud_as_it_is_in_need_of_somebody(
-    client: Client, simulator: Simulator, caplog: pytest.LogCaptureFixture, errcode: int, level: int
+def test_a_subscribe_message_that_cannot_be_is_a_failure(client: Client, simulator: Simulator) -> None:
+    client.code_to_session(simulator.code(openid="o-alice"))
+    assert code_of(lambda: client.send_subscribe_message("o-alice", "T-none", {})) is Code.UPSTREAM_INVALID
+
+
+def test_a_subscribe_message_is_not_sent_twice_when_its_answer_is_lost(client: Client, simulator: Simulator) -> None:
+    client.code_to_session(simulator.code(openid="o-alice"))
+    simulator.accept("o-alice", "T-paid")
+    simulator.fault("close", path=SEND)
+    assert code_of(lambda: client.send_subscribe_message("o-alice", "T-paid", {})) is Code.UNAVAILABLE
+    assert len(simulator.calls(SEND)) == 1
+
+
+@pytest.mark.parametrize("errcode", [40001, 40014, 42001])
+def test_an_invalid_access_token_is_replaced_once_and_the_call_is_made_once_more(
+    client: Client, simulator: Simulator, errcode: int
 ) -> None:
-    caplog.set_level(logging.DEBUG)
-    simulator.fault("errcode", times=2, errcode=errcode)
-    failure(client, simulator.code())
-    assert [record.levelno for record in caplog.records if record.name == "wechat.client"] == [level]
+    client.code_to_session(simulator.code(openid="o-alice"))
+    client.is_risky("warm", "o-alice")
+    simulator.fault("errcode", errcode=errcode, path=CHECK)
+    assert client.is_risky("违禁", "o-alice")  # the body went along the second time
+    assert len(simulator.calls(CHECK)) == 3
 
 
-@pytest.mark.parametrize(
-    "body",
-    ["[]", "null", "{}", '{"openid": "o"}', '{"openid": 1, "session_key": "k"}', '{"errcode": "x"}', "[" * 100_000]
-    + [
-        '{"errcode": 1e999}',
-        '{"openid": "\\ud800", "session_key": "k"}',
-        '{"openid": "%s", "session_key": "k"}' % ("o" * 65),
-    ]
-    + ['{"openid": "o", "session_key": "k", "unionid": 5}'],
-)
-def test_json_that_is_no_answer_is_invalid(client: Client, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    monkeypatch.setattr(client, "_exchange", lambda *_: (200, body.encode()))
-    assert failure(client, "0code").api_code is Code.UPSTREAM_INVALID
+def test_a_wechat_that_always_calls_the_token_invalid_is_called_twice_a_request(
+    client: Client, simulator: Simulator
+) -> None:
+    simulator.fault("errcode", times=100, errcode=40001, path=CHECK)
+    for number in range(1, 6):
+        assert code_of(lambda: client.is_risky("text", "o-alice")) is Code.UPSTREAM_INVALID
+        assert len(simulator.calls(CHECK)) == 2 * number
+    assert len(simulator.calls(TOKEN)) <= 4  # and WeChat is not asked for a token again and again

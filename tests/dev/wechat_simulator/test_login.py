@@ -115,3 +115,32 @@ def test_each_kind_of_fault_is_what_it_says(simulator: Simulator) -> None:
 )
 def test_a_fault_that_could_never_happen_is_refused(simulator: Simulator, fault: dict[str, str]) -> None:
     assert requests.post(f"{simulator.url}/simulator/faults", json=fault, timeout=5).status_code == 400
+
+
+def test_the_harness_steers_the_server_api(simulator: Simulator) -> None:
+    def post(path: str, **body: Any) -> dict[str, Any]:
+        query = {"access_token": simulator.access_token()}
+        answer: dict[str, Any] = requests.post(simulator.url + path, params=query, json=body, timeout=5).json()
+        return answer
+
+    stable = {"grant_type": "client_credential", "appid": APP_ID, "secret": APP_SECRET}
+    assert simulator.access_token() is None
+    first = post("/cgi-bin/stable_token", **stable)["access_token"]
+    assert simulator.access_token() == first
+    simulator.drop_access_token()
+    assert post("/cgi-bin/stable_token", **stable)["access_token"] != first
+    message = {"touser": "o-alice", "template_id": "t-order", "data": {"thing1": {"value": "茶"}}}
+    simulator.accept("o-alice", "t-order", times=2)
+    assert post("/cgi-bin/message/subscribe/send", **message)["errcode"] == 0
+    assert simulator.subscribe_messages() == [message]
+    simulator.fault("errcode", path="/wxa/business/getuserphonenumber", errcode=-1)
+    code = simulator.phone_code(phone="13800138000")
+    answers = [post("/wxa/business/getuserphonenumber", code=code) for _ in range(2)]
+    assert [answer["errcode"] for answer in answers] == [-1, 0]
+    assert [call["parameters"] for call in simulator.calls("/wxa/business/getuserphonenumber")] == [
+        ["access_token"]
+    ] * 2
+    redeem(simulator, simulator.code(openid="o-alice"))
+    assert simulator.user_data("o-alice", {"nickName": "小明"})["rawData"] == '{"nickName":"小明"}'
+    simulator.travel(7200)
+    assert simulator.access_token() is None

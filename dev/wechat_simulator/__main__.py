@@ -1,0 +1,51 @@
+import argparse
+
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+from dev.wechat_simulator import PushSettings, create_simulator
+
+
+class QuietHandler(WSGIRequestHandler):
+    """Writes no access log: its lines would hold the app secret."""
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        pass
+
+
+def web_app(argument: str) -> tuple[str, str]:
+    app_id, _, app_secret = argument.partition(":")
+    if not (app_id and app_secret):
+        raise argparse.ArgumentTypeError("ID:SECRET is wanted")
+    return app_id, app_secret
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dev.wechat_simulator", description="WeChat's side of one mini-program, on 127.0.0.1."
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--port", type=int, help="the TCP port to listen on")
+    where.add_argument("--fd", type=int, help="a socket that listens already")
+    parser.add_argument("--app-id", required=True)
+    parser.add_argument("--app-secret", required=True)
+    parser.add_argument(
+        "--web-app", type=web_app, action="append", default=[], metavar="ID:SECRET", help="repeat it for more of them"
+    )
+    parser.add_argument("--push-token", default="")
+    parser.add_argument("--push-aes-key", default="", help="43 characters; without it, pushes are plain")
+    parser.add_argument("--push-url", default="", help="where pushes go that name no url")
+    options = parser.parse_args()
+    push = PushSettings(options.push_token, options.push_aes_key, options.push_url)
+    server = make_server(
+        "127.0.0.1",
+        options.port or 0,
+        create_simulator(options.app_id, options.app_secret, dict(options.web_app), push),
+        threaded=True,
+        request_handler=QuietHandler,
+        fd=options.fd,
+    )
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

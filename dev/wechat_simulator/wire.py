@@ -1,0 +1,110 @@
+"""How WeChat takes a request and answers it."""
+
+import secrets
+import time
+from typing import Any
+
+from flask import Response, json, request
+
+ERRMSG = {
+    -1: "system error",
+    40001: "invalid credential, access_token is invalid or not latest",
+    40002: "invalid grant_type",
+    40003: "invalid openid",
+    40013: "invalid appid",
+    40014: "invalid access_token",
+    40029: "invalid code",
+    40030: "invalid refresh_token",
+    40037: "invalid template_id",
+    40125: "invalid appsecret",
+    40129: "invalid scene",
+    40163: "code been used",
+    40226: "code blocked",
+    41001: "access_token missing",
+    41002: "appid missing",
+    41003: "missing refresh_token",
+    41004: "appsecret missing",
+    41008: "missing code",
+    41009: "missing openid",
+    41030: "invalid page",
+    42001: "access_token expired",
+    42002: "refresh_token expired",
+    43101: "user refuse to accept the msg",
+    45009: "reach max api daily quota limit",
+    45011: "api minute-quota reach limit  mustslower  retry next minute",
+    47001: "data format error",
+    47003: "argument invalid!",
+    48001: "api unauthorized",
+    61010: "user has not visited recently",
+    87008: "invalid sig_method",
+    87009: "invalid signature",
+}
+OK = {"errcode": 0, "errmsg": "ok"}
+
+
+class Refused(Exception):
+    """WeChat answers with an errcode."""
+
+    def __init__(self, errcode: int) -> None:
+        super().__init__(errcode)
+        self.errcode = errcode
+
+
+def answer(body: dict[str, Any]) -> Response:
+    """JSON, which below sns/ says that it is text."""
+    if request.path.startswith("/sns/"):
+        return Response(json.dumps(body), content_type="text/plain")
+    return Response(json.dumps(body), content_type="application/json; charset=utf-8")
+
+
+def refusal(refused: Refused) -> Response:
+    """WeChat's way to fail: HTTP 200, with a request id for its support in errmsg."""
+    errmsg = ERRMSG.get(refused.errcode, "unknown error")
+    rid = f"{int(time.time()):08x}-{secrets.token_hex(4)}-{secrets.token_hex(4)}"
+    return answer({"errcode": refused.errcode, "errmsg": f"{errmsg}, rid: {rid}"})
+
+
+def require(**errcode_if_missing: int) -> None:
+    """Check that the query has these parameters."""
+    for name, errcode in errcode_if_missing.items():
+        if not request.args.get(name):
+            raise Refused(errcode)
+
+
+def posted() -> dict[str, Any]:
+    """Read the body of a call of WeChat's API."""
+    try:
+        body = json.loads(request.get_data())
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise Refused(47001)
+    return body
+
+
+def text(body: dict[str, Any], name: str) -> str:
+    """Read a member of a body; what is no text counts as none."""
+    value = body.get(name)
+    return value if isinstance(value, str) else ""
+
+
+class BadWish(Exception):
+    """What /simulator is asked for cannot be understood."""
+
+
+def wish(*required: str) -> dict[str, Any]:
+    """Read the body of a request to /simulator, whatever its content type: curl says it is a form.
+
+    :param required: names that it must hold.
+    :raises BadWish: if it is no JSON object, or lacks one.
+    """
+    try:
+        body = json.loads(request.get_data() or "{}")
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise BadWish("a JSON object is wanted")
+    for name in required:
+        if name not in body:
+            raise BadWish(f"{name} is wanted")
+    return body

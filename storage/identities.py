@@ -1,0 +1,84 @@
+"""Who is who: the one user behind the openids that several of our apps know him under."""
+
+import logging
+
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.exc import DBAPIError
+
+from errors import ApiError, Code
+from storage import database
+from storage.models import Identity, User, now
+
+logger = logging.getLogger(__name__)
+
+TRIES = 10
+
+
+def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
+    """Find the one user of this app and openid, creating it at the first login, however many arrive at once.
+
+    The same unionid under another app is the same user. Users who turn out to be one are made one: the oldest stays,
+    and the sessions of the others end. Commits; what was not committed before may be lost.
+
+    :raises ApiError: UNAVAILABLE if others changed the same user all the time.
+    """
+    mine = and_(Identity.app_id == app_id, Identity.openid == openid)
+    known = select(User).join(Identity, Identity.user_id == User.id).where(mine)
+    for _ in range(TRIES):
+        user = database.session.scalar(known)
+        if user is not None and unionid in (None, user.unionid):
+            database.session.commit()
+            return user
+        # A transaction of its own that begins with a write: under MySQL's idempotent read the old one goes on seeing
+        # what was, and SQLite lets nobody write who has read what somebody else then changed.
+        database.session.rollback()
+        try:
+            if user is not None:
+                database.session.execute(update(Identity).where(mine).values(openid=Identity.openid))
+            else:
+                moment = now()
+                database.insert_unless_exists(
+                    User, app_id=app_id, openid=openid, unionid=unionid, created_at=moment, updated_at=moment
+                )
+            user = _merge(app_id, openid, unionid)
+            database.insert_unless_exists(
+                Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at
+            )
+            database.session.commit()
+        except DBAPIError as error:  # such as somebody else who gave the same unionid to another user meanwhile
+            database.session.rollback()
+            if not database.is_lost_race(error):
+                raise
+    raise ApiError(Code.UNAVAILABLE)
+
+
+def _merge(app_id: str, openid: str, unionid: str | None) -> User:
+    """Make one of all users who are this one."""
+    linked = select(Identity.user_id).where(Identity.app_id == app_id, Identity.openid == openid)
+    is_he = [and_(User.app_id == app_id, User.openid == openid), User.id.in_(linked)]
+    if unionid is not None:
+        is_he.append(User.unionid == unionid)
+    # Locked: what somebody else commits to one of them meanwhile must not go with it.
+    user, *others = database.session.scalars(select(User).where(or_(*is_he)).order_by(User.id).with_for_update())
+    for other in others:
+        for name in ("nickname", "avatar_url", "phone"):
+            if getattr(user, name) is None:
+                setattr(user, name, getattr(other, name))
+        if other.role == "admin":
+            user.role = other.role
+        database.session.execute(update(Identity).where(Identity.user_id == other.id).values(user_id=user.id))
+        database.session.delete(other)
+        database.session.flush()
+        logger.warning("users merged", extra={"userId": user.id, "mergedUserId": other.id})
+    if unionid is not None:
+        user.unionid = unionid
+    return user
+
+
+def openid_of(user_id: int, app_id: str) -> str | None:
+    """Under which openid one of our apps knows a user; None if it does not. Ends the transaction."""
+    found = database.session.scalar(
+        select(Identity.openid).where(Identity.user_id == user_id, Identity.app_id == app_id)
+    )
+    database.session.rollback()  # whoever asks is about to wait for WeChat
+    return found

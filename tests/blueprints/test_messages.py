@@ -1,0 +1,392 @@
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from redis import Redis
+from redis.exceptions import RedisError
+from werkzeug.test import TestResponse
+
+from blueprints import messages
+from storage import database
+from storage.models import Identity, User
+from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, Simulator, bearer, wait_until
+from wechat.crypto import push_signature
+from wechat.push import MessagePush
+
+URL = "/api/v1/wechat/messages"
+EVENT = {
+    "ToUserName": "gh_97417a04a28d",
+    "FromUserName": "o-alice",
+    "CreateTime": 1714037059,
+    "MsgType": "event",
+    "Event": "debug_demo",
+    "debug_str": "你好",
+}
+TEXT = {**EVENT, "MsgType": "text", "Content": "在吗", "MsgId": 23456}
+WECHAT = MessagePush(PUSH_TOKEN, PUSH_AES_KEY, APP_ID)
+
+
+@pytest.fixture
+def handled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What handlers of the event and of texts were given."""
+    given: list[dict[str, Any]] = []
+    handlers = {("event", "debug_demo"): [given.append], ("text", ""): [given.append]}
+    monkeypatch.setattr(messages, "handlers", handlers)
+    monkeypatch.setattr(messages, "responders", {})
+    return given
+
+
+def signed(*more: str, timestamp: float | None = None, token: str = PUSH_TOKEN) -> dict[str, str]:
+    moment = str(int(timestamp or time.time()))
+    query = {"timestamp": moment, "nonce": "n0", "signature": push_signature(token, moment, "n0")}
+    return query | ({"msg_signature": push_signature(token, moment, "n0", *more)} if more else {})
+
+
+def seal(message: dict[str, Any], form: Any = "json") -> tuple[dict[str, str], bytes]:
+    """The query and the body with which WeChat posts a message in safe mode."""
+    sealed = WECHAT.seal(message, form, time.time())
+    encrypted = json.loads(sealed)["Encrypt"] if form == "json" else between(sealed, "Encrypt")
+    return signed(encrypted), sealed.encode()
+
+
+def between(text: str, name: str) -> str:
+    return text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
+
+
+def push(client: FlaskClient, message: dict[str, Any], form: Any = "json") -> TestResponse:
+    query, body = seal(message, form)
+    with client.post(URL, query_string=query, data=body) as answer:
+        answer.get_data()
+    return answer
+
+
+def settled(app: Flask) -> None:
+    wait_until(lambda: app.extensions["background"].pending == 0)
+
+
+def test_the_address_is_verified(client: FlaskClient) -> None:
+    answer = client.get(URL, query_string={**signed(), "echostr": "4375120948345356249"})
+    assert (answer.status_code, answer.data) == (200, b"4375120948345356249")
+    assert answer.content_type == "text/plain; charset=utf-8"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "query", [signed(token="other"), signed(timestamp=1), {**signed(), "nonce": "other"}, {**signed(), "signature": ""}]
+)
+def test_who_does_not_know_the_token_gets_no_echo(client: FlaskClient, query: dict[str, str]) -> None:
+    answer = client.get(URL, query_string={**query, "echostr": "<script>"})
+    assert (answer.status_code, answer.get_json()["code"]) == (400, 464)
+    assert "script" not in answer.text
+
+
+def test_a_verification_without_its_parameters_is_400(client: FlaskClient) -> None:
+    answer = client.get(URL)
+    assert (answer.status_code, answer.get_json()["code"]) == (400, 400)
+    assert "signature" in answer.get_json()["data"]["errors"]
+
+
+@pytest.mark.parametrize("form", ["json", "xml"])
+@pytest.mark.parametrize("message", [EVENT, TEXT])
+def test_a_message_is_handled_once_however_often_it_comes(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], form: str, message: dict[str, Any]
+) -> None:
+    for _ in range(3):
+        answer = push(client, message, form)
+        assert (answer.status_code, answer.data) == (200, b"success")
+    settled(app)
+    (fields,) = handled
+    assert fields["FromUserName"] == "o-alice"
+    assert fields["debug_str"] == "你好"
+
+
+def test_all_instances_recognise_a_repeat(make_app: Callable[..., Flask], handled: list[dict[str, Any]]) -> None:
+    apps = [make_app() for _ in range(2)]
+    for app in apps:
+        assert push(app.test_client(), TEXT).status_code == 200
+        settled(app)
+    assert len(handled) == 1
+
+
+def test_handlers_begin_after_the_answer_has_gone_out(client: FlaskClient, handled: list[dict[str, Any]]) -> None:
+    query, body = seal(EVENT)
+    answer = client.post(URL, query_string=query, data=body)
+    assert answer.data == b"success"
+    time.sleep(0.2)
+    assert handled == []
+    answer.close()  # which a server does when it has sent the last byte
+    wait_until(lambda: handled)
+
+
+def test_an_answer_does_not_wait_for_its_handlers(
+    app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(messages, "handlers", {("event", "debug_demo"): [lambda _: gate.wait(10)]})
+    assert push(client, EVENT).data == b"success"
+    assert app.extensions["background"].pending == 1
+    gate.set()
+    settled(app)
+
+
+def test_functions_are_registered_by_type_and_by_event(app: Flask, client: FlaskClient, handled: Any) -> None:
+    seen: list[str] = []
+    messages.on("event")(lambda message: seen.append(f"any: {message['Event']}"))
+    messages.on("event", "debug_demo")(lambda message: seen.append("demo"))
+    for message in (EVENT, {**EVENT, "Event": "other"}, {**EVENT, "Event": ["odd"]}, TEXT, {"ToUserName": "gh"}):
+        assert push(client, message).data == b"success"
+        settled(app)
+    assert sorted(seen) == ["any: ['odd']", "any: debug_demo", "any: other", "demo"]
+
+
+def test_a_handler_that_fails_is_logged_with_the_trace_id_and_counted_and_stops_no_other(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
+) -> None:
+    def fail(message: dict[str, Any]) -> None:
+        raise RuntimeError("the reason")
+
+    messages.handlers["event", "debug_demo"].insert(0, fail)
+    answer = push(client, EVENT)
+    settled(app)
+    (line,) = [line for line in log_lines() if line["message"] == "background work failed"]
+    assert line["traceId"] == answer.headers["X-Trace-Id"]
+    assert app.extensions["background"].failures == 1
+    assert len(handled) == 1
+
+
+def test_more_than_can_be_handled_is_refused_for_wechat_to_send_again(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.extensions["background"], "_backlog", 0)
+    answer = push(client, EVENT)
+    assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
+    monkeypatch.undo()
+    messages.handlers["event", "debug_demo"] = [handled.append]
+    assert push(client, EVENT).status_code == 200
+    settled(app)
+    assert len(handled) >= 1
+
+
+def test_a_message_that_a_process_died_with_is_taken_when_wechat_sends_it_again(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], redis: Redis
+) -> None:
+    query, body = seal(EVENT)
+    client.post(URL, query_string=query, data=body)  # and the answer is never sent
+    (mark,) = redis.scan_iter("message:*")
+    assert 0 < redis.ttl(mark) < 5
+    assert push(client, EVENT).status_code == 503  # it may be in hand yet, but nobody may take it for done
+    redis.delete(mark)  # the seconds are over
+    assert push(client, EVENT).status_code == 200
+    settled(app)
+    assert len(handled) == 1
+    assert redis.ttl(mark) > 86400 - 60
+
+
+def test_a_message_whose_answer_was_slow_is_handled_once(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], redis: Redis
+) -> None:
+    answers = []
+    for _ in range(2):
+        query, body = seal(EVENT)
+        answers.append(client.post(URL, query_string=query, data=body))
+        redis.delete(*redis.scan_iter("message:*"))  # the seconds are over
+    for answer in answers:
+        answer.close()
+    settled(app)
+    assert len(handled) == 1
+
+
+def test_a_message_is_rather_handled_twice_than_not_at_all_when_redis_goes_away(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, log_lines: Any
+) -> None:
+    query, body = seal(EVENT)
+    answer = client.post(URL, query_string=query, data=body)
+    monkeypatch.setattr(app.extensions["redis"], "set", Mock(side_effect=RedisError))
+    answer.close()
+    settled(app)
+    assert len(handled) == 1
+    assert "a message may be handled twice" in [line["message"] for line in log_lines()]
+
+
+@pytest.mark.parametrize("form", ["json", "xml"])
+def test_a_responder_answers_at_once_in_the_form_and_mode_of_the_account(
+    client: FlaskClient, handled: list[dict[str, Any]], form: Any
+) -> None:
+    messages.answers("text")(lambda message: {"MsgType": "transfer_customer_service", "ToUserName": "你好"})
+    for _ in range(2):  # a repeat is answered again
+        answer = push(client, TEXT, form)
+        assert answer.content_type.startswith({"json": "application/json", "xml": "text/xml"}[form])
+        names = ("TimeStamp", "Nonce", "MsgSignature")
+        said = [answer.get_json()[name] if form == "json" else between(answer.text, name) for name in names]
+        query = dict(zip(("timestamp", "nonce", "msg_signature"), map(str, said), strict=True))
+        reply = WECHAT.open(query, answer.data, time.time())
+        assert reply.fields == {"MsgType": "transfer_customer_service", "ToUserName": "你好"}
+
+
+def test_the_responder_of_an_event_comes_before_that_of_all_events(client: FlaskClient, handled: Any) -> None:
+    messages.answers("event")(lambda message: {"of": "all"})
+    messages.answers("event", "debug_demo")(lambda message: {"of": "one"})
+    for event, of in ((EVENT, "one"), ({**EVENT, "Event": "other"}, "all")):
+        reply = push(client, event).get_json()
+        query = {"timestamp": str(reply["TimeStamp"]), "nonce": reply["Nonce"], "msg_signature": reply["MsgSignature"]}
+        assert WECHAT.open(query, json.dumps(reply).encode(), time.time()).fields == {"of": of}
+
+
+def test_a_responder_that_fails_is_logged_and_the_handlers_run(
+    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
+) -> None:
+    messages.answers("text")(lambda message: {"Content": message["no such field"]})
+    answer = push(client, TEXT)
+    assert (answer.status_code, answer.data) == (200, b"success")
+    settled(app)
+    assert len(handled) == 1
+    (line,) = [line for line in log_lines() if line["message"] == "a responder failed"]
+    assert "no such field" in line["exc_info"]
+
+
+def test_the_log_tells_what_came_and_why_something_was_refused(
+    client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
+) -> None:
+    for _ in range(2):
+        push(client, EVENT)
+    push(client, {**EVENT, "Event": "unheard_of"})
+    client.post(URL, query_string=signed(token="other"), json=EVENT)
+    client.post(URL, query_string={**signed(), "msg_signature": "x"}, json=EVENT)
+    query, body = seal(EVENT)
+    client.post(URL, query_string={**query, "msg_signature": "x"}, data=body)
+    received = [line for line in log_lines() if line["message"] == "message received"]
+    assert [(line["event"], line["repeat"], line["handlers"]) for line in received] == [
+        ("debug_demo", False, 1),
+        ("debug_demo", True, 1),
+        ("unheard_of", False, 0),
+    ]
+    refused = [line["reason"] for line in log_lines() if line["message"] == "message push refused"]
+    assert refused == ["plain, but an EncodingAESKey is set", "another token, or altered"]
+    codes = [line["code"] for line in log_lines() if line["message"] == "request"]
+    assert codes == [None, None, None, 400, 464, 464]
+
+
+def test_a_plain_body_is_refused_whatever_the_caller_says_of_encryption(
+    client: FlaskClient, handled: list[dict[str, Any]]
+) -> None:
+    for more in ({}, {"encrypt_type": "raw"}, {"encrypt_type": "aes"}, {"msg_signature": "x"}):
+        answer = client.post(URL, query_string={**signed(), **more}, json=EVENT)
+        assert answer.status_code == 400
+        assert answer.get_json()["code"] in (400, 464)
+    assert handled == []
+
+
+@pytest.mark.parametrize("form", ["json", "xml"])
+def test_a_plain_account_takes_plain_bodies_and_answers_plainly(
+    make_app: Callable[..., Flask], handled: list[dict[str, Any]], form: Any
+) -> None:
+    app = make_app(WECHAT_PUSH_AES_KEY="")
+    messages.answers("text")(lambda message: {"Content": message["Content"]})
+    body = MessagePush(PUSH_TOKEN, None, APP_ID).seal(TEXT, form, 0)
+    with app.test_client().post(URL, query_string={**signed(), "encrypt_type": "aes"}, data=body.encode()) as answer:
+        assert answer.status_code == 200
+        assert "在吗" in answer.text
+    settled(app)
+    assert len(handled) == 1
+    forged = app.test_client().post(URL, query_string=signed(token="other"), data=body.encode())
+    assert forged.get_json()["code"] == 464
+
+
+def test_without_a_token_nothing_is_accepted(make_app: Callable[..., Flask], handled: list[dict[str, Any]]) -> None:
+    client = make_app(WECHAT_PUSH_TOKEN="", WECHAT_PUSH_AES_KEY="").test_client()
+    for answer in (
+        client.get(URL, query_string={**signed(token=""), "echostr": "x"}),
+        client.post(URL, query_string=signed(token=""), json=EVENT),
+    ):
+        assert (answer.status_code, answer.get_json()["code"]) == (404, 404)
+        assert answer.get_json()["message"] == messages.NOT_CONFIGURED.chinese
+    assert handled == []
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_the_probe_of_wechat_cloud_run_is_answered_and_does_nothing(
+    make_app: Callable[..., Flask], redis: Redis, configured: bool
+) -> None:
+    client = make_app(**({} if configured else {"WECHAT_PUSH_TOKEN": "", "WECHAT_PUSH_AES_KEY": ""})).test_client()
+    answer = client.post(URL, json={"action": "CheckContainerPath"})
+    assert (answer.status_code, answer.data) == (200, b"success")
+    assert client.post(URL, json={"action": "CheckContainerPath", "MsgType": "event"}).status_code != 200
+    assert redis.dbsize() == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"<xml>", b"<xml/>", b"\xff", b"[" * 90, b"<" * 1000])
+def test_a_body_that_is_none_is_refused(client: FlaskClient, body: bytes) -> None:
+    answer = client.post(URL, query_string=signed("x"), data=body)
+    assert answer.status_code == 400
+    assert answer.get_json()["code"] in (400, 464)
+
+
+@pytest.mark.parametrize(("length", "status"), [(128 * 1024, 400), (128 * 1024 + 1, 413)])
+def test_a_body_that_is_too_long_is_413(client: FlaskClient, length: int, status: int) -> None:
+    assert client.post(URL, query_string=signed("x"), data=b"<" * length).status_code == status
+
+
+class Known:
+    """A user of whom we know everything."""
+
+    def __init__(self, app: Flask, client: FlaskClient, simulator: Simulator, openid: str) -> None:
+        self.app, self.openid = app, openid
+        login = client.post("/api/v1/auth/wechat", json={"code": simulator.code(openid=openid)}).get_json()["data"]
+        self.id, self.token = login["user"]["id"], login["token"]
+        with app.app_context():
+            user = database.session.get_one(User, self.id)
+            user.nickname, user.avatar_url, user.phone = "阿上", "https://example.com/a.png", "13812345678"
+            database.session.get_one(Identity, (APP_ID, openid)).authorization = "granted"
+            database.session.commit()
+
+    def what_is_left(self) -> set[str]:
+        with self.app.app_context():
+            user = database.session.get_one(User, self.id)
+            authorization = database.session.get_one(Identity, (APP_ID, self.openid)).authorization
+            held = {"nickname": user.nickname, "avatar": user.avatar_url, "phone": user.phone, "tokens": authorization}
+        return {name for name, value in held.items() if value}
+
+
+ALL = {"nickname", "avatar", "phone", "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        ({"RevokeInfo": "6"}, {"phone", "tokens"}),
+        ({"RevokeInfo": "8"}, {"nickname", "avatar", "tokens"}),
+        ({"RevokeInfo": 8}, {"nickname", "avatar", "tokens"}),
+        ({"RevokeInfo": "19"}, {"avatar", "phone", "tokens"}),
+        ({"RevokeInfo": "20"}, {"nickname", "phone", "tokens"}),
+        ({"RevokeInfo": "5"}, ALL),  # the microphone
+        ({}, ALL),
+        ({"RevokeInfo": "8", "PluginID": "wx-plugin"}, ALL),
+        ({"RevokeInfo": "8", "OpenID": "o-nobody"}, ALL),
+        ({"RevokeInfo": "8", "OpenID": None}, ALL),
+    ],
+)
+def test_what_a_user_takes_back_is_erased_and_nothing_else(
+    app: Flask, client: FlaskClient, simulator: Simulator, told: dict[str, Any], left: set[str]
+) -> None:
+    user = Known(app, client, simulator, "o-revokes")
+    push(client, {**EVENT, "Event": "user_authorization_revoke", "OpenID": "o-revokes", **told})
+    settled(app)
+    assert user.what_is_left() == left
+    assert app.extensions["background"].failures == 0
+
+
+def test_of_somebody_who_left_wechat_all_is_erased_and_the_sessions_end(
+    app: Flask, client: FlaskClient, simulator: Simulator
+) -> None:
+    users = [Known(app, client, simulator, openid) for openid in ("o-leaves", "o-stays")]
+    push(client, {**EVENT, "Event": "user_authorization_cancellation", "OpenID": "o-leaves"})
+    settled(app)
+    assert [user.what_is_left() for user in users] == [set(), ALL]
+    readings = [client.get("/api/v1/users/me", headers=bearer(user.token)).status_code for user in users]
+    assert readings == [401, 200]

@@ -1,0 +1,16 @@
+"""The service with a handler that takes as many seconds as the text message says: `gunicorn tests.slow_handler:app`."""
+
+import time
+from typing import Any
+
+from blueprints.messages import on
+from storage import redis
+from wsgi import app
+
+__all__ = ["app"]
+
+
+@on("text")
+def take_a_while(message: dict[str, Any]) -> None:
+    time.sleep(float(message["Content"]))
+    redis.rpush("handled", message["MsgId"])

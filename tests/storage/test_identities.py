@@ -1,0 +1,167 @@
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import pymysql
+import pytest
+from flask import Flask
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+
+from errors import ApiError, Code
+from storage import database, identities
+from storage.identities import get_or_create_user, openid_of
+from storage.models import Identity, User
+
+MINI, WEB = "wx-mini", "wx-web"
+numbers = count()
+
+
+@pytest.fixture
+def name(app: Flask) -> str:
+    """The name of somebody whom no other test knows."""
+    return f"somebody-{next(numbers)}"
+
+
+@pytest.fixture(autouse=True)
+def in_the_application(app: Flask) -> Any:
+    with app.app_context():
+        yield
+
+
+def test_the_same_openid_under_another_app_is_somebody_else(name: str) -> None:
+    ids = [get_or_create_user(app_id, name, None).id for app_id in (MINI, WEB, MINI)]
+    assert ids[0] != ids[1]
+    assert ids[0] == ids[2]
+
+
+def test_the_same_unionid_under_another_app_is_the_same_user(name: str) -> None:
+    mini = get_or_create_user(MINI, f"m-{name}", name)
+    assert get_or_create_user(WEB, f"w-{name}", name).id == mini.id
+    assert (openid_of(mini.id, MINI), openid_of(mini.id, WEB)) == (f"m-{name}", f"w-{name}")
+    assert openid_of(mini.id, "wx-third") is None
+
+
+def test_a_unionid_that_comes_later_is_remembered_and_not_forgotten(name: str) -> None:
+    first = get_or_create_user(MINI, name, None)
+    assert get_or_create_user(MINI, name, f"u-{name}").id == first.id
+    assert get_or_create_user(MINI, name, None).unionid == f"u-{name}"
+    assert get_or_create_user(MINI, name, f"v-{name}").unionid == f"v-{name}"
+
+
+def test_two_users_who_turn_out_to_be_one_become_the_older_one_with_all_that_they_had(name: str) -> None:
+    older = get_or_create_user(MINI, f"m-{name}", None)
+    older.nickname = "阿上"
+    database.session.commit()
+    younger = get_or_create_user(WEB, f"w-{name}", f"u-{name}")
+    younger.nickname, younger.phone, younger.role = "another", "13812345678", "admin"
+    database.session.commit()
+    one = get_or_create_user(MINI, f"m-{name}", f"u-{name}")
+    assert one.id == older.id
+    assert (one.nickname, one.phone, one.role, one.unionid) == ("阿上", "13812345678", "admin", f"u-{name}")
+    assert database.session.get(User, younger.id) is None
+    assert get_or_create_user(WEB, f"w-{name}", None).id == older.id
+
+
+def test_a_user_whom_an_older_version_made_without_an_identity_is_found(name: str) -> None:
+    database.insert_unless_exists(User, app_id=MINI, openid=name)
+    database.session.commit()
+    (user_id,) = database.session.scalars(select(User.id).where(User.openid == name))
+    assert get_or_create_user(MINI, name, None).id == user_id
+    assert openid_of(user_id, MINI) == name
+
+
+def test_a_user_of_an_older_version_and_the_one_of_his_unionid_become_one(name: str) -> None:
+    web = get_or_create_user(WEB, f"w-{name}", f"u-{name}")
+    database.insert_unless_exists(User, app_id=MINI, openid=name)
+    database.session.commit()
+    assert get_or_create_user(MINI, name, f"u-{name}").id == web.id
+    assert database.session.scalars(select(User.id).where(User.openid == name)).all() == []
+
+
+def at_once(app: Flask, *calls: tuple[str, str, str | None]) -> list[int]:
+    def call(arguments: tuple[str, str, str | None]) -> int:
+        with app.app_context():
+            return get_or_create_user(*arguments).id
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(call, calls))
+
+
+def test_first_logins_from_mini_program_and_web_at_once_make_one_user(app: Flask, name: str) -> None:
+    for round_ in range(10):
+        unionid = f"{name}-{round_}"
+        calls = [(app_id, f"{app_id}-{unionid}", unionid) for app_id in (MINI, WEB) * 4]
+        assert len(set(at_once(app, *calls))) == 1
+        database.session.rollback()  # to see what is there now
+        rows = database.session.scalars(select(User.id).where(User.unionid == unionid)).all()
+        assert len(rows) == 1
+        linked = database.session.scalars(select(Identity.user_id).where(Identity.openid.endswith(unionid))).all()
+        assert linked == rows * 2
+
+
+def test_a_unionid_learnt_for_two_users_at_once_makes_them_one(app: Flask, name: str) -> None:
+    for round_ in range(10):
+        unionid = f"{name}-{round_}"
+        ids = at_once(app, (MINI, unionid, None), (WEB, unionid, None))
+        assert len(set(ids)) == 2
+        at_once(app, *[(app_id, unionid, unionid) for app_id in (MINI, WEB) * 4])
+        assert set(at_once(app, (MINI, unionid, unionid), (WEB, unionid, unionid))) == {min(ids)}
+        database.session.rollback()
+        assert database.session.get(User, max(ids)) is None
+
+
+def test_one_whose_user_others_change_all_the_time_is_told_to_come_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_or_create_user(MINI, name, None)
+    merge: Callable[..., User] = identities._merge
+
+    def unite_and_lose(*arguments: Any) -> User:
+        user = merge(*arguments)
+        user.unionid = None  # as if somebody else had written last
+        return user
+
+    monkeypatch.setattr(identities, "_merge", unite_and_lose)
+    with pytest.raises(ApiError) as caught:
+        get_or_create_user(MINI, name, f"u-{name}")
+    assert caught.value.api_code is Code.UNAVAILABLE
+
+
+@pytest.mark.parametrize(("number", "again"), [(1213, True), (1020, True), (2013, False)])
+def test_a_transaction_that_lost_a_race_is_begun_again_and_no_other(
+    name: str, monkeypatch: pytest.MonkeyPatch, number: int, again: bool
+) -> None:
+    merge: Callable[..., User] = identities._merge
+    errors = [OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))]
+
+    def unite_the_second_time(*arguments: Any) -> User:
+        if errors:
+            raise errors.pop()
+        return merge(*arguments)
+
+    monkeypatch.setattr(identities, "_merge", unite_the_second_time)
+    if again:
+        assert get_or_create_user(MINI, name, None).openid == name
+    else:
+        with pytest.raises(OperationalError):
+            get_or_create_user(MINI, name, None)
+
+
+def test_what_a_user_granted_is_kept_encrypted_for_its_row_alone(name: str) -> None:
+    for number in (1, 2):
+        get_or_create_user(WEB, f"{name}-{number}", None)
+    first, second = (database.session.get_one(Identity, (WEB, f"{name}-{number}")) for number in (1, 2))
+    first.authorization = "the-refresh-token"
+    second.authorization_encrypted = first.authorization_encrypted
+    assert "the-refresh-token" not in str(first.authorization_encrypted)
+    assert first.authorization == "the-refresh-token"
+    with pytest.raises(ValueError, match="does not decrypt"):
+        _ = second.authorization
+
+
+def test_an_identity_goes_with_its_user(name: str) -> None:
+    database.session.delete(get_or_create_user(MINI, name, None))
+    database.session.commit()
+    assert database.session.get(Identity, (MINI, name)) is None

@@ -1,0 +1,199 @@
+"""The twelve things that hurt users of other WeChat back ends most, and not those of this one: a test for each."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from redis import Redis
+from werkzeug.test import TestResponse
+
+from dev.redis_server import RedisServer
+from tests.harness import (
+    APP_SECRET,
+    PUSH_AES_KEY,
+    PUSH_TOKEN,
+    WEB_APP_ID,
+    WEB_APP_SECRET,
+    Service,
+    Simulator,
+    bearer,
+    wait_until,
+)
+
+LOGIN, ME, MESSAGES = "/api/v1/auth/wechat", "/api/v1/users/me", "/api/v1/wechat/messages"
+STABLE_TOKEN, GET_PHONE = "/cgi-bin/stable_token", "/wxa/business/getuserphonenumber"
+
+StartService = Callable[..., Service]
+
+
+def log_in(client: FlaskClient, simulator: Simulator, **wanted: Any) -> dict[str, str]:
+    """Log in, and answer the headers that say so."""
+    answer = client.post(LOGIN, json={"code": simulator.code(**wanted)})
+    return bearer(answer.get_json()["data"]["token"])
+
+
+def put_phone(client: FlaskClient, headers: dict[str, str], **body: str) -> TestResponse:
+    return client.put(f"{ME}/phone", json=body, headers=headers)
+
+
+def encrypted_phone(simulator: Simulator, openid: str) -> dict[str, str]:
+    data = {"phoneNumber": "13812345678", "purePhoneNumber": "13812345678", "countryCode": "86"}
+    made = simulator.user_data(openid, data)
+    return {name: made[name] for name in ("encryptedData", "iv")}
+
+
+def test_1_several_workers_do_not_invalidate_each_others_access_token(
+    start_service: StartService, simulator: Simulator
+) -> None:
+    services = [start_service(), start_service()]  # of two workers each
+    token = services[0].log_in(simulator, openid="o-alice")
+
+    def call(number: int) -> int:
+        code = simulator.phone_code(openid="o-alice")
+        return services[number % 2].call("PUT", "/users/me/phone", token, json={"code": code}).status_code
+
+    simulator.fault("slow", path=STABLE_TOKEN, seconds=0.5)
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(call, range(32))) == {200}
+        simulator.drop_access_token()
+        assert set(pool.map(call, range(32))) == {200}
+    assert len(simulator.calls(STABLE_TOKEN)) == 2
+
+
+def test_2_data_decrypts_after_another_login_replaced_the_key(client: FlaskClient, simulator: Simulator) -> None:
+    phone = log_in(client, simulator, openid="o-alice")
+    stale = encrypted_phone(simulator, "o-alice")
+    log_in(client, simulator, openid="o-alice")  # on a tablet
+    assert put_phone(client, phone, **encrypted_phone(simulator, "o-alice")).status_code == 200
+    assert put_phone(client, phone, **stale).get_json()["code"] == 463  # which says what to do
+
+
+def test_3_a_token_that_is_always_called_invalid_is_not_retried_for_ever(
+    client: FlaskClient, simulator: Simulator
+) -> None:
+    alice = log_in(client, simulator, openid="o-alice")
+    simulator.fault("errcode", times=1000, path=GET_PHONE, errcode=40001)
+    assert put_phone(client, alice, code="any").get_json()["code"] == 502
+    assert len(simulator.calls(GET_PHONE)) == 2
+
+
+def test_4_a_double_tap_gets_the_same_answer_twice(client: FlaskClient, simulator: Simulator) -> None:
+    code = simulator.code()
+    simulator.fault("slow", seconds=0.5)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: client.post(LOGIN, json={"code": code}), range(2))
+    assert first.status_code == second.status_code == 200
+    assert first.data == second.data
+
+
+def test_5_login_needs_no_access_token(client: FlaskClient, simulator: Simulator) -> None:
+    simulator.fault("errcode", times=1000, path=STABLE_TOKEN, errcode=45009)
+    assert client.get(ME, headers=log_in(client, simulator)).status_code == 200
+    assert simulator.calls(STABLE_TOKEN) == []
+
+
+def test_6_a_push_that_is_not_signed_by_wechat_is_refused(start_service: StartService, simulator: Simulator) -> None:
+    service = start_service()
+    url, event = service.url + MESSAGES, {"MsgType": "event", "Event": "user_authorization_revoke", "OpenID": "o-alice"}
+    assert simulator.verify_push(url=url)["verified"]
+    assert simulator.push(event, url=url)[0]["status"] == 200
+    for forged in ({"mode": "plain"}, {"signature": "0" * 40}, {"timestamp": 1714036504}, {"app_id": "wx-other"}):
+        assert {answer["status"] for answer in simulator.push(event, url=url, **forged)} == {400}, forged
+
+
+def test_7_a_login_code_sent_as_the_phone_code_is_told_apart(client: FlaskClient, simulator: Simulator) -> None:
+    alice = log_in(client, simulator, openid="o-alice")
+    answer = put_phone(client, alice, code=simulator.code(openid="o-alice")).get_json()
+    assert answer["code"] == 460
+    assert "getPhoneNumber" in answer["message"]
+
+
+def test_8_wx_request_keeps_no_cookies_and_needs_none(client: FlaskClient, simulator: Simulator) -> None:
+    answer = client.get(ME, headers=log_in(client, simulator))
+    assert answer.status_code == 200
+    assert "Set-Cookie" not in answer.headers
+
+
+def test_9_two_first_logins_at_once_make_one_user(client: FlaskClient, simulator: Simulator) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        readings = pool.map(
+            lambda _: client.get(ME, headers=log_in(client, simulator, openid="o-pain-9")).get_json(), range(8)
+        )
+    assert len({reading["data"]["id"] for reading in readings}) == 1
+
+
+def test_10_a_redis_outage_does_not_burn_the_token_quota(
+    start_service: StartService, simulator: Simulator, own_redis: RedisServer
+) -> None:
+    service = start_service(REDIS_URL=own_redis.url)
+    token = service.log_in(simulator, openid="o-alice")
+
+    def call() -> int:
+        code = simulator.phone_code(openid="o-alice")
+        return service.call("PUT", "/users/me/phone", token, json={"code": code}).status_code
+
+    assert call() == 200
+    own_redis.stop()
+    assert {call() for _ in range(10)} == {503}
+    assert len(simulator.calls(STABLE_TOKEN)) == 1
+    own_redis.start()
+    wait_until(lambda: call() == 200)
+    assert len(simulator.calls(STABLE_TOKEN)) == 1
+
+
+def test_11_no_session_key_token_or_secret_is_in_a_log_line_or_an_answer(
+    start_service: StartService, simulator: Simulator
+) -> None:
+    service = start_service(LOG_LEVEL="DEBUG")
+    token = service.log_in(simulator, openid="o-alice")
+    phone_code, login_code = simulator.phone_code(openid="o-alice", phone="13812345678"), simulator.code()
+    profile = simulator.user_data("o-alice", {"openId": "o-alice", "nickName": "阿上", "avatarUrl": ""})
+    bodies = [
+        service.call(method, path, token, json=body).text
+        for method, path, body in (
+            ("PUT", "/users/me/phone", {"code": phone_code}),
+            ("PUT", "/users/me/phone", {"code": login_code}),
+            ("PUT", "/users/me/phone", encrypted_phone(simulator, "o-alice")),
+            ("PUT", "/users/me/profile", profile),
+            ("PUT", "/users/me/profile", {**profile, "signature": "0" * 40}),
+            ("GET", "/auth/wechat", None),
+        )
+    ]
+    simulator.push({"MsgType": "text", "Content": "秘密"}, url=service.url + MESSAGES)
+    access_token, session_key = simulator.access_token(), simulator.session_key("o-alice")
+    for kind in ("errcode", "http_500", "not_json", "close", "slow"):
+        simulator.fault(kind, times=2, path=GET_PHONE, errcode=40013, seconds=4)
+        bodies.append(service.call("PUT", "/users/me/phone", token, json={"code": simulator.phone_code()}).text)
+    service.stop()
+    secrets = [token, phone_code, login_code, access_token, session_key, profile["encryptedData"], profile["signature"]]
+    secrets += [APP_SECRET, WEB_APP_SECRET, PUSH_TOKEN, PUSH_AES_KEY, "13812345678", "秘密"]
+    secrets += [service.environ["SECRET_KEY"], service.environ["ENCRYPTION_KEYS"]]
+    everything = service.log() + "".join(bodies)
+    assert "138****5678" in everything
+    assert [secret for secret in secrets if secret in everything] == []
+
+
+@pytest.mark.parametrize("order", ["mini-program first", "web first"])
+def test_12_an_openid_means_nothing_without_its_app(
+    client: FlaskClient, app: Any, simulator: Simulator, redis: Redis, order: str
+) -> None:
+    openid = f"o-{order.replace(' ', '-')}"[:28]
+    browser = app.test_client()
+
+    def on_the_web() -> int:
+        simulator.web_user(openid=openid)
+        site = "https://localhost"
+        query = {"scope": "snsapi_userinfo"}
+        away = browser.get(f"{LOGIN}/authorize", query_string=query, base_url=site).headers["Location"]
+        assert WEB_APP_ID in away
+        browser.get(simulator.sign_in_on_the_web(away).removeprefix(site), base_url=site)
+        return browser.get(ME, base_url=site).get_json()["data"]["id"]
+
+    def in_the_mini_program() -> int:
+        return client.get(ME, headers=log_in(client, simulator, openid=openid)).get_json()["data"]["id"]
+
+    logins = [in_the_mini_program, on_the_web]
+    first, second = (login() for login in (logins if order == "mini-program first" else reversed(logins)))
+    assert first != second

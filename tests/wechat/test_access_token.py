@@ -1,0 +1,307 @@
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from flask import Flask
+from redis import Redis
+from redis.exceptions import RedisError
+
+from dev.redis_server import RedisServer
+from errors import ApiError, Code
+from service import create_app
+from tests.harness import APP_ID, Simulator, wait_until
+from wechat import access_token as access_token_module
+from wechat.access_token import DAY_SECONDS, FORCES_A_DAY, AccessToken
+
+PATH, CHECK = "/cgi-bin/stable_token", "/wxa/msg_sec_check"
+KEY = f"wechat:{APP_ID}:access_token"
+
+
+@pytest.fixture
+def access_token(app: Flask, simulator: Simulator) -> AccessToken:
+    return app.extensions["wechat"].client._access_token
+
+
+def at_once(call: Callable[[], Any], times: int = 8) -> list[Any]:
+    """Make a call in several threads at the same moment; answers results and codes."""
+    barrier = threading.Barrier(times)
+
+    def outcome(_: int) -> Any:
+        barrier.wait()
+        try:
+            return call()
+        except ApiError as error:
+            return error.api_code
+
+    with ThreadPoolExecutor(times) as pool:
+        return list(pool.map(outcome, range(times)))
+
+
+def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes: Any) -> None:
+    """What each of the processes does: calls in eight threads from a cold start until it is told to stop."""
+    app = create_app(environ)
+    client = app.extensions["wechat"].client
+    codes: list[str] = []
+
+    def call(_: int) -> None:
+        while not stop.is_set():
+            try:
+                client.is_risky("text", openid)
+                codes.append("done")
+                time.sleep(0.01)  # the machine has to do the rest of the suite too
+            except ApiError as error:
+                codes.append(error.api_code.name)
+
+    start.wait()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(call, range(8)))
+    outcomes.put(codes)
+
+
+@pytest.mark.xdist_group("processes")
+def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once_when_it_is_invalid(
+    app: Flask, environ: dict[str, str], simulator: Simulator
+) -> None:
+    app.extensions["wechat"].client.code_to_session(simulator.code(openid="o-alice"))
+    context = multiprocessing.get_context("spawn")
+    start, stop, outcomes = context.Barrier(9), context.Event(), context.Queue()
+    processes = [
+        context.Process(target=hammer, args=(environ, "o-alice", start, stop, outcomes), daemon=True) for _ in range(8)
+    ]
+    for process in processes:
+        process.start()
+    start.wait(60)
+    wait_until(lambda: len(simulator.calls(CHECK)) > 200, 60)
+    from_cold = len(simulator.calls(PATH))
+    simulator.drop_access_token()
+    calls = len(simulator.calls(CHECK))
+    wait_until(lambda: len(simulator.calls(CHECK)) > calls + 200, 60)
+    stop.set()
+    codes = [code for _ in processes for code in outcomes.get(timeout=60)]
+    for process in processes:
+        process.join(60)
+    assert from_cold == 1
+    assert len(simulator.calls(PATH)) == 2
+    assert len(codes) > 400
+    assert set(codes) == {"done"}
+
+
+def test_a_token_that_holds_is_used_by_all(access_token: AccessToken, simulator: Simulator) -> None:
+    assert access_token.get() == access_token.get() == simulator.access_token()
+    assert len(simulator.calls(PATH)) == 1
+
+
+def test_before_its_end_one_gets_a_new_token_while_the_others_use_the_old(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    old = access_token.get()
+    simulator.travel(7200 - 200)
+    redis.expire(KEY, 200)
+    simulator.fault("slow", path=PATH, seconds=0.5)
+    answers = at_once(access_token.get)
+    assert answers.count(old) == 7
+    assert simulator.access_token() in answers
+    assert access_token.get() == simulator.access_token() != old
+    assert len(simulator.calls(PATH)) == 2
+
+
+def test_before_its_end_a_token_outlives_a_wechat_that_fails_and_is_not_asked_again_and_again(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    old = access_token.get()
+    redis.expire(KEY, 200)
+    simulator.fault("errcode", path=PATH, times=100, errcode=45009)
+    assert [access_token.get() for _ in range(5)] == [old] * 5
+    assert len(simulator.calls(PATH)) == 2
+
+
+def test_a_token_that_wechat_does_not_replace_yet_is_not_asked_for_again_and_again(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    old = access_token.get()
+    redis.expire(KEY, 200)
+    simulator.travel(7200 - 302)  # two seconds before WeChat gives out another
+    assert [access_token.get() for _ in range(5)] == [old] * 5
+    assert len(simulator.calls(PATH)) == 2
+
+
+def test_all_who_wait_from_cold_share_a_failure_and_the_next_after_a_pause_asks_again(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    simulator.fault("errcode", path=PATH, times=100, errcode=40164)
+    assert at_once(access_token.get) == [Code.WECHAT_REFUSED] * 8
+    assert len(simulator.calls(PATH)) == 1
+    assert 0 < redis.pttl(f"{KEY}:pause") <= 3000
+    redis.delete(f"{KEY}:pause")
+    assert at_once(access_token.get) == [Code.WECHAT_REFUSED] * 8
+    assert len(simulator.calls(PATH)) == 2
+
+
+def test_all_whose_token_was_refused_share_the_failure_to_replace_it(
+    access_token: AccessToken, simulator: Simulator
+) -> None:
+    refused = access_token.get()
+    simulator.fault("errcode", path=PATH, times=100, errcode=40125)
+    assert at_once(lambda: access_token.get(refused=refused)) == [Code.WECHAT_REFUSED] * 8
+    assert len(simulator.calls(PATH)) == 2
+
+
+def test_a_refresh_of_two_slow_calls_is_waited_for(access_token: AccessToken, simulator: Simulator) -> None:
+    refused = access_token.get()
+    simulator.fault("slow", path=PATH, times=2, seconds=2.6)
+    tokens = set(at_once(lambda: access_token.get(refused=refused)))
+    assert tokens == {simulator.access_token()} != {refused}
+
+
+def test_a_refused_token_is_replaced_and_not_a_newer_one(access_token: AccessToken, simulator: Simulator) -> None:
+    old = access_token.get()
+    simulator.drop_access_token()
+    new = access_token.get(refused=old)
+    assert new == simulator.access_token() != old
+    assert [access_token.get(refused=old) for _ in range(3)] == [new] * 3
+    assert len(simulator.calls(PATH)) == 2
+
+
+def test_a_token_that_wechat_refuses_and_goes_on_giving_out_is_replaced_by_force_once_in_30_seconds(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    first = access_token.get()
+    second = access_token.get(refused=first)
+    assert second == simulator.access_token() != first
+    assert len(simulator.calls(PATH)) == 3  # the same one, and a new one by force
+    assert [access_token.get(refused=second) for _ in range(5)] == [second] * 5
+    assert len(simulator.calls(PATH)) == 4
+    redis.delete(f"{KEY}:pause")
+    assert access_token.get(refused=second) == second
+    assert len(simulator.calls(PATH)) == 5  # thirty seconds are not over
+    (member,) = redis.zrange(f"{KEY}:forced", 0, -1)
+    redis.zadd(f"{KEY}:forced", {member: time.time() - 31})
+    redis.delete(f"{KEY}:pause")
+    simulator.travel(31)
+    assert access_token.get(refused=second) not in (first, second)
+
+
+def test_each_replacement_by_force_is_counted_for_a_day(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    token = access_token.get()
+    for number in range(1, 4):
+        token = access_token.get(refused=token)
+        assert redis.zcard(f"{KEY}:forced") == number
+        assert 0 < redis.ttl(f"{KEY}:forced") <= DAY_SECONDS
+        for member, forced_at in redis.zrange(f"{KEY}:forced", 0, -1, withscores=True):
+            redis.zadd(f"{KEY}:forced", {member: forced_at - 31})
+        simulator.travel(31)
+
+
+@pytest.mark.parametrize(("age", "forced"), [(DAY_SECONDS - 60, False), (DAY_SECONDS + 60, True)])
+def test_a_token_is_not_replaced_by_force_more_than_20_times_a_day(
+    access_token: AccessToken, redis: Redis, age: int, forced: bool
+) -> None:
+    first = access_token.get()
+    redis.zadd(f"{KEY}:forced", {str(number): time.time() - age + number for number in range(FORCES_A_DAY)})
+    assert (access_token.get(refused=first) != first) is forced
+
+
+def test_without_redis_there_is_no_token_and_wechat_is_not_asked(
+    make_app: Callable[..., Flask], own_redis: RedisServer, simulator: Simulator
+) -> None:
+    access_token = make_app(REDIS_URL=own_redis.url).extensions["wechat"].client._access_token
+    access_token.get()
+    own_redis.stop()
+    for _ in range(3):
+        with pytest.raises(RedisError):
+            access_token.get()
+    assert len(simulator.calls(PATH)) == 1
+
+
+def test_a_redis_that_takes_no_writes_costs_wechat_no_call(
+    make_app: Callable[..., Flask], own_redis: RedisServer, simulator: Simulator
+) -> None:
+    access_token = make_app(REDIS_URL=own_redis.url).extensions["wechat"].client._access_token
+    with Redis.from_url(own_redis.url) as redis:
+        redis.config_set("maxmemory", 1)
+        for _ in range(3):
+            with pytest.raises(RedisError):
+                access_token.get()
+    assert simulator.calls(PATH) == []
+
+
+def test_a_process_that_died_while_it_asked_holds_nobody_up_for_long(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    redis.set(f"{KEY}:lock", "of-a-dead-process", px=300)
+    assert access_token.get() == simulator.access_token()
+
+
+def test_one_who_asks_for_too_long_is_not_waited_for(
+    access_token: AccessToken, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_token_module, "WAIT_SECONDS", 0.2)
+    redis.set(f"{KEY}:lock", "of-one-who-hangs", ex=60)
+    with pytest.raises(ApiError) as caught:
+        access_token.get()
+    assert caught.value.api_code is Code.UNAVAILABLE
+
+
+def test_the_lock_outlasts_a_call_and_is_given_back(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    simulator.fault("slow", path=PATH, seconds=0.5)
+    with ThreadPoolExecutor(1) as pool:
+        token = pool.submit(access_token.get)
+        assert wait_until(lambda: redis.pttl(f"{KEY}:lock") > 15_000)
+        assert token.result(5)
+    assert not redis.exists(f"{KEY}:lock")
+
+
+def test_the_lock_outlasts_a_call_by_force_too(access_token: AccessToken, simulator: Simulator, redis: Redis) -> None:
+    first = access_token.get()
+    locked_for = []
+
+    def fetch(force: bool = False) -> str:
+        locked_for.append(redis.pttl(f"{KEY}:lock"))
+        redis.pexpire(f"{KEY}:lock", 1000)  # it took nearly as long as it may
+        return "second" if force else first
+
+    access_token._fetch = fetch  # type: ignore[method-assign]
+    assert access_token.get(refused=first) == "second"
+    assert len(locked_for) == 2
+    assert min(locked_for) > 15_000
+
+
+def test_the_token_is_kept_encrypted_for_as_long_as_it_lives(access_token: AccessToken, redis: Redis) -> None:
+    token = access_token.get()
+    assert 7200 - 10 <= redis.ttl(KEY) <= 7200
+    assert not any(token.encode() in (redis.dump(key) or b"") for key in redis.scan_iter())
+
+
+def test_a_token_under_a_key_that_is_not_ours_any_more_is_fetched_anew(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    redis.set(KEY, "00000000.AAAA", ex=7200)
+    assert access_token.get() == simulator.access_token()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"access_token": "", "expires_in": 7200},
+        {"access_token": 5, "expires_in": 7200},
+        {"access_token": "x" * 2049, "expires_in": 7200},
+        {"access_token": "token", "expires_in": 0},
+        {"access_token": "token", "expires_in": "7200"},
+    ],
+)
+def test_an_answer_without_a_token_is_invalid(
+    access_token: AccessToken, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(access_token._transport, "call", lambda *_: answer)
+    with pytest.raises(ApiError) as caught:
+        access_token.get()
+    assert caught.value.api_code is Code.UPSTREAM_INVALID

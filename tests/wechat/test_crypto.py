@@ -1,0 +1,555 @@
+import base64
+import hashlib
+import json
+import random
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wechatpy.crypto import PrpCrypto, WeChatWxaCrypto
+from wechatpy.utils import WeChatSigner
+
+from errors import ApiError, Code
+from tests.wechat.harness import (
+    ANY_TEXT,
+    JSON_OBJECTS,
+    PROPERTY,
+    VECTORS,
+    decrypt_cbc,
+    encrypt_cbc,
+    flipped,
+    outcome,
+    pad,
+    refusal,
+)
+from wechat import crypto
+from wechat.crypto import (
+    CLOCK_SKEW_SECONDS,
+    MAXIMUM_AGE_SECONDS,
+    MAXIMUM_CIPHERTEXT_BYTES,
+    constant_time_equals,
+    decode_aes_key,
+    decrypt_message,
+    decrypt_user_data,
+    encrypt_message,
+    push_signature,
+    raw_data_signature,
+    session_signature,
+)
+
+DEMO = VECTORS["encrypted_data.official_demo"]
+DEMO_DATA = json.loads(DEMO["plaintext"])
+OPENID, NOW = DEMO_DATA["openId"], DEMO_DATA["watermark"]["timestamp"] + 5
+KEY, IV, CIPHERTEXT = (base64.b64decode(DEMO[name]) for name in ("session_key", "iv", "encrypted_data"))
+
+MESSAGES = [VECTORS["push.safe_mode_json"], VECTORS["push.safe_mode_json_reply"]]
+EACH_MESSAGE = pytest.mark.parametrize("vector", MESSAGES, ids=lambda vector: vector["id"])
+AES_KEY = decode_aes_key(MESSAGES[0]["encoding_aes_key"])
+APP_ID = MESSAGES[0]["appid"]
+
+KEYS = st.binary(min_size=16, max_size=16)
+
+
+def encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def decrypt(
+    ciphertext: bytes = CIPHERTEXT,
+    *,
+    iv: bytes = IV,
+    key: bytes = KEY,
+    app_id: str = DEMO["appid"],
+    openid: str = OPENID,
+    now: float = NOW,
+    expected: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    return decrypt_user_data(
+        encode(ciphertext),
+        encode(iv),
+        session_key=encode(key),
+        app_id=app_id,
+        openid=openid,
+        now=now,
+        expected=expected,
+    )
+
+
+def decrypt_plaintext(plaintext: bytes, **others: Any) -> dict[str, Any]:
+    return decrypt(encrypt_cbc(pad(plaintext, 16), KEY, IV), **others)
+
+
+def decrypt_data(data: object, **others: Any) -> dict[str, Any]:
+    return decrypt_plaintext(json.dumps(data).encode(), **others)
+
+
+def watermarked(**changes: Any) -> dict[str, Any]:
+    return {"watermark": {"timestamp": NOW, "appid": DEMO["appid"]} | changes}
+
+
+def seal(plaintext: bytes, key: bytes = AES_KEY) -> str:
+    """Encrypt as a message what need not be one."""
+    return encode(encrypt_cbc(plaintext, key, key[:16]))
+
+
+def unseal(encrypted: str, key: bytes = AES_KEY) -> bytes:
+    return decrypt_cbc(base64.b64decode(encrypted), key, key[:16])
+
+
+# User data
+
+
+def test_the_demo_data_decrypts() -> None:
+    data = decrypt_user_data(
+        DEMO["encrypted_data"],
+        DEMO["iv"],
+        session_key=DEMO["session_key"],
+        app_id=DEMO["appid"],
+        openid=OPENID,
+        now=NOW,
+        expected={"openId": OPENID},
+    )
+    assert data == DEMO_DATA
+    assert encode(encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), KEY, IV)) == DEMO["encrypted_data"]
+
+
+def test_a_flipped_bit_of_the_ciphertext_is_refused() -> None:
+    for ciphertext in flipped(CIPHERTEXT):
+        assert refusal(decrypt, ciphertext) is Code.SESSION_KEY_STALE
+
+
+def test_a_flipped_bit_of_the_iv_is_refused_for_what_is_expected() -> None:
+    """By itself CBC lets those through that leave JSON, such as with another name for the openid."""
+    let_through = 0
+    for iv in flipped(IV, tuple(1 << bit for bit in range(8))):
+        code = refusal(decrypt, iv=iv, expected={"openId": OPENID})
+        assert code in (Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
+        let_through += isinstance(outcome(decrypt, iv=iv), dict)
+    assert let_through > 0
+
+
+def test_a_flipped_bit_of_the_key_is_refused() -> None:
+    for key in flipped(KEY, tuple(1 << bit for bit in range(8))):
+        assert refusal(decrypt, key=key) is Code.SESSION_KEY_STALE
+
+
+def test_a_flipped_bit_of_the_padding_is_refused() -> None:
+    plaintext = DEMO["plaintext"].encode()
+    padding = pad(plaintext, 16)[len(plaintext) :]
+    assert len(padding) > 1
+    for altered in flipped(padding, tuple(range(1, 256))):
+        ciphertext = encrypt_cbc(plaintext + altered, KEY, IV)
+        assert refusal(decrypt, ciphertext) is Code.SESSION_KEY_STALE
+
+
+def test_a_flipped_bit_of_the_app_id_is_refused() -> None:
+    for app_id in flipped(DEMO["appid"].encode(), (0x01, 0x02, 0x04)):
+        plaintext = DEMO["plaintext"].encode().replace(DEMO["appid"].encode(), app_id)
+        assert refusal(decrypt_plaintext, plaintext) in (
+            Code.SIGNATURE_MISMATCH,
+            Code.SESSION_KEY_STALE,  # JSON no more
+        )
+        assert refusal(decrypt, app_id=app_id.decode()) is Code.SIGNATURE_MISMATCH
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"encrypted_data": ""}, {"encryptedData"}),
+        ({"encrypted_data": encode(CIPHERTEXT[:-1])}, {"encryptedData"}),
+        ({"encrypted_data": encode(bytes(MAXIMUM_CIPHERTEXT_BYTES + 16))}, {"encryptedData"}),
+        ({"encrypted_data": DEMO["encrypted_data"] + "\n"}, {"encryptedData"}),
+        ({"encrypted_data": DEMO["encrypted_data"].replace("/", "_")}, {"encryptedData"}),
+        ({"encrypted_data": "\ud800"}, {"encryptedData"}),
+        ({"encrypted_data": "密"}, {"encryptedData"}),
+        ({"iv": ""}, {"iv"}),
+        ({"iv": encode(IV[:-1])}, {"iv"}),
+        ({"iv": encode(IV + b"\x00")}, {"iv"}),
+        ({"iv": DEMO["iv"].rstrip("=")}, {"iv"}),
+        ({"iv": DEMO["iv"] + "="}, {"iv"}),
+        ({"iv": DEMO["iv"].replace("A==", "B==")}, {"iv"}),  # the same 16 bytes to a lenient decoder
+        ({"encrypted_data": "?", "iv": "?"}, {"encryptedData", "iv"}),
+    ],
+)
+def test_what_is_no_ciphertext_or_iv_is_named(changes: dict[str, str], fields: set[str]) -> None:
+    given = {"encrypted_data": DEMO["encrypted_data"], "iv": DEMO["iv"]} | changes
+    with pytest.raises(ApiError) as caught:
+        decrypt_user_data(
+            **given, session_key=DEMO["session_key"], app_id=DEMO["appid"], openid=OPENID, now=NOW, expected=None
+        )
+    assert caught.value.api_code is Code.INVALID_INPUT
+    assert caught.value.errors is not None
+    assert set(caught.value.errors) == fields
+    assert all(len(reasons) == 1 and isinstance(reasons[0], str) for reasons in caught.value.errors.values())
+
+
+def test_the_longest_ciphertext_decrypts() -> None:
+    data = watermarked() | {"a": ""}
+    data["a"] = "a" * (MAXIMUM_CIPHERTEXT_BYTES - 1 - len(json.dumps(data)))
+    assert decrypt_data(data) == data
+
+
+@pytest.mark.parametrize("session_key", ["", "?", "密", encode(KEY[:-1]), encode(KEY + KEY), "\ud800" * 24])
+def test_a_session_key_that_is_none_is_stale(session_key: str) -> None:
+    code = refusal(
+        decrypt_user_data,
+        DEMO["encrypted_data"],
+        DEMO["iv"],
+        session_key=session_key,
+        app_id=DEMO["appid"],
+        openid=OPENID,
+        now=NOW,
+    )
+    assert code is Code.SESSION_KEY_STALE
+
+
+@pytest.mark.parametrize("length", [24, 32])
+def test_a_session_key_of_a_longer_aes_is_stale(length: int) -> None:
+    key = bytes(length)
+    ciphertext = encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), key, IV)
+    assert refusal(decrypt, ciphertext, key=key) is Code.SESSION_KEY_STALE
+
+
+@pytest.mark.parametrize(
+    "plaintext",
+    [
+        b"",
+        b"\xff",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"a": 1, "a": 1}',
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        rb'{"a": "\ud800"}',
+        b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    ],
+)
+def test_what_is_no_json_object_is_a_stale_session_key(plaintext: bytes) -> None:
+    assert refusal(decrypt_plaintext, plaintext) is Code.SESSION_KEY_STALE
+
+
+def test_bad_padding_cannot_be_told_from_bad_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = json.dumps(watermarked()).encode()
+    whole += b" " * (-len(whole) % 16)
+    bad_json = whole[:-4].replace(b"}", b"{")
+    parsed = []
+    loads = crypto.strict_json.loads
+    monkeypatch.setattr(crypto.strict_json, "loads", lambda text: parsed.append(text) or loads(text))
+    errors = []
+    for padded in (whole, bad_json + b"\x03\x04\x04\x04", bad_json + b"\x04\x04\x04\x04"):
+        with pytest.raises(ApiError) as caught:
+            decrypt(encrypt_cbc(padded, KEY, IV))
+        errors.append(caught.value)
+    assert [len(text) for text in parsed] == [len(whole), len(whole), len(whole) - 4]
+    for error in errors:
+        assert (error.api_code, error.errors) == (Code.SESSION_KEY_STALE, None)
+        assert (error.__cause__, error.__context__) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"watermark": None},
+        {"watermark": [NOW, DEMO["appid"]]},
+        {"watermark": {"timestamp": NOW}},
+        {"watermark": {"appid": DEMO["appid"]}},
+        watermarked(appid=None),
+        watermarked(appid=[DEMO["appid"]]),
+        watermarked(appid=DEMO["appid"].upper()),
+        watermarked(timestamp=str(NOW)),
+        watermarked(timestamp=float(NOW)),
+        watermarked(timestamp=None),
+        watermarked(timestamp=10**400),
+        watermarked() | {"openId": "o-another"},
+        watermarked() | {"openId": None},
+        watermarked() | {"openId": ""},
+    ],
+)
+def test_data_that_is_anothers_or_without_a_watermark_is_refused(data: object) -> None:
+    assert refusal(decrypt_data, data) is Code.SIGNATURE_MISMATCH
+
+
+def test_the_watermark_must_be_recent() -> None:
+    for age in (MAXIMUM_AGE_SECONDS, 0, -CLOCK_SKEW_SECONDS):
+        assert decrypt_data(watermarked(timestamp=NOW - age)) == watermarked(timestamp=NOW - age)
+    for age in (MAXIMUM_AGE_SECONDS + 1, -CLOCK_SKEW_SECONDS - 1):
+        assert refusal(decrypt_data, watermarked(timestamp=NOW - age)) is Code.SIGNATURE_MISMATCH
+    assert (MAXIMUM_AGE_SECONDS, CLOCK_SKEW_SECONDS) == (600, 60)
+
+
+def test_true_is_no_timestamp() -> None:
+    assert decrypt_data(watermarked(timestamp=1), now=1) == watermarked(timestamp=1)
+    assert refusal(decrypt_data, watermarked(timestamp=True), now=1) is Code.SIGNATURE_MISMATCH
+
+
+def test_data_without_an_openid_is_that_of_the_session_key() -> None:
+    assert decrypt_data(watermarked(), openid="o-anybody") == watermarked()
+
+
+@pytest.mark.parametrize("expected", [{"gender": 2}, {"nickName": "band"}, {"absent": None}, {"gender": 1, "city": ""}])
+def test_data_other_than_expected_is_refused(expected: dict[str, Any]) -> None:
+    assert decrypt(expected={"nickName": "Band", "gender": 1}) == DEMO_DATA
+    assert decrypt(expected={}) == DEMO_DATA
+    assert refusal(decrypt, expected=expected) is Code.SIGNATURE_MISMATCH
+
+
+@PROPERTY
+@given(JSON_OBJECTS, KEYS, KEYS)
+def test_any_object_comes_back(data: dict[str, Any], key: bytes, iv: bytes) -> None:
+    data = {**data, "openId": OPENID} | watermarked()
+    ciphertext = encrypt_cbc(pad(json.dumps(data).encode(), 16), key, iv)
+    assert decrypt(ciphertext, key=key, iv=iv, expected=data) == data
+
+
+@PROPERTY
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_any_text_for_user_data_is_refused(data: str, iv: str, session_key: str, app_id: str, openid: str) -> None:
+    def call(encrypted_data: str, iv: str) -> None:
+        decrypt_user_data(encrypted_data, iv, session_key=session_key, app_id=app_id, openid=openid, now=NOW)
+
+    assert refusal(call, data, iv) is Code.INVALID_INPUT
+    assert refusal(call, DEMO["encrypted_data"], DEMO["iv"]) is Code.SESSION_KEY_STALE
+
+
+@PROPERTY
+@given(st.binary(min_size=1, max_size=200) | JSON_OBJECTS.map(lambda data: json.dumps(data).encode()), KEYS)
+def test_any_plaintext_and_any_ciphertext_are_refused(plaintext: bytes, key: bytes) -> None:
+    codes = {Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH}
+    blocks = plaintext + b" " * (-len(plaintext) % 16)
+    assert refusal(decrypt_plaintext, plaintext) in codes
+    assert refusal(decrypt, encrypt_cbc(blocks, KEY, IV)) in codes
+    assert refusal(decrypt, blocks, key=key) in codes
+
+
+def test_user_data_is_read_as_wechatpy_reads_it() -> None:
+    chance = random.Random(1)
+    for _ in range(2000):
+        key, iv = chance.randbytes(16), chance.randbytes(16)
+        data = watermarked() | {"nickName": any_text(chance), "openId": OPENID, "gender": chance.randrange(3)}
+        plaintext = json.dumps(data, ensure_ascii=chance.random() < 0.5).encode()
+        ciphertext = encrypt_cbc(pad(plaintext, 16), key, iv)
+        theirs = WeChatWxaCrypto(encode(key), encode(iv), DEMO["appid"]).decrypt_message(encode(ciphertext))
+        assert decrypt(ciphertext, key=key, iv=iv, expected=data) == theirs == data
+
+
+def any_text(chance: random.Random) -> str:
+    """Empty, short or long; Chinese, emoji, ASCII or all of them."""
+    alphabet = chance.choice(["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", string.printable, "a微😀\x00\u202e<&]]>\"'\\"])
+    return "".join(chance.choices(alphabet, k=chance.choice([0, 1, 7, 50, 1000])))
+
+
+# Signatures
+
+
+def test_the_published_signatures_come_out() -> None:
+    raw_data, session = VECTORS["raw_data.official"], VECTORS["session_signature.post"]
+    assert raw_data_signature(raw_data["raw_data"], raw_data["session_key"]) == raw_data["signature"]
+    assert session_signature(session["session_key"], session["body"]) == session["signature"]
+    for name in ("push.url_verify", "push.plain_mode"):
+        vector = VECTORS[name]
+        assert push_signature(vector["token"], vector["timestamp"], vector["nonce"]) == vector["signature"]
+    for vector in MESSAGES:
+        parts = [vector["token"], vector["timestamp"], vector["nonce"]]
+        assert push_signature(*parts, vector["encrypt"]) == vector["msg_signature"]
+        assert push_signature(*parts) == vector.get("url_signature", push_signature(*parts))
+
+
+def test_a_flipped_bit_of_what_is_signed_shows() -> None:
+    raw_data, session, push = (
+        VECTORS[name] for name in ("raw_data.official", "session_signature.post", "push.safe_mode_json")
+    )
+    masks = (0x01, 0x02, 0x04)  # that leave ASCII
+    for altered in flipped(raw_data["raw_data"].encode(), masks):
+        assert raw_data_signature(altered.decode(), raw_data["session_key"]) != raw_data["signature"]
+    for altered in flipped(raw_data["session_key"].encode(), masks):
+        assert raw_data_signature(raw_data["raw_data"], altered.decode()) != raw_data["signature"]
+    for altered in flipped(session["body"].encode(), masks):
+        assert session_signature(session["session_key"], altered.decode()) != session["signature"]
+    for altered in flipped(session["session_key"].encode(), masks):
+        assert session_signature(altered.decode(), session["body"]) != session["signature"]
+    names = ("token", "timestamp", "nonce", "encrypt")
+    for name in names:
+        for altered in flipped(push[name].encode(), masks):
+            parts = {part: push[part] for part in names} | {name: altered.decode()}
+            assert push_signature(*parts.values()) != push["msg_signature"]
+
+
+def test_the_session_signature_is_of_the_empty_text_by_default() -> None:
+    assert session_signature("key") == session_signature("key", "")
+
+
+@PROPERTY
+@given(st.lists(st.text(), max_size=5), st.text(), st.text())
+def test_signatures_are_those_of_wechatpy_and_of_the_formula(parts: list[str], data: str, key: str) -> None:
+    signer = WeChatSigner()
+    signer.add_data(*parts)
+    assert push_signature(*parts) == push_signature(*reversed(parts)) == signer.signature
+    assert raw_data_signature(data, key) == hashlib.sha1((data + key).encode()).hexdigest()
+
+
+@PROPERTY
+@given(ANY_TEXT, ANY_TEXT)
+def test_any_texts_can_be_signed_and_compared(one: str, other: str) -> None:
+    lengths = [len(sign(one, other)) for sign in (raw_data_signature, push_signature, session_signature)]
+    assert lengths == [40, 40, 64]
+    assert constant_time_equals(one, other) == (one == other)
+    assert constant_time_equals(one, one)
+    assert not constant_time_equals(one, one + "\ud800")
+
+
+# Messages
+
+
+@EACH_MESSAGE
+def test_the_published_messages_decrypt_and_encrypt(vector: dict[str, Any]) -> None:
+    key = decode_aes_key(vector["encoding_aes_key"])
+    assert decrypt_message(vector["encrypt"], key, vector["appid"]) == vector["plaintext"]
+    assert len(vector["plaintext"].encode()) == vector["msg_len"]
+    assert encrypt_message(vector["plaintext"], key, vector["appid"], vector["random"].encode()) == vector["encrypt"]
+
+
+@EACH_MESSAGE
+def test_a_flipped_bit_of_an_encrypted_message_is_refused_unless_cbc_hides_it(vector: dict[str, Any]) -> None:
+    """A flip in the first block garbles only the random bytes, and alters as many bits in the second, of which the
+    last 12 bytes are text. That this is caught, msg_signature sees to: test_push.py has the test."""
+    masks = (0x01, 0x02, 0x04, 0x80)
+    for at, encrypted in enumerate(flipped(base64.b64decode(vector["encrypt"]), masks)):
+        if 4 <= at // len(masks) < 16 and masks[at % len(masks)] < 0x80:
+            text = decrypt_message(encode(encrypted), AES_KEY, APP_ID)
+            assert sum(one != other for one, other in zip(text, vector["plaintext"], strict=True)) == 1
+        else:
+            code = refusal(decrypt_message, encode(encrypted), AES_KEY, APP_ID)
+            assert code is Code.SIGNATURE_MISMATCH
+
+
+@EACH_MESSAGE
+def test_a_flipped_bit_of_the_aes_key_is_refused(vector: dict[str, Any]) -> None:
+    for key in flipped(AES_KEY, tuple(1 << bit for bit in range(8))):
+        assert refusal(decrypt_message, vector["encrypt"], key, APP_ID) is Code.SIGNATURE_MISMATCH
+
+
+@EACH_MESSAGE
+def test_a_flipped_bit_of_length_app_id_or_padding_is_refused(vector: dict[str, Any]) -> None:
+    """The 16 random bytes before them may be any: only msg_signature covers these."""
+    plaintext = unseal(vector["encrypt"])
+    end = 20 + vector["msg_len"]
+    for start, stop in ((16, 20), (end, len(plaintext))):
+        for part in flipped(plaintext[start:stop], tuple(range(1, 256))):
+            encrypted = seal(plaintext[:start] + part + plaintext[stop:])
+            code = refusal(decrypt_message, encrypted, AES_KEY, APP_ID)
+            assert code is Code.SIGNATURE_MISMATCH
+    for prefix in flipped(plaintext[:16]):
+        assert decrypt_message(seal(prefix + plaintext[16:]), AES_KEY, APP_ID) == vector["plaintext"]
+
+
+def test_padding_runs_from_1_to_32_bytes_all_of_which_count() -> None:
+    text = "x" * (96 - 20 - len(APP_ID))
+    for count in range(1, 33):
+        plaintext = unseal(encrypt_message(text[:-count], AES_KEY, APP_ID, bytes(16)))
+        assert plaintext[-count:] == bytes([count]) * count
+        assert len(plaintext) == 96
+        assert decrypt_message(seal(plaintext), AES_KEY, APP_ID) == text[:-count]
+        for altered in flipped(plaintext[-count:]):
+            encrypted = seal(plaintext[:-count] + altered)
+            code = refusal(decrypt_message, encrypted, AES_KEY, APP_ID)
+            assert code is Code.SIGNATURE_MISMATCH
+
+
+@pytest.mark.parametrize("app_id", ["", APP_ID[:-1], APP_ID + "0", APP_ID.upper(), "wx0123456789abcdef", "\ud800"])
+def test_a_message_for_another_app_id_is_refused(app_id: str) -> None:
+    assert refusal(decrypt_message, MESSAGES[0]["encrypt"], AES_KEY, app_id) is Code.SIGNATURE_MISMATCH
+
+
+@pytest.mark.parametrize(
+    "plaintext",
+    [
+        b"",
+        bytes(15),
+        bytes(16),
+        bytes(19),
+        bytes(20),
+        bytes(16) + b"\x00\x00\x00\x01\xff" + APP_ID.encode(),
+        bytes(16) + b"\xff\xff\xff\xff" + APP_ID.encode(),
+        bytes(16) + b"\x00\x00\x00\x00" + APP_ID.encode() + b"\x00",
+    ],
+)
+def test_what_is_no_message_is_refused(plaintext: bytes) -> None:
+    code = refusal(decrypt_message, seal(pad(plaintext, 32)), AES_KEY, APP_ID)
+    assert code is Code.SIGNATURE_MISMATCH
+
+
+def test_a_length_beyond_the_end_is_refused_even_without_an_app_id() -> None:
+    plaintext = pad(bytes(16) + b"\x00\x00\x00\x03ab", 32)
+    assert refusal(decrypt_message, seal(plaintext), AES_KEY, "") is Code.SIGNATURE_MISMATCH
+
+
+def test_a_message_in_lenient_base64_or_half_blocks_is_refused() -> None:
+    encrypt = MESSAGES[1]["encrypt"]
+    shorter = encode(base64.b64decode(encrypt)[:-16])
+    for encrypted in ("", encrypt + "\n", encrypt.rstrip("="), encrypt.replace("Q==", "R=="), encrypt[:-4], shorter):
+        code = refusal(decrypt_message, encrypted, AES_KEY, APP_ID)
+        assert code is Code.SIGNATURE_MISMATCH
+
+
+@pytest.mark.parametrize("random", [b"", bytes(15), bytes(17)])
+def test_random_bytes_of_another_length_are_a_mistake_of_ours(random: bytes) -> None:
+    with pytest.raises(ValueError, match="16"):
+        encrypt_message("text", AES_KEY, APP_ID, random)
+
+
+@PROPERTY
+@given(st.text(), st.binary(min_size=32, max_size=32), st.text(), KEYS)
+def test_any_message_comes_back(text: str, key: bytes, app_id: str, random: bytes) -> None:
+    assert decrypt_message(encrypt_message(text, key, app_id, random), key, app_id) == text
+
+
+@PROPERTY
+@given(ANY_TEXT, st.binary(max_size=200), st.binary(min_size=32, max_size=32), ANY_TEXT)
+def test_any_text_and_any_plaintext_as_a_message_is_refused(
+    text: str, plaintext: bytes, key: bytes, app_id: str
+) -> None:
+    app_id += "."  # never empty
+    blocks = plaintext + bytes(-len(plaintext) % 32)
+    for encrypted in (text, encode(plaintext), encode(blocks), seal(blocks, key), seal(pad(plaintext, 32), key)):
+        code = refusal(decrypt_message, encrypted, key, app_id)
+        assert code is Code.SIGNATURE_MISMATCH
+
+
+def test_messages_go_to_wechatpy_and_come_from_it() -> None:
+    chance = random.Random(2)
+    for _ in range(2000):
+        key, app_id, text = chance.randbytes(32), f"wx{chance.randrange(10**16)}", any_text(chance)
+        assert PrpCrypto(key).decrypt(encrypt_message(text, key, app_id, chance.randbytes(16)), app_id) == text
+        assert decrypt_message(PrpCrypto(key).encrypt(text, app_id).decode(), key, app_id) == text
+
+
+# EncodingAESKey
+
+
+def test_the_last_character_of_an_encoding_aes_key_has_two_bits_that_count_for_nothing() -> None:
+    keys = [decode_aes_key("a" * 42 + last) for last in "ABCD"]
+    assert keys == [base64.b64decode("a" * 42 + "A=")] * 4
+    assert decode_aes_key("a" * 42 + "E") != keys[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a" * 42, "a" * 44, "a" * 42 + "=", "a" * 42 + "+", "a" * 42 + "é", "a" * 43 + "\n"]
+)
+def test_an_encoding_aes_key_is_43_letters_and_digits(text: str) -> None:
+    with pytest.raises(ValueError, match="43 letters and digits"):
+        decode_aes_key(text)
+
+
+@PROPERTY
+@given(ANY_TEXT | st.text(string.ascii_letters + string.digits, min_size=43, max_size=43))
+def test_any_encoding_aes_key_is_32_bytes_or_a_value_error(text: str) -> None:
+    try:
+        assert len(decode_aes_key(text)) == 32
+    except ValueError:
+        assert not (len(text) == 43 and text.isascii() and text.isalnum())

@@ -1,0 +1,597 @@
+import base64
+import json
+import random
+import secrets
+import string
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wechatpy.crypto import PrpCrypto, WeChatCrypto
+
+from errors import ApiError, Code
+from tests.wechat.harness import ANY_TEXT, JSON, JSON_OBJECTS, PROPERTY, VECTORS, flipped, outcome, refusal
+from wechat import strict_json
+from wechat.crypto import decode_aes_key, encrypt_message, push_signature
+from wechat.push import WINDOW_SECONDS, Form, Message, MessagePush
+
+SAFE, REPLY = VECTORS["push.safe_mode_json"], VECTORS["push.safe_mode_json_reply"]
+PLAIN, URL = VECTORS["push.plain_mode"], VECTORS["push.url_verify"]
+TOKEN, ENCODING_AES_KEY, APP_ID = SAFE["token"], SAFE["encoding_aes_key"], SAFE["appid"]
+AES_KEY = decode_aes_key(ENCODING_AES_KEY)
+NOW = 1_714_112_445
+
+FORMS: list[Form] = ["json", "xml"]
+MISSING = ["Missing data for required field."]
+NAMES = st.text(string.ascii_letters, min_size=1, max_size=5)
+XML_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\ufffe\uffff", min_codepoint=32)
+    | st.sampled_from("\t\n\r<>&]]>'\"")
+)
+
+
+@pytest.fixture
+def plain() -> MessagePush:
+    return MessagePush(TOKEN, None, APP_ID)
+
+
+@pytest.fixture
+def safe() -> MessagePush:
+    return MessagePush(TOKEN, ENCODING_AES_KEY, APP_ID)
+
+
+def sign(*encrypted: str, timestamp: object = NOW, nonce: str = "n", token: str = TOKEN) -> dict[str, str]:
+    """The query of a request that WeChat signs: with msg_signature if there is something encrypted to sign."""
+    timestamp = str(timestamp)
+    query = {"timestamp": timestamp, "nonce": nonce, "signature": push_signature(token, timestamp, nonce)}
+    for text in encrypted:
+        query |= {"encrypt_type": "aes", "msg_signature": push_signature(token, timestamp, nonce, text)}
+    return query
+
+
+def encrypt(text: str, app_id: str = APP_ID) -> str:
+    return encrypt_message(text, AES_KEY, app_id, bytes(16))
+
+
+def enclose(encrypted: object, **others: object) -> bytes:
+    return json.dumps({"ToUserName": "gh_97417a04a28d", "Encrypt": encrypted, **others}).encode()
+
+
+def open_encrypted(push: MessagePush, text: str, app_id: str = APP_ID, **signed: Any) -> Message:
+    """Open what is signed right, whatever the text."""
+    encrypted = encrypt(text, app_id)
+    return push.open(sign(encrypted, **signed), enclose(encrypted), NOW)
+
+
+def open_plain(push: MessagePush, body: bytes) -> Message:
+    return push.open(sign(), body, NOW)
+
+
+def errors_of(push: MessagePush, query: Mapping[str, str], body: bytes) -> dict[str, Any] | None:
+    with pytest.raises(ApiError) as caught:
+        push.open(query, body, NOW)
+    assert caught.value.api_code is Code.INVALID_INPUT
+    return caught.value.errors
+
+
+def vector_query(vector: dict[str, Any]) -> dict[str, str]:
+    return {name: vector[name] for name in ("signature", "timestamp", "nonce", "echostr") if name in vector}
+
+
+SAFE_QUERY = {
+    "signature": SAFE["url_signature"],
+    "timestamp": SAFE["timestamp"],
+    "nonce": SAFE["nonce"],
+    "encrypt_type": "aes",
+    "msg_signature": SAFE["msg_signature"],
+}
+
+
+# Known answers
+
+
+def test_the_published_url_check_is_answered(plain: MessagePush, safe: MessagePush) -> None:
+    for push in (plain, safe):
+        assert push.verify_url(vector_query(URL), int(URL["timestamp"])) == URL["echostr"]
+
+
+def test_the_published_plain_message_opens(plain: MessagePush) -> None:
+    message = plain.open(vector_query(PLAIN), PLAIN["body"].encode(), int(PLAIN["timestamp"]))
+    assert message == (json.loads(PLAIN["body"]), "json")
+    assert (message.type, message.event) == ("event", "debug_demo")
+
+
+def test_the_published_encrypted_message_opens(safe: MessagePush) -> None:
+    assert safe.open(SAFE_QUERY, enclose(SAFE["encrypt"]), NOW) == (json.loads(SAFE["plaintext"]), "json")
+
+
+def test_the_published_reply_comes_out(safe: MessagePush, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_bytes", {16: REPLY["random"].encode()}.__getitem__)
+    monkeypatch.setattr(secrets, "token_hex", lambda count: REPLY["nonce"])
+    sealed = safe.seal(json.loads(REPLY["plaintext"]), "json", float(REPLY["timestamp"]) + 0.9)
+    assert json.loads(sealed) == {
+        "Encrypt": REPLY["encrypt"],
+        "MsgSignature": REPLY["msg_signature"],
+        "TimeStamp": int(REPLY["timestamp"]),
+        "Nonce": REPLY["nonce"],
+    }
+
+
+# Altered and forged
+
+
+def test_a_flipped_bit_of_any_signed_text_is_refused(plain: MessagePush, safe: MessagePush) -> None:
+    masks = (0x01, 0x02, 0x04)  # that leave ASCII
+    for name in ("signature", "timestamp", "nonce"):
+        for altered in flipped(URL[name].encode(), masks):
+            query = vector_query(URL) | {name: altered.decode()}
+            assert refusal(plain.verify_url, query, int(URL["timestamp"])) is Code.SIGNATURE_MISMATCH
+        for altered in flipped(PLAIN[name].encode(), masks):
+            query = vector_query(PLAIN) | {name: altered.decode()}
+            code = refusal(plain.open, query, PLAIN["body"].encode(), int(PLAIN["timestamp"]))
+            assert code is Code.SIGNATURE_MISMATCH
+    for name in ("msg_signature", "timestamp", "nonce"):
+        for altered in flipped(SAFE_QUERY[name].encode(), masks):
+            query = SAFE_QUERY | {name: altered.decode()}
+            code = refusal(safe.open, query, enclose(SAFE["encrypt"]), NOW)
+            assert code is Code.SIGNATURE_MISMATCH
+
+
+def test_a_flipped_bit_of_the_ciphertext_is_refused_also_where_cbc_hides_it(safe: MessagePush) -> None:
+    for ciphertext in flipped(base64.b64decode(SAFE["encrypt"])):
+        body = enclose(base64.b64encode(ciphertext).decode())
+        assert refusal(safe.open, SAFE_QUERY, body, NOW) is Code.SIGNATURE_MISMATCH
+
+
+def test_other_random_bytes_are_another_signature(safe: MessagePush) -> None:
+    for prefix in flipped(SAFE["random"].encode()):
+        body = enclose(encrypt_message(SAFE["plaintext"], AES_KEY, APP_ID, prefix))
+        assert refusal(safe.open, SAFE_QUERY, body, NOW) is Code.SIGNATURE_MISMATCH
+
+
+def test_another_token_or_aes_key_is_refused() -> None:
+    for token, key in ((TOKEN[:-1] + "B", ENCODING_AES_KEY), (TOKEN, "B" + ENCODING_AES_KEY[1:])):
+        push = MessagePush(token, key, APP_ID)
+        code = refusal(push.open, SAFE_QUERY, enclose(SAFE["encrypt"]), NOW)
+        assert code is Code.SIGNATURE_MISMATCH
+
+
+def test_the_last_character_of_the_aes_key_may_be_any_of_the_four_that_mean_the_same(safe: MessagePush) -> None:
+    for last, opens in zip("ABCDE", (True, True, True, True, False), strict=True):
+        push = MessagePush(TOKEN, ENCODING_AES_KEY[:-1] + last, APP_ID)
+        opened = outcome(push.open, SAFE_QUERY, enclose(SAFE["encrypt"]), NOW)
+        assert opened == (safe.open(SAFE_QUERY, enclose(SAFE["encrypt"]), NOW) if opens else Code.SIGNATURE_MISMATCH)
+
+
+@pytest.mark.parametrize("encrypt_type", [{}, {"encrypt_type": "raw"}, {"encrypt_type": "aes"}])
+def test_in_safe_mode_the_plain_signature_proves_nothing(safe: MessagePush, encrypt_type: dict[str, str]) -> None:
+    query, body = sign() | encrypt_type, PLAIN["body"].encode()
+    assert errors_of(safe, query, body) == {"msg_signature": MISSING}
+    for wrong in ("", "0" * 40, query["signature"], "\ud800"):
+        forged = query | {"msg_signature": wrong}
+        for sent in (body, enclose(encrypt(body.decode())), enclose("")):
+            assert refusal(safe.open, forged, sent, NOW) is Code.SIGNATURE_MISMATCH
+
+
+def test_a_plain_body_is_refused_in_safe_mode_whatever_is_signed(safe: MessagePush) -> None:
+    for query in (sign(""), SAFE_QUERY, {name: sign("")[name] for name in ("timestamp", "nonce", "msg_signature")}):
+        for body in (PLAIN["body"].encode(), b"{}", b"<xml/>", b"<xml><Event>e</Event></xml>"):
+            assert refusal(safe.open, query, body, NOW) is Code.SIGNATURE_MISMATCH
+
+
+@pytest.mark.parametrize("encrypted", [None, 1, [], {}, [encrypt("{}")]])
+def test_an_encrypt_that_is_no_text_is_refused(safe: MessagePush, encrypted: object) -> None:
+    query = sign(encrypt("{}"))
+    assert refusal(safe.open, query, enclose(encrypted), NOW) is Code.SIGNATURE_MISMATCH
+
+
+def test_in_compatibility_mode_only_what_is_encrypted_is_read(safe: MessagePush) -> None:
+    encrypted = encrypt('{"MsgType":"event"}')
+    body = enclose(encrypted, MsgType="text", Content="forged")
+    assert safe.open(sign(encrypted), body, NOW) == ({"MsgType": "event"}, "json")
+
+
+def test_the_mode_is_not_the_callers_to_choose(plain: MessagePush, safe: MessagePush) -> None:
+    encrypted = encrypt('{"MsgType":"event"}')
+    without = {name: value for name, value in sign(encrypted).items() if name not in ("encrypt_type", "signature")}
+    for query in (without, without | {"encrypt_type": "raw", "signature": "?"}):
+        assert safe.open(query, enclose(encrypted), NOW).type == "event"
+    assert plain.open(sign(encrypted), PLAIN["body"].encode(), NOW).type == "event"
+
+
+def test_in_plain_mode_an_encrypted_body_is_refused(plain: MessagePush) -> None:
+    encrypted = encrypt('{"MsgType":"event"}')
+    for body in (enclose(encrypted), f"<xml><Encrypt>{encrypted}</Encrypt></xml>".encode()):
+        assert set(errors_of(plain, sign(encrypted), body) or ()) == {"body"}
+    assert open_plain(plain, enclose(encrypted, MsgType="text")).type == "text"
+
+
+def test_in_plain_mode_nothing_is_read_before_the_signature_is_right(plain: MessagePush) -> None:
+    query = sign() | {"signature": "0" * 40}
+    assert refusal(plain.open, query, b"?", NOW) is Code.SIGNATURE_MISMATCH
+
+
+def test_a_message_for_another_account_is_refused(safe: MessagePush) -> None:
+    assert refusal(open_encrypted, safe, "{}", app_id="wx0123456789abcdef") is Code.SIGNATURE_MISMATCH
+    assert refusal(open_encrypted, safe, "{}", app_id="") is Code.SIGNATURE_MISMATCH
+
+
+def test_a_timestamp_must_be_near_our_clock(plain: MessagePush, safe: MessagePush) -> None:
+    assert WINDOW_SECONDS == 300
+    for offset, is_near in ((-301, False), (-300, True), (0, True), (300, True), (301, False)):
+        query = sign(encrypt("{}"), timestamp=NOW + offset) | {"echostr": "e"}
+        for call in (
+            lambda query=query: plain.verify_url(query, NOW),
+            lambda query=query: plain.open(query, b"{}", NOW),
+            lambda query=query: safe.open(query, enclose(encrypt("{}")), NOW),
+        ):
+            if is_near:
+                call()
+            else:
+                assert refusal(call) is Code.SIGNATURE_MISMATCH
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    [
+        "",
+        " ",
+        "-1",
+        f"+{NOW}",
+        f" {NOW}",
+        f"{NOW}\n",
+        f"{NOW}.0",
+        "1_714_112_445",
+        "１７１４１１２４４５",
+        "nan",
+        "9" * 5000,
+    ]
+    + [f"{NOW:013}"],
+)
+def test_a_timestamp_is_12_digits_at_most(plain: MessagePush, timestamp: str) -> None:
+    assert refusal(plain.open, sign(timestamp=timestamp), b"{}", NOW) is Code.SIGNATURE_MISMATCH
+    assert plain.open(sign(timestamp=f"{NOW:012}"), b"{}", NOW).fields == {}
+
+
+def test_each_missing_parameter_is_named(plain: MessagePush, safe: MessagePush) -> None:
+    with pytest.raises(ApiError) as caught:
+        plain.verify_url({}, NOW)
+    assert caught.value.api_code is Code.INVALID_INPUT
+    assert caught.value.errors == dict.fromkeys(("signature", "timestamp", "nonce", "echostr"), MISSING)
+    assert errors_of(plain, {"nonce": "n"}, b"{}") == {"signature": MISSING, "timestamp": MISSING}
+    assert errors_of(safe, sign(), b"{}") == {"msg_signature": MISSING}
+
+
+def test_an_empty_token_or_a_wrong_aes_key_is_a_mistake_of_ours() -> None:
+    with pytest.raises(ValueError, match="token"):
+        MessagePush("", None, APP_ID)
+    for key in ("", "A" * 42):  # an empty one must not mean plain mode
+        with pytest.raises(ValueError, match="EncodingAESKey"):
+            MessagePush(TOKEN, key, APP_ID)
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (b"{}", {}),
+        (b' \r\n\t{"a": [1, {"b": null}]}\n', {"a": [1, {"b": None}]}),
+        (b"<xml/>", {}),
+        (b"<xml>text</xml>", {}),
+        (b"\r\n <xml><a>1</a></xml>\n", {"a": "1"}),
+        (b'\n<?xml version="1.0" encoding="gbk"?><xml><a>\xe5\xbe\xae</a></xml>', {"a": "微"}),
+        (b"<xml><a><![CDATA[ <&\xf0\x9f\x98\x80> ]]></a><b></b><c/></xml>", {"a": " <&😀> ", "b": "", "c": ""}),
+        (b"<xml><a>1<!-- -->2&lt;&#65;</a></xml>", {"a": "12<A"}),
+        (b"<xml><a>1</a><b/><a>2</a><a><c>3</c></a></xml>", {"a": ["1", "2", {"c": "3"}], "b": ""}),
+        (b"<xml> <a> <b>1</b> <b>2</b> </a> </xml>", {"a": {"b": ["1", "2"]}}),
+        (b"<xml>" + b"<a>" * 32 + b"</a>" * 32 + b"</xml>", None),
+    ],
+)
+def test_json_and_xml_are_read(plain: MessagePush, safe: MessagePush, body: bytes, fields: dict[str, Any]) -> None:
+    opened = open_plain(plain, body)
+    assert fields in (None, opened.fields)
+    assert opened.form == ("xml" if b"<" in body[:4] else "json")
+    assert open_encrypted(safe, body.decode()).fields == opened.fields
+
+
+LAUGHS = "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"<!DOCTYPE xml [<!ENTITY a0 'ha'>{LAUGHS}]><xml><a>&a9;</a></xml>",
+        "<!DOCTYPE xml [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><xml><a>&a;</a></xml>",
+        "<!DOCTYPE xml [<!ENTITY % a SYSTEM 'http://127.0.0.1/a'>%a;]><xml/>",
+        "<!DOCTYPE xml SYSTEM 'http://127.0.0.1/a.dtd'><xml/>",
+        "<!DOCTYPE xml><xml/>",
+        "<xml><a>&undefined;</a></xml>",
+    ],
+)
+def test_a_dtd_and_entities_are_refused(plain: MessagePush, safe: MessagePush, body: str) -> None:
+    assert set(errors_of(plain, sign(), body.encode()) or ()) == {"body"}
+    assert set(errors_of(safe, sign(""), body.encode()) or ()) == {"body"}
+    assert refusal(open_encrypted, safe, body) is Code.INVALID_INPUT
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"success",
+        b"[]",
+        b"null",
+        b'"<xml/>"',
+        b"{",
+        b'{"a": 1, "a": 2}',
+        b'{"a": NaN}',
+        rb'{"a": "\ud800"}',
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+        b"<",
+        b"<xml>",
+        b"<xml/><xml/>",
+        b"<a/>",
+        b"<XML/>",
+        b"<xml xmlns='urn:a'/>",
+        b"<xml>\x00</xml>",
+        b"<xml>&#xd800;</xml>",
+        b"<xml>" + b"<a>" * 33 + b"</a>" * 33 + b"</xml>",
+        b"<a>" * 100_000 + b"</a>" * 100_000,
+    ],
+)
+def test_a_malformed_body_is_named(plain: MessagePush, safe: MessagePush, body: bytes) -> None:
+    assert set(errors_of(plain, sign(), body) or ()) == {"body"}
+    assert set(errors_of(safe, sign(""), body) or ()) == {"body"}
+    assert refusal(open_encrypted, safe, body.decode()) is Code.INVALID_INPUT
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": "\xff"}',
+        b"<xml>\xff</xml>",
+        b"\xef\xbb\xbf{}",
+        "<xml/>".encode("utf-16"),
+        "{}".encode("utf-16"),
+        b'<?xml version="1.0" encoding="latin-1"?><xml>\xe9</xml>',
+        b'{"a": "\xed\xa0\x80"}',
+    ],
+)
+def test_a_body_in_another_encoding_is_malformed(plain: MessagePush, body: bytes) -> None:
+    assert set(errors_of(plain, sign(), body) or ()) == {"body"}
+
+
+@pytest.mark.parametrize("outer", FORMS)
+@pytest.mark.parametrize("inner", ['{"a":"1"}', "<xml><a>1</a></xml>"])
+def test_the_form_is_that_of_the_outer_body(safe: MessagePush, outer: Form, inner: str) -> None:
+    encrypted = encrypt(inner)
+    body = enclose(encrypted) if outer == "json" else f"<xml><Encrypt>{encrypted}</Encrypt></xml>".encode()
+    assert safe.open(sign(encrypted), body, NOW) == ({"a": "1"}, outer)
+
+
+# Messages
+
+
+def test_a_message_that_is_sent_again_has_the_same_key_and_no_other_has() -> None:
+    event = {"FromUserName": "o-wechat", "CreateTime": 1, "Event": "e", "OpenID": "o-a"}
+    different = [
+        {"MsgId": 1},
+        {"MsgId": 12},
+        {"MsgId": "1", "Content": "a"},
+        event,
+        event | {"FromUserName": "o-b"},
+        event | {"CreateTime": 2},
+        event | {"Event": "f"},
+        event | {"OpenID": "o-b"},
+        {"FromUserName": "o-a1", "CreateTime": "1", "Event": "e"},
+        {"FromUserName": "o-a", "CreateTime": "11", "Event": "e"},
+        {},
+        {"a": "b"},
+        {"MsgId": "", "a": 1},
+        {"MsgId": None, "Event": "", "a": {"b": ["微"]}},
+    ]
+    keys = [Message(fields, "json").key for fields in different]
+    assert len(set(keys)) == len(different)
+    assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
+    assert Message({"MsgId": 1, "Content": "a"}, "json").key == keys[0]
+    assert Message({"a": 1, "b": 2}, "json").key == Message({"b": 2, "a": 1}, "json").key
+
+
+@pytest.mark.parametrize("value", [None, 1, ["event"], {"a": "b"}, ""])
+def test_an_odd_type_or_event_reads_as_none(value: object) -> None:
+    message = Message({"MsgType": value, "Event": value}, "json")
+    assert (message.type, message.event) == ("", "")
+    assert (Message({}, "json").type, Message({}, "json").event) == ("", "")
+    assert len(message.key) == 64
+
+
+# Replies
+
+
+def test_a_reply_is_sealed_as_the_form_and_the_mode_are(plain: MessagePush, safe: MessagePush) -> None:
+    reply = {"ToUserName": "o-a", "CreateTime": NOW, "Content": "微信<&>😀", "Articles": {"item": [{"Url": "a"}, None]}}
+    assert json.loads(plain.seal(reply, "json", NOW)) == reply
+    assert "微信<&>😀" in plain.seal(reply, "json", NOW)  # as it is, in UTF-8
+    assert plain.seal(reply, "xml", NOW) == (
+        f"<xml><ToUserName>o-a</ToUserName><CreateTime>{NOW}</CreateTime><Content>微信&lt;&amp;&gt;😀</Content>"
+        "<Articles><item><Url>a</Url></item><item></item></Articles></xml>"
+    )
+    sealed = json.loads(safe.seal(reply, "json", NOW + 0.5))
+    assert list(sealed) == ["Encrypt", "MsgSignature", "TimeStamp", "Nonce"]
+    assert sealed["TimeStamp"] == NOW
+    root = ElementTree.fromstring(safe.seal(reply, "xml", NOW))
+    assert (root.tag, [child.tag for child in root]) == ("xml", list(sealed))
+
+
+def test_no_two_replies_are_sealed_alike(safe: MessagePush) -> None:
+    sealed = [json.loads(safe.seal({}, "json", NOW)) for _ in range(20)]
+    assert len({reply["Nonce"] for reply in sealed}) == len({reply["Encrypt"] for reply in sealed}) == 20
+
+
+def test_characters_that_the_form_cannot_carry_are_left_out(plain: MessagePush, safe: MessagePush) -> None:
+    text = "a\x00\x0b\ufffe\ud800\r\n\t\x7f\U0001f600"
+    assert open_plain(plain, plain.seal({"a": text}, "xml", NOW).encode()).fields == {"a": "a\r\n\t\x7f\U0001f600"}
+    assert json.loads(plain.seal({"a": text}, "json", NOW)) == {"a": text.replace("\ud800", "")}
+    for form in FORMS:
+        safe.seal({"a": text}, form, NOW)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a>", "1", "é", "\ud800", "a\n"])
+def test_what_is_no_name_in_xml_is_a_mistake_of_ours(plain: MessagePush, name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        plain.seal({"a": [{name: 1}]}, "xml", NOW)
+
+
+def test_json_has_no_nan(plain: MessagePush) -> None:
+    with pytest.raises(ValueError, match="float"):
+        plain.seal({"a": float("nan")}, "json", NOW)
+
+
+# Any input
+
+
+@PROPERTY
+@given(st.dictionaries(st.sampled_from(["signature", "msg_signature", "timestamp", "nonce", "echostr"]), ANY_TEXT))
+def test_any_query_is_refused(query: dict[str, str]) -> None:
+    for push in (MessagePush(TOKEN, None, APP_ID), MessagePush(TOKEN, ENCODING_AES_KEY, APP_ID)):
+        for call in (lambda push=push: push.verify_url(query, NOW), lambda push=push: push.open(query, b"{}", NOW)):
+            assert refusal(call) in (Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH)
+
+
+TAGS = st.lists(st.sampled_from(["<xml>", "</xml>", "<a>", "</a>", "<b/>", "&lt;", "<![CDATA[", "]]>", "<!--", "text"]))
+
+
+@PROPERTY
+@given(
+    st.binary()
+    | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | JSON.map(lambda document: json.dumps(document).encode())
+    | TAGS.map(lambda tags: f"<xml>{''.join(tags)}</xml>".encode())
+)
+def test_any_body_is_read_or_refused(body: bytes) -> None:
+    plain, safe = MessagePush(TOKEN, None, APP_ID), MessagePush(TOKEN, ENCODING_AES_KEY, APP_ID)
+    assert refusal(safe.open, sign(""), body, NOW) in (Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH)
+    for opened in (
+        outcome(open_plain, plain, body),
+        outcome(open_encrypted, safe, body.decode("utf-8", "replace")),
+    ):
+        if opened is not Code.INVALID_INPUT:
+            assert json.loads(json.dumps(opened.fields)) == opened.fields
+            assert (len(opened.key), type(opened.type), type(opened.event)) == (64, str, str)
+
+
+@PROPERTY
+@given(JSON_OBJECTS, ANY_TEXT, st.text(min_size=1))
+def test_any_reply_in_json_comes_back(reply: dict[str, Any], nonce: str, token: str) -> None:
+    plain, safe = MessagePush(token, None, APP_ID), MessagePush(token, ENCODING_AES_KEY, APP_ID)
+    body = plain.seal(reply, "json", NOW).encode()
+    assert strict_json.loads(body.decode()) == reply
+    if "Encrypt" not in reply:
+        assert plain.open(sign(nonce=nonce, token=token), body, NOW) == (reply, "json")
+    assert reopen(safe, safe.seal(reply, "json", NOW), "json") == (reply, "json")
+
+
+def reopen(safe: MessagePush, sealed: str, form: Form) -> Message:
+    """Open a reply as if it were a message, which is signed and encrypted the same way."""
+    if form == "json":
+        fields = json.loads(sealed)
+    else:
+        fields = {child.tag: child.text for child in ElementTree.fromstring(sealed)}
+    query = {"msg_signature": fields["MsgSignature"], "timestamp": str(fields["TimeStamp"]), "nonce": fields["Nonce"]}
+    return safe.open(query, sealed.encode(), NOW)
+
+
+def once_or_repeated(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return values | st.lists(values, min_size=2, max_size=3)
+
+
+XML_VALUES = st.recursive(
+    XML_TEXT,
+    lambda inner: st.dictionaries(NAMES, once_or_repeated(inner), min_size=1, max_size=3),
+    max_leaves=8,
+)
+
+
+@PROPERTY
+@given(st.dictionaries(NAMES, once_or_repeated(XML_VALUES), max_size=4))
+def test_any_reply_in_xml_comes_back(reply: dict[str, Any]) -> None:
+    safe = MessagePush(TOKEN, ENCODING_AES_KEY, APP_ID)
+    plain = MessagePush(TOKEN, None, APP_ID)
+    assert open_plain(plain, plain.seal(reply, "xml", NOW).encode()) == (reply, "xml")
+    assert reopen(safe, safe.seal(reply, "xml", NOW), "xml") == (reply, "xml")
+
+
+@PROPERTY
+@given(st.dictionaries(NAMES, JSON | ANY_TEXT), st.sampled_from(FORMS))
+def test_any_reply_can_be_sealed(reply: dict[str, Any], form: Form) -> None:
+    try:
+        sealed = MessagePush(TOKEN, None, APP_ID).seal(reply, form, NOW)
+    except ValueError as error:
+        assert "name of an element" in str(error)  # noqa: PT017
+        assert form == "xml"
+    else:
+        sealed.encode()
+
+
+# wechatpy
+
+
+def any_text(chance: random.Random) -> str:
+    """Empty, short or long; Chinese, emoji, ASCII or all of them; without \\r, which bare is a line feed to XML."""
+    alphabet = chance.choice(
+        ["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", string.ascii_letters + " \n\t", "a微😀\u202e<&]]>\"'\\"]
+    )
+    return "".join(chance.choices(alphabet, k=chance.choice([0, 1, 7, 50, 500])))
+
+
+def any_message(chance: random.Random) -> dict[str, str]:
+    return {"MsgType": "text", "MsgId": str(chance.getrandbits(64)), "Content": any_text(chance)}
+
+
+def any_account(chance: random.Random) -> tuple[str, str, str]:
+    token = "".join(chance.choices(string.ascii_letters + string.digits, k=chance.randint(3, 32)))
+    key = "".join(chance.choices(string.ascii_letters + string.digits, k=43))
+    return token, key, f"wx{chance.getrandbits(64):016x}"
+
+
+def test_messages_of_wechatpy_open() -> None:
+    chance = random.Random(1)
+    for _ in range(2000):
+        token, key, app_id = any_account(chance)
+        push, nonce = MessagePush(token, key, app_id), str(chance.getrandbits(32))
+        fields = any_message(chance)
+        in_xml = f"<xml>{''.join(f'<{name}>{escape(text)}</{name}>' for name, text in fields.items())}</xml>"
+        body = WeChatCrypto(token, key, app_id).encrypt_message(in_xml, nonce, str(NOW))
+        encrypted = ElementTree.fromstring(body).findtext("Encrypt", "")
+        query = sign(encrypted, nonce=nonce, token=token)
+        assert ElementTree.fromstring(body).findtext("MsgSignature") == query["msg_signature"]
+        assert push.open(query, body.encode(), NOW) == (fields, "xml")
+
+        in_json = json.dumps(fields, ensure_ascii=chance.random() < 0.5)
+        encrypted = PrpCrypto(decode_aes_key(key)).encrypt(in_json, app_id).decode()
+        query = sign(encrypted, nonce=nonce, token=token)
+        assert push.open(query, enclose(encrypted), NOW) == (fields, "json")
+
+
+def test_wechatpy_reads_what_is_sealed() -> None:
+    chance = random.Random(2)
+    for _ in range(2000):
+        token, key, app_id = any_account(chance)
+        push, theirs = MessagePush(token, key, app_id), WeChatCrypto(token, key, app_id)
+        fields = any_message(chance)
+        sealed = push.seal(fields, "xml", NOW)
+        signed = {child.tag: child.text or "" for child in ElementTree.fromstring(sealed)}
+        text = theirs.decrypt_message(sealed, signed["MsgSignature"], signed["TimeStamp"], signed["Nonce"])
+        assert {child.tag: child.text or "" for child in ElementTree.fromstring(text)} == fields
+
+        signed = json.loads(push.seal(fields, "json", NOW))
+        text = theirs.decrypt_message(signed, signed["MsgSignature"], str(signed["TimeStamp"]), signed["Nonce"])
+        assert json.loads(text) == fields

@@ -1,0 +1,271 @@
+import contextlib
+import json
+import logging
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from werkzeug import Request, Response
+from werkzeug.serving import make_server
+
+from errors import ApiError, Code
+from tests.harness import APP_ID, APP_SECRET, Simulator
+from wechat import transport as wechat_transport
+from wechat.transport import Transport
+
+PATH = "/sns/jscode2session"
+
+
+@pytest.fixture
+def transport(simulator: Simulator) -> Iterator[Transport]:
+    transport = Transport(simulator.url, connections=4)
+    yield transport
+    transport.close()
+
+
+def redeem(transport: Transport, code: str) -> dict[str, Any]:
+    return transport.call(
+        PATH, {"appid": APP_ID, "secret": APP_SECRET, "js_code": code, "grant_type": "authorization_code"}
+    )
+
+
+def failure(transport: Transport, code: str) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        redeem(transport, code)
+    return caught.value
+
+
+def test_success_is_seen_with_errcode_0_and_without_errcode(transport: Transport, simulator: Simulator) -> None:
+    for _ in range(4):  # the simulator says it either way in turn
+        assert redeem(transport, simulator.code(openid="o-alice"))["errcode"] == 0
+
+
+def test_an_errcode_that_is_an_answer_is_no_failure(
+    transport: Transport, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (
+        transport.call(PATH, {"appid": "wx-other", "secret": "x", "js_code": "x"}, expected={40002})["errcode"] == 40002
+    )
+    assert not [record for record in caplog.records if record.name == "wechat.transport"]
+
+
+def test_a_body_is_posted_as_json_in_raw_utf_8() -> None:
+    with server(lambda request: Response(json.dumps({"raw": request.get_data().decode()}))) as url:
+        echo = Transport(url, connections=1)
+        assert echo.call("/echo", {}, {"content": "你好"})["raw"] == '{"content": "你好"}'
+        echo.close()
+
+
+def test_a_call_that_must_not_be_repeated_is_not_made_again_when_its_answer_is_lost(
+    transport: Transport, simulator: Simulator
+) -> None:
+    simulator.fault("close", times=2)
+    with pytest.raises(ApiError) as caught:
+        transport.call(PATH, {}, idempotent=False)
+    assert caught.value.api_code is Code.UNAVAILABLE
+    assert len(simulator.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    ("errcode", "code"),
+    [
+        (-1, Code.UNAVAILABLE),
+        (40029, Code.WECHAT_CODE_INVALID),
+        (40163, Code.WECHAT_CODE_USED),
+        (40226, Code.WECHAT_HIGH_RISK_USER),
+        (41002, Code.WECHAT_REFUSED),
+        (41004, Code.WECHAT_REFUSED),
+        (41008, Code.WECHAT_CODE_INVALID),
+        (40013, Code.WECHAT_REFUSED),
+        (40125, Code.WECHAT_REFUSED),
+        (40164, Code.WECHAT_REFUSED),
+        (48001, Code.WECHAT_REFUSED),
+        (45009, Code.UNAVAILABLE),
+        (45011, Code.UNAVAILABLE),
+        (40001, Code.UPSTREAM_INVALID),
+        (47001, Code.UPSTREAM_INVALID),
+        (99999, Code.UPSTREAM_INVALID),
+    ],
+)
+def test_each_errcode_has_its_code(transport: Transport, simulator: Simulator, errcode: int, code: Code) -> None:
+    simulator.fault("errcode", times=2, errcode=errcode)
+    assert failure(transport, simulator.code()).api_code is code
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("http_500", Code.UPSTREAM_INVALID), ("not_json", Code.UPSTREAM_INVALID), ("close", Code.UNAVAILABLE)],
+)
+def test_each_way_to_break_has_its_code(transport: Transport, simulator: Simulator, kind: str, code: Code) -> None:
+    simulator.fault(kind, times=2)
+    assert failure(transport, simulator.code()).api_code is code
+
+
+def test_an_answer_that_takes_too_long_is_not_waited_for(
+    transport: Transport, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wechat_transport, "READ_SECONDS", 0.2)
+    simulator.fault("slow", seconds=1)
+    assert failure(transport, simulator.code()).api_code is Code.UPSTREAM_TIMEOUT
+    assert len(simulator.calls()) == 1
+
+
+def test_an_answer_that_trickles_in_for_too_long_is_not_waited_for(
+    transport: Transport, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wechat_transport, "ANSWER_SECONDS", 0.5)
+    simulator.fault("trickle", seconds=60)
+    assert failure(transport, simulator.code()).api_code is Code.UPSTREAM_TIMEOUT
+    assert len(simulator.calls()) == 1
+
+
+def test_an_answer_that_does_not_end_is_not_read_to_its_end(
+    transport: Transport, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wechat_transport, "MAXIMUM_ANSWER_BYTES", 3)
+    simulator.fault("trickle", seconds=60)
+    assert failure(transport, simulator.code()).api_code is Code.UPSTREAM_INVALID
+
+
+def test_no_answer_takes_longer_than_it_says() -> None:
+    longest_try = wechat_transport.ANSWER_SECONDS + wechat_transport.READ_SECONDS
+    assert 2 * longest_try + wechat_transport.RETRY_PAUSE_SECONDS < wechat_transport.PATIENCE_SECONDS
+
+
+def test_neither_a_redirect_is_followed_nor_a_cookie_kept() -> None:
+    seen = []
+
+    def elsewhere(request: Request) -> Response:
+        seen.append((request.path, dict(request.cookies)))
+        return Response(status=302, headers={"Location": "/elsewhere", "Set-Cookie": "tracked=yes; Path=/"})
+
+    with server(elsewhere) as url:
+        transport = Transport(url, connections=1)
+        assert [failure(transport, "0code").api_code for _ in range(2)] == [Code.UPSTREAM_INVALID] * 2
+        transport.close()
+    assert seen == [(PATH, {})] * 2
+
+
+@contextmanager
+def server(view: Callable[[Request], Response]) -> Iterator[str]:
+    """A server of one view, on a port of its own."""
+    server = make_server("127.0.0.1", 0, Request.application(view))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_broken_header_is_not_logged_with_the_url(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            connection = listener.accept()[0]
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nno header at all\r\nContent-Length: 2\r\n\r\n{}")
+
+        answered = pool.submit(answer)
+        transport = Transport(f"http://127.0.0.1:{listener.getsockname()[1]}", connections=1)
+        with contextlib.suppress(ApiError):
+            redeem(transport, "0secretcode")
+        answered.result(5)
+        transport.close()
+    assert APP_SECRET not in caplog.text
+    assert "0secretcode" not in caplog.text
+
+
+def test_no_credentials_of_the_machine_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password of-the-machine")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with server(lambda request: Response(json.dumps({"sent": request.headers.get("Authorization")}))) as url:
+        transport = Transport(url, connections=1)
+        assert transport.call("/", {})["sent"] is None
+        transport.close()
+
+
+def test_half_an_emoji_in_an_answer_becomes_a_question_mark(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, b'{"nickname": "a\\ud83d \\ud83d\\ude80"}'))
+    assert transport.call("/", {})["nickname"] == "a? 🚀"
+
+
+def test_nobody_listening_is_unavailable() -> None:
+    transport = Transport("http://127.0.0.1:9", connections=1)
+    assert failure(transport, "0code").api_code is Code.UNAVAILABLE
+    transport.close()
+
+
+@pytest.mark.parametrize("kind", ["errcode", "close"])
+def test_busy_and_a_lost_connection_are_tried_once_more_and_no_more(
+    transport: Transport, simulator: Simulator, kind: str
+) -> None:
+    simulator.fault(kind, times=1)
+    assert redeem(transport, simulator.code(openid="o-alice"))["openid"] == "o-alice"
+    assert len(simulator.calls()) == 2
+    simulator.fault(kind, times=10)
+    failure(transport, simulator.code())
+    assert len(simulator.calls()) == 4
+
+
+def test_what_cannot_succeed_is_not_tried_again(transport: Transport, simulator: Simulator) -> None:
+    simulator.fault("errcode", times=10, errcode=40226)
+    failure(transport, simulator.code())
+    assert len(simulator.calls()) == 1
+
+
+@pytest.mark.parametrize("fault", ["errcode", "http_500", "not_json", "close", "slow", None])
+def test_a_failure_is_logged_and_neither_it_nor_the_log_holds_the_secret_or_the_code(
+    simulator: Simulator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    monkeypatch.setattr(wechat_transport, "READ_SECONDS", 0.2)
+    caplog.set_level(logging.DEBUG)
+    code = simulator.code()
+    transport = Transport(simulator.url if fault else "http://127.0.0.1:9", connections=1)
+    if fault:
+        simulator.fault(fault, times=2, errcode=40226, seconds=0.5)
+    error = failure(transport, code)
+    transport.close()
+    (line,) = [record for record in caplog.records if record.name == "wechat.transport"]
+    assert vars(line)["interface"] == PATH
+    everything = "".join(traceback.format_exception(error)) + "".join(str(vars(record)) for record in caplog.records)
+    assert APP_SECRET not in everything
+    assert code not in everything
+
+
+def test_the_request_id_that_wechat_support_asks_for_is_logged(
+    transport: Transport, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    failure(transport, "0unknown")
+    assert ", rid: " in vars(caplog.records[-1])["reason"]
+
+
+@pytest.mark.parametrize(
+    ("errcode", "level"), [(40125, logging.ERROR), (99999, logging.ERROR), (-1, logging.WARNING), (40029, logging.INFO)]
+)
+def test_a_failure_is_as_loud_as_it_is_in_need_of_somebody(
+    transport: Transport, simulator: Simulator, caplog: pytest.LogCaptureFixture, errcode: int, level: int
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    simulator.fault("errcode", times=2, errcode=errcode)
+    failure(transport, simulator.code())
+    assert [record.levelno for record in caplog.records if record.name == "wechat.transport"] == [level]
+
+
+@pytest.mark.parametrize("body", ["[]", "null", '{"errcode": "x"}', "[" * 100_000, '{"errcode": 1e999}', "\ufeff{}"])
+def test_json_that_is_no_answer_is_invalid(transport: Transport, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, body.encode()))
+    assert failure(transport, "0code").api_code is Code.UPSTREAM_INVALID

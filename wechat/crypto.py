@@ -1,0 +1,196 @@
+"""WeChat's cryptography as pure functions: user data, signatures and the messages of the push.
+
+Sources: https://developers.weixin.qq.com/miniprogram/dev/framework/open-ability/signature.html for user data,
+https://developers.weixin.qq.com/miniprogram/dev/framework/server-ability/message-push.html for messages.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7
+
+from errors import ApiError, Code
+from wechat import strict_json
+
+MAXIMUM_AGE_SECONDS = 600
+CLOCK_SKEW_SECONDS = 60
+MAXIMUM_CIPHERTEXT_BYTES = 16 * 1024
+
+_AES_BLOCK_BYTES = 16
+_MESSAGE_BLOCK_BYTES = 32
+"""What messages are padded to, as if AES had blocks of 256 bits."""
+
+_RANDOM_BYTES = 16
+_HEADER_BYTES = _RANDOM_BYTES + 4
+"""What stands before the text of a message: random bytes and the text's length, big-endian."""
+
+
+def decrypt_user_data(
+    encrypted_data: str,
+    iv: str,
+    *,
+    session_key: str,
+    app_id: str,
+    openid: str,
+    now: float,
+    expected: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Decrypt the `encryptedData` of wx.getUserProfile and the like (AES-128-CBC, PKCS#7) and check its watermark.
+
+    CBC proves nothing by itself: what is altered in the iv comes out altered in the first 16 bytes. Hence `expected`.
+
+    :param encrypted_data: base64 of at most MAXIMUM_CIPHERTEXT_BYTES.
+    :param iv: base64 of 16 bytes.
+    :param session_key: as WeChat sends it: base64 of 16 bytes.
+    :param app_id: the only one that the watermark may name.
+    :param openid: the user's; the data may name no other.
+    :param now: seconds since the epoch; the watermark is at most MAXIMUM_AGE_SECONDS older or CLOCK_SKEW_SECONDS newer.
+    :param expected: items that the data must hold, such as those of a `rawData` whose signature is right.
+    :raises ApiError: INVALID_INPUT naming encryptedData, iv or both; SESSION_KEY_STALE if nothing sensible comes out,
+        which never says why, lest it be a padding oracle; SIGNATURE_MISMATCH if the data is another's, old or altered.
+    """
+    ciphertext, initial = _decode_base64(encrypted_data), _decode_base64(iv)
+    errors = {}
+    if not 0 < len(ciphertext) <= MAXIMUM_CIPHERTEXT_BYTES or len(ciphertext) % _AES_BLOCK_BYTES:
+        errors["encryptedData"] = [f"Not base64 of whole blocks, {MAXIMUM_CIPHERTEXT_BYTES} bytes at most."]
+    if len(initial) != _AES_BLOCK_BYTES:
+        errors["iv"] = ["Not base64 of 16 bytes."]
+    if errors:
+        raise ApiError(Code.INVALID_INPUT, errors=errors)
+    key = _decode_base64(session_key)
+    if len(key) != 16:
+        raise ApiError(Code.SESSION_KEY_STALE)
+    padded = _decrypt(ciphertext, key, initial)
+    try:
+        plaintext, is_padded = _unpad(padded, _AES_BLOCK_BYTES), True
+    except ValueError:
+        plaintext, is_padded = padded, False  # read on, so that time does not tell a bad padding from bad JSON
+    try:
+        data = strict_json.loads(plaintext.decode())
+    except ValueError:
+        data = None
+    if not is_padded or not isinstance(data, dict):
+        raise ApiError(Code.SESSION_KEY_STALE)
+    if (
+        not _is_fresh_watermark(data.get("watermark"), app_id, now)
+        or data.get("openId", openid) != openid
+        or any(name not in data or data[name] != value for name, value in (expected or {}).items())
+    ):
+        raise ApiError(Code.SIGNATURE_MISMATCH)
+    return data
+
+
+def raw_data_signature(raw_data: str, session_key: str) -> str:
+    """The `signature` that comes with `rawData`: SHA-1 of both texts, in hexadecimal."""
+    return hashlib.sha1(_encode(raw_data + session_key), usedforsecurity=False).hexdigest()
+
+
+def session_signature(session_key: str, body: str = "") -> str:
+    """HMAC-SHA-256 in hexadecimal, keyed by the session_key as the base64 text that it is, not decoded.
+
+    With an empty body it is the `signature` of checksession and resetusersessionkey:
+    https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/checkSessionKey.html
+    """
+    return hmac.new(_encode(session_key), _encode(body), hashlib.sha256).hexdigest()
+
+
+def push_signature(*parts: str) -> str:
+    """The `signature` (of token, timestamp and nonce) or `msg_signature` (of those and Encrypt) of a push.
+
+    :returns: SHA-1 of the sorted, joined parts, in hexadecimal.
+    """
+    return hashlib.sha1(_encode("".join(sorted(parts))), usedforsecurity=False).hexdigest()
+
+
+def constant_time_equals(given: str, right: str) -> bool:
+    """Compare two texts of any characters in a time that does not tell where they differ."""
+    return hmac.compare_digest(_encode(given), _encode(right))
+
+
+def decode_aes_key(encoding_aes_key: str) -> bytes:
+    """The 32 bytes of an EncodingAESKey, whose last character holds 2 bits that count for nothing.
+
+    :raises ValueError: unless it is 43 letters and digits.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9]{43}", encoding_aes_key):
+        raise ValueError("An EncodingAESKey is 43 letters and digits.")
+    return base64.b64decode(encoding_aes_key + "=")
+
+
+def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> str:
+    """Encrypt a message for the push (AES-256-CBC; the iv is the key's first 16 bytes).
+
+    :param aes_key: 32 bytes.
+    :param random: 16 bytes that no other message has; with no iv to vary, they make equal messages differ.
+    :returns: base64.
+    :raises ValueError: for random bytes of another length, or a text that UTF-8 cannot hold.
+    """
+    if len(random) != _RANDOM_BYTES:
+        raise ValueError("16 random bytes are needed.")
+    content = text.encode()
+    padder = PKCS7(_MESSAGE_BLOCK_BYTES * 8).padder()
+    padded = padder.update(random + len(content).to_bytes(4, "big") + content + app_id.encode()) + padder.finalize()
+    encryptor = _cipher(aes_key, aes_key[:_AES_BLOCK_BYTES]).encryptor()
+    return base64.b64encode(encryptor.update(padded) + encryptor.finalize()).decode()
+
+
+def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> str:
+    """Undo `encrypt_message`. The random bytes and some of the text can be altered unseen: check msg_signature first.
+
+    :raises ApiError: SIGNATURE_MISMATCH, whatever is wrong.
+    """
+    try:
+        plaintext = _unpad(
+            _decrypt(_decode_base64(encrypted), aes_key, aes_key[:_AES_BLOCK_BYTES]), _MESSAGE_BLOCK_BYTES
+        )
+        end = _HEADER_BYTES + int.from_bytes(plaintext[_RANDOM_BYTES:_HEADER_BYTES], "big")
+        text = plaintext[_HEADER_BYTES:end].decode()
+    except ValueError:
+        raise ApiError(Code.SIGNATURE_MISMATCH) from None
+    if end > len(plaintext) or not hmac.compare_digest(plaintext[end:], _encode(app_id)):
+        raise ApiError(Code.SIGNATURE_MISMATCH)
+    return text
+
+
+def _is_fresh_watermark(watermark: object, app_id: str, now: float) -> bool:
+    if not isinstance(watermark, dict) or watermark.get("appid") != app_id:
+        return False
+    timestamp = watermark.get("timestamp")
+    return type(timestamp) is int and now - MAXIMUM_AGE_SECONDS <= timestamp <= now + CLOCK_SKEW_SECONDS
+
+
+def _encode(text: str) -> bytes:
+    """UTF-8 that also takes halves of surrogate pairs, which a caller can put into JSON."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _decode_base64(text: str) -> bytes:
+    """What the text is the canonical base64 of; nothing if it is none."""
+    try:
+        decoded = base64.b64decode(text)
+    except ValueError:
+        return b""
+    return decoded if base64.b64encode(decoded).decode() == text else b""
+
+
+def _cipher(key: bytes, iv: bytes) -> Cipher[modes.CBC]:
+    return Cipher(algorithms.AES(key), modes.CBC(iv))
+
+
+def _decrypt(ciphertext: bytes, key: bytes, iv: bytes) -> bytes:
+    decryptor = _cipher(key, iv).decryptor()
+    return decryptor.update(ciphertext) + decryptor.finalize()
+
+
+def _unpad(padded: bytes, block_bytes: int) -> bytes:
+    """Take the PKCS#7 padding off, in a time that does not tell what is wrong with it.
+
+    :raises ValueError: if there is none.
+    """
+    unpadder = PKCS7(block_bytes * 8).unpadder()
+    return unpadder.update(padded) + unpadder.finalize()

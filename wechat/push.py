@@ -1,0 +1,229 @@
+"""WeChat's message push: events and messages in, replies out, each as the account is set.
+
+Source: https://developers.weixin.qq.com/miniprogram/dev/framework/server-ability/message-push.html
+"""
+
+import hashlib
+import json
+import logging
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+from xml.etree.ElementTree import Element, ParseError
+from xml.sax.saxutils import escape
+
+import defusedxml.ElementTree
+
+from errors import ApiError, Code
+from wechat import strict_json
+from wechat.crypto import constant_time_equals, decode_aes_key, decrypt_message, encrypt_message, push_signature
+
+logger = logging.getLogger(__name__)
+
+WINDOW_SECONDS = 300
+"""How far a timestamp may be from our clock, either way."""
+
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+Form = Literal["json", "xml"]
+
+
+class Message(NamedTuple):
+    """What WeChat pushes."""
+
+    fields: dict[str, Any]
+    """By WeChat's names. In XML every value is a str, a dict, or a list of these where siblings repeat."""
+
+    form: Form
+    """That of the body; a reply has the same."""
+
+    @property
+    def type(self) -> str:
+        """MsgType, such as `event` or `text`; empty if there is none."""
+        return self._text("MsgType")
+
+    @property
+    def event(self) -> str:
+        """Event; empty for what is no event."""
+        return self._text("Event")
+
+    @property
+    def key(self) -> str:
+        """What is the same when WeChat sends the message again, and with no other: 64 hexadecimal digits.
+
+        Stands for MsgId, or for all fields where there is none: FromUserName, CreateTime and Event are the same for
+        two users of whom WeChat itself tells something in the same second.
+        """
+        message_id = self.fields.get("MsgId")
+        identity = {"MsgId": message_id} if message_id else self.fields
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def _text(self, name: str) -> str:
+        value = self.fields.get(name)
+        return value if isinstance(value, str) else ""
+
+
+class MessagePush:
+    """One account's message push. The mode is ours to set, never the caller's `encrypt_type` to say.
+
+    :param token: what the account is set to sign with.
+    :param encoding_aes_key: 43 letters and digits for an account in safe mode or in compatibility mode: then only what
+        is encrypted counts. None for one in plain mode.
+    :param app_id: whom messages must be for.
+    :raises ValueError: for an empty token, with which all could sign, or an EncodingAESKey that is none.
+    """
+
+    def __init__(self, token: str, encoding_aes_key: str | None, app_id: str) -> None:
+        if not token:
+            raise ValueError("The token must not be empty.")
+        self._token = token
+        self._aes_key = None if encoding_aes_key is None else decode_aes_key(encoding_aes_key)
+        self._app_id = app_id
+
+    def verify_url(self, query: Mapping[str, str], now: float) -> str:
+        """Answer the GET that WeChat sends when the address is set.
+
+        :param now: seconds since the epoch.
+        :returns: `echostr`, which is the body to answer; as text/plain, since a caller chose it.
+        :raises ApiError: INVALID_INPUT for missing parameters, SIGNATURE_MISMATCH.
+        """
+        signature, timestamp, nonce, echostr = _parameters(query, "signature", "timestamp", "nonce", "echostr")
+        self._verify(signature, timestamp, nonce, now=now)
+        return echostr
+
+    def open(self, query: Mapping[str, str], body: bytes, now: float) -> Message:
+        """Verify and read a POST. A copy that is sent again within WINDOW_SECONDS has the same `Message.key`.
+
+        In plain mode the signature does not cover the body: whoever sees one request can send another body with it.
+
+        :param now: seconds since the epoch.
+        :raises ApiError: INVALID_INPUT for missing parameters and malformed bodies; SIGNATURE_MISMATCH if WeChat did
+            not sign it, not lately, not for this account or, in safe mode, did not encrypt it.
+        """
+        if self._aes_key is None:
+            signature, timestamp, nonce = _parameters(query, "signature", "timestamp", "nonce")
+            self._verify(signature, timestamp, nonce, now=now)
+            fields, form = _parse(body)
+            if "Encrypt" in fields and "MsgType" not in fields:
+                raise _malformed("Encrypted, but no EncodingAESKey is set.")
+            return Message(fields, form)
+        signature, timestamp, nonce = _parameters(query, "msg_signature", "timestamp", "nonce")
+        fields, form = _parse(body)
+        encrypted = fields.get("Encrypt")
+        if not isinstance(encrypted, str):
+            raise _refused("plain, but an EncodingAESKey is set")
+        self._verify(signature, timestamp, nonce, encrypted, now=now)
+        try:
+            text = decrypt_message(encrypted, self._aes_key, self._app_id)
+        except ApiError:
+            raise _refused("another EncodingAESKey or app id") from None
+        fields, _ = _parse(text.encode())
+        return Message(fields, form)
+
+    def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
+        """Compose the body that answers a message, encrypted and signed in safe mode.
+
+        Characters that the form cannot carry are left out: halves of surrogate pairs, and control characters in XML.
+
+        :param reply: in XML a dict nests, a list repeats its element, None is empty, and all else is as `str` has it.
+        :param now: seconds since the epoch.
+        :raises ValueError: for NaN or infinity in JSON, and in XML for names of other than ASCII letters, digits, `_`,
+            `-` and `.`.
+        """
+        body = _compose(reply, form)
+        if self._aes_key is None:
+            return body
+        encrypted = encrypt_message(body, self._aes_key, self._app_id, secrets.token_bytes(16))
+        timestamp, nonce = int(now), secrets.token_hex(8)
+        envelope = {
+            "Encrypt": encrypted,
+            "MsgSignature": push_signature(self._token, str(timestamp), nonce, encrypted),
+            "TimeStamp": timestamp,
+            "Nonce": nonce,
+        }
+        return _compose(envelope, form)
+
+    def _verify(self, signature: str, timestamp: str, *others: str, now: float) -> None:
+        """Check a signature over the token, the timestamp and the others, and that it was made lately."""
+        if not constant_time_equals(signature, push_signature(self._token, timestamp, *others)):
+            raise _refused("another token, or altered")
+        if not re.fullmatch("[0-9]{1,12}", timestamp) or abs(int(timestamp) - now) > WINDOW_SECONDS:
+            raise _refused("too old, or our clock is wrong")
+
+
+def _refused(why: str) -> ApiError:
+    """Say in the log what the caller is not told."""
+    logger.warning("message push refused", extra={"reason": why})
+    return ApiError(Code.SIGNATURE_MISMATCH)
+
+
+def _parameters(query: Mapping[str, str], *names: str) -> list[str]:
+    missing = {name: ["Missing data for required field."] for name in names if name not in query}
+    if missing:
+        raise ApiError(Code.INVALID_INPUT, errors=missing)
+    return [query[name] for name in names]
+
+
+def _parse(body: bytes) -> tuple[dict[str, Any], Form]:
+    """Read a JSON object or an <xml> element in UTF-8, told apart by the first character that is not blank."""
+    form: Form = "xml" if body.lstrip(b" \t\r\n").startswith(b"<") else "json"
+    try:
+        text = body.decode().strip(" \t\r\n")
+        fields = _parse_xml(text) if form == "xml" else strict_json.loads(text)
+    except (ValueError, ParseError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise _malformed("Neither a JSON object nor an <xml> element in UTF-8.")
+    return fields, form
+
+
+def _malformed(why: str) -> ApiError:
+    return ApiError(Code.INVALID_INPUT, errors={"body": [why]})
+
+
+def _parse_xml(text: str) -> dict[str, Any]:
+    """Read an <xml> element; what has no elements in it, as {}.
+
+    :raises ParseError: if it is not well-formed.
+    :raises ValueError: for another root, a DTD, or more than MAXIMUM_DEPTH levels.
+    """
+    root = defusedxml.ElementTree.fromstring(text, forbid_dtd=True)  # it forbids entities by default
+    if root.tag != "xml":
+        raise ValueError("The root is not <xml>.")
+    return _children(root, strict_json.MAXIMUM_DEPTH)
+
+
+def _children(element: Element, levels: int) -> dict[str, Any]:
+    if levels == 0:
+        raise ValueError("Nested too deeply.")
+    fields: dict[str, Any] = {}
+    for child in element:
+        value = _children(child, levels - 1) if len(child) else child.text or ""
+        if child.tag not in fields:
+            fields[child.tag] = value
+        elif isinstance(fields[child.tag], list):
+            fields[child.tag].append(value)
+        else:
+            fields[child.tag] = [fields[child.tag], value]
+    return fields
+
+
+def _compose(reply: Mapping[str, Any], form: Form) -> str:
+    if form == "xml":
+        return _compose_xml("xml", reply)
+    text = json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "ignore").decode()
+
+
+def _compose_xml(name: str, value: Any) -> str:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", name):
+        raise ValueError("Not the name of an element.")
+    if isinstance(value, list):
+        return "".join(_compose_xml(name, item) for item in value)
+    if isinstance(value, Mapping):
+        content = "".join(_compose_xml(child, item) for child, item in value.items())
+    else:
+        text = _NOT_IN_XML.sub("", "" if value is None else str(value))
+        content = escape(text, {"\r": "&#13;"})  # a bare one would be read as a line feed
+    return f"<{name}>{content}</{name}>"

@@ -1,0 +1,177 @@
+"""HTTP to WeChat over one `requests.Session`: timeouts, one retry, errcode to error code."""
+
+import json
+import logging
+import time
+from collections.abc import Collection, Mapping
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from errors import ApiError, Code
+
+logger = logging.getLogger(__name__)
+# urllib3 logs whole URLs, of odd headers even in warnings, and WeChat wants secrets and tokens in the URL.
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+
+CONNECT_SECONDS = 1
+READ_SECONDS = 3
+ANSWER_SECONDS = 4
+MAXIMUM_ANSWER_BYTES = 1024 * 1024
+RETRY_PAUSE_SECONDS = 0.2
+PATIENCE_SECONDS = 15
+"""No call takes longer than this: two tries, each with a last wait for a part of the answer. A slow name server can
+stretch it, a host of several addresses that do not answer, and headers sent byte by byte."""
+
+BUSY = -1
+INVALID_TOKEN = frozenset({40001, 40014, 42001})
+"""The access token is bad or expired: whoever holds it gets a new one and tries once more."""
+
+CODE_BY_ERRCODE = {
+    BUSY: Code.UNAVAILABLE,
+    45009: Code.UNAVAILABLE,  # daily quota
+    45011: Code.UNAVAILABLE,  # quota a minute
+    40029: Code.WECHAT_CODE_INVALID,
+    41008: Code.WECHAT_CODE_INVALID,  # no code at all
+    40163: Code.WECHAT_CODE_USED,
+    40226: Code.WECHAT_HIGH_RISK_USER,
+    61010: Code.SESSION_KEY_STALE,  # the user was not in the mini-program for two hours: wx.login helps
+    40013: Code.WECHAT_REFUSED,  # app id
+    40125: Code.WECHAT_REFUSED,  # app secret
+    40164: Code.WECHAT_REFUSED,  # our IP address is not on the account's list
+    41002: Code.WECHAT_REFUSED,  # no app id
+    41004: Code.WECHAT_REFUSED,  # no app secret
+    48001: Code.WECHAT_REFUSED,  # the account may not use this interface
+}
+
+
+class Transport:
+    """Calls WeChat's API. May be shared by threads.
+
+    :param base_url: where the API answers, without a path.
+    :param connections: how many are kept open at the most.
+    """
+
+    def __init__(self, base_url: str, connections: int) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._http = requests.Session()
+        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections)
+        self._http.mount("https://", adapter)
+        self._http.mount("http://", adapter)
+        self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._http.auth = lambda request: request  # none, and none of a ~/.netrc either
+
+    def close(self) -> None:
+        """Close the connections that are kept open."""
+        self._http.close()
+
+    def call(
+        self,
+        path: str,
+        params: Mapping[str, str],
+        body: Mapping[str, Any] | None = None,
+        *,
+        expected: Collection[int] = (),
+        idempotent: bool = True,
+    ) -> dict[str, Any]:
+        """Call an interface, and once more if WeChat is busy or the connection is lost.
+
+        Takes PATIENCE_SECONDS at the most.
+
+        :param params: the query.
+        :param body: posted as JSON if there is one; otherwise the call is a GET.
+        :param expected: errcodes that are an answer here, not a failure.
+        :param idempotent: whether a call whose answer was lost may be made again.
+        :returns: the answer, whose `errcode` is an integer: 0 or one of `expected`.
+        :raises ApiError: by CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. An exception of
+            requests holds the URL and so a secret: none of them goes further than this.
+        """
+        for may_retry in (True, False):
+            try:
+                status, content = self._exchange(path, params, body)
+            except requests.Timeout:
+                raise failure(path, Code.UPSTREAM_TIMEOUT, "no answer in time") from None
+            except requests.ConnectionError as error:
+                if not (may_retry and idempotent):
+                    raise failure(path, Code.UNAVAILABLE, f"no connection: {_root_cause(error)}") from None
+            except requests.RequestException as error:
+                raise failure(path, Code.UPSTREAM_INVALID, f"broken answer: {type(error).__name__}") from None
+            else:
+                answer = _parse(path, status, content)
+                errcode = answer["errcode"] = _errcode(path, answer)
+                if errcode == 0 or errcode in expected:
+                    return answer
+                if errcode != BUSY or not may_retry:
+                    code = CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
+                    raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}")
+            time.sleep(RETRY_PAUSE_SECONDS)
+        raise AssertionError("unreachable")
+
+    def _exchange(self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+        """Send a request and read the answer, which a timeout of requests alone lets trickle for ever."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        with self._http.request(
+            "GET" if body is None else "POST",
+            self._base_url + path,
+            params=params,
+            # Raw UTF-8: with \u escapes WeChat's content check lets everything pass.
+            data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
+            headers=None if body is None else {"Content-Type": "application/json"},
+            timeout=(CONNECT_SECONDS, READ_SECONDS),
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            content = b""
+            try:
+                while part := response.raw.read1(65536, decode_content=True):
+                    content += part
+                    if time.monotonic() > deadline:
+                        raise requests.Timeout
+                    if len(content) > MAXIMUM_ANSWER_BYTES:
+                        raise requests.RequestException
+            except urllib3.exceptions.ReadTimeoutError:
+                raise requests.Timeout from None
+            except urllib3.exceptions.HTTPError:  # cut short: WeChat has done its part, so it is not asked again
+                raise requests.RequestException from None
+            return response.status_code, content
+
+
+def failure(path: str, code: Code, why: str) -> ApiError:
+    """Log why a call failed, which the answer will not say; errmsg holds the `rid` that WeChat's support asks for."""
+    if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID):
+        level = logging.ERROR  # it will not pass by itself
+    else:
+        level = logging.WARNING if code.number >= 500 else logging.INFO
+    logger.log(level, "WeChat call failed", extra={"interface": path, "code": code.number, "reason": why})
+    return ApiError(code)
+
+
+def _parse(path: str, status: int, content: bytes) -> dict[str, Any]:
+    """Read the body as UTF-8 JSON, whatever the content type says."""
+    try:
+        answer = json.loads(content.decode())
+        if b"\\u" in content:  # a name may have been cut in the middle of an emoji, and half of one can be kept nowhere
+            answer = json.loads(json.dumps(answer, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
+        answer = None
+    if status != 200 or not isinstance(answer, dict):
+        raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes")
+    return answer
+
+
+def _errcode(path: str, answer: dict[str, Any]) -> int:
+    """Absent and 0 both mean success; the presence of errcode or errmsg alone means nothing."""
+    try:
+        return int(answer.get("errcode") or 0)
+    except (TypeError, ValueError, OverflowError):
+        raise failure(path, Code.UPSTREAM_INVALID, "errcode is not a number") from None
+
+
+def _root_cause(error: BaseException) -> str:
+    """The name of the innermost exception, such as ConnectionRefusedError; the text would hold the URL."""
+    while error.__context__:
+        error = error.__context__
+    return type(error).__name__

@@ -1,0 +1,139 @@
+"""Login on the web: WeChat's OAuth2 for pages inside WeChat and for QR codes on a PC."""
+
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from errors import Code
+from wechat.client import is_identifier
+from wechat.transport import INVALID_TOKEN, Transport, failure
+
+QR_CODE_SCOPE = "snsapi_login"
+SCOPES = ("snsapi_base", "snsapi_userinfo", QR_CODE_SCOPE)
+REFRESH_TOKEN_GONE = frozenset({40030, 42002})
+OPENID_GONE = 40003
+
+
+class Authorization(NamedTuple):
+    """What a user has granted to one of our web apps."""
+
+    openid: str
+    access_token: str
+    refresh_token: str
+    scope: str
+
+
+class Grant(NamedTuple):
+    """What a code is worth."""
+
+    authorization: Authorization
+    unionid: str | None
+    is_snapshot_user: bool
+    """A virtual account of somebody who only previews the page."""
+
+
+class UserInfo(NamedTuple):
+    """What WeChat tells of a user on the web."""
+
+    nickname: str | None
+    avatar_url: str | None
+    unionid: str | None
+
+
+class WebApp:
+    """One official account, or one website, as WeChat's open platform knows it. May be shared by threads.
+
+    Source: https://developers.weixin.qq.com/doc/offiaccount/OA_Web_Apps/Wechat_webpage_authorization.html
+
+    :param open_base_url: where WeChat's authorize pages answer.
+    """
+
+    def __init__(self, transport: Transport, app_id: str, app_secret: str, open_base_url: str) -> None:
+        self.app_id = app_id
+        self._app_secret = app_secret
+        self._transport = transport
+        self._open_base_url = open_base_url.rstrip("/")
+
+    def authorize_url(self, scope: str, redirect_uri: str, state: str) -> str:
+        """Make the address of the page on which WeChat asks the user.
+
+        :param scope: one of SCOPES.
+        :param state: up to 128 bytes, which come back with the code.
+        """
+        page = "qrconnect" if scope == QR_CODE_SCOPE else "oauth2/authorize"
+        query = {  # in the order that WeChat asks for
+            "appid": self.app_id,
+            "redirect_uri": redirect_uri,
+            "response_type": "code",
+            "scope": scope,
+            "state": state,
+        }
+        return f"{self._open_base_url}/connect/{page}?{urlencode(query)}#wechat_redirect"
+
+    def redeem(self, code: str) -> Grant:
+        """Redeem the code that came back (sns/oauth2/access_token).
+
+        :raises ApiError: WECHAT_CODE_INVALID, WECHAT_CODE_USED, and what `Transport.call` does.
+        """
+        path = "/sns/oauth2/access_token"
+        params = {"appid": self.app_id, "secret": self._app_secret, "code": code, "grant_type": "authorization_code"}
+        answer = self._transport.call(path, params)
+        return Grant(_authorization(path, answer), _unionid(path, answer), bool(answer.get("is_snapshotuser")))
+
+    def userinfo(self, authorization: Authorization) -> tuple[UserInfo, Authorization]:
+        """Read the user's nickname, picture and unionid (sns/userinfo), refreshing the access token if need be.
+
+        :returns: that, and the authorization to keep from now on.
+        :raises ApiError: what `Transport.call` does.
+        """
+        path = "/sns/userinfo"
+        answer, authorization = self._call(path, authorization, lang="zh_CN")
+        if answer["errcode"] != 0 or answer.get("openid") != authorization.openid:
+            raise failure(path, Code.UPSTREAM_INVALID, f"errcode {answer['errcode']}, or another openid")
+        nickname, avatar_url = (answer.get(name) or None for name in ("nickname", "headimgurl"))
+        return UserInfo(nickname, avatar_url, _unionid(path, answer)), authorization
+
+    def is_valid(self, authorization: Authorization) -> tuple[bool, Authorization]:
+        """Whether the user still grants it (sns/auth), refreshing the access token if need be.
+
+        :returns: that, and the authorization to keep from now on.
+        :raises ApiError: what `Transport.call` does.
+        """
+        answer, authorization = self._call("/sns/auth", authorization)
+        return answer["errcode"] == 0, authorization
+
+    def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
+        """Call with the user's access token, and once more with a new one where WeChat calls it invalid."""
+
+        def call() -> dict[str, Any]:
+            query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
+            return self._transport.call(path, query, expected={*INVALID_TOKEN, OPENID_GONE})
+
+        answer = call()
+        if answer["errcode"] in INVALID_TOKEN and (refreshed := self._refresh(authorization)):
+            authorization = refreshed
+            answer = call()
+        return answer, authorization
+
+    def _refresh(self, authorization: Authorization) -> Authorization | None:
+        """Get a new access token (sns/oauth2/refresh_token); None if that is over after 30 days."""
+        path = "/sns/oauth2/refresh_token"
+        params = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
+        answer = self._transport.call(path, params, expected=REFRESH_TOKEN_GONE)
+        return _authorization(path, answer) if answer["errcode"] == 0 else None
+
+
+def _authorization(path: str, answer: dict[str, Any]) -> Authorization:
+    authorization = Authorization._make(answer.get(name) for name in Authorization._fields)
+    tokens = (authorization.access_token, authorization.refresh_token, authorization.scope)
+    if not (
+        is_identifier(authorization.openid) and all(isinstance(text, str) and 0 < len(text) <= 512 for text in tokens)
+    ):
+        raise failure(path, Code.UPSTREAM_INVALID, "no openid or tokens")
+    return authorization
+
+
+def _unionid(path: str, answer: dict[str, Any]) -> str | None:
+    unionid = answer.get("unionid") or None
+    if unionid is not None and not is_identifier(unionid):
+        raise failure(path, Code.UPSTREAM_INVALID, "a unionid that is none")
+    return unionid
