@@ -10,6 +10,13 @@ from flask import Flask, Response, current_app, g, jsonify, request
 from marshmallow import Schema, fields
 from werkzeug.exceptions import HTTPException, InternalServerError
 
+LANGUAGES = ("zh", "en")
+
+
+def language() -> str:
+    """That which the request prefers: zh unless it asks for en."""
+    return request.accept_languages.best_match(LANGUAGES, default=LANGUAGES[0]) or LANGUAGES[0]
+
 
 class Message(NamedTuple):
     """What a caller reads, in both languages."""
@@ -18,9 +25,8 @@ class Message(NamedTuple):
     english: str
 
     def __str__(self) -> str:
-        """The one that the request prefers: Chinese unless it asks for English."""
-        prefers_english = request.accept_languages.best_match(["zh", "en"], default="zh") == "en"
-        return self.english if prefers_english else self.chinese
+        """The one that the request prefers."""
+        return self.english if language() == "en" else self.chinese
 
 
 class Code(Enum):
@@ -116,8 +122,15 @@ def init_app(app: Flask) -> None:
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
     app.json.sort_keys = False  # type: ignore[attr-defined]  # code, message, data
     app.register_error_handler(HTTPException, handle_http_exception)
+    app.register_error_handler(sqlalchemy.exc.IntegrityError, handle_conflict)
     for unavailable in _UNAVAILABLE:
         app.register_error_handler(unavailable, handle_unavailable)
+
+
+def handle_conflict(error: Exception) -> Response:
+    """Answer 409 for a row that others made, or took away, in the middle of a request and of each new try."""
+    current_app.logger.warning("a conflict in the database: %s", getattr(error, "orig", error))
+    return handle_http_exception(ApiError(Code.CONFLICT))
 
 
 def handle_unavailable(error: Exception) -> Response:

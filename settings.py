@@ -133,6 +133,11 @@ class Settings(Schema):
             "Comma-separated keys for data at rest, the first encrypts and all decrypt; each: openssl rand -base64 32"
         ),
     )
+    ADMIN_OPENIDS = _optional(
+        "Comma-separated openids of the mini-program whose users become administrators when they log in.",
+        "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
+        "Not openids, separated by commas.",
+    )
     SESSION_LIFETIME = _seconds(3600, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _seconds(
         86400, "Seconds after which a session ends however much it is used, 60 or more."

@@ -1,17 +1,22 @@
 """flask-smorest's Api and Blueprint, with our envelope around what they answer and document."""
 
+import hashlib
 import json
+import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NamedTuple, NoReturn
 
 import flask_smorest
-from flask import Request
-from marshmallow import Schema, ValidationError, fields
+from flask import Flask, Request, g, request
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import IntegerConverter, Map
 
-from errors import ApiError, Code, ErrorEnvelope, Message, envelope
+from errors import LANGUAGES, ApiError, Code, ErrorEnvelope, Message, envelope, language
+from storage import database, idempotency
+from storage.models import Versioned
 
 TRACE_ID_HEADER = {
     "X-Trace-Id": {
@@ -19,6 +24,13 @@ TRACE_ID_HEADER = {
         "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
     }
 }
+ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
+IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}
+IF_MATCH["description"] = "The ETag of what was read: 412 if it has changed since."
+IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
+IDEMPOTENCY_KEY["description"] = "Of the caller's making: sent again within a day, the first answer comes again."
+MAXIMUM_ID = 2**63 - 1
+MAXIMUM_SKIP = 100_000
 HEADERS_BY_STATUS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}}},
     503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
@@ -29,6 +41,7 @@ class JsonParser(FlaskParser):
     """Reads request bodies as JSON, also without a Content-Type, and raises our errors."""
 
     DEFAULT_VALIDATION_STATUS = 400
+    DEFAULT_UNKNOWN_BY_LOCATION: dict[str, str | None] = {"query": None}  # noqa: RUF012  as the schema has it: refused
 
     def load_json(self, req: Request, schema: Schema) -> Any:
         if req.mimetype and not req.is_json:
@@ -63,6 +76,71 @@ def read_body(req: Request) -> bytes:
     return body
 
 
+def require_match(row: Versioned) -> None:
+    """Let a request pass only if its If-Match names the version that is there now.
+
+    :raises ApiError: PRECONDITION_REQUIRED without If-Match, PRECONDITION_FAILED if it names another version.
+    """
+    if not request.if_match:
+        raise ApiError(Code.PRECONDITION_REQUIRED)
+    if not any(request.if_match.contains(f"{row.etag}-{language}") for language in LANGUAGES):
+        raise ApiError(Code.PRECONDITION_FAILED)
+
+
+def is_read() -> bool:
+    return request.method in ("GET", "HEAD")
+
+
+def _fingerprint() -> str:
+    """What makes a request another one than that which came under the same Idempotency-Key."""
+    return hashlib.sha256(f"{request.method} {request.full_path} ".encode() + read_body(request)).hexdigest()
+
+
+class IdConverter(IntegerConverter):
+    """An id in a URL: from 1 to what the database can hold; anything else leads nowhere."""
+
+    def __init__(self, map: Map) -> None:  # noqa: A002
+        super().__init__(map, min=1, max=MAXIMUM_ID)
+
+
+class ListSchema(Schema):
+    """Which page of a list; subclasses add filters."""
+
+    page = fields.Integer(load_default=1, validate=validate.Range(1, 1_000_000))
+    page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100))
+    after = fields.Integer(
+        load_default=None,
+        validate=validate.Range(1, MAXIMUM_ID),
+        metadata={
+            "description": "The id of the last item of the page before: deep pages then cost what the first does."
+        },
+    )
+    sort = fields.String(
+        load_default="-created_at",
+        validate=validate.OneOf(["created_at", "-created_at"]),
+        metadata={"description": "Newest first, unless without the minus."},
+    )
+
+    @validates_schema
+    def _not_too_deep(self, query: dict[str, Any], **kwargs: Any) -> None:
+        if query["page"] * query["page_size"] > MAXIMUM_SKIP and query.get("after") is None:
+            raise ValidationError(f"Not beyond {MAXIMUM_SKIP:,} items: use after.", "page")
+
+
+@cache
+def page_schema(item: type[Schema]) -> type[Schema]:
+    """Describe a page of a list of such items."""
+    return Schema.from_dict(
+        {
+            "items": fields.List(fields.Nested(item), required=True),
+            "page": fields.Integer(required=True),
+            "page_size": fields.Integer(required=True),
+            "total": fields.Integer(required=True),
+        },
+        name=f"{item.__name__.removesuffix('Schema')}PageSchema",
+    )
+
+
 class AuthPolicy(NamedTuple):
     """Who may come in to a group of routes."""
 
@@ -83,9 +161,61 @@ class Blueprint(flask_smorest.Blueprint):
         self._prepare_doc_cbks.append(self._prepare_failures_doc)
 
     def response(self, status_code: int, schema: Any = None, **kwargs: Any) -> Callable[..., Any]:
+        """Answer in the envelope, with an ETag: that of the version of what the view returns, or of the body."""
         kwargs.setdefault("headers", TRACE_ID_HEADER)
         decorator: Callable[..., Any] = super().response(status_code, schema, **kwargs)
-        return decorator
+
+        def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(view)
+            def flushed(*args: Any, **arguments: Any) -> Any:
+                result = view(*args, **arguments)
+                row = result[0] if isinstance(result, tuple) else result
+                if hasattr(row, "etag"):
+                    database.session.flush()  # for what that gives it: its id, its version
+                g.etag = getattr(row, "etag", None)
+                return result
+
+            respond = decorator(flushed)
+
+            @wraps(respond)
+            def tagged(*args: Any, **arguments: Any) -> Any:
+                response = respond(*args, **arguments)
+                if self.auth.security:
+                    response.vary.update(["Authorization", "Cookie", "Accept-Language"])
+                    response.cache_control.private = response.cache_control.no_cache = True
+                if g.etag is not None:
+                    response.set_etag(f"{g.etag}-{language()}")
+                elif is_read() and self.auth.security:
+                    response.add_etag()
+                return response.make_conditional(request) if is_read() else response
+
+            return tagged
+
+        return decorate
+
+    @staticmethod
+    def writes(view: Callable[..., Any]) -> Callable[..., Any]:
+        """Run a view in one transaction, and again where another one was faster.
+
+        A POST may bring an Idempotency-Key: the same one gives the same answer for a day. A PUT or DELETE calls
+        `require_match` and so answers 412 when it is begun again.
+        """
+
+        @wraps(view)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            key = request.headers.get("Idempotency-Key") if request.method == "POST" else None
+            if key is not None and not re.fullmatch(r"[!-~]{1,255}", key):
+                raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Not 1 to 255 characters of ASCII."]})
+
+            if key is None:
+                return database.in_transaction(lambda: view(*args, **kwargs))
+            fingerprint = _fingerprint()  # reads the body, so it comes before the transaction
+            return database.in_transaction(
+                lambda: idempotency.answer_once(g.user_id, key, fingerprint, lambda: view(*args, **kwargs))
+            )
+
+        wrapper._apidoc = {**getattr(view, "_apidoc", {}), "writes": True}  # type: ignore[attr-defined]
+        return wrapper
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
@@ -109,6 +239,13 @@ class Blueprint(flask_smorest.Blueprint):
             codes += [Code.UNAUTHORIZED, Code.UNAVAILABLE]
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE]
+        if "writes" in doc_info:
+            is_post = kwargs["method"] == "post"
+            doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY if is_post else IF_MATCH)
+            codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED] if is_post else []
+            codes += [] if is_post else [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
+        if self.auth.security and kwargs["method"] == "get" and "200" in map(str, doc["responses"]):
+            doc["responses"][304] = {"description": "Not modified since If-None-Match.", "headers": ETAG_HEADER}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
@@ -149,6 +286,13 @@ class Api(flask_smorest.Api):
     """Registers blueprints, each of them with the policy that says who may come in."""
 
     ERROR_SCHEMA = ErrorEnvelope
+
+    def __init__(self, app: Flask) -> None:
+        app.url_map.converters["id"] = IdConverter
+        super().__init__(app)
+        self.register_converter(
+            IdConverter, lambda _: {"type": "integer", "format": "int64", "minimum": 1, "maximum": MAXIMUM_ID}
+        )
 
     def _register_error_handlers(self) -> None:
         """errors.py has handlers for all; flask-smorest's own would drop headers such as Allow."""

@@ -1,6 +1,7 @@
 """Who is it: login with a wx.login code, logout, and the policies that groups of routes are registered with."""
 
 import hashlib
+import re
 from typing import Any
 
 from flask import current_app, g, request, session
@@ -11,8 +12,10 @@ from blueprints.api import AuthPolicy, Blueprint
 from blueprints.users import CODE_LIFETIME_SECONDS, CODE_RULE, UserSchema, get_user
 from blueprints.web_login import is_authorization_valid
 from errors import ApiError, Code
+from storage import database
 from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user, openid_of
+from storage.models import User
 from storage.single_flight import AlreadyDone, single_flight
 from wechat.client import is_identifier
 from wechat.transport import PATIENCE_SECONDS
@@ -38,11 +41,33 @@ def _user_of_cloud_run() -> int:
     app_id, openid, unionid = (request.headers.get(f"X-WX-{name}") for name in ("APPID", "OPENID", "UNIONID"))
     if app_id not in (None, wechat.api.app_id) or not all(is_identifier(name) for name in (openid, unionid or openid)):
         raise ApiError(Code.UNAUTHORIZED)
-    return get_or_create_user(wechat.api.app_id, str(openid), unionid or None).id
+    return _user_of(str(openid), unionid or None).id
+
+
+def _user_of(openid: str, unionid: str | None) -> User:
+    """The user of the mini-program; an administrator if the settings say so."""
+    user = get_or_create_user(wechat.api.app_id, openid, unionid)
+    if user.role == "admin" or openid not in re.split(" *, *", current_app.config["ADMIN_OPENIDS"]):
+        return user
+
+    def promote() -> User:
+        promoted = get_user(user.id, lock=True)
+        promoted.role = "admin"
+        return promoted
+
+    return database.in_transaction(promote)
+
+
+def _require_admin() -> None:
+    _require_user()
+    if get_user(g.user_id).role != "admin":
+        raise ApiError(Code.FORBIDDEN)
 
 
 public = AuthPolicy(_let_everybody_in, security=[])
 signed_in = AuthPolicy(_require_user, security=[{"bearer": []}, {"cookie": []}])
+
+administrators = AuthPolicy(_require_admin, security=signed_in.security)
 
 login = Blueprint("login", __name__, description="登录 Log in")
 sessions = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
@@ -98,7 +123,7 @@ def _redeem(code: str) -> dict[str, Any]:
     asked_at = stored_sessions.clock()
     identity = wechat.api.code_to_session(code)
     answered_at = stored_sessions.clock()
-    user = get_or_create_user(wechat.api.app_id, identity.openid, identity.unionid)
+    user = _user_of(identity.openid, identity.unionid)
     stored_sessions.keep_session_key(user.id, identity.session_key, asked_at, answered_at)
     return {"token": stored_sessions.log_in(user.id), "user_id": user.id}
 

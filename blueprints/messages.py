@@ -30,7 +30,7 @@ from blueprints.api import Blueprint, read_body
 from concurrency import background
 from errors import ApiError, Code
 from storage import database, redis, sessions
-from storage.models import Identity, User
+from storage.models import PERSONAL_FIELDS, Identity, User
 from wechat.push import Message, MessagePush
 
 logger = logging.getLogger(__name__)
@@ -207,11 +207,12 @@ def erase_personal_data(message: Fields) -> None:
     user = _user_of(message)
     if user is None:
         return
-    user.nickname = user.avatar_url = user.phone = None
+    for name in ("nickname", "avatar_url", *PERSONAL_FIELDS):
+        setattr(user, name, None)
     database.session.execute(update(Identity).where(Identity.user_id == user.id).values(authorization_encrypted=None))
     database.session.commit()
     sessions.revoke_sessions(user.id)
-    logger.info("personal data erased", extra={"userId": user.id, "columns": ["nickname", "avatar_url", "phone"]})
+    logger.info("personal data erased", extra={"userId": user.id, "columns": "all"})
 
 
 def _user_of(message: Fields) -> User | None:

@@ -1,19 +1,23 @@
 """Users: what a user looks like from outside, and the reads and writes of the table behind it."""
 
 import hashlib
+import logging
 import time
+from functools import partial
 from typing import Any, cast
 
-from flask import current_app, g
+from flask import current_app, g, url_for
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+from sqlalchemy import select, update
+from werkzeug.routing import BaseConverter
 
 import wechat
-from blueprints.api import Blueprint
+from blueprints.api import IF_MATCH, Blueprint, ListSchema, page_schema, require_match
 from errors import ApiError, Code, Message
-from storage import database
+from storage import database, pagination
 from storage import sessions as stored_sessions
 from storage.identities import openid_of
-from storage.models import User
+from storage.models import Identity, Order, User, now
 from storage.privacy import mask_phone
 from storage.single_flight import AlreadyDone, single_flight
 from wechat import strict_json
@@ -21,6 +25,11 @@ from wechat.client import phone_number
 from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
 from wechat.transport import PATIENCE_SECONDS
 
+logger = logging.getLogger(__name__)
+
+DETACHED_AT_ONCE = 1000
+COUNT_LIMIT = 10_000
+"""How far all users are counted."""
 CODE_LIFETIME_SECONDS = 300  # WeChat's; after that it refuses a code by itself
 CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a code of WeChat's.")
 PHONE_CODE_WANTED = Message(
@@ -30,6 +39,7 @@ PHONE_CODE_WANTED = Message(
 MINI_PROGRAM_WANTED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
 blueprint = Blueprint("users", __name__, description="用户 Users")
+administration = Blueprint("administration", __name__, description="用户管理 Users, for administrators")
 
 
 class UserSchema(Schema):
@@ -46,6 +56,38 @@ class UserSchema(Schema):
     updated_at = fields.DateTime(required=True)
 
 
+class UserIdConverter(BaseConverter):
+    """The id of a user in a URL, or `me`."""
+
+    regex = r"me|[1-9][0-9]{0,17}"
+
+
+ROLES = validate.OneOf(["user", "admin"])
+NICKNAME_RULE = validate.Regexp(r"^(?=.*\S)[^\x00-\x1f\x7f]{1,64}(?!\n)$", error="Not 1 to 64 printable characters.")
+
+
+class UserChangeSchema(Schema):
+    nickname = fields.String(
+        allow_none=True, validate=NICKNAME_RULE, metadata={"description": "As typed in; null takes it away."}
+    )
+    avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
+    role = fields.String(validate=ROLES, metadata={"description": "For administrators."})
+
+
+class NewUserSchema(UserChangeSchema):
+    openid = fields.String(
+        required=True,
+        validate=validate.Regexp(r"^[A-Za-z0-9_-]{1,64}(?!\n)$", error="Not an openid."),
+        metadata={"description": "Under which the mini-program knows the user."},
+    )
+
+
+class UserListSchema(ListSchema):
+    phone = fields.String(
+        validate=validate.Length(1, 32), metadata={"description": "In full: there is no other match."}
+    )
+
+
 class PhoneSchema(Schema):
     """Either `code`, or `encryptedData` and `iv`."""
 
@@ -58,19 +100,16 @@ class PhoneSchema(Schema):
         _require_one_of(body, {"code"}, {"encryptedData", "iv"})
 
 
-class ProfileSchema(Schema):
+class ProfileSchema(UserChangeSchema):
     """Either what wx.getUserProfile gave, all of it, or `nickname` and `avatar_url`, one or both."""
+
+    class Meta:
+        exclude = ("role",)
 
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "That of rawData, as WeChat gave it."})
     encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
     iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
-    nickname = fields.String(
-        allow_none=True,
-        metadata={"description": "As typed in; null takes it away."},
-        validate=validate.Regexp(r"^(?=.*\S)[^\x00-\x1f\x7f]{1,64}(?!\n)$", error="Not 1 to 64 printable characters."),
-    )
-    avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
 
     @validates_schema
     def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
@@ -90,11 +129,106 @@ def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
     raise ValidationError(errors)
 
 
-@blueprint.route("/me")
+@administration.route("")
+@administration.arguments(UserListSchema, location="query")
+@administration.response(200, page_schema(UserSchema))
+@administration.fails(Code.FORBIDDEN, Code.INVALID_INPUT)
+def list_users(query: dict[str, Any]) -> dict[str, Any]:
+    """List all users, for administrators
+
+    They are counted up to 10,000.
+    """
+    filters = [User.phone.equals(query.pop("phone"))] if "phone" in query else []
+    descending = query.pop("sort").startswith("-")
+    return pagination.page_of(User, filters, descending=descending, count_limit=COUNT_LIMIT, **query)
+
+
+@administration.route("", methods=["POST"])
+@administration.arguments(NewUserSchema)
+@administration.writes
+@administration.response(201, UserSchema)
+@administration.fails(Code.FORBIDDEN, Code.CONFLICT)
+def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
+    """Make a user before the first login, for administrators"""
+    openid, app_id = body["openid"], wechat.api.app_id
+    if database.session.get(Identity, (app_id, openid)) is not None:
+        raise ApiError(Code.CONFLICT, errors={"openid": ["There is such a user."]})
+    user = User(app_id=app_id, **body)
+    database.session.add(user)
+    database.session.flush()
+    database.session.add(Identity(app_id=app_id, openid=openid, user_id=user.id))
+    g.about_user_id = user.id
+    return user, {"Location": url_for("users.read_user", user_id=str(user.id))}
+
+
+@blueprint.route("/<user:user_id>")
 @blueprint.response(200, UserSchema)
-def get_me() -> User:
-    """Read yourself"""
-    return get_user(g.user_id)
+@blueprint.fails(Code.NOT_FOUND)
+def read_user(user_id: str) -> User:
+    """Read a user: yourself, or anybody for administrators"""
+    return find_user(user_id)
+
+
+@blueprint.route("/<user:user_id>", methods=["PUT"])
+@blueprint.doc(parameters=[IF_MATCH])
+@blueprint.arguments(UserChangeSchema)
+@blueprint.response(200, UserSchema)
+@blueprint.fails(Code.NOT_FOUND, Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONTENT_REFUSED)
+@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
+@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+def put_user(body: dict[str, Any], user_id: str) -> User:
+    """Change a user; only administrators change a role"""
+    if "role" in body and get_user(g.user_id).role != "admin":
+        raise ApiError(Code.INVALID_INPUT, errors={"role": ["Unknown field."]})
+    require_match(find_user(user_id))
+    _check_nickname(body.get("nickname"))  # may wait for WeChat, so it comes before the transaction
+
+    def change() -> User:
+        user = find_user(user_id)
+        require_match(user)
+        for name, value in body.items():
+            setattr(user, name, value)
+        return user
+
+    return database.in_transaction(change)
+
+
+@blueprint.route("/<user:user_id>", methods=["DELETE"])
+@blueprint.doc(parameters=[IF_MATCH])
+@blueprint.response(200)
+@blueprint.fails(Code.NOT_FOUND, Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED)
+def delete_user(user_id: str) -> None:
+    """Delete a user for good
+
+    Erases all that is personal at once and ends all sessions. Orders stay, without the person and without remarks.
+    """
+
+    def claim() -> int:
+        user = find_user(user_id)
+        require_match(user)
+        user.updated_at = now()  # and so another version: nobody else's If-Match fits from here on
+        return user.id
+
+    def delete() -> None:
+        _detach_orders(deleted)
+        database.session.delete(get_user(deleted))
+
+    deleted = database.in_transaction(claim)
+    while database.in_transaction(partial(_detach_orders, deleted)):
+        pass  # some at a time, as a statement has seconds and somebody may have ordered for years
+    database.in_transaction(delete)
+    audit("user deleted", deleted)
+    if deleted == g.user_id:
+        stored_sessions.log_out()
+    stored_sessions.revoke_sessions(deleted)
+
+
+def _detach_orders(user_id: int) -> bool:
+    """Take the person out of some orders; answers whether there were any."""
+    ids = database.session.scalars(select(Order.id).where(Order.user_id == user_id).limit(DETACHED_AT_ONCE)).all()
+    without = update(Order).where(Order.id.in_(ids))
+    database.session.execute(without.values(user_id=None, remark=None, version=Order.version + 1))
+    return bool(ids)
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
@@ -133,34 +267,62 @@ def put_profile(body: dict[str, str | None]) -> User:
     As the user typed and chose them, or all that `wx.getUserProfile` gave: `rawData`, `signature`, `encryptedData`
     and `iv`.
     """
-    openid = None
     if "rawData" in body:
-        openid = _own_openid()
-        body = _verify_profile(cast(dict[str, str], body), openid)
-    nickname = body.get("nickname")
-    checks = current_app.config["WECHAT_CONTENT_CHECK"]
-    if nickname and checks and wechat.api.is_risky(nickname, openid or _own_openid(), nickname=nickname):
-        raise ApiError(Code.CONTENT_REFUSED)
+        body = _verify_profile(cast(dict[str, str], body), _own_openid())
+    _check_nickname(body.get("nickname"))
     return _store(**body)
 
 
-def get_user(user_id: int) -> User:
+def get_user(user_id: int, *, lock: bool = False) -> User:
     """Load the user of a session.
 
+    :param lock: whether to keep others from changing it until the transaction ends.
     :raises ApiError: UNAUTHORIZED if he is gone, as the session then belongs to nobody.
     """
-    user = database.session.get(User, user_id)
+    user = database.session.get(User, user_id, with_for_update=lock or None)
     if user is None:
         raise ApiError(Code.UNAUTHORIZED)
     return user
 
 
-def _store(**values: str | None) -> User:
-    user = get_user(g.user_id)
-    for name, value in values.items():
-        setattr(user, name, value)
-    database.session.commit()
+def find_user(user_id: str) -> User:
+    """Load a user whom the caller may see.
+
+    :param user_id: a number, or `me`.
+    :raises ApiError: NOT_FOUND also for somebody else, so that numbers tell nothing; UNAUTHORIZED as `get_user` does.
+    """
+    me = get_user(g.user_id)
+    if user_id in ("me", str(me.id)):
+        return me
+    user = database.session.get(User, int(user_id)) if me.role == "admin" else None
+    if user is None:
+        raise ApiError(Code.NOT_FOUND)
     return user
+
+
+def audit(event: str, user_id: int) -> None:
+    """Log that somebody touched what is personal: who, whose, and never what."""
+    logger.info("audit", extra={"event": event, "userId": user_id, "byUserId": g.user_id})
+
+
+def _store(**values: str | None) -> User:
+    def change() -> User:
+        user = get_user(g.user_id, lock=True)
+        for name, value in values.items():
+            setattr(user, name, value)
+        return user
+
+    return database.in_transaction(change)
+
+
+def _check_nickname(nickname: str | None) -> None:
+    """Ask WeChat about a nickname, if the settings say so. The transaction ends.
+
+    :raises ApiError: CONTENT_REFUSED; FORBIDDEN as `_own_openid` does.
+    """
+    checks = current_app.config["WECHAT_CONTENT_CHECK"]
+    if nickname and checks and wechat.api.is_risky(nickname, _own_openid(), nickname=nickname):
+        raise ApiError(Code.CONTENT_REFUSED)
 
 
 def _own_openid() -> str:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from flask import current_app, redirect, request, url_for
 from itsdangerous import BadSignature, URLSafeTimedSerializer
-from marshmallow import Schema, fields, validate
+from marshmallow import EXCLUDE, Schema, fields, validate
 from sqlalchemy import select
 from werkzeug import Response as BaseResponse
 
@@ -36,6 +36,9 @@ blueprint = Blueprint("web_login", __name__, description="网页登录 Log in on
 
 
 class AuthorizeSchema(Schema):
+    class Meta:
+        unknown = EXCLUDE  # browsers and WeChat add what they like
+
     # A path and nothing else: `//host` and `/\host` lead elsewhere, and browsers skip blanks.
     return_to = fields.String(
         load_default="/",
@@ -49,6 +52,9 @@ class AuthorizeSchema(Schema):
 
 
 class CallbackSchema(Schema):
+    class Meta:
+        unknown = EXCLUDE
+
     state = fields.String(
         required=True, validate=validate.Length(1, 128), metadata={"description": "What authorize gave to WeChat."}
     )

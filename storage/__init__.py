@@ -8,7 +8,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
 
-from storage import database, sessions
+from storage import database, key_rotation, sessions
 from storage.privacy import Cipher
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
@@ -30,3 +30,4 @@ def init_app(app: Flask) -> None:
     app.extensions["cipher"] = Cipher(app.config["ENCRYPTION_KEYS"])
     database.init_app(app)
     sessions.init_app(app)
+    app.cli.add_command(key_rotation.keys)

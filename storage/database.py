@@ -1,20 +1,29 @@
 """The SQL database: one engine a process, one session a request."""
 
+import re
 import sqlite3
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
 from sqlalchemy import Engine, Executable, create_engine, event, make_url, text
 from sqlalchemy.dialects import mysql, sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.local import LocalProxy
 
 STATEMENT_SECONDS = 3
+TRIES = 5
+T = TypeVar("T")
 _RACE_ERRORS = {
+    1062,  # somebody else made the same row meanwhile
     1213,  # deadlock: somebody has to begin again
     1020,  # MariaDB's snapshot isolation: the record has changed since last read
 }
+_SQLITE_DUPLICATES = {"SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"}
+_QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # as far as it goes: a value may hold quotes itself
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
@@ -30,6 +39,8 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         # PyMySQL is the one driver that is installed, and MariaDB speaks MySQL.
         address = address.set(drivername="mysql+pymysql")
         options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
+        # What is read under a lock must be what is there now, not what was there when the request first read something.
+        options["isolation_level"] = "READ COMMITTED"
         options["pool_pre_ping"] = True  # a server that was restarted costs nobody an error
     engine = create_engine(
         address,
@@ -41,6 +52,8 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
     )
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
+    else:
+        event.listen(engine, "handle_error", _forget_values)
     return engine
 
 
@@ -49,6 +62,17 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
     connection.execute("PRAGMA synchronous = NORMAL")  # safe with the write-ahead log, and spares a sync a commit
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _forget_values(context: ExceptionContext) -> None:
+    """Take out of an error what the server quotes of the parameters, as in `Duplicate entry '…' for key 'name'`."""
+    if context.statement is None:  # it could not connect, and quotes the host
+        return
+    driver, ours = context.original_exception, context.sqlalchemy_exception
+    said = str(driver)
+    driver.args = tuple(_QUOTED.sub(r"'…'\1", part) if isinstance(part, str) else part for part in driver.args)
+    if ours is not None:
+        ours.args = (ours.args[0].replace(said, str(driver)),)
 
 
 def init_app(app: Flask) -> None:
@@ -81,10 +105,49 @@ def ping() -> None:
     session.execute(text("SELECT 1"))
 
 
-def is_lost_race(error: DBAPIError) -> bool:
+def is_lost_race(error: DBAPIError | StaleDataError) -> bool:
     """Whether a transaction failed only because another one was faster, so that it is worth to begin it again."""
+    if isinstance(error, StaleDataError):
+        return True
     number = error.orig.args[0] if error.orig and error.orig.args else None
-    return isinstance(error, IntegrityError) or number in _RACE_ERRORS
+    return number in _RACE_ERRORS or getattr(error.orig, "sqlite_errorname", None) in _SQLITE_DUPLICATES
+
+
+def in_transaction(work: Callable[[], T]) -> T:
+    """Run some work and commit; begin again, TRIES times in all, where another transaction was faster.
+
+    :param work: reads what it needs itself, and does nothing but database work. Where it writes what it did not check
+        a version of, it locks: `with_for_update`.
+    :returns: what the last run of `work` returned.
+    :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
+    :raises sqlalchemy.exc.DBAPIError: if it failed otherwise.
+    """
+    for tries_left in reversed(range(TRIES)):
+        session.rollback()  # what was read before may be old
+        g.after_commit = []
+        try:
+            if session.get_bind().dialect.name == "sqlite":
+                # Its writers wait for one another here, instead of failing when they write on what they have read.
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            result = work()
+            session.commit()
+        except (DBAPIError, StaleDataError) as error:
+            session.rollback()
+            if not tries_left or not is_lost_race(error):
+                raise
+        except BaseException:
+            session.rollback()
+            raise
+        else:
+            for function in g.pop("after_commit"):
+                function()
+            return result
+    raise AssertionError("unreachable")
+
+
+def after_commit(function: Callable[[], object]) -> None:
+    """Have something done once the work that `in_transaction` runs just now is committed, and not if it fails."""
+    g.after_commit.append(function)
 
 
 def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:

@@ -4,10 +4,11 @@ import logging
 
 from sqlalchemy import and_, or_, select, update
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
 from storage import database
-from storage.models import Identity, User, now
+from storage.models import PERSONAL_FIELDS, IdempotencyKey, Identity, Order, User, now
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
         if user is not None and unionid in (None, user.unionid):
             database.session.commit()
             return user
-        # A transaction of its own that begins with a write: under MySQL's idempotent read the old one goes on seeing
+        # A transaction of its own that begins with a write: under MySQL's repeatable read the old one goes on seeing
         # what was, and SQLite lets nobody write who has read what somebody else then changed.
         database.session.rollback()
         try:
@@ -45,7 +46,8 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
                 Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at
             )
             database.session.commit()
-        except DBAPIError as error:  # such as somebody else who gave the same unionid to another user meanwhile
+        except (DBAPIError, StaleDataError) as error:
+            # Such as somebody else who gave the same unionid to another user meanwhile.
             database.session.rollback()
             if not database.is_lost_race(error):
                 raise
@@ -61,12 +63,17 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     # Locked: what somebody else commits to one of them meanwhile must not go with it.
     user, *others = database.session.scalars(select(User).where(or_(*is_he)).order_by(User.id).with_for_update())
     for other in others:
-        for name in ("nickname", "avatar_url", "phone"):
+        for name in ("nickname", "avatar_url", *PERSONAL_FIELDS):
             if getattr(user, name) is None:
                 setattr(user, name, getattr(other, name))
+        for record in database.session.scalars(select(IdempotencyKey).where(IdempotencyKey.user_id == other.id)).all():
+            if database.session.get(IdempotencyKey, (user.id, record.key)) is None:
+                record.user_id = user.id
         if other.role == "admin":
             user.role = other.role
         database.session.execute(update(Identity).where(Identity.user_id == other.id).values(user_id=user.id))
+        orders = update(Order).where(Order.user_id == other.id)
+        database.session.execute(orders.values(user_id=user.id, version=Order.version + 1))
         database.session.delete(other)
         database.session.flush()
         logger.warning("users merged", extra={"userId": user.id, "mergedUserId": other.id})

@@ -1,13 +1,27 @@
 """The tables. `storage/migrations` holds the same schema as steps; a test compares the two."""
 
 from datetime import UTC, datetime
+from typing import Any, Self, cast, overload
 
 from flask import current_app
-from sqlalchemy import BigInteger, DateTime, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
+
+from storage.privacy import Cipher
 
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only in a plain INTEGER
 
@@ -38,7 +52,90 @@ class Base(DeclarativeBase):
     pass
 
 
-class User(Base):
+class Versioned:
+    """A row that counts its changes: of two writers who read the same version, the second changes nothing.
+
+    The second one's flush raises sqlalchemy.orm.exc.StaleDataError.
+    """
+
+    version: Mapped[int] = mapped_column(Integer, default=1)
+
+    @property
+    def etag(self) -> str:
+        """What names this version of this row, and no other of any table."""
+        return f"{self.__tablename__}-{self.id}-{self.version}"  # type: ignore[attr-defined]
+
+    @declared_attr.directive
+    def __mapper_args__(cls) -> dict[str, Any]:  # noqa: N805
+        return {"version_id_col": cls.version}
+
+
+class Encrypted:
+    """A text, or None, of a model with `app_id` and `openid`: the column `<name>_encrypted` holds it for its row alone.
+
+    Reading it raises `DecryptionError` if the column holds what was made for another row or column, or with a key that
+    is not among ENCRYPTION_KEYS. It needs an application context.
+
+    :param searchable: whether `<name>_index` holds its blind index, so that rows can be found by it.
+    """
+
+    def __init__(self, searchable: bool = False) -> None:
+        self._searchable = searchable
+
+    def __set_name__(self, model: type[Base], name: str) -> None:
+        self.model = model
+        self.name = name
+        self.place = f"{model.__tablename__}.{name}"
+        self.columns = [f"{name}_encrypted", f"{name}_index"][: 1 + self._searchable]
+        """The names of the columns that hold it, the encrypted one first."""
+
+    @overload
+    def __get__(self, row: None, model: type[Base]) -> Self: ...
+    @overload
+    def __get__(self, row: Base, model: type[Base]) -> str | None: ...
+    def __get__(self, row: Base | None, model: type[Base]) -> Self | str | None:
+        return self if row is None else self.open(row)
+
+    def __set__(self, row: Base, text: str | None) -> None:
+        for column, value in self.seal(row, text).items():
+            setattr(row, column, value)
+
+    def open(self, row: Any) -> str | None:
+        """Decrypt it from a row of the table, or an object of the model.
+
+        :raises DecryptionError: see above.
+        """
+        value = getattr(row, self.columns[0])
+        return None if value is None else _cipher().decrypt(value, self._context(row))
+
+    def seal(self, row: Any, text: str | None) -> dict[str, str | None]:
+        """What the columns of this row have to hold for a text, by their names."""
+        if text is None:
+            return dict.fromkeys(self.columns)
+        values = [_cipher().encrypt(text, self._context(row)), _cipher().blind_index(text, self.place)]
+        return dict(zip(self.columns, values, strict=False))
+
+    def equals(self, text: str) -> ColumnElement[bool]:
+        """The SQL condition that a row holds exactly this text, under whichever of the keys: nothing is normalised."""
+        column: ColumnElement[str] = getattr(self.model, f"{self.name}_index")
+        return column.in_(_cipher().blind_indexes(text, self.place))
+
+    def _context(self, row: Any) -> str:
+        # By what names the row from the start: a new one has no id yet.
+        if None in (row.app_id, row.openid):
+            raise ValueError("app_id and openid come first: what is encrypted is bound to them.")
+        return f"{self.place}:{row.app_id}:{row.openid}"
+
+
+def encrypted_fields(model: type[Base]) -> list[Encrypted]:
+    return [field for field in vars(model).values() if isinstance(field, Encrypted)]
+
+
+def _cipher() -> Cipher:
+    return cast(Cipher, current_app.extensions["cipher"])
+
+
+class User(Versioned, Base):
     """Someone who has logged in, with the identity that he came with first; `Identity` holds all of them."""
 
     __tablename__ = "users"
@@ -55,24 +152,30 @@ class User(Base):
     unionid: Mapped[str | None] = mapped_column(identifier(64))
     nickname: Mapped[str | None] = mapped_column(String(64))
     avatar_url: Mapped[str | None] = mapped_column(String(512))
+    # What encrypts to 255 characters has up to 155 bytes, to 512 up to 347: a name of 64 characters can have 256.
     phone_encrypted: Mapped[str | None] = mapped_column(String(255))
+    phone_index: Mapped[str | None] = mapped_column(String(80), index=True)
+    real_name_encrypted: Mapped[str | None] = mapped_column(String(512))
+    real_name_index: Mapped[str | None] = mapped_column(String(80), index=True)
+    id_card_encrypted: Mapped[str | None] = mapped_column(String(255))
+    id_card_index: Mapped[str | None] = mapped_column(String(80), index=True)
+    email_encrypted: Mapped[str | None] = mapped_column(String(512))
+    email_index: Mapped[str | None] = mapped_column(String(80), index=True)
+    bank_card_encrypted: Mapped[str | None] = mapped_column(String(255))
+    bank_card_index: Mapped[str | None] = mapped_column(String(80), index=True)
     role: Mapped[str] = mapped_column(String(16), default="user")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
 
-    @property
-    def phone(self) -> str | None:
-        """The phone number in full, or None; the column holds it encrypted for this row alone."""
-        return _decrypt(self.phone_encrypted, self._phone_context)
+    phone = Encrypted(searchable=True)
+    real_name = Encrypted(searchable=True)
+    id_card = Encrypted(searchable=True)
+    email = Encrypted(searchable=True)
+    bank_card = Encrypted(searchable=True)
 
-    @phone.setter
-    def phone(self, phone: str | None) -> None:
-        self.phone_encrypted = _encrypt(phone, self._phone_context)
 
-    @property
-    def _phone_context(self) -> str:
-        # By what names the row from the start: a new one has no id yet.
-        return f"users.phone:{self.app_id}:{self.openid}"
+PERSONAL_FIELDS = tuple(field.name for field in encrypted_fields(User))
+"""What `User` keeps encrypted, by name."""
 
 
 class Identity(Base):
@@ -87,23 +190,78 @@ class Identity(Base):
     authorization_encrypted: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
+    authorization = Encrypted()
+    """What the user granted to a web app."""
+
+
+class Order(Versioned, Base):
+    """What somebody ordered. It outlives its user, who is then None."""
+
+    __tablename__ = "orders"
+    # Each serves the lists of one filter in the order of the ids, which both databases keep within an index.
+    __table_args__ = (
+        Index("ix_orders_user_id_status", "user_id", "status"),
+        Index("ix_orders_user_id", "user_id"),
+        Index("ix_orders_status", "status"),
+        {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="SET NULL"))
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    remark: Mapped[str | None] = mapped_column(String(500))
+    total: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
+    items: Mapped[list["OrderItem"]] = relationship(
+        back_populates="order",
+        order_by="OrderItem.id",
+        cascade="all, delete-orphan",
+        passive_deletes=True,
+        lazy="selectin",
+    )
+
+    def sum_up(self) -> None:
+        """Compute the total anew, after the items have changed."""
+        self.total = sum(item.subtotal for item in self.items)
+        self.updated_at = now()  # also where the total is the same: items are part of the order and of its version
+
+
+class OrderItem(Base):
+    """One line of an order, whose version it shares."""
+
+    __tablename__ = "order_items"
+    __table_args__ = ({"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},)
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    order_id: Mapped[int] = mapped_column(BigId, ForeignKey("orders.id", ondelete="CASCADE"), index=True)
+    sku: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(128))
+    quantity: Mapped[int] = mapped_column(Integer)
+    unit_price: Mapped[int] = mapped_column(BigInteger)
+    order: Mapped[Order] = relationship(back_populates="items")
+
     @property
-    def authorization(self) -> str | None:
-        """What the user granted to a web app, as text, or None; the column holds it encrypted for this row alone."""
-        return _decrypt(self.authorization_encrypted, self._authorization_context)
-
-    @authorization.setter
-    def authorization(self, authorization: str | None) -> None:
-        self.authorization_encrypted = _encrypt(authorization, self._authorization_context)
+    def subtotal(self) -> int:
+        return self.quantity * self.unit_price
 
     @property
-    def _authorization_context(self) -> str:
-        return f"identities.authorization:{self.app_id}:{self.openid}"
+    def etag(self) -> str:
+        return self.order.etag
 
 
-def _encrypt(text: str | None, context: str) -> str | None:
-    return None if text is None else current_app.extensions["cipher"].encrypt(text, context)
+class IdempotencyKey(Base):
+    """The answer to a request that a client may send again."""
 
+    __tablename__ = "idempotency_keys"
+    __table_args__ = ({"mysql_charset": "utf8mb4"},)
 
-def _decrypt(value: str | None, context: str) -> str | None:
-    return None if value is None else current_app.extensions["cipher"].decrypt(value, context)
+    user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
+    about_user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    """Whom the answer tells of; it goes when that user goes."""
+    key: Mapped[str] = mapped_column(identifier(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int | None] = mapped_column(Integer)
+    headers: Mapped[str | None] = mapped_column(Text)
+    body: Mapped[bytes | None] = mapped_column(LargeBinary().with_variant(mysql.MEDIUMBLOB, "mysql"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)

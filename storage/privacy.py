@@ -3,13 +3,20 @@
 import base64
 import binascii
 import hashlib
+import hmac
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 _NONCE_BYTES = 12
+_LABEL = "[A-Za-z0-9-]{0,61}[A-Za-z0-9]"
+_DOMAIN = re.compile(rf"([A-Za-z0-9]({_LABEL})?\.)+[A-Za-z]{_LABEL}")  # RFC 1034; the last label is no number
 
 
 class DecryptionError(ValueError):
@@ -17,24 +24,27 @@ class DecryptionError(ValueError):
 
 
 class Cipher:
-    """AES-256-GCM (NIST SP 800-38D) with a random nonce and the key's id in each value.
+    """AES-256-GCM (NIST SP 800-38D) with a random nonce, and blind indexes; each value begins with its key's id.
 
     :param keys: 32 bytes each; the first encrypts, all decrypt.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        self._keys = {hashlib.sha256(key).hexdigest()[:8]: AESGCM(key) for key in keys}
-        self._current = next(iter(self._keys))
+        self._keys = {hashlib.sha256(key).hexdigest()[:8]: key for key in keys}
+        self.key_id = next(iter(self._keys))
+        """The id of the first key, 8 hex digits: what this cipher writes begins with it and a dot."""
 
     def encrypt(self, text: str, context: str) -> str:
         """Encrypt a text for one place.
 
         :param context: where the value is kept, such as a key or a row and column; it decrypts nowhere else.
-        :returns: ASCII: the key's id, a dot, and base64 of nonce, ciphertext and tag.
+        :returns: ASCII: the key's id, a dot, and base64 of nonce, ciphertext and tag: 155 bytes of UTF-8 make 253
+            characters, 347 make 509.
+        :raises UnicodeEncodeError: if the text holds half a surrogate pair.
         """
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = self._keys[self._current].encrypt(nonce, text.encode(), context.encode())
-        return f"{self._current}.{base64.b64encode(nonce + sealed).decode()}"
+        sealed = AESGCM(self._keys[self.key_id]).encrypt(nonce, text.encode(), context.encode())
+        return f"{self.key_id}.{base64.b64encode(nonce + sealed).decode()}"
 
     def decrypt(self, value: str, context: str) -> str:
         """Undo `encrypt`.
@@ -44,13 +54,71 @@ class Cipher:
         key_id, _, payload = value.partition(".")
         try:
             raw = base64.b64decode(payload, validate=True)
-            return self._keys[key_id].decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
+            key = AESGCM(self._keys[key_id])
+            return key.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
         except (KeyError, ValueError, binascii.Error, InvalidTag):
             raise DecryptionError("The value does not decrypt here.") from None
+
+    def blind_index(self, text: str, context: str) -> str:
+        """HMAC-SHA-256 of a text under the first key: equal texts are found by it, and it does not say what they are.
+
+        Nothing is normalised: `A@b.cn` and `a@b.cn`, or `138 1234 5678` and `13812345678`, are not equal.
+
+        :param context: the table and column; the same text has another index in another column.
+        :returns: ASCII, 53 characters: the key's id, a dot, and base64.
+        :raises UnicodeEncodeError: if the text holds half a surrogate pair.
+        """
+        return self._blind_index(self.key_id, text, context)
+
+    def blind_indexes(self, text: str, context: str) -> list[str]:
+        """The blind indexes of a text under each key, the first key's first: what to search for while keys change."""
+        return [self._blind_index(key_id, text, context) for key_id in self._keys]
+
+    def _blind_index(self, key_id: str, text: str, context: str) -> str:
+        # RFC 5869: a key for this column alone, from which the one that encrypts does not follow.
+        kdf = HKDF(SHA256(), length=32, salt=None, info=f"blind index:{context}".encode())
+        digest = hmac.digest(kdf.derive(self._keys[key_id]), text.encode(), "sha256")
+        return f"{key_id}.{base64.b64encode(digest).decode()}"
 
 
 def mask_phone(phone: str) -> str:
     """`138****5678` for 11 digits; anything else shows no character at all, only that there is something."""
-    if len(phone) == 11 and phone.isascii() and phone.isdigit():
+    if re.fullmatch("[0-9]{11}", phone):
         return f"{phone[:3]}****{phone[-4:]}"
     return "*" * len(phone)
+
+
+def mask_name(name: str) -> str:
+    """`张**`: the first character, and a star for each other one; a name of a single character shows nothing."""
+    initial = _initial(name)
+    return initial + "*" * (len(name) - len(initial))
+
+
+def mask_id_card(id_card: str) -> str:
+    """`110***********002X` for 17 digits and a digit or X; anything else shows no character at all."""
+    if re.fullmatch("[0-9]{17}[0-9Xx]", id_card):
+        return f"{id_card[:3]}{'*' * 11}{id_card[-4:]}"
+    return "*" * len(id_card)
+
+
+def mask_email(email: str) -> str:
+    """`z***@example.com`, always with three stars; `***@example.com` if only one character stands before the @.
+
+    What has not exactly one @ with something before it and a domain in ASCII behind it shows no character at all.
+    """
+    local, _, domain = email.partition("@")
+    if local and len(domain) <= 253 and _DOMAIN.fullmatch(domain):
+        return f"{_initial(local)}***@{domain}"
+    return "*" * len(email)
+
+
+def mask_bank_card(bank_card: str) -> str:
+    """`************1234` for 12 to 19 digits; anything else shows no character at all."""
+    if re.fullmatch("[0-9]{12,19}", bank_card):
+        return "*" * (len(bank_card) - 4) + bank_card[-4:]
+    return "*" * len(bank_card)
+
+
+def _initial(text: str) -> str:
+    """The first character if there are others: spaces, accents and joiners make no second one, and it would be all."""
+    return text[:1] if any(unicodedata.category(character)[0] in "LNPS" for character in text[1:]) else ""

@@ -1,4 +1,7 @@
-"""What the tests run against: a private Redis, the WeChat simulator over HTTP, a migrated database, and the service."""
+"""What the tests run against: a private Redis, the WeChat simulator over HTTP, a migrated database, and the service.
+
+`--database=mariadb` puts MariaDB in SQLite's place, and runs only the tests that have to do with a database.
+"""
 
 import base64
 import io
@@ -19,11 +22,14 @@ from redis import Redis
 from dev.redis_server import RedisServer
 from service import create_app
 from telemetry.logs import JsonLineFormatter
+from tests.databases import Databases, MariaDB, SQLiteFiles
 from tests.harness import (
     APP_ID,
     APP_SECRET,
+    PERSON,
     PUSH_AES_KEY,
     PUSH_TOKEN,
+    ROOT,
     WEB_APP_ID,
     WEB_APP_SECRET,
     Service,
@@ -32,11 +38,35 @@ from tests.harness import (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run one after the other what starts many processes, or looks at the clock while they run."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--database", choices=("sqlite", "mariadb"), default="sqlite", help="which one the tests run on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only_on(database): this test is about one of them, and skipped on the other")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose what runs on this database, and one after the other what starts many processes."""
+    database = config.getoption("database")
+    if database == "mariadb":
+        others = [item for item in items if not _has_to_do_with_a_database(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _has_to_do_with_a_database(item)]
     for item in items:
-        if {"start_service", "launch"}.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+        only_on = item.get_closest_marker("only_on")
+        if only_on and only_on.args[0] != database:
+            item.add_marker(pytest.mark.skip(reason=f"is about {only_on.args[0]}"))
+        # These look at the clock while they run.
+        for fixture in {"start_service", "launch"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(fixture))
+
+
+def _has_to_do_with_a_database(item: pytest.Item) -> bool:
+    """`make run`, which tests/dev is about, has SQLite's files for its own; WeChat's protocols know no table."""
+    if {"dev", "wechat"}.intersection(item.path.relative_to(ROOT).parts):
+        return False
+    return not {"databases", "own_databases"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -73,11 +103,33 @@ def simulator(shared_simulator: Simulator) -> Simulator:
 
 
 @pytest.fixture(scope="session")
-def environ(
-    redis_server: RedisServer, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+def databases(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
+    """Where to make a database of the kind that the tests run on; in the end nothing personal is in its files."""
+    databases = None
+    for databases in _databases(pytestconfig, tmp_path_factory.mktemp("databases")):
+        yield databases
+    assert databases is not None
+    at_rest = databases.at_rest()
+    assert [name for name, value in PERSON.items() if value.encode() in at_rest] == []
+
+
+@pytest.fixture
+def own_databases(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[Databases]:
+    """The same for this test alone, which may stop or kill the server."""
+    yield from _databases(pytestconfig, tmp_path / "databases")
+
+
+def _databases(config: pytest.Config, folder: Path) -> Iterator[Databases]:
+    databases = {"sqlite": SQLiteFiles, "mariadb": MariaDB}[config.getoption("database")](folder)
+    databases.start()
+    yield databases
+    databases.close()
+
+
+@pytest.fixture(scope="session")
+def environ(redis_server: RedisServer, shared_simulator: Simulator, databases: Databases) -> dict[str, str]:
     """A complete environment for the service, its database migrated."""
-    database_url = f"sqlite:///{tmp_path_factory.mktemp('database') / 'test.db'}"
+    database_url = databases.create()
     migrate(database_url)
     return {
         "WECHAT_APP_ID": APP_ID,

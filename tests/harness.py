@@ -18,6 +18,15 @@ from dev.run import free_port
 ROOT = Path(__file__).resolve().parent.parent
 APP_ID, APP_SECRET = "wx0123456789abcdef", "an-app-secret-nobody-may-see"
 WEB_APP_ID, WEB_APP_SECRET = "wxfedcba9876543210", "a-web-app-secret-nobody-may-see"
+PERSON = {
+    "phone": "13812345678",
+    "real_name": "欧阳锋",
+    "id_card": "11010119491231002X",
+    "email": "ouyang@example.com",
+    "bank_card": "6222020200112230123",
+}
+"""What may be nowhere in full: not in a log line, not in an answer that does not say so, not in the database."""
+
 PUSH_TOKEN, PUSH_AES_KEY = "apushtokennobodymaysee", "aPushAesKeyNobodyMaySee012345678901234567ab"
 
 
@@ -171,9 +180,10 @@ class Service:
         return self.call("GET", "/users/me", token)
 
 
-def migrate(database_url: str, *revision: str) -> None:
-    command = [sys.executable, "-m", "alembic", *(revision or ("upgrade", "head"))]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "DATABASE_URL": database_url}, check=True)
+def migrate(database_url: str, *command: str, root: Path = ROOT) -> None:
+    """Run alembic with this command, or else `upgrade head`, in the project of this folder."""
+    words = [sys.executable, "-m", "alembic", *(command or ("upgrade", "head"))]
+    subprocess.run(words, cwd=root, env={**os.environ, "DATABASE_URL": database_url}, check=True)
 
 
 def bearer(token: str) -> dict[str, str]:

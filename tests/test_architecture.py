@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "service": {"blueprints", "concurrency", "errors", "settings", "storage", "telemetry", "wechat"},
     "wsgi": {"service"},
 }
-PARTS = {*MAY_IMPORT, "dev", "tests"}
+PARTS = {*MAY_IMPORT, "bench", "dev", "tests"}
 
 
 def imported_modules(path: Path) -> set[str]:

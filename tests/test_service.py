@@ -22,6 +22,7 @@ from dev.redis_server import RedisServer
 from settings import Settings
 from storage.database import engine_for
 from storage.models import User
+from tests.databases import Databases, MariaDB
 from tests.harness import APP_SECRET, ROOT, Service, Simulator, bearer, migrate, wait_until
 
 StartService = Callable[..., Service]
@@ -111,6 +112,35 @@ def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself
     assert "Traceback" not in service.log()
 
 
+@pytest.mark.only_on("mariadb")
+def test_without_mariadb_answers_are_503_within_seconds_and_it_recovers_by_itself(
+    start_service: StartService, simulator: Simulator, own_databases: MariaDB
+) -> None:
+    database_url = own_databases.create()
+    migrate(database_url)
+    service = start_service(DATABASE_URL=database_url)
+    token = service.log_in(simulator)
+    with ThreadPoolExecutor(16) as pool:  # a connection in each place of the pools
+        assert set(pool.map(lambda _: service.read_me(token).status_code, range(64))) == {200}
+        for _ in range(2):
+            own_databases.kill()
+            started = time.monotonic()
+            answers = list(pool.map(lambda _: service.read_me(token), range(32)))
+            answers.append(requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5))
+            answers.append(requests.get(f"{service.url}/readyz", timeout=5))
+            assert time.monotonic() - started < 3
+            assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(503, 503)}
+            assert all("Retry-After" in answer.headers for answer in answers)
+            own_databases.start()
+            answers = list(pool.map(lambda _: service.read_me(token), range(32)))
+            assert {answer.status_code for answer in answers} == {200}  # from the first one on
+        own_databases.kill()
+        own_databases.start()  # before anybody has noticed
+        assert set(pool.map(lambda _: service.read_me(token).status_code, range(32))) == {200}
+    assert service.log_in(simulator)
+    assert "Traceback" not in service.log()
+
+
 def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(
     start_service: StartService, simulator: Simulator, own_redis: RedisServer
 ) -> None:
@@ -177,9 +207,9 @@ def workers(service: Service) -> list[psutil.Process]:
 
 
 def test_after_a_login_no_token_session_key_or_secret_is_at_rest_or_in_the_logs(
-    start_service: StartService, simulator: Simulator, redis: Redis, tmp_path: Path
+    start_service: StartService, simulator: Simulator, redis: Redis, own_databases: Databases
 ) -> None:
-    database_url = f"sqlite:///{tmp_path / 'own.db'}"
+    database_url = own_databases.create()
     migrate(database_url)
     service = start_service(DATABASE_URL=database_url, LOG_LEVEL="DEBUG")
     code = simulator.code(openid="o-alice")
@@ -191,9 +221,9 @@ def test_after_a_login_no_token_session_key_or_secret_is_at_rest_or_in_the_logs(
     assert service.read_me(token).status_code == 200
     session_key = simulator.session_key("o-alice")
     service.stop()
+    own_databases.stop()
 
-    at_rest = b"".join(path.read_bytes() for path in tmp_path.glob("own.db*"))
-    at_rest += b"".join(key + contents(redis, key) for key in redis.scan_iter())
+    at_rest = own_databases.at_rest() + b"".join(key + contents(redis, key) for key in redis.scan_iter())
     assert b"o-alice" in at_rest  # the search does find what is there
     for secret in (token, session_key, code):
         assert secret.encode() not in at_rest
@@ -227,6 +257,20 @@ def test_a_body_that_is_not_as_its_headers_say_is_400(start_service: StartServic
     assert answer.startswith("HTTP/1.1 400 ")
     assert '"code":400' in answer
     assert "X-Trace-Id" in answer
+
+
+def test_a_client_that_sends_its_body_slowly_holds_up_nobody_elses_order(
+    start_service: StartService, simulator: Simulator
+) -> None:
+    service = start_service()
+    token = service.log_in(simulator)
+    order = {"items": [{"sku": "tea", "name": "茶", "quantity": 1, "unit_price": 1}]}
+    head = f"POST /api/v1/orders HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 500\r\n"
+    for key in ("", "Idempotency-Key: slow\r\n"):
+        with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=10) as slow:
+            slow.sendall(f"{head}{key}\r\n{{".encode())
+            time.sleep(0.5)
+            assert service.call("POST", "/orders", token, json=order).status_code == 201
 
 
 def test_without_its_settings_it_refuses_to_start_with_one_message(tmp_path: Path) -> None:

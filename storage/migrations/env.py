@@ -1,4 +1,12 @@
-"""Alembic's entry: brings the database of DATABASE_URL to a revision. `alembic upgrade head` runs before a release."""
+"""Alembic's entry: brings the database of DATABASE_URL to a revision. `alembic upgrade head` runs before a release.
+
+The old version still runs beside a migration, and after it for as long as the release takes. So a change is made in
+steps, each in a release of its own: add (nullable or with a server default), fill, switch the code over, drop.
+Never copy a table that others refer to (`op.batch_alter_table` on SQLite): its AUTOINCREMENT and, through their
+ON DELETE, the others' rows are lost. Instead of a constraint add a unique index; instead of a change of type a column.
+
+`alembic revision --autogenerate --rev-id 0009 -m "what it is"` begins one.
+"""
 
 import os
 
@@ -12,8 +20,8 @@ from storage.models import Base
 def migrate() -> None:
     engine = engine_for(settings.load(os.environ, only=["DATABASE_URL"])["DATABASE_URL"])
     with engine.connect() as connection:
-        # SQLite cannot alter most of a table in place: Alembic then copies it.
-        context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+        # No render_as_batch: what SQLite cannot do in place fails, instead of copying the table.
+        context.configure(connection=connection, target_metadata=Base.metadata)
         with context.begin_transaction():
             context.run_migrations()
     engine.dispose()

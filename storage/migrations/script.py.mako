@@ -1,4 +1,7 @@
-"""${message}"""
+"""${message}
+
+Safe beside the old version that still runs: add, fill, switch, drop, each in a release of its own; see env.py.
+"""
 
 import sqlalchemy as sa
 from alembic import op

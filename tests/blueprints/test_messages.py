@@ -342,6 +342,7 @@ class Known:
         with app.app_context():
             user = database.session.get_one(User, self.id)
             user.nickname, user.avatar_url, user.phone = "阿上", "https://example.com/a.png", "13812345678"
+            user.real_name = "张三"
             database.session.get_one(Identity, (APP_ID, openid)).authorization = "granted"
             database.session.commit()
 
@@ -350,20 +351,21 @@ class Known:
             user = database.session.get_one(User, self.id)
             authorization = database.session.get_one(Identity, (APP_ID, self.openid)).authorization
             held = {"nickname": user.nickname, "avatar": user.avatar_url, "phone": user.phone, "tokens": authorization}
+            held["real_name"] = user.real_name
         return {name for name, value in held.items() if value}
 
 
-ALL = {"nickname", "avatar", "phone", "tokens"}
+ALL = {"nickname", "avatar", "phone", "tokens", "real_name"}
 
 
 @pytest.mark.parametrize(
     ("told", "left"),
     [
-        ({"RevokeInfo": "6"}, {"phone", "tokens"}),
-        ({"RevokeInfo": "8"}, {"nickname", "avatar", "tokens"}),
-        ({"RevokeInfo": 8}, {"nickname", "avatar", "tokens"}),
-        ({"RevokeInfo": "19"}, {"avatar", "phone", "tokens"}),
-        ({"RevokeInfo": "20"}, {"nickname", "phone", "tokens"}),
+        ({"RevokeInfo": "6"}, ALL - {"nickname", "avatar"}),
+        ({"RevokeInfo": "8"}, ALL - {"phone"}),
+        ({"RevokeInfo": 8}, ALL - {"phone"}),
+        ({"RevokeInfo": "19"}, ALL - {"nickname"}),
+        ({"RevokeInfo": "20"}, ALL - {"avatar"}),
         ({"RevokeInfo": "5"}, ALL),  # the microphone
         ({}, ALL),
         ({"RevokeInfo": "8", "PluginID": "wx-plugin"}, ALL),

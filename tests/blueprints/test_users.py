@@ -10,7 +10,6 @@ from flask.testing import FlaskClient
 from sqlalchemy import delete
 from werkzeug.test import TestResponse
 
-from blueprints import users
 from blueprints.users import MINI_PROGRAM_WANTED, PHONE_CODE_WANTED
 from storage import database
 from storage.models import Identity, User
@@ -167,21 +166,6 @@ def test_a_phone_code_is_remembered_for_as_long_as_it_lives_and_a_call_for_as_lo
         assert 60 < lifetime() <= 75
         assert code_of(answer.result()) == (200, 200)
     assert 290 < lifetime() <= 300
-
-
-def test_a_user_whose_row_went_away_meanwhile_is_told_to_come_again(
-    alice: Caller, monkeypatch: pytest.MonkeyPatch, app: Flask
-) -> None:
-    load = users.get_user
-
-    def load_and_lose(user_id: int) -> User:
-        user = load(user_id)
-        with app.extensions["database"].begin() as connection:
-            connection.execute(delete(User).where(User.id == user_id))
-        return user
-
-    monkeypatch.setattr(users, "get_user", load_and_lose)
-    assert code_of(alice.put(PROFILE, {"nickname": "x"})) == (503, 503)
 
 
 def test_no_transaction_is_open_while_wechat_is_waited_for(alice: Caller, app: Flask) -> None:

@@ -1,19 +1,26 @@
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from flask import Flask, g
-from sqlalchemy import inspect, select, text
-from sqlalchemy.exc import IntegrityError
+from flask import Flask, g, request
+from sqlalchemy import Connection, Engine, inspect, select, text, update
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.schema import CreateTable
 
 from storage import database
-from storage.models import Base, User
+from storage.models import PERSONAL_FIELDS, Base, User, now
+from storage.privacy import DecryptionError
+from tests.databases import Databases, MariaDB
 from tests.harness import ROOT, migrate
 
 
@@ -22,20 +29,66 @@ def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
-def test_the_migrations_go_down_and_up_again(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'migrated.db'}"
-    engine = database.engine_for(url)
-    migrate(url)
-    assert "users" in inspect(engine).get_table_names()
-    migrate(url, "downgrade", "base")
-    assert inspect(engine).get_table_names() == ["alembic_version"]
-    migrate(url)
-    assert "users" in inspect(engine).get_table_names()
+@pytest.mark.only_on("mariadb")
+def test_the_migrations_make_what_the_models_would_to_the_last_word(app: Flask, databases: Databases) -> None:
+    engine = database.engine_for(databases.create())
+    Base.metadata.create_all(engine)
+    with engine.connect() as made, app.extensions["database"].connect() as migrated:
+        for table in Base.metadata.tables:
+            assert definition(migrated, table) == definition(made, table)
     engine.dispose()
 
 
-def test_users_get_their_identities_when_they_are_migrated_and_a_unionid_stays_with_one(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'migrated.db'}"
+def definition(connection: Connection, table: str) -> list[str]:
+    """How MariaDB describes a table, with collations, keys and references, in no order.
+
+    Without defaults: a migration gives some for the old version, which knows nothing of a new column.
+    """
+    created = connection.execute(text(f"SHOW CREATE TABLE {table}")).one()[1]
+    lines = [line.strip(" ,") for line in created.splitlines()]
+    return sorted(re.sub(r" AUTO_INCREMENT=\d+| DEFAULT ('[^']*'|[^ ,]+)", "", line) for line in lines)
+
+
+def test_the_migrations_go_down_and_up_again_with_a_row_in_each_table(databases: Databases) -> None:
+    url = databases.create()
+    engine = database.engine_for(url)
+    migrate(url)
+    fill(engine)
+    migrate(url, "downgrade", "0001")
+    migrate(url)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM users")) == 1
+    migrate(url, "downgrade", "base")
+    assert inspect(engine).get_table_names() == ["alembic_version"]
+    migrate(url)
+    fill(engine)
+    engine.dispose()
+
+
+def fill(engine: Engine) -> None:
+    """Put a row into each table, those that are referred to first; every id and every reference is 1."""
+    samples = {int: 1, str: "1", bytes: b"1"}
+    with engine.begin() as connection:
+        for table in Base.metadata.sorted_tables:
+            row = {column.name: samples.get(column.type.python_type, now()) for column in table.columns}
+            connection.execute(table.insert().values(row))
+
+
+def test_a_new_migration_begins_empty_and_with_the_rule(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "settings.py", "errors.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "storage", tmp_path / "storage")
+    url = f"sqlite:///{tmp_path / 'test.db'}"
+    migrate(url, root=tmp_path)
+    migrate(url, "revision", "--autogenerate", "--rev-id", "9999", "-m", "new column", root=tmp_path)
+    new = (tmp_path / "storage/migrations/versions/9999_new_column.py").read_text()
+    assert new.count("    pass\n") == 2
+    assert "beside the old version" in new
+    migrate(url, root=tmp_path)
+
+
+def test_users_get_their_identities_when_they_are_migrated_and_a_unionid_stays_with_one(databases: Databases) -> None:
+    url = databases.create()
     engine = database.engine_for(url)
     migrate(url, "upgrade", "0001")
     rows = [("o-one", "u-twice"), ("o-two", "u-twice"), ("o-three", "u-once"), ("o-four", None)]
@@ -73,11 +126,18 @@ def test_without_a_database_to_migrate_it_is_said_so_without_a_traceback(url: st
     assert "REDIS_URL" not in done.stderr
 
 
+@pytest.mark.only_on("sqlite")
 def test_sqlite_writes_ahead_and_waits_for_its_lock(app: Flask) -> None:
     with app.app_context():
         assert database.session.scalar(text("PRAGMA journal_mode")) == "wal"
         assert database.session.scalar(text("PRAGMA busy_timeout")) == 3000
         assert database.session.scalar(text("PRAGMA foreign_keys")) == 1
+
+
+@pytest.mark.only_on("mariadb")
+def test_mariadb_shows_what_is_there_now(app: Flask) -> None:
+    with app.app_context():
+        assert database.session.scalar(text("SELECT @@tx_isolation")) == "READ-COMMITTED"
 
 
 @pytest.mark.parametrize("scheme", ["mysql", "mariadb", "mysql+pymysql"])
@@ -106,12 +166,81 @@ def test_a_request_has_one_session_and_it_is_closed_whatever_happens(app: Flask,
         assert database.session.scalar(select(User).where(User.openid == "o-uncommitted")) is None
 
 
-def test_an_error_message_holds_no_parameter(app: Flask) -> None:
+@pytest.mark.only_on("mariadb")
+def test_a_server_that_dies_within_a_request_costs_that_request_alone(
+    make_app: Callable[..., Flask], own_databases: MariaDB
+) -> None:
+    app = make_app(DATABASE_URL=own_databases.create())
+
+    def view() -> dict[str, str]:
+        database.ping()
+        if "die" in request.args:
+            own_databases.kill()
+        database.ping()
+        return {}
+
+    app.add_url_rule("/view", view_func=view)
+    client = app.test_client()
+    assert client.get("/view?die").status_code == 503
+    assert app.extensions["database"].pool.checkedout() == 0
+    own_databases.start()
+    assert client.get("/view").status_code == 200
+
+
+@pytest.mark.parametrize("openid", ["o-personal", "o-personal' for key 'o-personal", "'\"\\'\no-personal"])
+def test_an_error_message_holds_no_parameter(app: Flask, openid: str) -> None:
     with app.app_context():
-        database.session.add_all([User(app_id="wx1", openid="o-personal"), User(app_id="wx1", openid="o-personal")])
+        database.session.add_all([User(app_id="wx1", openid=openid), User(app_id="wx1", openid=openid)])
         with pytest.raises(IntegrityError) as caught:
             database.session.flush()
-    assert "o-personal" not in str(caught.value)
+    assert "o-personal" not in "".join(traceback.format_exception(caught.value))  # with the driver's own error
+
+
+@pytest.mark.only_on("mariadb")
+def test_a_syntax_error_quotes_no_parameter(app: Flask) -> None:
+    values = {"name": "o-personal' = '"}
+    with app.app_context(), pytest.raises(ProgrammingError) as caught:
+        database.session.execute(text("SELEC :name"), values)
+    assert "o-personal" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.only_on("mariadb")
+def test_an_error_message_says_which_key_is_taken_and_which_host_is_away(app: Flask) -> None:
+    with app.app_context():
+        database.session.add_all([User(app_id="wx1", openid="o-twice"), User(app_id="wx1", openid="o-twice")])
+        with pytest.raises(IntegrityError) as caught:
+            database.session.flush()
+    assert str(caught.value.orig) == """(1062, "Duplicate entry '…' for key 'uq_users_app_id_openid'")"""
+    engine = database.engine_for("mysql://user:password@127.0.0.1:1/kuaishang")
+    with pytest.raises(OperationalError, match=r"Can't connect to MySQL server on '127\.0\.0\.1'"):
+        engine.connect()
+
+
+@pytest.mark.only_on("mariadb")
+def test_a_deadlock_is_told_to_be_a_lost_race(app: Flask) -> None:
+    users = [User(app_id="wx1", openid=f"o-deadlock-{number}") for number in range(2)]
+    with app.app_context():
+        database.session.add_all(users)
+        database.session.commit()
+        ids = [user.id for user in users]
+    both_hold_one = threading.Barrier(2)
+
+    def update_both(order: list[int]) -> bool:
+        with app.app_context():
+            database.session.execute(update(User).where(User.id == order[0]).values(nickname="first"))
+            both_hold_one.wait(5)
+            try:
+                database.session.execute(update(User).where(User.id == order[1]).values(nickname="second"))
+                database.session.commit()
+            except OperationalError as error:
+                return database.is_lost_race(error)
+            return False
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(update_both, [ids, ids[::-1]])) == [False, True]  # the other one is through
+    with app.app_context():
+        names = database.session.scalars(select(User.nickname).where(User.id.in_(ids))).all()
+    assert sorted(filter(None, names)) == ["first", "second"]
 
 
 def test_a_row_that_exists_is_left_as_it_is(app: Flask) -> None:
@@ -154,25 +283,118 @@ def test_mysql_tells_openids_apart_by_case_and_leaves_a_row_that_exists() -> Non
     assert str(insert).endswith("ON DUPLICATE KEY UPDATE app_id = users.app_id, openid = users.openid")
 
 
-def test_a_phone_number_can_be_set_before_the_row_is_stored_and_taken_away_again(app: Flask) -> None:
+PERSON = {
+    "phone": "13812345678",
+    "real_name": "张三丰",
+    "id_card": "11010519491231002X",
+    "email": "zhang@example.com",
+    "bank_card": "6222021234567890123",
+}
+
+
+def test_the_personal_fields_are_these() -> None:
+    assert tuple(PERSON) == PERSONAL_FIELDS
+
+
+@pytest.mark.parametrize("name", PERSONAL_FIELDS)
+def test_what_is_personal_can_be_set_before_the_row_is_stored_and_taken_away_again(app: Flask, name: str) -> None:
     with app.app_context():
-        user = User(app_id="wx1", openid="o-new", phone="13812345678")
+        user = User(app_id="wx1", openid=f"o-new-{name}", **{name: PERSON[name]})
+        assert [getattr(user, field) for field in PERSONAL_FIELDS if field != name] == [None] * 4
         database.session.add(user)
         database.session.commit()
-        assert user.phone == "13812345678"
-        user.phone = None
-        assert user.phone_encrypted is None
+        database.session.refresh(user)
+        assert getattr(user, name) == PERSON[name]
+        setattr(user, name, None)
+        assert getattr(user, name) is None
+        assert getattr(user, f"{name}_encrypted") is None
+        assert getattr(user, f"{name}_index") is None
 
 
-def test_a_phone_number_is_stored_encrypted_for_its_row_alone(app: Flask) -> None:
+@pytest.mark.parametrize("name", PERSONAL_FIELDS)
+def test_what_is_personal_is_stored_encrypted_for_its_row_and_column_alone(app: Flask, name: str) -> None:
+    other = "phone" if name != "phone" else "email"
     with app.app_context():
-        users = [User(app_id="wx1", openid=f"o-phone-{number}") for number in range(2)]
+        user, another = User(app_id="wx1", openid="o-has"), User(app_id="wx1", openid="o-has-not")
+        setattr(user, name, PERSON[name])
+        sealed = getattr(user, f"{name}_encrypted")
+        assert not any(PERSON[name] in str(value) for value in vars(user).values())
+        for row, field in ((another, name), (user, other), (User(app_id="wx2", openid="o-has"), name)):
+            setattr(row, f"{field}_encrypted", sealed)
+            with pytest.raises(DecryptionError):
+                getattr(row, field)
+        assert getattr(user, name) == PERSON[name]
+
+
+@pytest.mark.parametrize("name", PERSONAL_FIELDS)
+def test_users_are_found_by_exactly_what_they_have_in_that_column(app: Flask, name: str) -> None:
+    text = f"{PERSON[name]} of the search"
+    with app.app_context():
+        users = [User(app_id="wx1", openid=f"o-{name}-{number}") for number in range(3)]
+        setattr(users[0], name, text)
+        setattr(users[1], name, text)
+        setattr(users[2], name, f"{text} ")
+        for field in PERSONAL_FIELDS:
+            if field != name:
+                setattr(users[2], field, text)
         database.session.add_all(users)
         database.session.commit()
-        users[0].phone = "13812345678"
-        database.session.commit()
-        assert users[0].phone == "13812345678"
-        assert "13812345678" not in (users[0].phone_encrypted or "")
-        users[1].phone_encrypted = users[0].phone_encrypted
-        with pytest.raises(ValueError, match="does not decrypt"):
-            _ = users[1].phone
+        found = database.session.scalars(select(User).where(getattr(User, name).equals(text)))
+        assert set(found) == set(users[:2])
+
+
+def test_what_is_encrypted_is_not_bound_to_a_row_that_has_no_name_yet(app: Flask) -> None:
+    with app.app_context(), pytest.raises(ValueError, match="come first"):
+        User(phone="13812345678", app_id="wx1", openid="o-late")
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [
+        ("phone", "0" * 155),
+        ("real_name", "𠮷" * 64),
+        ("id_card", "0" * 155),
+        ("email", "x" * 347),
+        ("bank_card", "0" * 155),
+    ],
+)
+def test_the_longest_values_fit_their_columns(app: Flask, name: str, longest: str) -> None:
+    with app.app_context():
+        user = User(app_id="wx1", openid="o-long", **{name: longest})
+    for column in (f"{name}_encrypted", f"{name}_index"):
+        assert len(getattr(user, column)) <= User.__table__.c[column].type.length
+
+
+def test_personal_data_is_migrated_in_place_down_and_up_again(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'migrated.db'}"
+    engine = database.engine_for(url)
+    add = text(
+        "INSERT INTO users (app_id, openid, phone_encrypted, role, created_at, updated_at)"
+        " VALUES ('wx', :openid, 'sealed', 'user', '2026-01-01', '2026-01-01')"
+    )
+    migrate(url, "upgrade", "0002")
+    with engine.begin() as connection:
+        connection.execute(add, [{"openid": f"o-{number}"} for number in (1, 2, 3)])
+        connection.execute(
+            text("INSERT INTO identities (app_id, openid, user_id, created_at) SELECT app_id, openid, id, 1 FROM users")
+        )
+        connection.execute(text("DELETE FROM users WHERE id = 3"))
+    schemas = []
+    for revision in ("0003", "0002", "0003"):
+        migrate(url, "downgrade" if revision == "0002" else "upgrade", revision)
+        with engine.begin() as connection:
+            users = connection.execute(text("SELECT id, openid, phone_encrypted FROM users")).all()
+            assert users == [(1, "o-1", "sealed"), (2, "o-2", "sealed")]
+            assert connection.scalars(text("SELECT user_id FROM identities")).all() == [1, 2]
+            indexes = {index["name"] for index in inspect(connection).get_indexes("users")}
+            columns = {column["name"] for column in inspect(connection).get_columns("users")}
+            schemas.append((indexes, columns))
+            # The highest id was given out already, and is not given out again.
+            connection.execute(add, {"openid": "o-next"})
+            assert connection.scalar(text("SELECT max(id) FROM users")) == 3 + len(schemas)
+            connection.execute(text("DELETE FROM users WHERE openid = 'o-next'"))
+    engine.dispose()
+    assert schemas[0] == schemas[2]
+    assert schemas[0][0] - schemas[1][0] == {f"ix_users_{name}_index" for name in PERSON}
+    new = {f"{name}_{kind}" for name in PERSON for kind in ("encrypted", "index")} - {"phone_encrypted"}
+    assert schemas[0][1] - schemas[1][1] == new

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from errors import ApiError, Code
 from storage import database, identities
 from storage.identities import get_or_create_user, openid_of
-from storage.models import Identity, User
+from storage.models import PERSONAL_FIELDS, IdempotencyKey, Identity, Order, User
 
 MINI, WEB = "wx-mini", "wx-web"
 numbers = count()
@@ -55,13 +55,38 @@ def test_two_users_who_turn_out_to_be_one_become_the_older_one_with_all_that_the
     older.nickname = "阿上"
     database.session.commit()
     younger = get_or_create_user(WEB, f"w-{name}", f"u-{name}")
-    younger.nickname, younger.phone, younger.role = "another", "13812345678", "admin"
+    younger.nickname, younger.role = "another", "admin"
+    for field in PERSONAL_FIELDS:
+        setattr(younger, field, f"{field} of {name}")
+    older.email = f"own email of {name}"
     database.session.commit()
     one = get_or_create_user(MINI, f"m-{name}", f"u-{name}")
     assert one.id == older.id
-    assert (one.nickname, one.phone, one.role, one.unionid) == ("阿上", "13812345678", "admin", f"u-{name}")
+    assert (one.nickname, one.role, one.unionid) == ("阿上", "admin", f"u-{name}")
+    personal = {field: getattr(one, field) for field in PERSONAL_FIELDS}
+    assert personal == {field: f"{field} of {name}" for field in PERSONAL_FIELDS} | {"email": f"own email of {name}"}
+    assert database.session.scalars(select(User.id).where(User.phone.equals(f"phone of {name}"))).all() == [one.id]
     assert database.session.get(User, younger.id) is None
     assert get_or_create_user(WEB, f"w-{name}", None).id == older.id
+
+
+def test_the_orders_and_the_keys_of_both_are_those_of_the_one(name: str) -> None:
+    older, younger = get_or_create_user(MINI, f"m-{name}", None), get_or_create_user(WEB, f"w-{name}", f"u-{name}")
+    for user, keys in ((older, ["both", "older"]), (younger, ["both", "younger"])):
+        database.session.add(Order(user_id=user.id, total=0))
+        database.session.add_all(
+            IdempotencyKey(user_id=user.id, key=key, fingerprint=str(user.id), status=201) for key in keys
+        )
+    database.session.commit()
+    one = get_or_create_user(MINI, f"m-{name}", f"u-{name}")
+    orders = database.session.scalars(select(Order).where(Order.user_id == one.id).order_by(Order.id)).all()
+    assert [order.version for order in orders] == [1, 2]
+    kept = database.session.scalars(select(IdempotencyKey).where(IdempotencyKey.user_id == one.id)).all()
+    assert {record.key: record.fingerprint for record in kept} == {
+        "both": str(older.id),
+        "older": str(older.id),
+        "younger": str(younger.id),
+    }
 
 
 def test_a_user_whom_an_older_version_made_without_an_identity_is_found(name: str) -> None:

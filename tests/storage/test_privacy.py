@@ -1,9 +1,24 @@
+import base64
+import hashlib
+import hmac
+import re
 import secrets
+from collections.abc import Callable
 from itertools import product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from storage.privacy import Cipher, DecryptionError, mask_phone
+from storage.privacy import (
+    Cipher,
+    DecryptionError,
+    mask_bank_card,
+    mask_email,
+    mask_id_card,
+    mask_name,
+    mask_phone,
+)
 
 KEY, OTHER_KEY = secrets.token_bytes(32), secrets.token_bytes(32)
 
@@ -44,16 +59,153 @@ def test_a_value_with_any_character_changed_or_missing_does_not_decrypt() -> Non
             Cipher([KEY]).decrypt(altered, "place")
 
 
+def hkdf(key: bytes, info: bytes) -> bytes:
+    """RFC 5869 with SHA-256, no salt and one block, spelt out."""
+    extracted = hmac.digest(bytes(32), key, "sha256")
+    return hmac.digest(extracted, info + b"\x01", "sha256")
+
+
+@given(st.text(), st.text())
+def test_a_blind_index_is_an_hmac_under_a_key_of_its_own(text: str, context: str) -> None:
+    digest = hmac.digest(hkdf(KEY, f"blind index:{context}".encode()), text.encode(), "sha256")
+    key_id = hashlib.sha256(KEY).hexdigest()[:8]
+    index = Cipher([KEY, OTHER_KEY]).blind_index(text, context)
+    assert index == f"{key_id}.{base64.b64encode(digest).decode()}"
+    assert len(index) == 53
+    assert index.isascii()
+
+
+def test_equal_texts_have_equal_indexes_in_one_column_and_others_in_another() -> None:
+    index = Cipher([KEY]).blind_index("text", "users.phone")
+    assert Cipher([KEY]).blind_index("text", "users.phone") == index
+    others = [("text", "users.email"), ("Text", "users.phone"), ("text ", "users.phone"), ("etext", "users.phon")]
+    assert index not in [Cipher([KEY]).blind_index(*other) for other in others]
+    assert Cipher([OTHER_KEY]).blind_index("text", "users.phone").partition(".")[2] != index.partition(".")[2]
+
+
+def test_a_search_knows_the_indexes_of_all_keys_and_the_first_one_makes_new_ones() -> None:
+    old, new = (Cipher([key]).blind_index("text", "users.phone") for key in (KEY, OTHER_KEY))
+    rotated = Cipher([OTHER_KEY, KEY])
+    assert rotated.blind_indexes("text", "users.phone") == [new, old]
+    assert rotated.blind_index("text", "users.phone") == new
+
+
+def test_what_a_cipher_writes_begins_with_the_id_of_its_first_key() -> None:
+    cipher = Cipher([OTHER_KEY, KEY])
+    assert cipher.key_id == hashlib.sha256(OTHER_KEY).hexdigest()[:8]
+    assert cipher.encrypt("text", "place").startswith(f"{cipher.key_id}.")
+    assert cipher.blind_index("text", "place").startswith(f"{cipher.key_id}.")
+
+
 @pytest.mark.parametrize(
-    ("phone", "masked"),
+    ("mask", "text", "masked"),
     [
-        ("13812345678", "138****5678"),
-        ("", ""),
-        ("110", "***"),
-        ("+8613812345678", "**************"),
-        ("1381234567a", "***********"),
-        ("１３８１２３４５６７８", "***********"),
+        (mask_phone, "13812345678", "138****5678"),
+        (mask_phone, "", ""),
+        (mask_phone, "110", "***"),
+        (mask_phone, "+8613812345678", "**************"),
+        (mask_phone, "1381234567a", "***********"),
+        (mask_phone, "13812345678\n", "************"),
+        (mask_phone, "１３８１２３４５６７８", "***********"),
+        (mask_name, "", ""),
+        (mask_name, "张", "*"),
+        (mask_name, "张三", "张*"),
+        (mask_name, "欧阳娜娜", "欧***"),
+        (mask_name, "Li Lei", "L*****"),
+        (mask_name, "张 ", "**"),
+        (mask_name, "e\u0301", "**"),  # an e and its accent
+        (mask_name, "葛\U000e0100", "**"),  # a character and the variant of it that is meant
+        (mask_name, "e\u0301a", "e**"),
+        (mask_id_card, "11010519491231002X", "110***********002X"),
+        (mask_id_card, "11010519491231002x", "110***********002x"),
+        (mask_id_card, "110105194912310021", "110***********0021"),
+        (mask_id_card, "", ""),
+        (mask_id_card, "110105491231002", "*" * 15),
+        (mask_id_card, "1101051949123100X2", "*" * 18),
+        (mask_id_card, "11010519491231002Y", "*" * 18),
+        (mask_id_card, "１１０１０５１９４９１２３１００２X", "*" * 18),
+        (mask_id_card, "11010519491231002X\n", "*" * 19),
+        (mask_email, "zhang@example.com", "z***@example.com"),
+        (mask_email, "zh@example.com", "z***@example.com"),
+        (mask_email, "z@example.com", "***@example.com"),
+        (mask_email, "z\u0301@example.com", "***@example.com"),
+        (mask_email, "zhang.san+qq@mail.example.com.cn", "z***@mail.example.com.cn"),
+        (mask_email, "zhang@xn--fiqs8s.xn--55qx5d", "z***@xn--fiqs8s.xn--55qx5d"),
+        (mask_email, "", ""),
+        (mask_email, "@example.com", "*" * 12),
+        (mask_email, "zhang", "*" * 5),
+        (mask_email, "zhang@", "*" * 6),
+        (mask_email, "zhang@localhost", "*" * 15),
+        (mask_email, "a@zhang@example.com", "*" * 19),
+        (mask_email, "zhang@138.1234.5678", "*" * 19),
+        (mask_email, "zhang@example..com", "*" * 18),
+        (mask_email, "zhang@-example.com", "*" * 18),
+        (mask_email, "zhang@example.com\n", "*" * 18),
+        (mask_email, "zhang@张三.com", "*" * 12),
+        (mask_email, f"zhang@{'a' * 64}.com", "*" * 74),
+        (mask_email, f"zhang@{'a.' * 126}com", "*" * 261),
+        (mask_bank_card, "6222021234567890123", "***************0123"),
+        (mask_bank_card, "622202123456", "********3456"),
+        (mask_bank_card, "62220212345", "*" * 11),
+        (mask_bank_card, "62220212345678901234", "*" * 20),
+        (mask_bank_card, "6222 0212 3456 7890", "*" * 19),
+        (mask_bank_card, "６２２２０２１２３４５６", "*" * 12),
+        (mask_bank_card, "622202123456\n", "*" * 13),
+        (mask_bank_card, "", ""),
     ],
 )
-def test_a_phone_number_shows_seven_of_its_eleven_digits_and_anything_else_nothing(phone: str, masked: str) -> None:
-    assert mask_phone(phone) == masked
+def test_a_mask_shows_what_it_promises(mask: Callable[[str], str], text: str, masked: str) -> None:
+    assert mask(text) == masked
+
+
+DIGITS = st.text("0123456789", max_size=25)
+# What nearly is what a mask knows: of the right length, with foreign digits, accents, spaces or a line end.
+NEARLY = st.text("0123456789Xx１٣²\u0301\u200d \n", min_size=10, max_size=21)
+TEXTS = st.text() | DIGITS | NEARLY | st.text(min_size=1, max_size=3) | st.integers(1, 10_000).map("张".__mul__)
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape", "shown"),
+    [
+        (mask_phone, "[0-9]{11}", [0, 1, 2, -4, -3, -2, -1]),
+        (mask_id_card, "[0-9]{17}[0-9Xx]", [0, 1, 2, -4, -3, -2, -1]),
+        (mask_bank_card, "[0-9]{12,19}", [-4, -3, -2, -1]),
+    ],
+)
+@given(data=st.data())
+def test_a_mask_of_digits_shows_no_other_than_these_of_any_text(
+    mask: Callable[[str], str], shape: str, shown: list[int], data: st.DataObject
+) -> None:
+    text = data.draw(TEXTS | st.from_regex(shape, fullmatch=True))
+    expected = ["*"] * len(text)
+    if len(re.findall(rf"\A{shape}\Z", text)) == 1:
+        for place in shown:
+            expected[place] = text[place]
+    assert mask(text) == "".join(expected)
+
+
+@given(TEXTS)
+def test_the_mask_of_a_name_shows_its_first_character_at_most(name: str) -> None:
+    assert mask_name(name) in (name[:1] + "*" * len(name[1:]), "*" * len(name))
+
+
+@given(st.characters(), st.text("\u0301\u0e31\ufe0f\u200d\u202e \u3000\xa0\t\n\U000e0100"))
+def test_no_mask_shows_a_character_that_stands_alone_but_for_marks_and_spaces(character: str, rest: str) -> None:
+    alone = character + rest
+    assert mask_name(alone) == "*" * len(alone)
+    if character != "@":
+        assert mask_email(f"{alone}@example.com") == "***@example.com"
+
+
+@given(TEXTS | st.emails() | st.builds("{}@{}".format, st.text(), st.just("example.com")))
+def test_the_mask_of_an_email_shows_one_character_of_what_is_before_the_at(email: str) -> None:
+    masked = mask_email(email)
+    if masked != "*" * len(email):
+        local, domain = email.split("@")
+        assert masked in (f"{local[0]}***@{domain}", f"***@{domain}")
+        assert len(local) > 1 or masked == f"***@{domain}"
+
+
+@given(st.text("abcde", min_size=1), st.text("abcde", min_size=1))
+def test_the_mask_of_an_email_does_not_tell_how_long_it_is(one: str, other: str) -> None:
+    assert mask_email(f"z{one}@example.com") == mask_email(f"z{other}@example.com") == "z***@example.com"

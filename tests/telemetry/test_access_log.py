@@ -15,7 +15,7 @@ Lines = Callable[[], list[dict[str, Any]]]
     [
         ("/livez", "GET", "/livez", 200),
         ("/docs/assets/favicon-16x16.png", "GET", "/docs/assets/<path:filename>", 200),
-        ("/api/v1/users/me", "GET", "/api/v1/users/me", 401),
+        ("/api/v1/users/me", "GET", "/api/v1/users/<user:user_id>", 401),
         ("/a/path/with/13812345678", "GET", None, 404),
         ("/livez", "DELETE", None, 405),
     ],

@@ -62,7 +62,7 @@ def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes
     outcomes.put(codes)
 
 
-@pytest.mark.xdist_group("processes")
+@pytest.mark.xdist_group("launch")
 def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once_when_it_is_invalid(
     app: Flask, environ: dict[str, str], simulator: Simulator
 ) -> None:

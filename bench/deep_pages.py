@@ -1,0 +1,108 @@
+"""Page 1 and page 4,000 of a list of 100,000 orders of one user.
+
+Prints the median times of both, by page number and by `after`, and ends with a status that is not 0 if a deep page
+takes more than twice as long as the first.
+"""
+
+import base64
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from flask.testing import FlaskClient
+from sqlalchemy import insert
+
+from dev.redis_server import RedisServer
+from service import create_app
+from storage import database, sessions
+from storage.identities import get_or_create_user
+from storage.models import Order, OrderItem, now
+from tests.harness import bearer, migrate
+
+ORDERS, PAGE_SIZE, DEEP_PAGE = 100_000, 20, 4_000
+ROUNDS = 60
+FACTOR = 2
+
+
+def fill(user_id: int) -> None:
+    """Give the user ORDERS orders of two items each, and others as many around them."""
+    moment = now()
+    for start in range(0, 2 * ORDERS, 10_000):
+        ids = range(start + 1, start + 10_001)
+        fixed = {"status": "paid", "total": 200, "created_at": moment, "updated_at": moment}
+        rows = [{"id": number, "user_id": user_id if number % 2 else None, **fixed} for number in ids]
+        database.session.execute(insert(Order), rows)
+        line = {"sku": "sku", "name": "name", "quantity": 1, "unit_price": 100}
+        database.session.execute(insert(OrderItem), [{"order_id": number, **line} for number in ids for _ in range(2)])
+        database.session.commit()
+
+
+def median_of(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Time the calls in turn, so that what disturbs the machine disturbs all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        redis = RedisServer(folder / "redis")
+        stack.callback(redis.close)
+        redis.start()
+        url = os.environ.get("DATABASE_URL") or f"sqlite:///{folder / 'bench.db'}"
+        migrate(url)
+        app = create_app(
+            {
+                "WECHAT_APP_ID": "wx0123456789abcdef",
+                "WECHAT_APP_SECRET": "unused",
+                "REDIS_URL": redis.url,
+                "DATABASE_URL": url,
+                "SECRET_KEY": secrets.token_hex(32),
+                "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
+                "LOG_LEVEL": "ERROR",
+            }
+        )
+        with app.test_request_context():
+            user = get_or_create_user("wx0123456789abcdef", "o-bench", None)
+            fill(user.id)
+            token = sessions.log_in(user.id)
+        client = app.test_client(use_cookies=False)
+
+        def reader(query: str) -> Callable[[], None]:
+            return lambda: read(client, token, query)
+
+        first_of_deep = ORDERS * 2 - 1 - 2 * (DEEP_PAGE - 1) * PAGE_SIZE
+        taken = median_of(
+            {
+                "page=1": reader("page=1"),
+                f"page={DEEP_PAGE}": reader(f"page={DEEP_PAGE}"),
+                f"after=… (page {DEEP_PAGE})": reader(f"after={first_of_deep + 2}"),
+            }
+        )
+    first = taken["page=1"]
+    for name, seconds in taken.items():
+        print(f"{name:24}{seconds * 1000:8.2f} ms{seconds / first:8.2f} × the first")
+    if max(taken.values()) > FACTOR * first:
+        sys.exit(f"a deep page takes more than {FACTOR} times as long as the first")
+
+
+def read(client: FlaskClient, token: str, query: str) -> None:
+    answer = client.get(f"/api/v1/orders?page_size={PAGE_SIZE}&{query}", headers=bearer(token))
+    page = answer.get_json()["data"]
+    if (len(page["items"]), page["total"]) != (PAGE_SIZE, ORDERS):
+        raise RuntimeError(f"not the page that was wanted: {answer.text[:200]}")
+
+
+if __name__ == "__main__":
+    main()

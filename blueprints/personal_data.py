@@ -1,0 +1,117 @@
+"""What is held of a user: masked, in full through one route that is logged, and all of it to take along."""
+
+from functools import partial
+from typing import Any
+
+from flask import Response
+from marshmallow import Schema, fields, validate
+from sqlalchemy import select
+
+from blueprints.api import Blueprint, require_match
+from blueprints.orders import OrderSchema
+from blueprints.users import NICKNAME_RULE, UserSchema, audit, find_user
+from errors import Code
+from storage import database
+from storage.models import PERSONAL_FIELDS, Identity, Order, User
+from storage.privacy import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
+
+MASKS = {
+    "phone": mask_phone,
+    "real_name": mask_name,
+    "id_card": mask_id_card,
+    "email": mask_email,
+    "bank_card": mask_bank_card,
+}
+
+blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
+
+
+def _masked(name: str) -> fields.Field[Any]:
+    def dump(user: User) -> str | None:
+        value = getattr(user, name)
+        return None if value is None else MASKS[name](value)
+
+    return fields.Function(dump, required=True, metadata={"type": ["string", "null"], "description": "Masked."})
+
+
+MaskedPersonalDataSchema = Schema.from_dict({name: _masked(name) for name in MASKS}, name="MaskedPersonalDataSchema")
+PersonalDataSchema = Schema.from_dict(
+    {name: fields.String(required=True, allow_none=True) for name in MASKS}, name="PersonalDataSchema"
+)
+
+
+class PersonalDataChangeSchema(Schema):
+    """Those that are missing stay as they are, null erases; a phone number is WeChat's to tell."""
+
+    real_name = fields.String(allow_none=True, validate=NICKNAME_RULE)
+    id_card = fields.String(allow_none=True, validate=validate.Regexp(r"^[0-9]{17}[0-9Xx](?!\n)$"))
+    email = fields.Email(allow_none=True, validate=validate.Regexp(r"^[!-~]{3,254}(?!\n)$"))
+    bank_card = fields.String(allow_none=True, validate=validate.Regexp(r"^[0-9]{12,19}(?!\n)$"))
+
+
+class IdentitySchema(Schema):
+    app_id = fields.String(required=True)
+    openid = fields.String(required=True)
+    created_at = fields.DateTime(required=True)
+
+
+class ExportSchema(Schema):
+    user = fields.Nested(UserSchema, required=True)
+    unionid = fields.String(required=True, allow_none=True)
+    personal_data = fields.Nested(PersonalDataSchema, required=True)
+    identities = fields.List(fields.Nested(IdentitySchema), required=True)
+    orders = fields.List(fields.Nested(OrderSchema), required=True)
+
+
+@blueprint.after_request
+def keep_out_of_caches(response: Response) -> Response:
+    response.cache_control.no_store = True
+    return response
+
+
+@blueprint.route("/<user:user_id>/personal-data")
+@blueprint.response(200, MaskedPersonalDataSchema)
+@blueprint.fails(Code.NOT_FOUND)
+def read_personal_data(user_id: str) -> User:
+    """Read personal data, masked"""
+    return find_user(user_id)
+
+
+@blueprint.route("/<user:user_id>/personal-data", methods=["PUT"])
+@blueprint.arguments(PersonalDataChangeSchema)
+@blueprint.writes
+@blueprint.response(200, MaskedPersonalDataSchema)
+@blueprint.fails(Code.NOT_FOUND)
+def put_personal_data(body: dict[str, Any], user_id: str) -> User:
+    """Change personal data"""
+    user = find_user(user_id)
+    require_match(user)
+    for name, value in body.items():
+        setattr(user, name, value)
+    database.after_commit(partial(audit, "personal data changed", user.id))
+    return user
+
+
+@blueprint.route("/<user:user_id>/personal-data/full")
+@blueprint.response(200, PersonalDataSchema)
+@blueprint.fails(Code.NOT_FOUND)
+def read_full_personal_data(user_id: str) -> User:
+    """Read personal data in full, which is logged"""
+    user = find_user(user_id)
+    audit("personal data read in full", user.id)
+    return user
+
+
+@blueprint.route("/me/export")
+@blueprint.response(200, ExportSchema)
+def export() -> dict[str, Any]:
+    """Take along all that is held of you, in full, which is logged"""
+    user = find_user("me")
+    audit("user exported", user.id)
+    return {
+        "user": user,
+        "unionid": user.unionid,
+        "personal_data": {name: getattr(user, name) for name in PERSONAL_FIELDS},
+        "identities": database.session.scalars(select(Identity).where(Identity.user_id == user.id)).all(),
+        "orders": database.session.scalars(select(Order).where(Order.user_id == user.id).order_by(Order.id)).all(),
+    }

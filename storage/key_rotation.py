@@ -1,0 +1,150 @@
+"""`flask keys`: brings what the database holds encrypted under the first of ENCRYPTION_KEYS, while the service runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from flask import current_app
+from flask.cli import AppGroup
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, bindparam, func, or_, select, update
+from sqlalchemy.exc import DBAPIError
+
+from storage.database import engine_for, is_lost_race
+from storage.models import Base, Encrypted, encrypted_fields
+from storage.privacy import DecryptionError
+
+keys = AppGroup("keys", help="The keys that encrypt what is private.")
+
+FIELDS = [field for model in Base.__subclasses__() for field in encrypted_fields(model)]
+"""All that the database holds encrypted."""
+
+
+@keys.command()
+def status() -> None:
+    """Count what is under the first of ENCRYPTION_KEYS, and what is not.
+
+    The exit status is 0 if nothing is left under another key, and 1 otherwise.
+    """
+    with _connection() as connection:
+        _report(connection)
+
+
+@keys.command()
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 10_000),
+    default=500,
+    show_default=True,
+    help="Values a transaction; while one runs, who changes the same rows waits.",
+)
+def rotate(batch_size: int) -> None:
+    """Encrypt with the first of ENCRYPTION_KEYS what is under another one.
+
+    Append the new key, restart every instance; put it in front, restart again; run this; and when the exit status is
+    0, take the old key away. It can run beside the service, be stopped at any moment, and be run again: what is done
+    is skipped. What no key decrypts is named and left as it is.
+
+    It does not touch Redis, where all that is encrypted expires by itself: keep the old key for another
+    SESSION_ABSOLUTE_LIFETIME, or some users have to log in again before data that WeChat encrypts can be read.
+    """
+    with _connection() as connection:
+        for field in FIELDS:
+            _rotate(connection, field, batch_size)
+        _report(connection)
+
+
+@contextmanager
+def _connection() -> Iterator[Connection]:
+    # Not the service's engine: to count a large table takes longer than a request may.
+    engine = engine_for(current_app.config["DATABASE_URL"])
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _report(connection: Connection) -> None:
+    left = 0
+    for field in FIELDS:
+        there = _count(connection, field.model.__table__.c[field.columns[0]].is_not(None))
+        behind = _count(connection, _is_behind(field))
+        click.echo(f"{field.place}: {there - behind} under the first key, {behind} not")
+        left += behind
+    if left:
+        click.echo("The other keys are still needed. Run `flask keys rotate` until nothing is left.", err=True)
+        raise click.exceptions.Exit(1)
+    click.echo("All is under the first key.")
+
+
+def _rotate(connection: Connection, field: Encrypted, batch_size: int) -> None:
+    table: Any = field.model.__table__
+    behind = _is_behind(field)
+    unreadable = []
+    after: list[ColumnElement[bool]] = []
+    with click.progressbar(length=_count(connection, behind), label=field.place) as bar:
+        while True:
+            with connection.begin():
+                batch = select(table).where(behind, *after).order_by(*table.primary_key).limit(batch_size)
+                rows = connection.execute(batch).all()
+            if not rows:
+                break
+            changes = []
+            for row in rows:
+                try:
+                    changes.append(_change(field, row))
+                except DecryptionError:
+                    unreadable.append(
+                        ", ".join(f"{column.name} {getattr(row, column.name)}" for column in table.primary_key)
+                    )
+            _store(connection, field, changes)
+            bar.update(len(rows))
+            after = [_follows(table, rows[-1])]
+    for name in unreadable:
+        click.echo(f"{field.place} of {name}: no key decrypts it; left as it is", err=True)
+
+
+def _change(field: Encrypted, row: Row[Any]) -> dict[str, Any]:
+    new = field.seal(row, field.open(row))
+    old = [*(column.name for column in field.model.__table__.primary_key), field.columns[0]]
+    return {f"old_{name}": getattr(row, name) for name in old} | {f"new_{name}": value for name, value in new.items()}
+
+
+def _store(connection: Connection, field: Encrypted, changes: list[dict[str, Any]]) -> None:
+    """Change what is still as it was read, and nothing else of these rows."""
+    if not changes:
+        return
+    table: Any = field.model.__table__
+    unchanged = [
+        column == bindparam(f"old_{column.name}") for column in (*table.primary_key, table.c[field.columns[0]])
+    ]
+    values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in field.columns}
+    values |= {column.name: column for column in table.c if column.onupdate is not None}
+    try:
+        with connection.begin():
+            connection.execute(update(table).where(*unchanged).values(values), changes)
+    except DBAPIError as error:
+        if not is_lost_race(error):  # the loser's rows stay behind, and the report says so
+            raise
+
+
+def _is_behind(field: Encrypted) -> ColumnElement[bool]:
+    columns = [field.model.__table__.c[name] for name in field.columns]
+    prefix = f"{current_app.extensions['cipher'].key_id}."
+    # A row that was written before there was an index has none.
+    return and_(
+        columns[0].is_not(None), or_(*[or_(column.is_(None), ~column.startswith(prefix)) for column in columns])
+    )
+
+
+def _follows(table: Table, row: Row[Any]) -> ColumnElement[bool]:
+    """That a row comes after this one by its primary key; spelt out, as MySQL uses no index for (a, b) > (1, 2)."""
+    key = list(table.primary_key)
+    same = [column == getattr(row, column.name) for column in key]
+    return or_(*[and_(*same[:place], column > getattr(row, column.name)) for place, column in enumerate(key)])
+
+
+def _count(connection: Connection, condition: ColumnElement[bool]) -> int:
+    with connection.begin():
+        return connection.scalar(select(func.count()).where(condition)) or 0

@@ -1,0 +1,306 @@
+import base64
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pymysql
+import pytest
+from click.testing import Result
+from flask import Flask
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import OperationalError
+
+from storage import database, key_rotation
+from storage.models import PERSONAL_FIELDS, Base, Identity, User
+from tests.harness import ROOT
+
+OLD, NEW, LOST = (base64.b64encode(secrets.token_bytes(32)).decode() for _ in range(3))
+PERSON = {
+    "phone": "13812345678",
+    "real_name": "张三丰",
+    "id_card": "11010519491231002X",
+    "email": "zhang@example.com",
+    "bank_card": "6222021234567890123",
+}
+ApplicationWith = Callable[..., Flask]
+
+
+@pytest.fixture
+def application_with(make_app: Callable[..., Flask], tmp_path: Path) -> ApplicationWith:
+    """The application with these keys; all of them have one database, which no other test has."""
+    url = f"sqlite:///{tmp_path / 'rotated.db'}"
+    engine = database.engine_for(url)
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    return lambda *keys: make_app(DATABASE_URL=url, ENCRYPTION_KEYS=",".join(keys))
+
+
+def add_people(app: Flask, count: int = 5) -> None:
+    with app.app_context():
+        for number in range(1, count + 1):
+            user = User(app_id="wx1", openid=f"o-{number}", nickname=f"number {number}", **PERSON)
+            database.session.add(user)
+            database.session.flush()
+            # Two apps, so that a batch can end between identities of one app and of the next.
+            for app_id in ("wx1", "wx2"):
+                identity = Identity(app_id=app_id, openid=f"o-{number}", user_id=user.id)
+                identity.authorization = f"token {number}"
+                database.session.add(identity)
+        database.session.commit()
+
+
+def rows(app: Flask, model: type[Base] = User) -> list[dict[str, Any]]:
+    with app.app_context():
+        table: Any = model.__table__
+        found = database.session.execute(select(table).order_by(*table.primary_key))
+        return [dict(row) for row in found.mappings()]
+
+
+def run(app: Flask, *arguments: str) -> Result:
+    return app.test_cli_runner().invoke(args=["keys", *arguments])
+
+
+def is_all_there(app: Flask, count: int = 5) -> bool:
+    """Whether all of the people can be read, and found by each of their fields."""
+    with app.app_context():
+        found = {
+            name: database.session.scalars(select(User).where(getattr(User, name).equals(text))).all()
+            for name, text in PERSON.items()
+        }
+        granted = database.session.scalars(select(Identity)).all()
+        return (
+            all(len(users) == count for users in found.values())
+            and all(getattr(user, name) == PERSON[name] for name, users in found.items() for user in users)
+            and {identity.authorization for identity in granted} == {f"token {n + 1}" for n in range(count)}
+        )
+
+
+def key_id(app: Flask) -> str:
+    return app.extensions["cipher"].key_id
+
+
+def key_ids(app: Flask) -> set[str]:
+    """The keys of all encrypted values and indexes there are."""
+    values = [
+        value
+        for model in (User, Identity)
+        for row in rows(app, model)
+        for name, value in row.items()
+        if name.endswith(("_encrypted", "_index"))
+    ]
+    return {value.partition(".")[0] for value in values if value is not None}
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "5", "500"])
+def test_all_comes_under_the_first_key_and_the_old_one_can_go(
+    application_with: ApplicationWith, batch_size: str
+) -> None:
+    add_people(application_with(OLD))
+    app = application_with(NEW, OLD)
+    assert is_all_there(app)
+    assert run(app, "rotate", "--batch-size", batch_size).exit_code == 0
+    assert key_ids(app) == {key_id(app)}
+    assert is_all_there(application_with(NEW))
+
+
+def test_nothing_else_of_a_row_changes(application_with: ApplicationWith) -> None:
+    def others(app: Flask) -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in row.items() if not name.endswith(("_encrypted", "_index"))}
+            for model in (User, Identity)
+            for row in rows(app, model)
+        ]
+
+    app = application_with(OLD)
+    add_people(app)
+    before = others(app)
+    assert run(application_with(NEW, OLD), "rotate").exit_code == 0
+    assert others(app) == before
+    assert "updated_at" in before[0]
+
+
+def test_what_is_stopped_on_the_way_goes_on_where_it_was(
+    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_people(application_with(OLD))
+    app = application_with(NEW, OLD)
+    store, batches = key_rotation._store, []
+
+    def stop_at_the_second(*arguments: Any) -> None:
+        if batches:
+            raise KeyboardInterrupt
+        batches.append(arguments)
+        store(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(key_rotation, "_store", stop_at_the_second)
+        assert run(app, "rotate", "--batch-size", "2").exit_code == 1
+    halfway = rows(app)
+    assert [row["phone_encrypted"].startswith(key_id(app)) for row in halfway] == [True, True, False, False, False]
+    assert is_all_there(app)
+    assert is_all_there(application_with(OLD, NEW))
+    assert run(app, "rotate", "--batch-size", "2").exit_code == 0
+    assert [row["phone_encrypted"] for row in rows(app)[:2]] == [row["phone_encrypted"] for row in halfway[:2]]
+    assert is_all_there(application_with(NEW))
+
+
+@pytest.mark.parametrize(("writer", "exit_code"), [([NEW, OLD], 0), ([OLD, NEW], 1)], ids=["restarted", "not yet"])
+def test_what_changes_meanwhile_is_not_overwritten(
+    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, writer: list[str], exit_code: int
+) -> None:
+    add_people(application_with(OLD))
+    app, service = application_with(NEW, OLD), application_with(*writer)
+    store = key_rotation._store
+
+    def change_then_store(*arguments: Any) -> None:
+        monkeypatch.undo()
+        with service.app_context():
+            changed, cleared = database.session.scalars(select(User).order_by(User.id).limit(2))
+            changed.phone, cleared.phone = "13900000000", None
+            database.session.commit()
+        written.extend(rows(service))
+        store(*arguments)
+
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(key_rotation, "_store", change_then_store)
+    assert run(app, "rotate").exit_code == exit_code
+    for row, before in zip(rows(app)[:2], written[:2], strict=True):
+        columns = ("phone_encrypted", "phone_index", "updated_at")
+        assert [row[name] for name in columns] == [before[name] for name in columns]
+    assert run(app, "rotate").exit_code == 0
+    with application_with(NEW).app_context():
+        assert database.session.scalars(select(User.openid).where(User.phone.equals("13900000000"))).all() == ["o-1"]
+        phones = [user.phone for user in database.session.scalars(select(User).order_by(User.id))]
+    assert phones == ["13900000000", None, *[PERSON["phone"]] * 3]
+
+
+def test_what_no_key_decrypts_is_named_and_left_as_it_is(application_with: ApplicationWith) -> None:
+    add_people(application_with(OLD), 3)
+    add_lost = application_with(LOST)
+    with add_lost.app_context():
+        database.session.get_one(User, 2).phone = "13700000000"
+        database.session.get_one(Identity, ("wx1", "o-3")).authorization = "lost"
+        database.session.get_one(User, 3).email_encrypted = "not even encrypted"
+        database.session.commit()
+    app = application_with(NEW, OLD)
+    before = rows(app)
+    result = run(app, "rotate", "--batch-size", "1")
+    assert result.exit_code == 1
+    assert [line for line in result.stderr.splitlines() if "decrypts" in line] == [
+        "users.phone of id 2: no key decrypts it; left as it is",
+        "users.email of id 3: no key decrypts it; left as it is",
+        "identities.authorization of app_id wx1, openid o-3: no key decrypts it; left as it is",
+    ]
+    secret = ["not even", "13700000000", *[value for row in before for name, value in row.items() if "_enc" in name]]
+    assert not any(value in result.output for value in secret)
+    after = rows(app)
+    assert after[1]["phone_encrypted"] == before[1]["phone_encrypted"]
+    assert after[1]["phone_index"] == before[1]["phone_index"]
+    assert after[2]["email_encrypted"] == before[2]["email_encrypted"]
+    with application_with(NEW).app_context():
+        assert database.session.get_one(User, 2).email == PERSON["email"]
+        assert database.session.get_one(User, 3).phone == PERSON["phone"]
+
+
+def test_a_phone_number_from_before_there_was_an_index_gets_one(application_with: ApplicationWith) -> None:
+    app = application_with(OLD)
+    add_people(app)
+    with app.app_context():
+        database.session.execute(text("UPDATE users SET phone_index = NULL"))
+        database.session.commit()
+    assert not is_all_there(app)
+    assert run(app, "status").exit_code == 1
+    assert run(app, "rotate").exit_code == 0
+    assert is_all_there(app)
+
+
+def test_with_one_key_all_is_under_it_and_nothing_is_written(application_with: ApplicationWith) -> None:
+    app = application_with(OLD)
+    add_people(app)
+    before = rows(app), rows(app, Identity)
+    result = run(app, "rotate")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "All is under the first key.")
+    assert (rows(app), rows(app, Identity)) == before
+
+
+def test_the_status_counts_what_is_left_under_other_keys(application_with: ApplicationWith) -> None:
+    add_people(application_with(OLD), 3)
+    app = application_with(NEW, OLD)
+    with app.app_context():
+        database.session.get_one(User, 1).phone = "13900000000"
+        database.session.get_one(User, 2).phone = None
+        database.session.commit()
+    result = run(app, "status")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "users.phone: 1 under the first key, 1 not",
+        *[f"users.{name}: 0 under the first key, 3 not" for name in PERSONAL_FIELDS[1:]],
+        "identities.authorization: 0 under the first key, 6 not",
+    ]
+    run(app, "rotate")
+    result = run(app, "status")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "users.phone: 2 under the first key, 0 not"
+
+
+@pytest.mark.parametrize(("number", "is_left"), [(1213, True), (1020, True), (2013, False)])
+def test_a_batch_that_lost_a_race_is_left_for_the_next_time_and_other_errors_are_told(
+    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, number: int, is_left: bool
+) -> None:
+    add_people(application_with(OLD))
+    app = application_with(NEW, OLD)
+    error = OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))
+
+    def lose(*_: Any) -> None:
+        monkeypatch.undo()
+        raise error
+
+    monkeypatch.setattr(key_rotation, "update", lose)
+    result = run(app, "rotate", "--batch-size", "2")
+    assert result.exit_code == 1
+    assert (result.exception is not error) == is_left
+    if is_left:
+        assert "users.phone: 3 under the first key, 2 not" in result.stdout
+    assert run(app, "rotate").exit_code == 0
+    assert is_all_there(application_with(NEW))
+
+
+def test_each_batch_is_a_transaction_that_only_writes(
+    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_people(application_with(OLD))
+    statements: list[str] = []
+
+    def watched(url: str) -> Any:
+        engine = database.engine_for(url)
+        event.listen(engine, "before_cursor_execute", lambda _c, _u, statement, *_: statements.append(statement[:6]))
+        event.listen(engine, "commit", lambda _: statements.append("commit"))
+        return engine
+
+    monkeypatch.setattr(key_rotation, "engine_for", watched)
+    run(application_with(NEW, OLD), "rotate", "--batch-size", "2")
+    one_field = ["SELECT", "commit", "UPDATE", "commit"] * 3 + ["SELECT", "commit"]
+    assert statements[: 2 + len(one_field)] == ["SELECT", "commit", *one_field]
+
+
+def test_the_command_of_the_readme_runs_in_production(
+    application_with: ApplicationWith, environ: dict[str, str]
+) -> None:
+    app = application_with(NEW, OLD)
+    add_people(application_with(OLD))
+    env = {
+        **environ,
+        "PATH": os.environ["PATH"],
+        "FLASK_APP": "wsgi",
+        "DATABASE_URL": app.config["DATABASE_URL"],
+        "ENCRYPTION_KEYS": f"{NEW},{OLD}",
+    }
+    command = [sys.executable, "-m", "flask", "keys", "rotate"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "All is under the first key."
+    assert is_all_there(application_with(NEW))

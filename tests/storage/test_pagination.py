@@ -1,0 +1,109 @@
+"""Every list is served by an index, however it is filtered, sorted and turned over."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+from flask import Flask
+from sqlalchemy import Connection, event, insert, text
+
+from blueprints.orders import OrderListSchema
+from blueprints.users import UserListSchema
+from storage import database
+from storage.models import Order, User, now
+from tests.blueprints.callers import Caller, data_of
+from tests.harness import Simulator
+
+FILTERS = {"/orders": {"status": "paid", "user_id": "{id}"}, "/users": {"phone": "13812345678"}}
+ROWS = 3000
+
+
+@pytest.fixture
+def admin(app: Flask, simulator: Simulator) -> Caller:
+    """An administrator of a shop with many orders of many users."""
+    admin = Caller(app, simulator, role="admin")
+    with app.app_context():
+        moment = now()
+        buyers = [f"o-buyer-{admin.id}-{number}" for number in range(30)]
+        rows = [{"app_id": "wx", "openid": name, "created_at": moment, "updated_at": moment} for name in buyers]
+        database.session.execute(insert(User), rows)
+        ids = database.session.scalars(text("SELECT id FROM users ORDER BY id DESC LIMIT 30")).all()
+        statuses = ["pending", "paid", "shipped", "completed", "cancelled"]
+        orders = [{"user_id": ids[n % 30], "status": statuses[n % 5], "total": n} for n in range(ROWS)]
+        database.session.execute(insert(Order), orders)
+        database.session.commit()
+        analyze()
+    return admin
+
+
+def analyze() -> None:
+    """Let the database count what it has, before it decides which index is worth it."""
+    if database.session.get_bind().dialect.name == "mysql":
+        database.session.execute(text("ANALYZE TABLE orders, users"))
+        database.session.commit()
+
+
+@contextmanager
+def plans(app: Flask) -> Iterator[list[tuple[str, str]]]:
+    """The statements that read users or orders meanwhile, each with how the database says it goes about it."""
+    engine, found = app.extensions["database"], []
+
+    def explain(connection: Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("SELECT") and ".id IN (" not in statement and "order_items" not in statement:
+            asked = connection.connection.cursor()
+            asked.execute(f"{EXPLAIN[engine.dialect.name]} {statement}", parameters)
+            plan = "\n".join(map(str, asked.fetchall()))
+            found.append((statement, re.sub(r'"<derived\d+>",\\n *"access_type": "ALL"', "", plan)))  # what was found
+            asked.close()
+
+    event.listen(engine, "before_cursor_execute", explain)
+    yield found
+    event.remove(engine, "before_cursor_execute", explain)
+
+
+EXPLAIN = {"sqlite": "EXPLAIN QUERY PLAN", "mysql": "EXPLAIN FORMAT=JSON"}
+# Without a condition the table itself is read in the order of its ids, no further than the limit.
+BAD = {
+    "sqlite": ["TEMP B-TREE", "SCAN orders'", "SCAN users'"],
+    "mysql": ["filesort", '"access_type": "ALL"', "temporary"],
+}
+
+
+def test_every_filter_of_a_list_is_tried_here() -> None:
+    for schema, path in ((OrderListSchema, "/orders"), (UserListSchema, "/users")):
+        assert set(schema().fields) - {"page", "page_size", "after", "sort"} == set(FILTERS[path])
+
+
+@pytest.mark.parametrize("path", FILTERS)
+def test_every_list_is_served_by_an_index(app: Flask, admin: Caller, simulator: Simulator, path: str) -> None:
+    user = Caller(app, simulator)
+    with app.app_context():  # enough for the database to see that an index is worth it
+        callers = (user.id, admin.id)
+        mine = [{"user_id": n, "status": status, "total": 0} for n in callers for status in ("paid", "pending") * 300]
+        database.session.execute(insert(Order), mine)
+        database.session.commit()
+        analyze()
+    names = list(FILTERS[path])
+    for chosen, sort, place in product(
+        product([True, False], repeat=len(names)), ["created_at", "-created_at"], ["page=1", "page=7", "after=50"]
+    ):
+        for caller in (admin, *([user] if path == "/orders" else [])):
+            wanted = [f"{name}={FILTERS[path][name]}" for name, use in zip(names, chosen, strict=True) if use]
+            query = "&".join([*wanted, f"sort={sort}", place]).format(id=caller.id)
+            with plans(app) as explained:
+                data_of(caller.get(f"{path}?{query}"))
+            assert len(explained) >= 3
+            for statement, plan in explained:
+                signs = BAD[app.extensions["database"].dialect.name]
+                bad = [sign for sign in signs if sign in plan and ("WHERE" in statement or "SCAN" not in sign)]
+                assert not bad, f"{query}\n{statement}\n{plan}"
+
+
+def test_all_orders_are_counted_no_further_than_it_says(admin: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blueprints.orders.COUNT_LIMIT", 100)
+    assert data_of(admin.get("/orders"))["total"] == 100
+    assert data_of(admin.get("/orders?status=paid"))["total"] == 100
+    assert data_of(admin.get(f"/orders?user_id={admin.id}"))["total"] == 0
