@@ -5,6 +5,7 @@ from typing import Any
 
 from flask import g, url_for
 from marshmallow import Schema, fields, validate
+from sqlalchemy.orm import joinedload
 
 from blueprints.api import MAXIMUM_ID, Blueprint, ListSchema, page_schema, require_match
 from blueprints.users import get_user
@@ -230,7 +231,9 @@ def find_order(order_id: int, *, lock: bool = False) -> Order:
     :raises ApiError: NOT_FOUND also for that of somebody else, so that numbers tell nothing.
     """
     me = get_user(g.user_id)
-    order = database.session.get(Order, order_id, with_for_update=lock or None)
+    # With its items in one statement: in a second one they might be those of the next version.
+    together = [joinedload(Order.items)]
+    order = database.session.get(Order, order_id, options=together, with_for_update=lock or None)
     if order is None or (order.user_id != me.id and me.role != "admin"):
         raise ApiError(Code.NOT_FOUND)
     return order

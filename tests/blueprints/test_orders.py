@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from redis import Redis
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, select, update
 from sqlalchemy.orm.exc import StaleDataError
 
 from blueprints.orders import NEXT
@@ -158,6 +158,18 @@ def test_an_order_of_nothing_is_not_paid(alice: Caller) -> None:
 def test_no_more_than_a_hundred_items_are_in_an_order(alice: Caller) -> None:
     order = alice.order(items=[ITEM] * 100)
     assert code_of(alice.post(f"{ORDERS}/{order['id']}/items", ITEM)) == (409, 409)
+
+
+def test_an_order_is_read_with_its_items_in_one_statement(alice: Caller, app: Flask) -> None:
+    path = f"{ORDERS}/{alice.order()['id']}"
+    statements: list[str] = []
+    listen = app.extensions["database"], "before_cursor_execute", lambda *executed: statements.append(executed[2])
+    event.listen(*listen)
+    alice.get(path)
+    event.remove(*listen)
+    read = [statement for statement in statements if "orders" in statement or "order_items" in statement]
+    assert len(read) == 1
+    assert "order_items" in read[0]
 
 
 # Lists
