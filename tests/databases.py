@@ -69,12 +69,15 @@ class MariaDB:
         if os.geteuid() == 0:
             common.append("--user=root")  # as root it runs only when told so
         log = self.folder / "mariadb.log"
+        # Each server its own: one that starts clears away the temporary tables of another one in the same folder.
+        temporary = self.folder / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "TMPDIR": str(temporary)}
         if not (self.folder / "data").exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
             command = [executable("mariadb-install-db"), *common]
             command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--innodb-log-file-size=8M"]
             with log.open("ab") as output:
-                subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True)
+                subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True)
         options = {
             "socket": self.socket,
             "log-error": str(log),
@@ -88,6 +91,7 @@ class MariaDB:
         words = [f"--{name}={value}" for name, value in options.items()]
         self.process = subprocess.Popen(
             [executable("mariadbd"), *common, "--skip-networking", *words],
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
