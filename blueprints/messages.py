@@ -15,7 +15,7 @@ it fails WeChat gets its `success`:
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from blueprints.api import Blueprint, read_body
 from concurrency import background
 from errors import ApiError, Code
 from storage import database, redis, sessions
-from storage.models import PERSONAL_FIELDS, Identity, User
+from storage.models import PROFILE_FIELDS, Identity, User
 from wechat.push import Message, MessagePush
 
 logger = logging.getLogger(__name__)
@@ -192,29 +192,34 @@ def erase_what_was_taken_back(message: Fields) -> None:
 
     Source: https://developers.weixin.qq.com/miniprogram/dev/framework/security.authorize_change.html
     """
-    names = COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ())
-    user = None if "PluginID" in message else _user_of(message)
-    if user is not None and names:
-        for name in names:
-            setattr(user, name, None)
-        database.session.commit()
-        logger.info("personal data erased", extra={"userId": user.id, "columns": names})
+    if "PluginID" not in message:
+        _erase(message, COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ()))
 
 
 @on("event", "user_authorization_cancellation")
 def erase_personal_data(message: Fields) -> None:
     """Erase all that we know of somebody who is no user of WeChat any more, and end all sessions."""
-    user = _user_of(message)
-    if user is None:
-        return
-    for name in ("nickname", "avatar_url", *PERSONAL_FIELDS):
-        setattr(user, name, None)
-    database.session.execute(update(Identity).where(Identity.user_id == user.id).values(authorization_encrypted=None))
-    database.session.commit()
-    sessions.revoke_sessions(user.id)
-    logger.info("personal data erased", extra={"userId": user.id, "columns": "all"})
+    user_id = _erase(message, PROFILE_FIELDS, with_authorizations=True)
+    if user_id is not None:
+        sessions.revoke_sessions(user_id)
 
 
-def _user_of(message: Fields) -> User | None:
-    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
-    return database.session.get(User, identity.user_id) if identity else None
+def _erase(message: Fields, names: Sequence[str], *, with_authorizations: bool = False) -> int | None:
+    """Erase some of what we know of the user whom a message is about, and answer the id; None if there is none."""
+
+    def erase() -> int | None:
+        identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
+        if identity is None or not names:
+            return None
+        user = database.session.get_one(User, identity.user_id)
+        for name in names:
+            setattr(user, name, None)
+        if with_authorizations:
+            granted = update(Identity).where(Identity.user_id == user.id)
+            database.session.execute(granted.values(authorization_encrypted=None))
+        return user.id
+
+    user_id = database.in_transaction(erase)
+    if user_id is not None:
+        logger.info("personal data erased", extra={"userId": user_id, "columns": names})
+    return user_id

@@ -15,7 +15,7 @@ from werkzeug import Response as BaseResponse
 
 import wechat
 from blueprints.api import TRACE_ID_HEADER, Blueprint
-from blueprints.users import CODE_RULE, ProfileSchema
+from blueprints.users import CODE_RULE, ProfileSchema, get_user
 from errors import ApiError, Code, Message
 from storage import database, redis
 from storage import sessions as stored_sessions
@@ -116,11 +116,14 @@ def is_authorization_valid(user_id: int, app_id: str) -> bool:
     database.session.rollback()  # no transaction waits for WeChat
     authorization = Authorization(*json.loads(granted))
     is_valid, renewed = app.is_valid(authorization)
+
+    def store() -> None:
+        kept = database.session.scalars(find.with_for_update()).one()
+        if kept.authorization == granted:  # and not that of a login that came in between
+            kept.authorization = json.dumps(renewed)
+
     if renewed != authorization:
-        identity = database.session.scalars(find.with_for_update(), execution_options={"populate_existing": True}).one()
-        if identity.authorization == granted:  # and not that of a login that came in between
-            identity.authorization = json.dumps(renewed)
-        database.session.commit()
+        database.in_transaction(store)
     return is_valid
 
 
@@ -154,20 +157,20 @@ def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
     info, authorization = UserInfo(None, None, None), grant.authorization
     if with_profile:
         info, authorization = app.userinfo(authorization)
-    user = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid)
+    user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
     profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}
     refused = ProfileSchema().validate(profile)
-    for name, value in profile.items():
-        if name not in refused and getattr(user, name) is None:  # what the user typed in stays
-            setattr(user, name, value)
-    _store_authorization(app, authorization)
-    database.session.commit()
-    return user.id
 
+    def store() -> None:
+        user = get_user(user_id)
+        for name, value in profile.items():
+            if name not in refused and getattr(user, name) is None:  # what the user typed in stays
+                setattr(user, name, value)
+        identity = database.session.get_one(Identity, (app.app_id, authorization.openid))
+        identity.authorization = json.dumps(authorization)
 
-def _store_authorization(app: WebApp, authorization: Authorization) -> None:
-    identity = database.session.get_one(Identity, (app.app_id, authorization.openid))
-    identity.authorization = json.dumps(authorization)
+    database.in_transaction(store)
+    return user_id
 
 
 def _serializer() -> URLSafeTimedSerializer:

@@ -1,14 +1,13 @@
 """Who is who: the one user behind the openids that several of our apps know him under."""
 
 import logging
+from functools import partial
 
 from sqlalchemy import and_, or_, select, update
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
 from storage import database
-from storage.models import PERSONAL_FIELDS, IdempotencyKey, Identity, Order, User, now
+from storage.models import PROFILE_FIELDS, IdempotencyKey, Identity, Order, User, now
 
 logger = logging.getLogger(__name__)
 
@@ -30,28 +29,19 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
         if user is not None and unionid in (None, user.unionid):
             database.session.commit()
             return user
-        # A transaction of its own that begins with a write: under MySQL's repeatable read the old one goes on seeing
-        # what was, and SQLite lets nobody write who has read what somebody else then changed.
-        database.session.rollback()
-        try:
-            if user is not None:
-                database.session.execute(update(Identity).where(mine).values(openid=Identity.openid))
-            else:
-                moment = now()
-                database.insert_unless_exists(
-                    User, app_id=app_id, openid=openid, unionid=unionid, created_at=moment, updated_at=moment
-                )
-            user = _merge(app_id, openid, unionid)
-            database.insert_unless_exists(
-                Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at
-            )
-            database.session.commit()
-        except (DBAPIError, StaleDataError) as error:
-            # Such as somebody else who gave the same unionid to another user meanwhile.
-            database.session.rollback()
-            if not database.is_lost_race(error):
-                raise
+        database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
     raise ApiError(Code.UNAVAILABLE)
+
+
+def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
+    """Make the user and the identity, unless they are there, and one of all users who are this one."""
+    if database.session.get(Identity, (app_id, openid)) is None:
+        moment = now()
+        database.insert_unless_exists(
+            User, app_id=app_id, openid=openid, unionid=unionid, created_at=moment, updated_at=moment
+        )
+    user = _merge(app_id, openid, unionid)
+    database.insert_unless_exists(Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at)
 
 
 def _merge(app_id: str, openid: str, unionid: str | None) -> User:
@@ -63,7 +53,7 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     # Locked: what somebody else commits to one of them meanwhile must not go with it.
     user, *others = database.session.scalars(select(User).where(or_(*is_he)).order_by(User.id).with_for_update())
     for other in others:
-        for name in ("nickname", "avatar_url", *PERSONAL_FIELDS):
+        for name in PROFILE_FIELDS:
             if getattr(user, name) is None:
                 setattr(user, name, getattr(other, name))
         for record in database.session.scalars(select(IdempotencyKey).where(IdempotencyKey.user_id == other.id)).all():

@@ -177,6 +177,9 @@ class User(Versioned, Base):
 PERSONAL_FIELDS = tuple(field.name for field in encrypted_fields(User))
 """What `User` keeps encrypted, by name."""
 
+PROFILE_FIELDS = ("nickname", "avatar_url", *PERSONAL_FIELDS)
+"""What users tell of themselves."""
+
 
 class Identity(Base):
     """Whom one of our apps knows under an openid, which means something only together with the app id."""

@@ -58,9 +58,8 @@ def _lead(key: str, flight: str, call: Callable[[], Any], remember: int) -> Any:
     except RedisError:
         raise  # it expires by itself; whoever waits for Redis here waits twice
     except BaseException:
-        _land(
-            key, flight, {"error": Code.UNAVAILABLE.name}, remember=0
-        )  # the call may have been made: no one repeats it
+        # The call may have been made: those who wait are not to make it again.
+        _land(key, flight, {"error": Code.UNAVAILABLE.name}, remember=0)
         raise
     _land(key, flight, {"result": result}, remember)
     return result

@@ -10,6 +10,9 @@ from flask import Flask
 from flask.testing import FlaskClient
 from redis import Redis
 from redis.exceptions import RedisError
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import TestResponse
 
 from blueprints import messages
@@ -381,6 +384,26 @@ def test_what_a_user_takes_back_is_erased_and_nothing_else(
     settled(app)
     assert user.what_is_left() == left
     assert app.extensions["background"].failures == 0
+
+
+def test_what_is_taken_back_is_erased_also_where_another_change_was_faster(
+    app: Flask, client: FlaskClient, simulator: Simulator
+) -> None:
+    user = Known(app, client, simulator, "o-races")
+    lost = [StaleDataError]
+
+    def lose_once(session: Session) -> None:
+        if lost and session.dirty:
+            raise lost.pop()
+
+    sqlalchemy_event.listen(Session, "before_commit", lose_once)
+    try:
+        push(client, {**EVENT, "Event": "user_authorization_revoke", "OpenID": "o-races", "RevokeInfo": "8"})
+        settled(app)
+    finally:
+        sqlalchemy_event.remove(Session, "before_commit", lose_once)
+    assert lost == []
+    assert user.what_is_left() == ALL - {"phone"}
 
 
 def test_of_somebody_who_left_wechat_all_is_erased_and_the_sessions_end(
