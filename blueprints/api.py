@@ -214,8 +214,13 @@ class Blueprint(flask_smorest.Blueprint):
                 lambda: idempotency.answer_once(g.user_id, key, fingerprint, lambda: view(*args, **kwargs))
             )
 
-        wrapper._apidoc = {**getattr(view, "_apidoc", {}), "writes": True}  # type: ignore[attr-defined]
-        return wrapper
+        return Blueprint.documents_writing(wrapper)
+
+    @staticmethod
+    def documents_writing(view: Callable[..., Any]) -> Callable[..., Any]:
+        """Document the headers of a view that writes, for those that begin transactions by themselves."""
+        view._apidoc = {**getattr(view, "_apidoc", {}), "writes": True}  # type: ignore[attr-defined]
+        return view
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:

@@ -90,7 +90,6 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     return pagination.page_of(
         Order,
         [getattr(Order, name) == value for name, value in wanted.items()],
-        descending=query.pop("sort").startswith("-"),
         count_limit=None if "user_id" in wanted else COUNT_LIMIT,
         **query,
     )

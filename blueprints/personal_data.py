@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from blueprints.api import Blueprint, require_match
 from blueprints.orders import OrderSchema
-from blueprints.users import NICKNAME_RULE, UserSchema, audit, find_user
+from blueprints.users import NICKNAME_RULE, UserSchema, audit, find_user, masked
 from errors import Code
 from storage import database
 from storage.models import PERSONAL_FIELDS, Identity, Order, User
@@ -26,15 +26,9 @@ MASKS = {
 blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
 
 
-def _masked(name: str) -> fields.Field[Any]:
-    def dump(user: User) -> str | None:
-        value = getattr(user, name)
-        return None if value is None else MASKS[name](value)
-
-    return fields.Function(dump, required=True, metadata={"type": ["string", "null"], "description": "Masked."})
-
-
-MaskedPersonalDataSchema = Schema.from_dict({name: _masked(name) for name in MASKS}, name="MaskedPersonalDataSchema")
+MaskedPersonalDataSchema = Schema.from_dict(
+    {name: masked(name, mask) for name, mask in MASKS.items()}, name="MaskedPersonalDataSchema"
+)
 PersonalDataSchema = Schema.from_dict(
     {name: fields.String(required=True, allow_none=True) for name in MASKS}, name="PersonalDataSchema"
 )

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from sqlalchemy import select, update
 from werkzeug.routing import BaseConverter
 
 import wechat
-from blueprints.api import IF_MATCH, Blueprint, ListSchema, page_schema, require_match
+from blueprints.api import Blueprint, ListSchema, page_schema, require_match
 from errors import ApiError, Code, Message
 from storage import database, pagination
 from storage import sessions as stored_sessions
@@ -42,15 +43,22 @@ blueprint = Blueprint("users", __name__, description="用户 Users")
 administration = Blueprint("administration", __name__, description="用户管理 Users, for administrators")
 
 
+def masked(name: str, mask: Callable[[str], str], **metadata: Any) -> fields.Field[Any]:
+    """A field of a user that is shown through its mask."""
+
+    def dump(user: User) -> str | None:
+        value = getattr(user, name)
+        return None if value is None else mask(value)
+
+    described = {"type": ["string", "null"], "description": "Masked.", **metadata}
+    return fields.Function(dump, required=True, metadata=described)
+
+
 class UserSchema(Schema):
     id = fields.Integer(required=True)
     nickname = fields.String(required=True, allow_none=True)
     avatar_url = fields.String(required=True, allow_none=True)
-    phone = fields.Function(
-        lambda user: user.phone and mask_phone(user.phone),
-        required=True,
-        metadata={"type": ["string", "null"], "description": "Masked.", "examples": ["138****5678"]},
-    )
+    phone = masked("phone", mask_phone, examples=["138****5678"])
     role = fields.String(required=True, metadata={"enum": ["user", "admin"]})
     created_at = fields.DateTime(required=True)
     updated_at = fields.DateTime(required=True)
@@ -139,8 +147,7 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
     They are counted up to 10,000.
     """
     filters = [User.phone.equals(query.pop("phone"))] if "phone" in query else []
-    descending = query.pop("sort").startswith("-")
-    return pagination.page_of(User, filters, descending=descending, count_limit=COUNT_LIMIT, **query)
+    return pagination.page_of(User, filters, count_limit=COUNT_LIMIT, **query)
 
 
 @administration.route("", methods=["POST"])
@@ -170,10 +177,10 @@ def read_user(user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>", methods=["PUT"])
-@blueprint.doc(parameters=[IF_MATCH])
+@blueprint.documents_writing
 @blueprint.arguments(UserChangeSchema)
 @blueprint.response(200, UserSchema)
-@blueprint.fails(Code.NOT_FOUND, Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONTENT_REFUSED)
+@blueprint.fails(Code.NOT_FOUND, Code.CONTENT_REFUSED)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
 def put_user(body: dict[str, Any], user_id: str) -> User:
@@ -194,9 +201,9 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>", methods=["DELETE"])
-@blueprint.doc(parameters=[IF_MATCH])
+@blueprint.documents_writing
 @blueprint.response(200)
-@blueprint.fails(Code.NOT_FOUND, Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED)
+@blueprint.fails(Code.NOT_FOUND)
 def delete_user(user_id: str) -> None:
     """Delete a user for good
 

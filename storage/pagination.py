@@ -16,7 +16,7 @@ def page_of(
     page: int,
     page_size: int,
     after: int | None,
-    descending: bool,
+    sort: str,
     count_limit: int | None = None,
 ) -> dict[str, Any]:
     """Read a page of the rows that meet the conditions, in the order of their ids, which is that of their creation.
@@ -27,10 +27,12 @@ def page_of(
     :param model: has an `id`; an index must begin with the columns of the conditions.
     :param page: from 1.
     :param after: the id of the last item of the page before; if there is one, `page` is only repeated in the answer.
+    :param sort: `created_at`, or `-created_at` for the newest first.
     :param count_limit: how far to count; the total says no more than this. None counts all that meet the conditions.
     :returns: `items`, `page`, `page_size` and `total`.
     """
     key: InstrumentedAttribute[int] = model.id
+    descending = sort.startswith("-")
     order = key.desc() if descending else key.asc()
     ids = select(key).where(*conditions).order_by(order).limit(page_size)
     if after is None:

@@ -19,16 +19,6 @@ from tests.harness import Simulator
 ORDERS = "/orders"
 
 
-@pytest.fixture
-def alice(app: Flask, simulator: Simulator) -> Caller:
-    return Caller(app, simulator)
-
-
-@pytest.fixture
-def admin(app: Flask, simulator: Simulator) -> Caller:
-    return Caller(app, simulator, role="admin")
-
-
 def test_an_order_is_made_with_the_totals_that_the_server_computes(alice: Caller) -> None:
     answer = alice.post(ORDERS, ORDER)
     order = data_of(answer, 201)

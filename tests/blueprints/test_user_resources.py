@@ -15,16 +15,6 @@ from tests.blueprints.callers import Caller, code_of, data_of
 from tests.harness import APP_ID, Simulator
 
 
-@pytest.fixture
-def alice(app: Flask, simulator: Simulator) -> Caller:
-    return Caller(app, simulator)
-
-
-@pytest.fixture
-def admin(app: Flask, simulator: Simulator) -> Caller:
-    return Caller(app, simulator, role="admin")
-
-
 def test_me_is_the_id_of_oneself(alice: Caller) -> None:
     assert data_of(alice.get("/users/me")) == data_of(alice.get(f"/users/{alice.id}"))
     assert alice.etag("/users/me") == alice.etag(f"/users/{alice.id}")
