@@ -3,7 +3,8 @@
 import logging
 from functools import partial
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, select, update
+from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
 from storage import database
@@ -50,8 +51,13 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     is_he = [and_(User.app_id == app_id, User.openid == openid), User.id.in_(linked)]
     if unionid is not None:
         is_he.append(User.unionid == unionid)
+    # Each by its own index: with `or` MariaDB reads all users, and under a lock new ones would wait for one another.
+    ids = {found for condition in is_he for found in database.session.scalars(select(User.id).where(condition))}
     # Locked: what somebody else commits to one of them meanwhile must not go with it.
-    user, *others = database.session.scalars(select(User).where(or_(*is_he)).order_by(User.id).with_for_update())
+    users = database.session.scalars(select(User).where(User.id.in_(ids)).order_by(User.id).with_for_update()).all()
+    if not users:
+        raise StaleDataError("he became part of another one in between")  # so that it is begun again
+    user, *others = users
     for other in others:
         for name in PROFILE_FIELDS:
             if getattr(user, name) is None:
