@@ -1,16 +1,18 @@
-"""Work that goes on after the answer: bounded, with the trace id of the request that began it."""
+"""Work in other threads, bounded and with the trace id of who began it: after the answer, or side by side."""
 
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import Any, cast
 
 from flask import Flask, current_app
+from opentelemetry.trace import StatusCode
 from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code
+from telemetry import metrics, traces
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Background:
         :raises ApiError: UNAVAILABLE if there is too much in hand.
         """
         if self.pending >= self._backlog:
+            metrics.BACKGROUND.labels("refused").inc()
             logger.error("background work is refused", extra={"inHand": self.pending})
             raise ApiError(Code.UNAVAILABLE)
 
@@ -51,23 +54,79 @@ class Background:
         """Run a function soon, in an application context of its own. A failure is logged and counted in `failures`."""
         with self._lock:
             self.pending += 1
+        metrics.BACKGROUND_IN_HAND.inc()
         self._pool.submit(copy_context().run, self._run, function, args)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        try:
-            with self._app.app_context():
-                function(*args)
-        except Exception:
-            with self._lock:
-                self.failures += 1
-            name = f"{function.__module__}.{function.__qualname__}"
-            logger.exception("background work failed", extra={"function": name, "failures": self.failures})
-        finally:
-            with self._lock:
-                self.pending -= 1
+        name = f"{function.__module__}.{getattr(function, '__qualname__', '?')}"
+        outcome = "failure"
+        with traces.span(f"background {name}", attributes={"code.function.name": name}) as span:
+            try:
+                with self._app.app_context():
+                    function(*args)
+                outcome = "success"
+            except Exception as error:
+                with self._lock:
+                    self.failures += 1
+                logger.exception("background work failed", extra={"function": name, "failures": self.failures})
+                span.record_exception(error)
+                span.set_status(StatusCode.ERROR)
+            finally:
+                metrics.BACKGROUND.labels(outcome).inc()
+                metrics.BACKGROUND_IN_HAND.dec()
+                with self._lock:
+                    self.pending -= 1
 
     def close(self) -> None:
         """Finish what is in hand and take nothing more."""
+        self._pool.shutdown()
+
+
+class FanOut:
+    """Runs functions side by side in threads of this process, and waits for them until a deadline and no longer.
+
+    One that still runs since an earlier call is not begun again: its answer counts for both. So what hangs keeps one
+    thread, however often it is called, and the end of the process waits for that thread as long as it hangs.
+
+    :param threads: how many run at once.
+    """
+
+    def __init__(self, app: Flask, threads: int) -> None:
+        self._app = app
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
+        self._lock = threading.Lock()
+        self._running: dict[Callable[[], Any], Future[Any]] = {}
+
+    def run(self, functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+        """Run functions at once, each in an application context of its own.
+
+        :param functions: by names of the caller's choice. One and the same function is one that need not run twice.
+        :param seconds: the deadline, from now.
+        :returns: by the same names what each returned, or the exception that it raised, or a TimeoutError for what is
+            not done by then.
+        """
+        with self._lock:
+            self._running = {function: future for function, future in self._running.items() if not future.done()}
+            for function in functions.values():
+                if function not in self._running:
+                    self._running[function] = self._pool.submit(copy_context().run, self._run, function)
+            futures = {name: self._running[function] for name, function in functions.items()}
+        wait(futures.values(), seconds)
+        return {name: self._outcome(future) for name, future in futures.items()}
+
+    def _run(self, function: Callable[[], Any]) -> Any:
+        with self._app.app_context():
+            return function()
+
+    def _outcome(self, future: Future[Any]) -> Any:
+        future.cancel()  # if it is done or runs, this does nothing
+        if future.cancelled() or not future.done():
+            return TimeoutError("not done in time")
+        error = future.exception()
+        return future.result() if error is None else error
+
+    def close(self) -> None:
+        """Finish what still runs and take nothing more."""
         self._pool.shutdown()
 
 
@@ -75,5 +134,10 @@ background = cast(Background, LocalProxy(lambda: current_app.extensions["backgro
 """The background work of this process."""
 
 
+fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
+"""What this process runs side by side."""
+
+
 def init_app(app: Flask) -> None:
     app.extensions["background"] = Background(app, THREADS, BACKLOG)
+    app.extensions["fan_out"] = FanOut(app, THREADS)

@@ -136,7 +136,9 @@ def handle_conflict(error: Exception) -> Response:
 def handle_unavailable(error: Exception) -> Response:
     """Answer 503 for a Redis or a database that is away, and say in the log which one and why."""
     cause = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's essay around them
-    current_app.logger.error("A backing service is unavailable: %s: %s", type(cause).__qualname__, cause)
+    which = "Redis" if isinstance(error, redis.exceptions.RedisError) else "the database"
+    kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
+    current_app.logger.error("%s is unavailable: %s", which, cause, extra={"exceptionType": kind})
     return handle_http_exception(ApiError(Code.UNAVAILABLE))
 
 

@@ -2,11 +2,21 @@
 
 import os
 import runpy
+import signal
+import sys
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+import gunicorn.glogging
+
+from telemetry import instance_directory
 
 # Refuse to start, here and once, if the environment lacks anything. Not imported: what the master imports its workers
 # inherit, and a patched settings.py would then not be read at a reload.
-settings = runpy.run_path(str(Path(__file__).with_name("settings.py")))["load"](os.environ)
+declared = runpy.run_path(str(Path(__file__).with_name("settings.py")))
+settings = declared["load"](os.environ)
 
 # All interfaces: the container or the machine's firewall decides who gets this far.
 bind = f"0.0.0.0:{settings['PORT']}"
@@ -23,8 +33,8 @@ threads = settings["WEB_THREADS"]
 # thread of its own, and its waits for WeChat, Redis and the database end by themselves.
 timeout = 30
 
-# How long requests in hand may take to finish at a stop; under the 30 s after which most platforms kill.
-graceful_timeout = 25
+# How long requests in hand may take to finish at a stop; with the drain under the 30 s after which most platforms kill.
+graceful_timeout = 28 - settings["DRAIN_SECONDS"]
 
 # Longer than the 60 s for which load balancers usually keep an idle connection, so that they close first
 # and never send a request into a connection that is being closed.
@@ -35,6 +45,69 @@ worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 # The access log is the service's own, one JSON line a request.
 accesslog = None
+loglevel = settings["LOG_LEVEL"].lower()
+
+
+class logger_class(gunicorn.glogging.Logger):  # noqa: N801  gunicorn's name for the setting
+    """gunicorn's own lines have the shape of the service's."""
+
+    def setup(self, cfg):  # type: ignore[no-untyped-def]
+        from telemetry import logs, redaction
+
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+        redaction.hide_settings(settings)
+        logs.configure(settings["LOG_LEVEL"], declared["instance"](settings["PORT"]), declared["VERSION"])
+
+
+def post_fork(server, worker):  # type: ignore[no-untyped-def]
+    # Until it serves, it may die of a SIGTERM: the master's handler, which it has inherited, would not hear it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A worker reads the telemetry anew, as it does all else of ours: it may have been patched since the master read it.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "telemetry"]:
+        del sys.modules[name]
+    from telemetry import metrics
+
+    metrics.WORKER_STARTS.inc()
+    metrics.START_TIME.set(server.started)
+
+
+def when_ready(server):  # type: ignore[no-untyped-def]
+    # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
+    instance_directory.make(server.cfg.uid, server.cfg.gid)
+    server.started = time.time()
+    if settings["DRAIN_SECONDS"]:
+        server.handle_term = partial(drain, server)
+
+
+def pre_fork(server, worker):  # type: ignore[no-untyped-def]
+    instance_directory.ensure(server.cfg.uid, server.cfg.gid)
+
+
+def child_exit(server, worker):  # type: ignore[no-untyped-def]
+    try:
+        instance_directory.fold(worker.pid)
+    except Exception:  # whatever it is, numbers that are lost must not stop the server
+        server.log.exception("What a worker had counted is lost (pid:%s)", worker.pid)
+
+
+def on_exit(server):  # type: ignore[no-untyped-def]
+    instance_directory.remove()
+
+
+def drain(server):  # type: ignore[no-untyped-def]
+    """Go on as before for DRAIN_SECONDS, while /readyz answers 503, and stop then, or at a second SIGTERM."""
+    del server.handle_term  # the next one is gunicorn's own
+    server.maybe_promote_master()  # it looks once a second
+    if server.reexec_pid or server.master_pid:  # after a USR2 another master serves on the same port
+        server.handle_term()
+    with suppress(OSError):  # without a directory nobody can be told, and it stops all the same
+        instance_directory.announce_stop()
+    server.log.info("/readyz answers 503 from now on; the stop begins in %s s", settings["DRAIN_SECONDS"])
+    signal.signal(signal.SIGALRM, lambda number, frame: server.signal(signal.SIGTERM, frame))
+    signal.setitimer(signal.ITIMER_REAL, settings["DRAIN_SECONDS"])
+
 
 # No socket in the home directory through which the server could be steered.
 control_socket_disable = True

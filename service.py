@@ -13,8 +13,6 @@ import storage
 import telemetry
 import wechat
 
-VERSION = "0.1.0"
-
 
 def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     """Make the WSGI application.
@@ -23,7 +21,8 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     :raises settings.SettingsError: listing every setting that is missing or malformed.
     """
     app = Flask("service", static_folder=None)
-    app.config.update(settings.load(environ), VERSION=VERSION, MAX_CONTENT_LENGTH=1024 * 1024)
+    app.config.update(settings.load(environ), VERSION=settings.VERSION, MAX_CONTENT_LENGTH=1024 * 1024)
+    app.config["INSTANCE"] = settings.instance(app.config["PORT"])
     telemetry.init_app(app)
     concurrency.init_app(app)
     storage.init_app(app)

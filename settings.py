@@ -2,12 +2,15 @@
 
 import base64
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import redis.connection
 import sqlalchemy
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
+
+VERSION = "0.1.0"
 
 
 class SettingsError(SystemExit):
@@ -145,6 +148,20 @@ class Settings(Schema):
     PORT = _count(8000, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _count(2, 256, "Worker processes, 1 to 256.")
     WEB_THREADS = _count(16, 256, "Threads a worker, 1 to 256: the requests that one process serves at once.")
+    DRAIN_SECONDS = fields.Integer(
+        load_default=3,
+        validate=validate.Range(0, 12),
+        metadata=_help("Seconds for which a stopping service still serves while /readyz answers 503, 0 to 12."),
+    )
+    METRICS_TOKEN = _optional(
+        "What Prometheus brings as bearer token to /metrics, 16 characters or more; without it there is no /metrics.",
+        "[!-~]{16,}|",
+        "Not 16 or more characters of ASCII.",
+    )
+    OTEL_EXPORTER_OTLP_ENDPOINT = _site(
+        "",
+        "Where traces are sent, such as http://collector:4318; OpenTelemetry reads its other OTEL_ variables itself.",
+    )
     LOG_LEVEL = fields.String(
         load_default="INFO",
         validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"]),
@@ -180,6 +197,11 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
         return loaded
     except ValidationError as error:
         raise SettingsError(_explain(error.normalized_messages())) from None
+
+
+def instance(port: int) -> str:
+    """What tells this instance from the others in logs, traces and metrics."""
+    return f"{socket.gethostname()}:{port}"
 
 
 def _explain(problems: dict[str, list[str]]) -> str:

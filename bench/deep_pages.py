@@ -4,26 +4,21 @@ Prints the median times of both, by page number and by `after`, and ends with a 
 takes more than twice as long as the first.
 """
 
-import base64
-import os
-import secrets
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 from flask.testing import FlaskClient
 from sqlalchemy import insert
 
-from dev.redis_server import RedisServer
+from bench import environment
 from service import create_app
 from storage import database, sessions
 from storage.identities import get_or_create_user
 from storage.models import Order, OrderItem, now
-from tests.harness import bearer, migrate
+from tests.harness import APP_ID, bearer
 
 ORDERS, PAGE_SIZE, DEEP_PAGE = 100_000, 20, 4_000
 ROUNDS = 60
@@ -56,25 +51,10 @@ def median_of(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
 
 def main() -> None:
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        redis = RedisServer(folder / "redis")
-        stack.callback(redis.close)
-        redis.start()
-        url = os.environ.get("DATABASE_URL") or f"sqlite:///{folder / 'bench.db'}"
-        migrate(url)
-        app = create_app(
-            {
-                "WECHAT_APP_ID": "wx0123456789abcdef",
-                "WECHAT_APP_SECRET": "unused",
-                "REDIS_URL": redis.url,
-                "DATABASE_URL": url,
-                "SECRET_KEY": secrets.token_hex(32),
-                "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
-                "LOG_LEVEL": "ERROR",
-            }
-        )
+        environ = stack.enter_context(environment())
+        app = create_app({**environ, "LOG_LEVEL": "ERROR"})
         with app.test_request_context():
-            user = get_or_create_user("wx0123456789abcdef", "o-bench", None)
+            user = get_or_create_user(APP_ID, "o-bench", None)
             fill(user.id)
             token = sessions.log_in(user.id)
         client = app.test_client(use_cookies=False)

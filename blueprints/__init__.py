@@ -2,7 +2,7 @@
 
 from flask import Flask
 
-from blueprints import auth, docs, health, messages, orders, personal_data, users, web_login
+from blueprints import auth, docs, health, messages, metrics, orders, personal_data, users, web_login
 from blueprints.api import Api
 
 V1 = "/api/v1"
@@ -17,6 +17,7 @@ def init_app(app: Flask) -> None:
     app.register_blueprint(docs.assets)
     api.guard("docs", auth=auth.public)
     api.register_blueprint(health.blueprint, auth=auth.public)
+    api.register_blueprint(metrics.blueprint, auth=auth.scrapers)
     api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=auth.public)
     api.register_blueprint(auth.sessions, url_prefix=f"{V1}/auth", auth=auth.signed_in)
     api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=auth.public)

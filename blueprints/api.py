@@ -17,6 +17,7 @@ from werkzeug.routing import IntegerConverter, Map
 from errors import LANGUAGES, ApiError, Code, ErrorEnvelope, Message, envelope, language
 from storage import database, idempotency
 from storage.models import Versioned
+from telemetry.redaction import hide
 
 TRACE_ID_HEADER = {
     "X-Trace-Id": {
@@ -53,6 +54,7 @@ class JsonParser(FlaskParser):
                 json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair can be kept nowhere
         except (ValueError, RecursionError):
             raise ApiError(Code.INVALID_INPUT, errors={"body": ["Not valid JSON in UTF-8."]}) from None
+        hide(document)
         return document
 
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **kwargs: Any) -> NoReturn:

@@ -1,6 +1,7 @@
 """Who is it: login with a wx.login code, logout, and the policies that groups of routes are registered with."""
 
 import hashlib
+import hmac
 import re
 from typing import Any
 
@@ -11,14 +12,18 @@ import wechat
 from blueprints.api import AuthPolicy, Blueprint
 from blueprints.users import CODE_LIFETIME_SECONDS, CODE_RULE, UserSchema, get_user
 from blueprints.web_login import is_authorization_valid
-from errors import ApiError, Code
+from errors import ApiError, Code, Message
 from storage import database
 from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user, openid_of
 from storage.models import User
 from storage.single_flight import AlreadyDone, single_flight
+from telemetry.logs import bind
+from telemetry.metrics import LOGINS
 from wechat.client import is_identifier
 from wechat.transport import PATIENCE_SECONDS
+
+NOT_THE_METRICS_TOKEN = Message("METRICS_TOKEN 不正确", "This is not METRICS_TOKEN")
 
 
 def _let_everybody_in() -> None:
@@ -32,6 +37,7 @@ def _require_user() -> None:
         g.user_id = _user_of_cloud_run()
     else:
         raise ApiError(Code.UNAUTHORIZED)
+    bind(user_id=g.user_id)
 
 
 def _user_of_cloud_run() -> int:
@@ -64,10 +70,21 @@ def _require_admin() -> None:
         raise ApiError(Code.FORBIDDEN)
 
 
+def _require_metrics_token() -> None:
+    wanted = current_app.config["METRICS_TOKEN"]
+    if not wanted:
+        raise ApiError(Code.NOT_FOUND)
+    # Not request.authorization: it takes a token with = inside for parameters.
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), wanted.encode()):
+        raise ApiError(Code.UNAUTHORIZED, message=NOT_THE_METRICS_TOKEN)
+
+
 public = AuthPolicy(_let_everybody_in, security=[])
 signed_in = AuthPolicy(_require_user, security=[{"bearer": []}, {"cookie": []}])
 
 administrators = AuthPolicy(_require_admin, security=signed_in.security)
+scrapers = AuthPolicy(_require_metrics_token, security=[{"metrics": []}])
 
 login = Blueprint("login", __name__, description="登录 Log in")
 sessions = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
@@ -112,11 +129,17 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
         )
     except AlreadyDone:
         raise ApiError(Code.WECHAT_CODE_USED) from None
+    bind(user_id=outcome["user_id"])
     return {
         "token": outcome["token"],
         "expires_in": min(current_app.config["SESSION_LIFETIME"], current_app.config["SESSION_ABSOLUTE_LIFETIME"]),
         "user": get_user(outcome["user_id"]),
     }
+
+
+@login.teardown_request
+def _count(error: BaseException | None) -> None:
+    LOGINS.labels("mini_program", g.get("code", "success")).inc()
 
 
 def _redeem(code: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ CONFIG: dict[str, Any] = {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
                 "cookie": {"type": "apiKey", "in": "cookie", "name": "session", "description": "For browsers."},
+                "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
             }
         },
     },

@@ -31,6 +31,7 @@ from concurrency import background
 from errors import ApiError, Code
 from storage import database, redis, sessions
 from storage.models import PROFILE_FIELDS, Identity, User
+from telemetry.redaction import hide
 from wechat.push import Message, MessagePush
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def receive() -> Response:
         return _text("success")
     push = _push()
     message = push.open(request.args, body, time.time())
+    hide(*(value for name, value in message.fields.items() if name not in ("MsgType", "Event")))
     background.require_room()
     response = _reply(push, message) or _text("success")
     key = f"message:{message.key}"

@@ -309,7 +309,7 @@ def find_user(user_id: str) -> User:
 
 def audit(event: str, user_id: int) -> None:
     """Log that somebody touched what is personal: who, whose, and never what."""
-    logger.info("audit", extra={"event": event, "userId": user_id, "byUserId": g.user_id})
+    logger.info("audit", extra={"event": event, "aboutUserId": user_id})
 
 
 def _store(**values: str | None) -> User:

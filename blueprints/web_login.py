@@ -7,7 +7,7 @@ import time
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from flask import current_app, redirect, request, url_for
+from flask import current_app, g, redirect, request, url_for
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from marshmallow import EXCLUDE, Schema, fields, validate
 from sqlalchemy import select
@@ -21,6 +21,8 @@ from storage import database, redis
 from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user
 from storage.models import Identity
+from telemetry.logs import bind
+from telemetry.metrics import LOGINS
 from wechat.crypto import constant_time_equals
 from wechat.web_login import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
 
@@ -96,10 +98,17 @@ def callback(query: dict[str, str]) -> BaseResponse:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     app = wechat.web_app(attempt["scope"])
     user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
+    bind(user_id=user_id)
     stored_sessions.log_in(user_id, web_app_id=app.app_id)
     response = redirect(_site() + attempt["return_to"])
     response.delete_cookie(_cookie(query["state"]), path=_folder(), **COOKIE_OPTIONS)
     return response
+
+
+@blueprint.teardown_request
+def _count(error: BaseException | None) -> None:
+    if request.endpoint == "web_login.callback":
+        LOGINS.labels("web", g.get("code", "success")).inc()
 
 
 def is_authorization_valid(user_id: int, app_id: str) -> bool:

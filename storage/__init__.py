@@ -10,6 +10,7 @@ from werkzeug.local import LocalProxy
 
 from storage import database, key_rotation, sessions
 from storage.privacy import Cipher
+from telemetry import traces
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
 """The Redis that all instances share."""
@@ -29,5 +30,6 @@ def init_app(app: Flask) -> None:
     )
     app.extensions["cipher"] = Cipher(app.config["ENCRYPTION_KEYS"])
     database.init_app(app)
+    traces.instrument(app.extensions["redis"], app.extensions["database"])
     sessions.init_app(app)
     app.cli.add_command(key_rotation.keys)

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
-from sqlalchemy import Engine, Executable, create_engine, event, make_url, text
+from sqlalchemy import Engine, Executable, create_engine, event, false, make_url, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.local import LocalProxy
+
+from storage.models import Base
 
 STATEMENT_SECONDS = 3
 TRIES = 5
@@ -21,8 +23,15 @@ _RACE_ERRORS = {
     1062,  # somebody else made the same row meanwhile
     1213,  # deadlock: somebody has to begin again
     1020,  # MariaDB's snapshot isolation: the record has changed since last read
+    "SQLITE_CONSTRAINT_UNIQUE",
+    "SQLITE_CONSTRAINT_PRIMARYKEY",
 }
-_SQLITE_DUPLICATES = {"SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"}
+_LACK_ERRORS = {
+    1146,  # no such table
+    1054,  # no such column
+    "SQLITE_ERROR",  # the statement is wrong, which it is for no other reason
+}
+_NOTHING_OF_EACH_TABLE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
 _QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # as far as it goes: a value may hold quotes itself
 
 
@@ -98,19 +107,26 @@ session = cast(Session, LocalProxy(_session))
 
 
 def ping() -> None:
-    """Ask the database for nothing.
+    """Ask the database for nothing, by the name of each table and column that is used.
 
-    :raises sqlalchemy.exc.OperationalError: if it does not answer.
+    :raises sqlalchemy.exc.SQLAlchemyError: if it does not answer, or if `lacks_tables`.
     """
-    session.execute(text("SELECT 1"))
+    session.execute(_NOTHING_OF_EACH_TABLE)
+
+
+def lacks_tables(error: object) -> bool:
+    """Whether something failed only because the database is not migrated as far as this version needs it."""
+    return isinstance(error, DBAPIError) and not _LACK_ERRORS.isdisjoint(_names(error))
 
 
 def is_lost_race(error: DBAPIError | StaleDataError) -> bool:
     """Whether a transaction failed only because another one was faster, so that it is worth to begin it again."""
-    if isinstance(error, StaleDataError):
-        return True
-    number = error.orig.args[0] if error.orig and error.orig.args else None
-    return number in _RACE_ERRORS or getattr(error.orig, "sqlite_errorname", None) in _SQLITE_DUPLICATES
+    return isinstance(error, StaleDataError) or not _RACE_ERRORS.isdisjoint(_names(error))
+
+
+def _names(error: DBAPIError) -> set[Any]:
+    """What the driver calls it: a number of MySQL's, a name of SQLite's."""
+    return {*(error.orig.args[:1] if error.orig else ()), getattr(error.orig, "sqlite_errorname", None)}
 
 
 def in_transaction(work: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    event,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
@@ -22,6 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 from storage.privacy import Cipher
+from telemetry.redaction import hide
 
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only in a plain INTEGER
 
@@ -50,6 +52,12 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     pass
+
+
+@event.listens_for(Base, "load", propagate=True)
+def _hide(row: Base, context: object) -> None:
+    """No line may show what people told of themselves, nor by what WeChat knows them."""
+    hide(*(vars(row).get(name) for name in ("openid", "unionid", "nickname", "avatar_url", "remark")))
 
 
 class Versioned:

@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from telemetry.redaction import hide
+
 _NONCE_BYTES = 12
 _LABEL = "[A-Za-z0-9-]{0,61}[A-Za-z0-9]"
 _DOMAIN = re.compile(rf"([A-Za-z0-9]({_LABEL})?\.)+[A-Za-z]{_LABEL}")  # RFC 1034; the last label is no number
@@ -42,6 +44,7 @@ class Cipher:
             characters, 347 make 509.
         :raises UnicodeEncodeError: if the text holds half a surrogate pair.
         """
+        hide(text)
         nonce = os.urandom(_NONCE_BYTES)
         sealed = AESGCM(self._keys[self.key_id]).encrypt(nonce, text.encode(), context.encode())
         return f"{self.key_id}.{base64.b64encode(nonce + sealed).decode()}"
@@ -55,9 +58,11 @@ class Cipher:
         try:
             raw = base64.b64decode(payload, validate=True)
             key = AESGCM(self._keys[key_id])
-            return key.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
+            text = key.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
         except (KeyError, ValueError, binascii.Error, InvalidTag):
             raise DecryptionError("The value does not decrypt here.") from None
+        hide(text)
+        return text
 
     def blind_index(self, text: str, context: str) -> str:
         """HMAC-SHA-256 of a text under the first key: equal texts are found by it, and it does not say what they are.

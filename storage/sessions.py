@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -18,6 +18,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from storage.privacy import Cipher, DecryptionError
+from telemetry.metrics import SESSIONS
+from telemetry.redaction import hide
 
 TOKEN_BYTES = 32
 KEPT_SESSION_KEYS = 8
@@ -49,16 +51,19 @@ class LazySession(SessionMixin):
 
     def __init__(self, fetch: Callable[[], tuple[str, dict[str, Any], bool]], bearer: bool) -> None:
         self._fetch = fetch
+        self._fetched: dict[str, Any] | None = None
         self.bearer = bearer
         self.loaded = False
         self.accessed = False
         self.modified = False
 
-    @cached_property
+    @property
     def _data(self) -> dict[str, Any]:
-        self.sid, data, self.new = self._fetch()
-        self.loaded = True
-        return data
+        # No cached_property: before Python 3.12 all sessions of a process share its lock, and are fetched one by one.
+        if self._fetched is None:
+            self.sid, self._fetched, self.new = self._fetch()
+            self.loaded = True
+        return self._fetched
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
@@ -188,6 +193,8 @@ def log_in(user_id: int, **facts: Any) -> str:
     except RedisError:
         current.loaded = False
         raise
+    hide(current.sid)
+    SESSIONS.inc()
     return current.sid
 
 

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, Response
 from flask.testing import FlaskClient
 from redis import Redis
 
 from dev.redis_server import RedisServer
 from service import create_app
+from telemetry import redaction
 from telemetry.logs import JsonLineFormatter
 from tests.databases import Databases, MariaDB, SQLiteFiles
 from tests.harness import (
     APP_ID,
     APP_SECRET,
+    METRICS_TOKEN,
     PERSON,
     PUSH_AES_KEY,
     PUSH_TOKEN,
@@ -36,6 +38,31 @@ from tests.harness import (
     Simulator,
     migrate,
 )
+from tests.otlp_receiver import OtlpReceiver
+
+SECRETS = {APP_SECRET, WEB_APP_SECRET, PUSH_TOKEN, PUSH_AES_KEY, METRICS_TOKEN}
+
+
+class Journal:
+    """What the service has logged, in this process and in others, what it sent of spans, and what it must not have."""
+
+    def __init__(self) -> None:
+        self.in_process = io.StringIO()
+        self.services: list[Service] = []
+        self.collectors: list[OtlpReceiver] = []
+        self.secrets: set[str] = set()
+
+    def read_token(self, response: Response) -> Response:
+        """Remember the token that somebody is given by the application in this process."""
+        answer = response.get_json(silent=True)
+        if isinstance(answer, dict) and isinstance(answer.get("data"), dict):
+            self.secrets.add(str(answer["data"].get("token", "")))
+        return response
+
+    def text(self) -> str:
+        self.secrets.update(token for service in self.services for token in service.tokens)
+        spans = "".join(body.decode(errors="replace") for collector in self.collectors for body in collector.bodies)
+        return self.in_process.getvalue() + "".join(service.log() for service in self.services) + spans
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -144,6 +171,9 @@ def environ(redis_server: RedisServer, shared_simulator: Simulator, databases: D
         "DATABASE_URL": database_url,
         "SECRET_KEY": secrets.token_hex(32),
         "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
+        "DRAIN_SECONDS": "0",  # no load balancer has to notice a stop
+        "METRICS_TOKEN": METRICS_TOKEN,
+        "LOG_LEVEL": "DEBUG",  # for `journal`
     }
 
 
@@ -156,16 +186,18 @@ def redis(redis_server: RedisServer) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def make_app(environ: dict[str, str], redis: Redis) -> Iterator[Callable[..., Flask]]:
+def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterator[Callable[..., Flask]]:
     """Make the application, as often as wanted, with settings that differ from the usual as named."""
     with ExitStack() as stack:
 
         def make(**different: str) -> Flask:
             app = create_app({**environ, **different})
+            app.after_request(journal.read_token)
             stack.callback(app.extensions["database"].dispose)
             stack.callback(app.extensions["wechat"].transport.close)
             stack.callback(app.extensions["redis"].close)
             stack.callback(app.extensions["background"].close)
+            stack.callback(app.extensions["fan_out"].close)
             return app
 
         yield make
@@ -188,28 +220,63 @@ def token(client: FlaskClient, simulator: Simulator) -> str:
     return client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]["token"]
 
 
-@pytest.fixture
-def log_lines(app: Flask) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What the application in this process has logged, at any level, as the lines would be written."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLineFormatter(json_ensure_ascii=False))
+@pytest.fixture(scope="session", autouse=True)
+def _no_lines_on_stdout() -> Iterator[None]:
+    """The application in this process writes where `journal` reads; test_service.py has stdout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("telemetry.logs.configure", lambda *args: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def journal(request: pytest.FixtureRequest) -> Iterator[Journal]:
+    """All that is logged meanwhile, at any level; in the end no secret that was used is in it."""
+    journal = Journal()
+    in_hand = redaction.begin()  # and not what another test had
+    handler = logging.StreamHandler(journal.in_process)
+    handler.setFormatter(JsonLineFormatter("here:8000", "0"))
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    yield journal
     root.setLevel(level)
     root.removeHandler(handler)
+    redaction.end(in_hand)
+    if "environ" in request.fixturenames:
+        simulator = request.getfixturevalue("shared_simulator")
+        journal.secrets |= {*PERSON.values(), *SECRETS, *simulator.secrets()}
+        text = journal.text()
+        assert [secret for secret in journal.secrets if len(secret) > 5 and secret in text] == []
 
 
 @pytest.fixture
-def start_service(environ: dict[str, str], redis: Redis, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+def log_lines(app: Flask, journal: Journal) -> Callable[[], list[dict[str, Any]]]:
+    """What the application in this process logs from now on, as the lines would be written."""
+    journal.in_process.truncate(0)
+    journal.in_process.seek(0)
+    return lambda: [json.loads(line) for line in journal.in_process.getvalue().splitlines()]
+
+
+@pytest.fixture
+def collector(journal: Journal) -> Iterator[OtlpReceiver]:
+    """Takes spans."""
+    collector = OtlpReceiver()
+    journal.collectors.append(collector)
+    yield collector
+    collector.close()
+
+
+@pytest.fixture
+def start_service(
+    environ: dict[str, str], redis: Redis, tmp_path: Path, journal: Journal
+) -> Iterator[Callable[..., Service]]:
     """Start the service, as often as wanted, with settings that differ from the usual as named."""
     with ExitStack() as stack:
 
         def start(module: str = "wsgi", **different: str) -> Service:
             service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}", module)
+            journal.services.append(service)
             stack.callback(service.stop)
             return service
 

@@ -14,10 +14,12 @@ from typing import Any
 import requests
 
 from dev.run import free_port
+from telemetry import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 APP_ID, APP_SECRET = "wx0123456789abcdef", "an-app-secret-nobody-may-see"
 WEB_APP_ID, WEB_APP_SECRET = "wxfedcba9876543210", "a-web-app-secret-nobody-may-see"
+METRICS_TOKEN = "a-metrics-token-nobody=may-see"
 PERSON = {
     "phone": "13812345678",
     "real_name": "欧阳锋",
@@ -124,6 +126,9 @@ class Simulator:
     def fault(self, kind: str, times: int = 1, path: str = "/sns/jscode2session", **details: Any) -> None:
         self._post("faults", path=path, kind=kind, times=times, **details)
 
+    def secrets(self) -> set[str]:
+        return set(self._get("secrets")["secrets"])
+
     def calls(self, path: str | None = None) -> list[dict[str, Any]]:
         return [call for call in self._get("calls")["calls"] if path in (None, call["path"])]
 
@@ -153,6 +158,7 @@ class Service:
         self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(free_port("PORT", "0"))}
         self.url = f"http://127.0.0.1:{self.environ['PORT']}"
         self.output = output
+        self.tokens: list[str] = []
         self.start()
 
     def start(self) -> None:
@@ -166,12 +172,14 @@ class Service:
         return self.output.read_text() + self.output.with_suffix(".errors").read_text()
 
     def log_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.output.read_text().splitlines()]
+        whole_lines = self.output.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole_lines.splitlines()]
 
     def log_in(self, simulator: Simulator, **wanted: Any) -> str:
         answer = requests.post(f"{self.url}/api/v1/auth/wechat", json={"code": simulator.code(**wanted)}, timeout=20)
         assert answer.status_code == 200, answer.text
-        return answer.json()["data"]["token"]
+        self.tokens.append(answer.json()["data"]["token"])
+        return self.tokens[-1]
 
     def call(self, method: str, path: str, token: str, **options: Any) -> requests.Response:
         return requests.request(method, f"{self.url}/api/v1{path}", headers=bearer(token), timeout=20, **options)
@@ -184,6 +192,11 @@ def migrate(database_url: str, *command: str, root: Path = ROOT) -> None:
     """Run alembic with this command, or else `upgrade head`, in the project of this folder."""
     words = [sys.executable, "-m", "alembic", *(command or ("upgrade", "head"))]
     subprocess.run(words, cwd=root, env={**os.environ, "DATABASE_URL": database_url}, check=True)
+
+
+def counted(metric: str, **labels: str) -> float:
+    """What a metric of the application in this process stands at."""
+    return metrics.REGISTRY.get_sample_value(f"kuaishang_{metric}", labels) or 0
 
 
 def bearer(token: str) -> dict[str, str]:

@@ -9,10 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "settings": set(),
     "errors": set(),
-    "concurrency": {"errors"},
+    "concurrency": {"errors", "telemetry"},
     "telemetry": set(),
-    "storage": {"errors", "settings"},  # the latter for the migrations, which run by themselves
-    "wechat": {"errors"},
+    "storage": {"errors", "settings", "telemetry"},  # settings for the migrations, which run by themselves
+    "wechat": {"errors", "telemetry"},
     "blueprints": {"concurrency", "errors", "storage", "telemetry", "wechat"},
     "service": {"blueprints", "concurrency", "errors", "settings", "storage", "telemetry", "wechat"},
     "wsgi": {"service"},

@@ -1,14 +1,16 @@
 import threading
+import time
 from typing import Any
 
 import pytest
-from flask import Flask, current_app
+from flask import Flask, current_app, g
+from werkzeug.datastructures import Headers
 
-from concurrency import Background, background
+from concurrency import Background, FanOut, background, fan_out
 from errors import ApiError, Code
 from storage import database
-from telemetry.logs import trace_id
-from tests.harness import wait_until
+from telemetry.traces import RequestSpan, ids
+from tests.harness import counted, wait_until
 
 
 @pytest.fixture
@@ -23,11 +25,11 @@ def test_work_has_an_application_context_and_the_trace_id_of_who_submitted_it(sm
 
     def work(argument: str) -> None:
         database.ping()
-        seen.append((argument, current_app.name, trace_id.get()))
+        seen.append((argument, current_app.name, ids()[0]))
 
-    trace_id.set("a" * 32)
+    request = RequestSpan("GET /", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     small.submit(work, "argument")
-    trace_id.set(None)
+    request.end(200)
     small.close()
     assert seen == [("argument", "service", "a" * 32)]
     assert app.extensions["database"].pool.checkedout() == 0
@@ -39,11 +41,11 @@ def test_a_failure_is_logged_with_its_trace_id_and_counted_and_the_next_one_runs
     def fail() -> None:
         raise RuntimeError("the reason")
 
-    trace_id.set("b" * 32)
+    request = RequestSpan("GET /", Headers({"traceparent": f"00-{'b' * 32}-{'b' * 16}-01"}))
     with app.app_context():
         background.submit(fail)
         background.submit(done.set)
-        trace_id.set(None)
+        request.end(200)
         assert done.wait(5)
         wait_until(lambda: background.pending == 0)
         assert background.failures == 1
@@ -51,7 +53,7 @@ def test_a_failure_is_logged_with_its_trace_id_and_counted_and_the_next_one_runs
     assert line["traceId"] == "b" * 32
     assert line["function"].endswith("fail")
     assert line["failures"] == 1
-    assert "RuntimeError: the reason" in line["exc_info"]
+    assert line["stack"].endswith("RuntimeError: the reason\n")
 
 
 def test_what_is_in_hand_is_bounded_and_runs_two_at_a_time(small: Background) -> None:
@@ -75,6 +77,22 @@ def test_what_is_in_hand_is_bounded_and_runs_two_at_a_time(small: Background) ->
     small.require_room()
 
 
+def test_work_is_counted_while_it_is_in_hand_and_by_what_came_of_it(small: Background) -> None:
+    def counts() -> list[float]:
+        outcomes = [counted("background_work_total", outcome=outcome) for outcome in ("success", "failure", "refused")]
+        return [counted("background_work_in_hand"), *outcomes]
+
+    before, gate = counts(), threading.Event()
+    for work in (gate.wait, gate.wait, lambda: 1 / 0):
+        small.submit(work)
+    assert counts()[0] == before[0] + 3
+    with pytest.raises(ApiError):
+        small.require_room()
+    gate.set()
+    small.close()
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [0, 2, 1, 1]
+
+
 def test_closing_finishes_what_is_in_hand(small: Background) -> None:
     done = []
     gate = threading.Event()
@@ -84,3 +102,74 @@ def test_closing_finishes_what_is_in_hand(small: Background) -> None:
     gate.set()
     small.close()
     assert sorted(done) == [0, 1]
+
+
+@pytest.fixture
+def small_fan_out(app: Flask) -> Any:
+    fan_out = FanOut(app, threads=2)
+    yield fan_out
+    fan_out.close()
+
+
+def test_functions_run_at_once_each_with_a_context_of_its_own_and_the_callers_trace_id(app: Flask) -> None:
+    together = threading.Barrier(2)
+
+    def work() -> Any:
+        together.wait(5)
+        database.ping()
+        return g._get_current_object(), ids()[0]
+
+    span = RequestSpan("GET /", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    with app.app_context():
+        outcomes = fan_out.run({"one": work, "other": lambda: work()}, 5)
+        contexts = [*(context for context, _ in outcomes.values()), g._get_current_object()]
+    span.end(200)
+    assert len({id(context) for context in contexts}) == 3
+    assert {trace_id for _, trace_id in outcomes.values()} == {"a" * 32}
+    assert app.extensions["database"].pool.checkedout() == 0
+
+
+def test_what_one_raises_is_its_answer_and_takes_nothing_from_the_others(small_fan_out: FanOut) -> None:
+    error = RuntimeError("the reason")
+
+    def fail() -> None:
+        raise error
+
+    assert small_fan_out.run({"bad": fail, "good": lambda: None, "better": lambda: 1}, 5) == {
+        "bad": error,
+        "good": None,
+        "better": 1,
+    }
+
+
+def test_what_hangs_keeps_one_thread_however_often_it_is_called(small_fan_out: FanOut) -> None:
+    gate, begun = threading.Event(), []
+
+    def hang() -> str:
+        begun.append(threading.current_thread())
+        gate.wait(10)
+        return "done"
+
+    for _ in range(5):
+        started = time.monotonic()
+        outcomes = small_fan_out.run({"hangs": hang, "answers": lambda: 1}, 0.1)
+        assert 0.1 <= time.monotonic() - started < 5
+        assert isinstance(outcomes["hangs"], TimeoutError)
+        assert outcomes["answers"] == 1
+    assert len(begun) == 1
+    threading.Timer(0.1, gate.set).start()
+    assert small_fan_out.run({"hangs": hang}, 5) == {"hangs": "done"}  # the one that was begun long ago
+    assert len(begun) == 1
+    assert small_fan_out.run({"hangs": hang}, 5) == {"hangs": "done"}
+    assert len(begun) == 2
+
+
+def test_what_has_not_begun_by_the_deadline_never_does(small_fan_out: FanOut) -> None:
+    gate, begun = threading.Event(), []
+    hanging = {str(number): lambda: gate.wait(10) for number in range(2)}
+    small_fan_out.run(hanging, 0)
+    outcomes = small_fan_out.run({"late": lambda: begun.append(1)}, 0.1)
+    assert isinstance(outcomes["late"], TimeoutError)
+    gate.set()
+    small_fan_out.close()
+    assert begun == []

@@ -142,12 +142,12 @@ def test_a_body_that_is_no_json_object_in_utf_8_is_400(client: FlaskClient, body
 
 
 def test_a_database_that_is_away_is_503_and_the_log_says_why(
-    make_app: Callable[..., Flask], token: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_app: Callable[..., Flask], token: str, tmp_path: Path, log_lines: Any
 ) -> None:
     app = make_app(DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder.db")
     answer = app.test_client().get("/api/v1/users/me", headers=bearer(token))
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
-    assert "unable to open database file" in capsys.readouterr().out
+    assert "unable to open database file" in str(log_lines())
 
 
 def test_a_405_says_which_methods_are_allowed(client: FlaskClient) -> None:
@@ -162,8 +162,8 @@ def test_invalid_fields_are_named(client: FlaskClient) -> None:
 def test_a_crash_shows_nothing_of_itself_and_is_logged_with_its_trace_id(failing: FlaskClient, log_lines: Any) -> None:
     answer = failing.get("/crash")
     assert "secret reason" not in answer.text
-    (line,) = [line for line in log_lines() if "exc_info" in line]
+    (line,) = [line for line in log_lines() if "stack" in line]
     assert line["level"] == "ERROR"
     assert line["traceId"] == answer.headers["X-Trace-Id"]
-    assert "RuntimeError: the secret reason" in line["exc_info"]
-    assert __file__ in line["exc_info"]
+    assert (line["exceptionType"], line["exceptionMessage"]) == ("RuntimeError", "the secret reason")
+    assert __file__ in line["stack"]

@@ -1,6 +1,7 @@
 """gunicorn.conf.py holds what the rest of the service relies on."""
 
 import runpy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,18 @@ from wechat.transport import PATIENCE_SECONDS
 
 
 @pytest.fixture
-def configured(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for name, value in {**environ, "PORT": "9123", "WEB_CONCURRENCY": "5", "WEB_THREADS": "7"}.items():
-        monkeypatch.setenv(name, value)
-    return runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+def configure(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    def run(**different: str) -> dict[str, Any]:
+        for name, value in {**environ, **different}.items():
+            monkeypatch.setenv(name, value)
+        return runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+
+    return run
+
+
+@pytest.fixture
+def configured(configure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return configure(PORT="9123", WEB_CONCURRENCY="5", WEB_THREADS="7")
 
 
 def test_the_settings_of_the_environment_are_used(configured: dict[str, Any]) -> None:
@@ -21,9 +30,20 @@ def test_the_settings_of_the_environment_are_used(configured: dict[str, Any]) ->
     assert (configured["workers"], configured["threads"]) == (5, 7)
 
 
-def test_requests_run_in_threads_and_may_finish_what_they_wait_for(configured: dict[str, Any]) -> None:
+def test_requests_run_in_threads_and_may_finish_what_they_wait_for(configure: Callable[..., dict[str, Any]]) -> None:
+    configured = configure(DRAIN_SECONDS="")
+    assert configured["settings"]["DRAIN_SECONDS"] > 0
     assert configured["worker_class"] == "gthread"
-    assert PATIENCE_SECONDS < configured["graceful_timeout"] < 30
+    assert configured["graceful_timeout"] > PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize("seconds", ["", "0", "12"])
+def test_a_stop_with_its_drain_is_over_before_platforms_kill(
+    configure: Callable[..., dict[str, Any]], seconds: str
+) -> None:
+    configured = configure(DRAIN_SECONDS=seconds)
+    assert configured["graceful_timeout"] > 5
+    assert configured["settings"]["DRAIN_SECONDS"] + configured["graceful_timeout"] < 30
 
 
 def test_load_balancers_close_idle_connections_first(configured: dict[str, Any]) -> None:

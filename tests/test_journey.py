@@ -50,9 +50,14 @@ def test_a_user_goes_all_the_way_on_two_instances(start_service: Callable[..., S
         (answer,) = simulator.push(event, url=f"{service.url}/api/v1/wechat/messages")
         assert (answer["status"], answer["body"]) == (200, "success")
     wait_until(lambda: other.read_me(token).json()["data"]["phone"] is None)
-    erased = [
-        line for service in (one, other) for line in service.log_lines() if line["message"] == "personal data erased"
-    ]
+    erased = wait_until(
+        lambda: [
+            line
+            for service in (one, other)
+            for line in service.log_lines()
+            if line["message"] == "personal data erased"
+        ]
+    )
     assert len(erased) == 1
 
     # Log out everywhere: the token and the cookie are worth nothing on either.

@@ -9,6 +9,7 @@ from redis import Redis
 from redis.exceptions import LockError
 
 from errors import ApiError, Code
+from telemetry.metrics import TOKEN_REFRESHES
 from wechat.transport import PATIENCE_SECONDS, Transport, failure
 
 logger = logging.getLogger(__name__)
@@ -107,10 +108,12 @@ class AccessToken:
                     lock.reacquire()
                     token = self._fetch(force=True)
             except ApiError as error:
+                TOKEN_REFRESHES.labels("failure").inc()
                 self._pause(error.api_code.name)
                 if state.token and state.token != refused:
                     return state.token  # it holds for some minutes yet
                 raise
+            TOKEN_REFRESHES.labels("failure" if token == refused else "success").inc()
             if token == refused:
                 self._pause("")
             return token

@@ -9,9 +9,12 @@ from typing import Any
 
 import requests
 import urllib3
+from opentelemetry.trace import SpanKind, StatusCode
 from requests.adapters import HTTPAdapter
 
 from errors import ApiError, Code
+from telemetry import metrics, traces
+from telemetry.redaction import hide
 
 logger = logging.getLogger(__name__)
 # urllib3 logs whole URLs, of odd headers even in warnings, and WeChat wants secrets and tokens in the URL.
@@ -89,26 +92,52 @@ class Transport:
         :raises ApiError: by CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. An exception of
             requests holds the URL and so a secret: none of them goes further than this.
         """
+        hide(params, body)
         for may_retry in (True, False):
             try:
-                status, content = self._exchange(path, params, body)
+                answer = self._try(path, params, body, expected)
             except requests.Timeout:
                 raise failure(path, Code.UPSTREAM_TIMEOUT, "no answer in time") from None
             except requests.ConnectionError as error:
                 if not (may_retry and idempotent):
-                    raise failure(path, Code.UNAVAILABLE, f"no connection: {_root_cause(error)}") from None
+                    raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
             except requests.RequestException as error:
                 raise failure(path, Code.UPSTREAM_INVALID, f"broken answer: {type(error).__name__}") from None
             else:
-                answer = _parse(path, status, content)
-                errcode = answer["errcode"] = _errcode(path, answer)
+                errcode = answer["errcode"]
                 if errcode == 0 or errcode in expected:
                     return answer
                 if errcode != BUSY or not may_retry:
-                    code = CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
-                    raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}")
+                    raise failure(path, _code(errcode), f"errcode {errcode}: {answer.get('errmsg')}", errcode)
             time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
+
+    def _try(
+        self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None, expected: Collection[int]
+    ) -> dict[str, Any]:
+        started, result, outcome = time.perf_counter(), "invalid", "failure"
+        try:
+            # No traceparent goes along: whom we serve, and how, is none of WeChat's business.
+            with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:
+                status, content = self._exchange(path, params, body)
+                answer = _parse(path, status, content)
+                hide(*(value for name, value in answer.items() if name not in ("errcode", "errmsg")))
+                errcode = answer["errcode"] = _errcode(path, answer)
+                span.set_attribute("wechat.errcode", errcode)
+                result, outcome = str(errcode), "ok"
+                if errcode and errcode not in expected:
+                    outcome = "caller" if _code(errcode).number < 500 else "failure"
+                    span.set_status(StatusCode.ERROR)
+                return answer
+        except requests.Timeout:
+            result = "timeout"
+            raise
+        except requests.ConnectionError:
+            result = "unreachable"
+            raise
+        finally:
+            metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
+            metrics.WECHAT_SECONDS.labels(path).observe(time.perf_counter() - started)
 
     def _exchange(self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """Send a request and read the answer, which a timeout of requests alone lets trickle for ever."""
@@ -139,13 +168,15 @@ class Transport:
             return response.status_code, content
 
 
-def failure(path: str, code: Code, why: str) -> ApiError:
+def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiError:
     """Log why a call failed, which the answer will not say; errmsg holds the `rid` that WeChat's support asks for."""
     if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID):
         level = logging.ERROR  # it will not pass by itself
     else:
         level = logging.WARNING if code.number >= 500 else logging.INFO
-    logger.log(level, "WeChat call failed", extra={"interface": path, "code": code.number, "reason": why})
+    logger.log(
+        level, "WeChat call failed", extra={"interface": path, "code": code.number, "reason": why, "errcode": errcode}
+    )
     return ApiError(code)
 
 
@@ -158,20 +189,28 @@ def _parse(path: str, status: int, content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         answer = None
     if status != 200 or not isinstance(answer, dict):
-        raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes")
+        raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, no JSON object")
     return answer
+
+
+def _code(errcode: int) -> Code:
+    return CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
 
 
 def _errcode(path: str, answer: dict[str, Any]) -> int:
     """Absent and 0 both mean success; the presence of errcode or errmsg alone means nothing."""
     try:
-        return int(answer.get("errcode") or 0)
+        errcode = int(answer.get("errcode") or 0)
+        if abs(errcode) >= 2**31:
+            raise OverflowError
     except (TypeError, ValueError, OverflowError):
         raise failure(path, Code.UPSTREAM_INVALID, "errcode is not a number") from None
+    return errcode
 
 
 def _root_cause(error: BaseException) -> str:
-    """The name of the innermost exception, such as ConnectionRefusedError; the text would hold the URL."""
+    """The name and number of the innermost exception, such as ConnectionRefusedError; the text would hold the URL."""
     while error.__context__:
         error = error.__context__
-    return type(error).__name__
+    number = getattr(error, "errno", None)
+    return f"{type(error).__name__} [Errno {number}]" if number else type(error).__name__

@@ -35,8 +35,8 @@ What WeChat does:
 
 What came of it:
 
-    GET /simulator/calls                 -> {"calls": [{"path", "parameters": [names]}]}: what was called, without
-                                         the values
+    GET /simulator/calls                 -> {"calls": [{"path", "parameters": [names], "headers": [names]}]}: what was
+                                         called, without the values
     GET /simulator/session_keys/OPENID   -> {"session_key"}: the one that counts now
     GET /simulator/access_token          -> {"access_token", "expires_in"}: the newest one, or nulls
     GET /simulator/subscribe_messages    -> {"messages"}: what was sent, as it came
@@ -77,7 +77,8 @@ def create_simulator(
             return None
         request.get_data()  # a body left unread would end the connection before the answer is out
         with world.lock:
-            world.memory.calls.append({"path": request.path, "parameters": sorted(request.args)})
+            names = {"parameters": sorted(request.args), "headers": sorted(request.headers.keys())}
+            world.memory.calls.append({"path": request.path, **names})
             fault = world.memory.faults.get(request.path)
             if fault is None:
                 return None

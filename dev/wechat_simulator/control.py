@@ -47,6 +47,11 @@ def control(world: World) -> Blueprint:
         with world.lock:
             return {"calls": list(world.memory.calls)}
 
+    @blueprint.get("/secrets")
+    def list_secrets() -> dict[str, list[str]]:
+        with world.lock:
+            return {"secrets": world.memory.secrets()}
+
     @blueprint.post("/faults")
     def make_fault() -> tuple[dict[str, str], int]:
         wanted = wish()

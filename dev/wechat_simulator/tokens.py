@@ -28,6 +28,10 @@ class TokenPool:
         self._calls: Counter[str] = Counter()
         self._forced_at: list[float] = []
 
+    def issued(self) -> list[str]:
+        """All that still lives, or did so a while ago."""
+        return list(self._ends)
+
     def issue(self, force: bool, now: float) -> tuple[str, int]:
         """Answer a token and the seconds that it lasts.
 

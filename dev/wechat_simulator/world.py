@@ -106,6 +106,23 @@ class Memory:
     web_access_tokens: dict[str, WebToken] = field(default_factory=dict)
     web_refresh_tokens: dict[str, WebToken] = field(default_factory=dict)
 
+    def secrets(self) -> list[str]:
+        """Whatever of all this nobody may tell anybody."""
+        persons = [grant.person for grant in (code.grant for code in self.web_codes.values())]
+        told = [(person.openid, person.unionid) for person in persons]
+        told += [(code.openid, code.unionid) for code in self.codes.values()]
+        return [
+            *(text for pair in told for text in pair if text),
+            *(code.phone for code in self.phone_codes.values()),
+            *self.session_keys.values(),
+            *self.tokens.issued(),
+            *self.codes,
+            *self.phone_codes,
+            *self.web_codes,
+            *self.web_access_tokens,
+            *self.web_refresh_tokens,
+        ]
+
 
 class World:
     """One mini-program and its web apps, as WeChat knows them."""

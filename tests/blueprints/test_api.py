@@ -9,14 +9,14 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from blueprints.api import Blueprint
-from blueprints.auth import administrators, public, signed_in
+from blueprints.auth import administrators, public, scrapers, signed_in
 from blueprints.users import PHONE_CODE_WANTED
 from dev import openapi
 from errors import Code
 from tests.blueprints.callers import Caller
 from tests.harness import Simulator
 
-POLICIES = {public.check, signed_in.check, administrators.check}
+POLICIES = {public.check, signed_in.check, administrators.check, scrapers.check}
 
 
 def test_every_route_belongs_to_a_group(app: Flask) -> None:

@@ -1,19 +1,28 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flask import Flask
 from flask.testing import FlaskClient
 from redis import Redis
 from sqlalchemy.orm import Session
 
-import service
+import settings
 from service import create_app
-from tests.harness import bearer
+from telemetry.metrics import REGISTRY
+from tests.databases import Databases
+from tests.harness import bearer, migrate
+
+
+def up(dependency: str) -> float | None:
+    return REGISTRY.get_sample_value("kuaishang_dependency_up", {"dependency": dependency})
 
 
 def test_the_probes_answer(client: FlaskClient) -> None:
     assert client.get("/livez").get_json()["data"] == {}
     assert client.get("/readyz").get_json()["data"] == {"redis": "up", "database": "up"}
-    assert client.get("/version").get_json()["data"] == {"version": service.VERSION}
+    assert (up("redis"), up("database")) == (1, 1)
+    assert client.get("/version").get_json()["data"] == {"version": settings.VERSION}
 
 
 @pytest.mark.parametrize("away", ["redis", "database"])
@@ -25,7 +34,8 @@ def test_readiness_names_what_is_down_and_liveness_touches_nothing(
     client = app.test_client()
     answer = client.get("/readyz")
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
-    assert list(answer.get_json()["data"]["errors"]) == [away]
+    assert answer.get_json()["data"]["errors"] == {away: ["Does not answer."]}
+    assert (up("redis"), up("database")) == (away != "redis", away != "database")
     assert "Retry-After" in answer.headers
     monkeypatch.setattr(Session, "execute", lambda *_: pytest.fail("asked the database"))
     monkeypatch.setattr(Redis, "execute_command", lambda *_: pytest.fail("asked Redis"))
@@ -33,3 +43,24 @@ def test_readiness_names_what_is_down_and_liveness_touches_nothing(
     monkeypatch.undo()
     app.extensions["redis"].close()
     app.extensions["database"].dispose()
+
+
+@pytest.mark.parametrize("revision", [None, "0003"])
+def test_a_database_that_is_not_migrated_as_far_as_the_code_is_not_ready_until_it_is(
+    make_app: Callable[..., Flask], databases: Databases, revision: str | None
+) -> None:
+    url = databases.create()
+    if revision:
+        migrate(url, "upgrade", revision)
+    client = make_app(DATABASE_URL=url).test_client()
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"database": ["Is not migrated."]}})
+    assert up("database") == 0
+    migrate(url)
+    assert client.get("/readyz").status_code == 200
+    assert up("database") == 1
+
+
+def test_a_mistake_in_a_check_is_not_taken_for_an_outage(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.database.ping", lambda: {}["mistake"])
+    assert client.get("/readyz").status_code == 500

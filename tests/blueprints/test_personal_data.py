@@ -33,7 +33,7 @@ def alice(app: Flask, simulator: Simulator) -> Caller:
 
 def audits(log_lines: Any) -> list[tuple[str, int, int]]:
     lines = [line for line in log_lines() if line["message"] == "audit"]
-    return [(line["event"], line["userId"], line["byUserId"]) for line in lines]
+    return [(line["event"], line["aboutUserId"], line["userId"]) for line in lines]
 
 
 def test_it_is_masked_for_oneself_and_for_administrators(alice: Caller, app: Flask, simulator: Simulator) -> None:

@@ -77,7 +77,8 @@ def fill(engine: Engine) -> None:
 def test_a_new_migration_begins_empty_and_with_the_rule(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "settings.py", "errors.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "storage", tmp_path / "storage")
+    for name in ("storage", "telemetry"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     url = f"sqlite:///{tmp_path / 'test.db'}"
     migrate(url, root=tmp_path)
     migrate(url, "revision", "--autogenerate", "--rev-id", "9999", "-m", "new column", root=tmp_path)
@@ -170,7 +171,9 @@ def test_a_request_has_one_session_and_it_is_closed_whatever_happens(app: Flask,
 def test_a_server_that_dies_within_a_request_costs_that_request_alone(
     make_app: Callable[..., Flask], own_databases: MariaDB
 ) -> None:
-    app = make_app(DATABASE_URL=own_databases.create())
+    database_url = own_databases.create()
+    migrate(database_url)
+    app = make_app(DATABASE_URL=database_url)
 
     def view() -> dict[str, str]:
         database.ping()

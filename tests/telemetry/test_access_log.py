@@ -1,11 +1,14 @@
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from flask import Flask, request
 from flask.testing import FlaskClient
+from werkzeug.test import EnvironBuilder, run_wsgi_app
 
-from telemetry.logs import trace_id
-from tests.harness import bearer
+from telemetry.traces import ids
+from tests.harness import Simulator, bearer, counted
 
 Lines = Callable[[], list[dict[str, Any]]]
 
@@ -27,7 +30,8 @@ def test_a_request_has_one_line_with_its_route_and_never_its_path(
     answer.close()
     (line,) = log_lines()
     assert line["message"] == "request"
-    assert (line["method"], line["route"], line["status"]) == (method, route, status)
+    assert (line["method"], line.get("route"), line["status"]) == (method, route, status)
+    assert line["code"] == status
     assert line["traceId"] == answer.headers["X-Trace-Id"]
     assert 0 <= line["durationMs"] < 10_000
     assert "in-the-query" not in str(line)
@@ -36,7 +40,7 @@ def test_a_request_has_one_line_with_its_route_and_never_its_path(
 
 def test_each_request_has_a_trace_id_of_its_own(client: FlaskClient) -> None:
     assert client.get("/livez").headers["X-Trace-Id"] != client.get("/livez").headers["X-Trace-Id"]
-    assert trace_id.get() is None
+    assert ids() == (None, None)
 
 
 def test_no_token_is_logged(client: FlaskClient, log_lines: Lines, token: str) -> None:
@@ -44,3 +48,96 @@ def test_no_token_is_logged(client: FlaskClient, log_lines: Lines, token: str) -
     client.get(f"/api/v1/users/{token}")
     assert log_lines()
     assert token not in str(log_lines())
+
+
+def test_a_line_says_who_asked_and_so_does_each_line_before_it(
+    app: Flask, client: FlaskClient, log_lines: Lines, token: str
+) -> None:
+    user_id = client.get("/api/v1/users/me", headers=bearer(token)).get_json()["data"]["id"]
+    client.get("/api/v1/users/me/personal-data/full", headers=bearer(token))
+    audit, request = log_lines()[-2:]
+    assert (audit["message"], request["message"]) == ("audit", "request")
+    for line in (audit, request):
+        assert (line["userId"], line["method"]) == (user_id, "GET")
+        assert line["route"] == "/api/v1/users/<user:user_id>/personal-data/full"
+        assert (line["traceId"], line["spanId"]) == (request["traceId"], request["spanId"])
+
+
+def test_a_login_says_whose_it_is(client: FlaskClient, simulator: Simulator, log_lines: Lines) -> None:
+    user = client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]["user"]
+    assert log_lines()[-1]["userId"] == user["id"]
+
+
+def test_what_fails_is_an_error_and_what_the_caller_did_wrong_is_none(app: Flask, log_lines: Lines) -> None:
+    @app.get("/crash")
+    def crash() -> None:
+        raise RuntimeError
+
+    client = app.test_client()
+    client.get("/crash")
+    client.get("/nowhere")
+    lines = [line for line in log_lines() if line["message"] == "request"]
+    assert [(line["level"], line["status"], line["code"]) for line in lines] == [
+        ("ERROR", 500, 500),
+        ("INFO", 404, 404),
+    ]
+
+
+def test_a_hook_that_fails_costs_neither_trace_id_nor_line_nor_count(app: Flask, log_lines: Lines) -> None:
+    @app.get("/last-hook-fails")
+    def view() -> str:
+        return "done"
+
+    @app.after_request
+    @app.teardown_request
+    def fail(answer: object) -> Any:
+        if request.path == "/last-hook-fails":
+            raise RuntimeError
+        return answer
+
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    answers: list[Any] = []
+    with contextlib.suppress(RuntimeError):
+        run_wsgi_app(app, EnvironBuilder("/last-hook-fails").get_environ())
+    app.wsgi_app(EnvironBuilder("/livez").get_environ(), lambda *answer: answers.append(answer))
+    assert "X-Trace-Id" in dict(answers[0][1])
+    lines = [line for line in log_lines() if line["message"] == "request"]
+    assert [(line["route"], line["status"]) for line in lines] == [("/last-hook-fails", 500), ("/livez", 200)]
+    assert counted("http_requests_in_flight") == 0
+    assert ids() == (None, None)
+
+
+def test_a_trace_that_the_caller_began_goes_on(client: FlaskClient, log_lines: Lines) -> None:
+    answer = client.get("/livez", headers={"traceparent": f"00-{'a' * 32}-0123456789abcdef-01"})
+    assert answer.headers["X-Trace-Id"] == "a" * 32
+    (line,) = log_lines()
+    assert (line["traceId"], line["parentSpanId"]) == ("a" * 32, "0123456789abcdef")
+
+
+def test_a_method_that_nobody_knows_is_not_written_as_it_came(client: FlaskClient, log_lines: Lines) -> None:
+    client.open("/livez", method="HUNTER2")
+    assert log_lines()[-1]["method"] == "OTHER"
+
+
+def test_requests_are_counted_by_template_and_measured(client: FlaskClient) -> None:
+    known = {"route": "/api/v1/users/<user:user_id>", "method": "GET", "status": "401", "code": "401"}
+    unknown = {"route": "unmatched", "method": "GET", "status": "404", "code": "404"}
+    before = [counted("http_requests_total", **labels) for labels in (known, unknown)]
+    client.get("/api/v1/users/13812345678")
+    client.get("/api/v1/users/me")
+    client.get("/somewhere/13812345678")
+    after = [counted("http_requests_total", **labels) for labels in (known, unknown)]
+    assert after == [before[0] + 2, before[1] + 1]
+    assert counted("http_request_duration_seconds_bucket", route=known["route"], method="GET", le="+Inf") >= 2
+    assert counted("http_requests_in_flight") == 0
+
+
+def test_logins_are_counted_by_outcome_and_sessions_as_they_begin(client: FlaskClient, simulator: Simulator) -> None:
+    def state() -> list[float]:
+        outcomes = [counted("logins_total", kind="mini_program", outcome=outcome) for outcome in ("success", "460")]
+        return [*outcomes, counted("sessions_created_total")]
+
+    before = state()
+    client.post("/api/v1/auth/wechat", json={"code": simulator.code()})
+    client.post("/api/v1/auth/wechat", json={"code": "0a1b2c3d"})
+    assert [now - then for now, then in zip(state(), before, strict=True)] == [1, 1, 1]

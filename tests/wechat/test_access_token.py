@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from service import create_app
-from tests.harness import APP_ID, Simulator, wait_until
+from tests.harness import APP_ID, Simulator, counted, wait_until
 from wechat import access_token as access_token_module
 from wechat.access_token import DAY_SECONDS, FORCES_A_DAY, AccessToken
 
@@ -88,6 +88,20 @@ def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once_when
     assert len(simulator.calls(PATH)) == 2
     assert len(codes) > 400
     assert set(codes) == {"done"}
+
+
+def test_refreshes_are_counted_by_what_came_of_them(access_token: AccessToken, simulator: Simulator) -> None:
+    def counts() -> list[float]:
+        return [counted("wechat_token_refreshes_total", outcome=outcome) for outcome in ("success", "failure")]
+
+    before = counts()
+    simulator.fault("errcode", errcode=40125, path=PATH)
+    with pytest.raises(ApiError):
+        access_token.get()
+    access_token._redis.flushall()
+    access_token.get(refused=access_token.get())  # which WeChat gives out again until it is forced
+    after = counts()
+    assert [now - then for now, then in zip(after, before, strict=True)] == [2, 1]
 
 
 def test_a_token_that_holds_is_used_by_all(access_token: AccessToken, simulator: Simulator) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import traceback
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask.testing import FlaskClient
 from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
 from errors import ApiError, Code
-from tests.harness import APP_ID, APP_SECRET, Simulator
+from tests.harness import APP_ID, APP_SECRET, Simulator, counted
 from wechat import transport as wechat_transport
 from wechat.transport import Transport
 
@@ -105,6 +107,43 @@ def test_each_errcode_has_its_code(transport: Transport, simulator: Simulator, e
 def test_each_way_to_break_has_its_code(transport: Transport, simulator: Simulator, kind: str, code: Code) -> None:
     simulator.fault(kind, times=2)
     assert failure(transport, simulator.code()).api_code is code
+
+
+@pytest.mark.parametrize(
+    ("fault", "errcode", "outcome", "tries"),
+    [
+        ({}, "0", "ok", 1),
+        ({"kind": "errcode", "errcode": 40163}, "40163", "caller", 1),
+        ({"kind": "errcode", "errcode": -1}, "-1", "failure", 2),
+        ({"kind": "errcode", "errcode": 40125}, "40125", "failure", 1),
+        ({"kind": "close"}, "unreachable", "failure", 2),
+        ({"kind": "not_json"}, "invalid", "failure", 1),
+        ({"kind": "slow"}, "timeout", "failure", 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_each_try_is_counted_by_what_came_of_it_and_measured(
+    transport: Transport,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: dict[str, Any],
+    errcode: str,
+    outcome: str,
+    tries: int,
+) -> None:
+    def counts() -> tuple[float, float]:
+        return (
+            counted("wechat_calls_total", interface=PATH, errcode=errcode, outcome=outcome),
+            counted("wechat_call_duration_seconds_count", interface=PATH),
+        )
+
+    monkeypatch.setattr(wechat_transport, "READ_SECONDS", 0.2)
+    before = counts()
+    if fault:
+        simulator.fault(**fault, times=2, seconds=0.5)
+    with contextlib.suppress(ApiError):
+        redeem(transport, simulator.code())
+    assert counts() == (before[0] + tries, before[1] + tries)
 
 
 def test_an_answer_that_takes_too_long_is_not_waited_for(
@@ -251,6 +290,14 @@ def test_the_request_id_that_wechat_support_asks_for_is_logged(
     caplog.set_level(logging.INFO)
     failure(transport, "0unknown")
     assert ", rid: " in vars(caplog.records[-1])["reason"]
+    assert vars(caplog.records[-1])["errcode"] == 40029
+
+
+def test_what_wechat_says_of_a_failure_is_logged(client: FlaskClient, simulator: Simulator, log_lines: Any) -> None:
+    client.post("/api/v1/auth/wechat", json={"code": "0unknown"})
+    (line,) = [line for line in log_lines() if line["message"] == "WeChat call failed"]
+    assert re.match(r"errcode 40029: invalid code, rid: [0-9a-f-]+", line["reason"])
+    assert (line["interface"], line["errcode"], line["level"]) == (PATH, 40029, "INFO")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""What telemetry costs a request: trace ids, log lines, metrics and exported traces, each on top of the one before.
+
+`python -m bench.telemetry_cost` lets processes read the signed-in user in turns, and prints the ratios of the medians
+of what they spent: CPU seconds of the whole process, its threads included, so that neither the machine's other work nor
+the waiting for Redis makes a difference. The process with log lines does without them in every other turn. Ends with a
+status that is not 0 if a log line costs more than 5 %.
+"""
+
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from werkzeug.datastructures import Headers
+from werkzeug.test import EnvironBuilder, run_wsgi_app
+
+import telemetry
+from bench import environment
+from service import create_app
+from storage import sessions
+from storage.identities import get_or_create_user
+from telemetry import metrics
+from tests.harness import APP_ID, bearer
+from tests.otlp_receiver import OtlpReceiver
+
+NOTHING, IDS, LINES, METRICS, TRACES = VARIANTS = ("nothing", "trace ids", "+ log lines", "+ metrics", "+ traces")
+TURNS, REQUESTS = 40, 200
+PAUSE_SECONDS = 0.15
+"""Longer than lines are gathered: what a turn leaves to the threads is part of it."""
+LIMIT = 1.05
+
+
+class Uncounted:
+    """Stands in for a metric."""
+
+    def labels(self, *labels: object) -> "Uncounted":
+        return self
+
+    def inc(self, *amount: float) -> None:
+        pass
+
+    dec = observe = inc
+
+
+class Server:
+    """A process that serves this variant.
+
+    :param lines: where it writes its log.
+    """
+
+    def __init__(self, variant: str, env: dict[str, str], lines: Any) -> None:
+        command = [sys.executable, "-m", "bench.telemetry_cost", variant]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=env, stdin=pipe, stdout=lines, stderr=pipe, text=True)
+
+    def turn(self, command: str) -> float:
+        """Have REQUESTS requests served, with log lines or `quiet`; answers the seconds of CPU since the last turn."""
+        assert self.process.stdin is not None
+        assert self.process.stderr is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+        return float(self.process.stderr.readline())
+
+    def stop(self) -> None:
+        self.process.communicate(timeout=30)
+
+
+def serve(variant: str) -> None:
+    """For each line of stdin serve REQUESTS requests, and answer on stderr the seconds of CPU since the last time."""
+    if variant == NOTHING:
+        telemetry.init_app = lambda app: None
+    if variant == LINES:
+        metrics.REQUESTS = metrics.REQUEST_SECONDS = metrics.REQUESTS_IN_FLIGHT = Uncounted()  # type: ignore[assignment]
+    app = create_app()
+    with app.test_request_context():
+        token = sessions.log_in(get_or_create_user(APP_ID, "o-bench", None).id)
+    environ = EnvironBuilder("/api/v1/users/me", headers=Headers(bearer(token))).get_environ()
+    before = time.process_time()
+    for command in sys.stdin:
+        logging.disable(logging.CRITICAL if command == "quiet\n" else logging.NOTSET)
+        for _ in range(REQUESTS):
+            _, status, _ = run_wsgi_app(app.wsgi_app, dict(environ))
+            if status != "200 OK":
+                raise RuntimeError(status)
+        time.sleep(PAUSE_SECONDS)
+        now = time.process_time()
+        print(now - before, file=sys.stderr, flush=True)
+        before = now
+
+
+def main() -> None:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        collector = OtlpReceiver()
+        stack.callback(collector.close)
+        env = {**os.environ, **stack.enter_context(environment())}
+        reader = stack.enter_context(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
+        turn = {}
+        for variant in (NOTHING, LINES, METRICS, TRACES):
+            if variant == METRICS:
+                env["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # as under gunicorn
+            if variant == TRACES:
+                env["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.url
+            server = Server(variant, env, reader.stdin)
+            stack.callback(server.stop)
+            server.turn("warm up")
+            turn[variant] = partial(server.turn, "with lines")
+            if variant == LINES:
+                turn[IDS] = partial(server.turn, "quiet")
+        taken: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for number in range(TURNS):
+            for variant in VARIANTS if number % 2 else reversed(VARIANTS):
+                taken[variant].append(turn[variant]())
+    medians = {variant: statistics.median(seconds) for variant, seconds in taken.items()}
+    before = NOTHING
+    for variant, seconds in medians.items():
+        print(
+            f"{variant:12}{seconds / REQUESTS * 1e6:7.0f} µs of CPU a request"
+            f"{seconds / medians[NOTHING]:8.3f} × nothing{seconds / medians[before]:8.3f} × the one before"
+        )
+        before = variant
+    if medians[LINES] > LIMIT * medians[IDS]:
+        sys.exit(f"a log line costs a request more than {LIMIT - 1:.0%} of its time")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1]) if sys.argv[1:] else main()

@@ -1,0 +1,25 @@
+"""What Prometheus scrapes."""
+
+from flask import Response, current_app, request
+
+from blueprints.api import Blueprint
+from blueprints.auth import NOT_THE_METRICS_TOKEN
+from blueprints.health import find_down
+from errors import Code, Message
+from telemetry.exposition import exposition
+
+blueprint = Blueprint("metrics", __name__, description="指标 Metrics")
+
+
+@blueprint.route("/metrics")
+@blueprint.response(200, {"type": "string"}, content_type="text/plain", description="In Prometheus's text format.")
+@blueprint.fails(Code.UNAUTHORIZED, message=NOT_THE_METRICS_TOKEN)
+@blueprint.fails(Code.NOT_FOUND, message=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
+def scrape() -> Response:
+    """The metrics of all workers together, with Redis and the database asked anew
+
+    As OpenMetrics where `Accept` prefers it.
+    """
+    find_down()
+    body, content_type = exposition(request.headers.get("Accept", ""))
+    return current_app.response_class(body, content_type=content_type)

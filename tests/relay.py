@@ -1,0 +1,18 @@
+"""The service with a route that calls another service of ours, at RELAY_TO: `gunicorn tests.relay:app`."""
+
+import os
+
+import requests
+
+from storage import redis
+from telemetry.traces import outgoing_headers
+from wsgi import app
+
+__all__ = ["app"]
+
+
+@app.get("/relay")
+def relay() -> dict[str, int]:
+    redis.ping()
+    answer = requests.get(os.environ["RELAY_TO"], headers=outgoing_headers(), timeout=5)
+    return {"status": answer.status_code}
