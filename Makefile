@@ -5,15 +5,22 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadgroup
 
-export PORT SIMULATOR_PORT
+export PORT SIMULATOR_PORT LOG_FORMAT
+# As they were typed: whatever is pasted here, neither make nor the shell acts on it.
+override ID := $(value ID)
+override LOGS := $(value LOGS)
+export ID LOGS
 
-.PHONY: help run test lint format requirements openapi clean
+.PHONY: help run trace test lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port)
 	@exec $(VENV)/bin/python -m dev.run
+
+trace: $(INSTALLED) ## print all lines of a trace, the failing span first (ID=… from X-Trace-Id; LOGS="files or folders", or - for stdin)
+	@$(VENV)/bin/python -m dev.trace
 
 # On MariaDB ARGS may well choose nothing, which pytest says with a 5.
 test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB where it is installed (ARGS="-k login" for a part, "-n 0 --pdb" to debug)

@@ -1,25 +1,32 @@
 """The launcher behind `make run`: the service with code reload, and real parts for whatever is not configured.
 
-Reads the service's own settings (settings.py), and SIMULATOR_PORT. Keeps what it makes under `--var`.
+Reads the service's own settings (settings.py), SIMULATOR_PORT and LOG_FORMAT. Keeps what it makes under `--var`, the
+service's log lines among it, as `log/<port>.jsonl`.
 """
 
 import argparse
 import base64
 import fcntl
+import logging
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import requests
 
+from dev import log_reader
 from dev.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +41,7 @@ SIMULATED_ACCOUNT = {
 }
 START_SECONDS = 30
 STOP_SECONDS = 5
+LOG_BYTES, LOG_FILES = 10 * 1024 * 1024, 5
 
 signals: list[int] = []
 """Those that ask for the end; a plain list, as the lock of an Event must not be taken in a signal handler."""
@@ -49,13 +57,25 @@ class Stopped(Exception):
 
 
 class Part:
-    """A process that the launcher starts, watches and stops."""
+    """A process that the launcher starts, watches and stops.
 
-    def __init__(self, name: str, command: list[str], env: dict[str, str], inherited: Sequence[int] = ()) -> None:
+    :param read: takes, in a thread, what one start of it writes on stdout, to the end; else that goes where ours goes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        env: dict[str, str],
+        inherited: Sequence[int] = (),
+        read: Callable[[IO[bytes]], None] | None = None,
+    ) -> None:
         self.name = name
         self._command = [sys.executable, "-m", *command]
         self._env = env
         self._inherited = inherited
+        self._read = read
+        self._reader: threading.Thread | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -65,9 +85,13 @@ class Part:
             cwd=ROOT,
             env=self._env,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if self._read else None,
             start_new_session=True,
             pass_fds=self._inherited,
         )
+        if self._read:
+            self._reader = threading.Thread(target=self._read, args=[self.process.stdout], daemon=True)
+            self._reader.start()
 
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -81,6 +105,12 @@ class Part:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.read_to_the_end()
+
+    def read_to_the_end(self) -> None:
+        """Wait for the last lines of a process that has ended."""
+        if self._reader:
+            self._reader.join(STOP_SECONDS)
 
 
 def main() -> None:
@@ -91,6 +121,7 @@ def main() -> None:
         signal.signal(number, lambda number, _: signals.append(number))
     for name in ("NO_PROXY", "no_proxy"):  # whatever proxy leads to the internet, it does not lead here
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # no odd line may end the reading
     with ExitStack() as stack, suppress(Stopped):
         launch(var, {name: value for name, value in os.environ.items() if value.strip()}, stack)
 
@@ -101,6 +132,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     :param env: what is configured; what is not is added.
     :param stack: takes what is to be stopped in the end.
     """
+    show = log_format(env.get("LOG_FORMAT", "text"))
     var.mkdir(parents=True, exist_ok=True)
     door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000")))  # nobody else gets it from now on
     port = door.getsockname()[1]
@@ -120,19 +152,53 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     for name, value in kept_secrets(var).items():
         env.setdefault(name, value)
     migrate(env)
+    env.setdefault("DRAIN_SECONDS", "0")  # no load balancer has to notice the stop
 
+    kept = stack.enter_context(closing(log_file(var / "log" / f"{port}.jsonl")))
     service = Part(
         "the service",
         ["gunicorn", "wsgi:app", "--bind", f"{HOST}:{port}", "--log-level", "warning", "--graceful-timeout", "1"],
         env,
+        read=partial(relay, kept=kept, show=show),
     )
     stack.callback(service.stop)
     door.close()
     sources = snapshot()
     service.start()
     wait_for(f"{url}/livez", service)
-    print(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"]), flush=True)
+    print(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], var / "log" / f"{port}.jsonl"), flush=True)
     watch(service, sources, env)
+
+
+def log_format(name: str) -> Callable[[str], str]:
+    """How a log line is printed.
+
+    :raises SystemExit: if there is no such format.
+    """
+    if name == "json":
+        return str
+    if name == "text":
+        return partial(log_reader.readable, colour=log_reader.wants_colour(sys.stdout))
+    raise fail(f"LOG_FORMAT={name} is neither text nor json")
+
+
+def log_file(path: Path) -> RotatingFileHandler:
+    """Where lines are kept: LOG_FILES files of LOG_BYTES at the most."""
+    path.parent.mkdir(exist_ok=True)
+    return RotatingFileHandler(
+        path, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1, encoding="utf-8", errors="surrogateescape"
+    )
+
+
+def relay(lines: IO[bytes], kept: RotatingFileHandler, show: Callable[[str], str]) -> None:
+    """Keep each line as it is, then print it, until there are no more."""
+    with lines:
+        for line in lines:
+            text = line.decode(errors="surrogateescape").removesuffix("\n")
+            kept.handle(logging.makeLogRecord({"msg": text}))
+            with suppress(OSError):  # nobody is there to see it
+                sys.stdout.write(f"{show(text)}\n")
+                sys.stdout.flush()
 
 
 def free_port(name: str, value: str) -> int:
@@ -279,6 +345,7 @@ def watch(service: Part, sources: dict[Path, int], env: dict[str, str]) -> None:
             service.start()
             told = False
         elif not service.running() and not told:
+            service.read_to_the_end()
             print("make run: the service stopped; its own lines above say why. It starts again when a file changes.")
             told = True
 
@@ -299,12 +366,13 @@ def pause() -> None:
         raise Stopped
 
 
-def banner(url: str, simulator_url: str | None, redis_url: str, database_url: str) -> str:
+def banner(url: str, simulator_url: str | None, redis_url: str, database_url: str, log: Path) -> str:
     """Say where things are, and how to log in from another terminal."""
     where = {"API": url, "Docs": f"{url}/docs", "WeChat": simulator_url or "the account of WECHAT_APP_ID"}
     if simulator_url:
         where["Web login"] = f"{url}/api/v1/auth/wechat/authorize?return_to=/docs"
     where |= {"Redis": without_password(redis_url), "Database": without_password(database_url)}
+    where["Logs"] = f"{log}; make trace ID=… tells what an X-Trace-Id stands for"
     lines = ["", "快上 Kuaishang is up; Ctrl-C stops everything.", ""]
     lines += [f"  {name:10}{place}" for name, place in where.items()]
     if simulator_url:

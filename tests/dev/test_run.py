@@ -1,20 +1,26 @@
 """`make run`, as somebody at a keyboard sees it."""
 
+import io
+import json
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 import requests
 
+from dev import run
 from dev.run import banner, free_port
 from tests.harness import ROOT, wait_until
 
@@ -23,6 +29,7 @@ class Launched:
     """A launcher with a folder, a port and a simulator's port of its own."""
 
     def __init__(self, var: Path, output: Path, root: Path = ROOT, **env: str) -> None:
+        self.var = var
         self.port = env.get("PORT") or str(free_port("PORT", "0"))
         self.output = output
         with output.open("wb") as file:
@@ -37,6 +44,9 @@ class Launched:
 
     def said(self) -> str:
         return self.output.read_text()
+
+    def kept(self) -> list[str]:
+        return (self.var / "log" / f"{self.port}.jsonl").read_text().splitlines()
 
     def ready(self) -> "Launched":
         wait_until(lambda: "Ctrl-C stops everything" in self.said() or self.popen.poll() is not None, 40)
@@ -194,19 +204,23 @@ def test_a_database_that_cannot_be_reached_gets_one_clear_line(launch: Callable[
     assert "cannot be migrated" in launched.said()
 
 
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The project once more, in a folder where its code may be changed."""
+    ignore = shutil.ignore_patterns(".git", ".venv", "var", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, tmp_path / "clone", ignore=ignore))
+
+
 @pytest.mark.parametrize("mistake", ["this is no python", "import no_such_module"])
 def test_changed_code_is_reloaded_and_a_mistake_is_survived(
-    tmp_path: Path, environ: dict[str, str], mistake: str
+    tmp_path: Path, clone: Path, environ: dict[str, str], mistake: str
 ) -> None:
-    clone = tmp_path / "clone"
-    ignore = shutil.ignore_patterns(".git", ".venv", "var", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, clone, ignore=ignore)
     launched = Launched(tmp_path / "var", tmp_path / "said", root=clone, **environ)
     try:
         launched.ready()
         url = f"http://127.0.0.1:{launched.port}/version"
-        source = clone / "service.py"
-        (clone / ".#service.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
+        source = clone / "settings.py"
+        (clone / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
         os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
         original = source.read_text()
 
@@ -234,7 +248,11 @@ def read(url: str) -> str:
 
 def test_passwords_are_not_printed() -> None:
     said = banner(
-        "http://x", None, "redis://user:pass@word@host:6379/0", "mysql://user:word@host/kuaishang?password=word"
+        "http://x",
+        None,
+        "redis://user:pass@word@host:6379/0",
+        "mysql://user:word@host/kuaishang?password=word",
+        Path("x"),
     )
     assert "redis://host:6379/0" in said
     assert "mysql://host/kuaishang" in said
@@ -249,3 +267,181 @@ def test_the_secrets_of_the_environment_come_before_those_that_are_kept(
     kept = dict(line.split("=", 1) for line in (tmp_path / "var" / "secrets.env").read_text().splitlines())
     assert service.environ()["ENCRYPTION_KEYS"] == environ["ENCRYPTION_KEYS"]
     assert service.environ()["SECRET_KEY"] == kept["SECRET_KEY"]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"DRAIN_SECONDS": "2"}])
+def test_a_stop_is_not_announced_unless_somebody_wants_it_so(
+    launch: Callable[..., Launched], chosen: dict[str, str]
+) -> None:
+    family = launch(**chosen).ready().family()
+    service = next(process for process in family if "gunicorn" in " ".join(process.cmdline()))
+    assert service.environ()["DRAIN_SECONDS"] == chosen.get("DRAIN_SECONDS", "0")
+
+
+def test_log_lines_are_printed_readable_and_kept_as_they_are(launch: Callable[..., Launched]) -> None:
+    launched = launch().ready()
+    trace_id = requests.get(f"http://127.0.0.1:{launched.port}/version", timeout=5).headers["X-Trace-Id"]
+    wait_until(lambda: trace_id in "".join(launched.kept()))
+    (line,) = [json.loads(line) for line in launched.kept() if trace_id in line]
+    assert (line["message"], line["status"]) == ("request", 200)
+    launched.end()
+    (shown,) = [row for row in launched.said().splitlines() if trace_id[:8] in row]
+    assert re.fullmatch(
+        rf"\d\d:\d\d:\d\d\.\d{{3}} INFO    {trace_id[:8]} request method=GET route=/version status=200 .*", shown
+    )
+
+
+def test_an_unknown_format_gets_one_clear_line(launch: Callable[..., Launched]) -> None:
+    launched = launch(LOG_FORMAT="xml")
+    assert launched.popen.wait(20) == 1
+    assert launched.said() == "make run: LOG_FORMAT=xml is neither text nor json\n"
+
+
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
+def test_a_terminal_shows_colours_unless_they_are_declined(
+    tmp_path: Path, environ: dict[str, str], env: dict[str, str]
+) -> None:
+    master, slave = pty.openpty()
+    said = bytearray()
+
+    def seen(words: bytes) -> bool:
+        said.extend(os.read(master, 65536))
+        return words in said
+
+    with os.fdopen(slave, "wb", buffering=0) as terminal, os.fdopen(master):
+        port = str(free_port("PORT", "0"))
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "dev.run", "--var", str(tmp_path / "var")],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], **environ, "PORT": port, **env},
+            stdout=terminal,
+            start_new_session=True,
+        )
+        try:
+            wait_until(lambda: seen(b"Ctrl-C stops everything"), 40)
+            requests.get(f"http://127.0.0.1:{port}/version", timeout=5)
+            wait_until(lambda: seen(b"/version"), 10)
+        finally:
+            launcher.terminate()
+            launcher.wait(30)
+    assert (b"\x1b[32mINFO" in said) is (not env)
+    assert (b"\x1b" in said) is (not env)
+
+
+def test_two_launchers_keep_their_lines_apart_and_one_prints_those_of_production(
+    launch: Callable[..., Launched], environ: dict[str, str]
+) -> None:
+    stores = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL")}
+    both = [launched.ready() for launched in [launch(**stores), launch(**stores, LOG_FORMAT="json")]]
+    ids = [requests.get(f"http://127.0.0.1:{it.port}/version", timeout=5).headers["X-Trace-Id"] for it in both]
+    for launched in both:
+        launched.end()
+    assert [[trace_id in "".join(launched.kept()) for trace_id in ids] for launched in both] == [
+        [True, False],
+        [False, True],
+    ]
+    printed = [[row for row in launched.said().splitlines() if row.startswith("{")] for launched in both]
+    assert printed == [[], both[1].kept()]
+
+
+def test_no_line_is_lost_or_mixed_with_others_at_a_reload_or_at_the_end(
+    tmp_path: Path, clone: Path, environ: dict[str, str]
+) -> None:
+    """Each start takes its leave with more than a pipe holds, and in the middle of a line."""
+    last_words = """
+import atexit, os, sys
+def say_goodbye():
+    for number in range(2000):
+        sys.stdout.write('{"message": "goodbye %d %s"}\\n' % (number, "x" * 100))
+    sys.stdout.write("in the middle of a")
+    sys.stdout.flush()
+atexit.register(say_goodbye)
+"""
+    source = clone / "wsgi.py"
+    source.write_text(last_words + source.read_text())
+    launched = Launched(tmp_path / "var", tmp_path / "said", root=clone, **{**environ, "WEB_CONCURRENCY": "1"})
+    url = f"http://127.0.0.1:{launched.port}/version"
+    ids, starts = [], 3
+    try:
+        launched.ready()
+        for start in range(starts):
+            ids += [requests.get(url, timeout=5).headers["X-Trace-Id"] for _ in range(20)]
+            if start < starts - 1:
+                worker = launched.family()
+                os.utime(clone / "errors.py")
+                psutil.wait_procs([it for it in worker if "gunicorn" in " ".join(it.cmdline())], timeout=20)
+                wait_until(lambda: read(url), 20)
+    finally:
+        launched.end()
+    kept, said = launched.kept(), launched.said().splitlines()
+    for lines in (kept, said):
+        assert [trace_id for trace_id in ids if trace_id[:8] not in "\n".join(lines)] == []
+        goodbyes = [match for line in lines if (match := re.search(r"goodbye (\d+) x{100}(?:\"}|)$", line))]
+        assert [int(match[1]) for match in goodbyes] == list(range(2000)) * starts
+    assert [line for line in kept if not line.startswith("{")] == ["in the middle of a"] * starts
+    assert said.count("in the middle of a") == starts
+
+
+def test_a_part_has_stopped_when_its_last_words_are_read() -> None:
+    read = []
+
+    def read_late(lines: IO[bytes]) -> None:
+        time.sleep(0.5)
+        with lines:
+            read.append(lines.read())
+
+    part = run.Part("a poem", ["this"], dict(os.environ), read=read_late)
+    part.start()
+    assert part.process
+    part.process.wait(10)
+    part.stop()
+    assert b"Namespaces are one honking great idea" in read[0]
+
+
+def test_a_launcher_that_stands_still_holds_up_no_request(launch: Callable[..., Launched]) -> None:
+    launched = launch().ready()
+    url = f"http://127.0.0.1:{launched.port}/version"
+    requests.get(url, timeout=5)
+    launched.popen.send_signal(signal.SIGSTOP)
+    try:
+        with requests.Session() as session:  # far more lines than the pipe holds
+            ids = [session.get(url, timeout=5).headers["X-Trace-Id"] for _ in range(1000)]
+    finally:
+        launched.popen.send_signal(signal.SIGCONT)
+    wait_until(lambda: ids[-1] in "".join(launched.kept()))
+    kept = "".join(launched.kept())
+    assert [trace_id for trace_id in ids if trace_id not in kept] == []
+
+
+def test_lines_are_kept_where_nobody_reads_them_any_more(tmp_path: Path, environ: dict[str, str]) -> None:
+    port = str(free_port("PORT", "0"))
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "dev.run", "--var", str(tmp_path)],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environ, "PORT": port},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        assert launcher.stdout
+        with launcher.stdout:
+            next(line for line in launcher.stdout if b"Ctrl-C stops everything" in line)
+        ids = [requests.get(f"http://127.0.0.1:{port}/version", timeout=5).headers["X-Trace-Id"] for _ in range(5)]
+        kept = tmp_path / "log" / f"{port}.jsonl"
+        wait_until(lambda: all(trace_id in kept.read_text() for trace_id in ids))
+    finally:
+        launcher.terminate()
+        launcher.wait(30)
+
+
+def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LOG_BYTES", 1000)
+    kept = run.log_file(tmp_path / "log" / "8000.jsonl")
+    lines = [f'{{"message": "{number:04}"}}\n'.encode() for number in range(1000)] + [b"\xff\n"]
+    run.relay(io.BytesIO(b"".join(lines)), kept, str)
+    kept.close()
+    files = sorted((tmp_path / "log").iterdir(), reverse=True)
+    assert len(files) == run.LOG_FILES
+    assert all(file.stat().st_size <= 1000 for file in files)
+    assert b"".join(lines).endswith(b"".join(file.read_bytes() for file in files))

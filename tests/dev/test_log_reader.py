@@ -1,0 +1,129 @@
+import json
+import os
+import pty
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dev.log_reader import readable, wants_colour
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+LINE = {
+    "timestamp": "2026-11-23T15:59:00.045Z",
+    "level": "INFO",
+    "service": "kuaishang",
+    "traceId": TRACE_ID,
+    "message": "request",
+    "spanId": "00f067aa0ba902b7",
+    "method": "GET",
+    "route": "/api/v1/users/<user:user_id>",
+    "status": 200,
+    "durationMs": 12.5,
+    "instance": "here:8000",
+    "version": "0.1.0",
+    "logger": "telemetry.access_log",
+    "pid": 7,
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_beijing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def read(colour: bool = False, **different: Any) -> str:
+    return readable(json.dumps({**LINE, **different}), colour)
+
+
+def test_a_line_shows_local_time_level_short_trace_id_message_and_fields() -> None:
+    assert read() == (
+        "23:59:00.045 INFO    4bf92f35 request method=GET route=/api/v1/users/<user:user_id> status=200 durationMs=12.5"
+    )
+
+
+def test_a_value_of_several_words_stands_in_quotes() -> None:
+    assert read(reason='no "answer" 在').endswith(r' reason="no \"answer\" 在"')
+    assert read(reason="").endswith(' reason=""')
+    assert read(reason="a=b").endswith(' reason="a=b"')
+    assert read(columns=["phone", "email"]).endswith(' columns=["phone", "email"]')
+
+
+@pytest.mark.parametrize("level", ["WARNING", "ERROR", "CRITICAL"])
+def test_the_trace_id_of_what_went_wrong_can_be_copied_in_full(level: str) -> None:
+    assert read(level=level).endswith(f" traceId={TRACE_ID}")
+    assert "traceId" not in read(level=level, traceId=None)
+
+
+def test_a_stack_stands_indented_beneath() -> None:
+    shown = read(level="ERROR", exceptionType="ValueError", stack='Traceback:\n  File "x.py"\nValueError: bad\n')
+    first, *beneath = shown.splitlines()
+    assert "exceptionType=ValueError" in first
+    assert "stack" not in first
+    assert beneath == ["    Traceback:", '      File "x.py"', "    ValueError: bad"]
+
+
+def test_what_would_forge_a_line_or_steer_the_terminal_is_spelled_out() -> None:
+    shown = read(message="one\ntwo \x1b[2J \u202e", reason="\x1b]0;title\x07", stack="a\x1b[1A", **{"\x1b[m": "\r"})
+    assert r"one\ntwo \x1b[2J \u202e" in shown
+    assert shown.replace("\n    ", "").isprintable()
+
+
+@pytest.mark.parametrize("line", ["", "Traceback:", "null", "[1]", '"text"', "{", "{}", '{"a": 1}', "[" * 100_000])
+def test_what_is_no_log_line_stays_as_it_is(line: str) -> None:
+    assert readable(line, colour=True) == line
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted({*LINE, "stack", "x"})) | st.text(), anything), st.booleans())
+def test_no_object_is_too_odd(fields: dict[str, Any], colour: bool) -> None:
+    shown = readable(json.dumps({"message": "", **fields}), colour)
+    assert all(line.startswith("    ") for line in shown.split("\n")[1:])
+
+
+@pytest.mark.parametrize("depth", range(900, 1000))
+def test_nothing_is_nested_too_deeply(depth: int) -> None:
+    assert readable(f'{{"message": "x", "a": {"[" * depth}{"]" * depth}}}', colour=False)
+
+
+@pytest.mark.parametrize("timestamp", [None, 5, "yesterday", "0001-01-01T00:00:00+23:59"])
+def test_what_is_no_time_is_shown_as_it_is(timestamp: object) -> None:
+    assert read(timestamp=timestamp).startswith(str(timestamp or "-"))
+
+
+def test_colours_change_nothing_but_the_colours() -> None:
+    coloured = read(colour=True, level="ERROR")
+    assert "\x1b[31mERROR" in coloured
+    for code in ("\x1b[31m", "\x1b[2m", "\x1b[1m", "\x1b[m"):
+        coloured = coloured.replace(code, "")
+    assert coloured == read(level="ERROR")
+
+
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "0"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_colour_is_for_terminals_and_for_who_has_not_declined(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], wanted: bool
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master), open(os.devnull, "w") as other:
+        assert wants_colour(terminal) is wanted
+        assert not wants_colour(other)

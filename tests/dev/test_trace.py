@@ -1,0 +1,285 @@
+"""`make trace`, as the developer on call types it."""
+
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.harness import ROOT, Service, Simulator, wait_until
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+HEADING = "\n\nThe whole story\n"
+
+
+def make(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `make trace`, but install nothing."""
+    return subprocess.run(
+        ["make", f"VENV={sys.prefix}", f"--assume-old={sys.prefix}/installed", "trace", *words],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def run(given: str, *logs: Path | str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The same without make, which has an exit status of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "dev.trace"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "TZ": "UTC", "ID": given, "LOGS": shlex.join(map(str, logs))},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def line(second: float, message: str, level: str = "INFO", span: str = "a", **fields: Any) -> str:
+    own = {"timestamp": f"2026-11-23T10:00:{second:06.3f}Z", "level": level, "traceId": TRACE_ID, "message": message}
+    return json.dumps({**own, "spanId": span * 16, "instance": "one:8000", **fields}) + "\n"
+
+
+def story(*lines: str) -> tuple[str, str]:
+    """What is above the heading, and what is below it."""
+    done = run(TRACE_ID, "-", stdin="".join(lines))
+    assert done.returncode == 0, done.stderr
+    above, heading, below = done.stdout.partition(HEADING)
+    assert heading
+    return above, below
+
+
+def messages(shown: str) -> list[str]:
+    """What the lines at the left edge say after time, level, instance and span."""
+    return [row.split()[4] for row in shown.splitlines() if row[:2].isdigit()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "env"),
+    [
+        ({"kind": "not_json"}, {}),
+        ({"kind": "errcode", "errcode": 45009}, {}),
+        # With spans of their own for the calls of WeChat, which nobody takes here.
+        ({"kind": "not_json"}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}),
+    ],
+)
+def test_one_traceparent_through_two_instances_is_one_story(
+    start_service: Callable[..., Service], simulator: Simulator, fault: dict[str, Any], env: dict[str, str]
+) -> None:
+    trace_id = secrets.token_hex(16)
+    headers = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    first, second = start_service(**env), start_service(**env)
+    statuses = []
+    for service in (first, second):
+        if service is second:
+            simulator.fault(**fault)
+        body = {"code": simulator.code()}
+        answer = requests.post(f"{service.url}/api/v1/auth/wechat", json=body, headers=headers, timeout=20)
+        assert answer.headers["X-Trace-Id"] == trace_id
+        statuses.append(answer.status_code)
+    assert statuses[0] == 200
+    assert statuses[1] >= 500
+
+    def written(service: Service) -> list[dict[str, Any]]:
+        lines = [line for line in service.log_lines() if line["traceId"] == trace_id]
+        return lines if any(line["message"] == "request" for line in lines) else []
+
+    ours, theirs = wait_until(lambda: written(first)), wait_until(lambda: written(second))
+    done = make(f"ID={trace_id}", f"LOGS={second.output} {first.output}")
+    assert done.returncode == 0, done.stderr
+    above, _, below = done.stdout.partition(HEADING)
+    title, *failing = above.splitlines()
+    assert title.startswith(f"Trace {trace_id}, ")
+    (cause,) = [line for line in theirs if line["message"] == "WeChat call failed"]
+    assert f"The failing span {cause['spanId']}" in failing
+    assert "interface=/sns/jscode2session" in above
+    assert ours[-1]["instance"] not in "\n".join(failing)
+    rows = [row for row in below.splitlines() if not row.startswith(" ")]
+    assert [row.split()[2] for row in rows] == [line["instance"] for line in ours + theirs]
+    assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
+
+
+def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> None:
+    above, below = story(
+        line(3, "crashed", "ERROR", "b", exceptionType="ValueError", stack="Traceback:\nValueError: bad"),
+        line(4, "request", "ERROR", "b", instance="two:8000"),
+        line(1, "begun", "INFO", "a"),
+        line(5, "request", "INFO", "a"),
+        line(2, "survived", "WARNING", "c", exceptionType="KeyError", stack="Traceback:\nKeyError: 'k'"),
+    )
+    assert above.splitlines()[0] == f"Trace {TRACE_ID}, 2026-11-23 (UTC+0000), 5 lines of one:8000, two:8000"
+    assert messages(above) == ["crashed", "request"]
+    assert "\n    ValueError: bad\n" in above
+    assert messages(below) == ["begun", "survived", "crashed", "request", "request"]
+    assert "\n    KeyError: 'k'\n" in below
+    assert "ValueError: bad" not in below  # once is enough
+    assert "stack=above" in below
+    assert [row.split()[2:4] for row in below.splitlines() if "request" in row] == [
+        ["two:8000", "b" * 8],
+        ["one:8000", "a" * 8],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        # The caller fails because of whom it called.
+        (
+            [
+                line(2, "crashed", "ERROR", "b", parentSpanId="a" * 16, instance="two:1", exceptionType="E"),
+                line(3, "callee failed", "ERROR", "a", exceptionType="E"),
+            ],
+            "b",
+        ),
+        # The clock of the called one is late.
+        (
+            [
+                line(2, "callee failed", "ERROR", "a", exceptionType="E"),
+                line(3, "crashed", "ERROR", "c", instance="two:1", exceptionType="E"),
+                line(3, "request", "ERROR", "c", parentSpanId="b" * 16, instance="two:1"),
+                line(4, "request", "ERROR", "b", parentSpanId="a" * 16, instance="three:1"),
+            ],
+            "c",
+        ),
+        # What it began here, and what fails later, is another matter.
+        (
+            [
+                line(2, "crashed", "ERROR", "a", exceptionType="E"),
+                line(3, "background work failed", "ERROR", "b", parentSpanId="a" * 16, exceptionType="E"),
+            ],
+            "a",
+        ),
+        # The line of a request alone does not say why.
+        (
+            [
+                line(1, "request", "ERROR", "a"),
+                line(2, "WeChat call failed", "WARNING", "b", interface="/sns/jscode2session"),
+                line(3, "request", "ERROR", "b"),
+            ],
+            "b",
+        ),
+        # A failure that was survived is none.
+        (
+            [
+                line(1, "WeChat call failed", "WARNING", "a", interface="/cgi-bin/stable_token"),
+                line(2, "request", "INFO", "a"),
+                line(3, "request", "ERROR", "b"),
+            ],
+            "b",
+        ),
+    ],
+)
+def test_the_failing_span_is_the_one_that_is_the_cause(lines: list[str], cause: str) -> None:
+    above, _ = story(*lines)
+    assert f"The failing span {cause * 16}\n" in above
+
+
+def test_where_none_failed_it_says_so() -> None:
+    above, below = story(line(1, "request", "INFO"))
+    assert above.endswith("No span of it failed.")
+    assert messages(below) == ["request"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        TRACE_ID,
+        TRACE_ID.upper(),
+        f" {TRACE_ID}\n",
+        "4bf92f35-77b3-4da6-a3ce-929d0e0e4736",
+        f"00-{TRACE_ID}-00f067aa0ba902b7-01",
+        f"00-{TRACE_ID}-00f0",
+        "00-4bf92f35",
+        "4bf92f35",
+        "4BF92F3577b34",
+        "4bf92f35-77b",
+    ],
+)
+def test_a_trace_id_is_understood_however_it_is_written(given: str) -> None:
+    done = run(given, "-", stdin=line(1, "request"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Trace {TRACE_ID}")
+
+
+def test_without_an_id_it_says_what_is_wanted() -> None:
+    done = run("", "-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Give ID=" in done.stderr
+
+
+@pytest.mark.parametrize("given", ["4bf92f3", "00-4bf92f3", "no trace id", f"{TRACE_ID}0", "4bf92f3g", "*"])
+def test_what_is_no_trace_id_gets_one_clear_line(given: str) -> None:
+    done = run(given, "-", stdin=line(1, "request"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert f"ID={given} is no trace id" in done.stderr
+
+
+def test_a_beginning_of_several_lists_them() -> None:
+    other = TRACE_ID[:16] + "f" * 16
+    lines = line(2, "request", "ERROR", traceId=other, method="GET", route="/livez") + line(1, "request")
+    done = run(TRACE_ID[:12], "-", stdin=lines)
+    assert done.returncode == 1
+    assert [row.split()[0] for row in done.stdout.splitlines()] == [TRACE_ID, other]
+    assert all(word in done.stdout.splitlines()[1] for word in ("2026-11-23 10:00:02.000", "ERROR", "GET /livez"))
+    assert "2 traces" in done.stderr
+    assert run(other, "-", stdin=lines).stdout.startswith(f"Trace {other}")
+
+
+def test_what_is_not_found_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "8000.jsonl").write_text(line(1, "request"))
+    done = run("0" * 32, tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"make trace: no line of trace {'0' * 32} in {tmp_path}\n"
+    assert "in var/log\n" in run(secrets.token_hex(16)).stderr
+
+
+def test_logs_that_are_not_there_get_one_clear_line(tmp_path: Path) -> None:
+    done = run(TRACE_ID, tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"LOGS={tmp_path}/nowhere cannot be read" in done.stderr
+
+
+def test_folders_are_read_with_what_was_rotated_and_each_file_once(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    for number, name in enumerate(["8000.jsonl.10", "8000.jsonl.2", "8000.jsonl.1", "8000.jsonl"]):
+        (folder / name).write_text(line(1, f"{number}") + line(1, f"{number}b"))
+    (folder / "9000.jsonl").write_text("no JSON\n" + line(0.5, "before", instance="two:9000") + '{"traceId": "4bf92f')
+    done = run(TRACE_ID, folder, folder / "8000.jsonl")
+    assert messages(done.stdout.partition(HEADING)[2]) == ["before", "0", "0b", "1", "1b", "2", "2b", "3", "3b"]
+
+
+def test_what_stands_before_a_line_is_passed_over() -> None:
+    _, below = story(f"[pod/kuaishang-0/web] {line(2, 'second')}", f"2026-11-23T10:00:01Z stdout F {line(1, 'first')}")
+    assert messages(below) == ["first", "second"]
+
+
+@pytest.mark.parametrize("odd", [None, 5, [1], {"a": []}, ""])
+def test_no_line_is_too_odd(odd: object) -> None:
+    fields = dict.fromkeys(["timestamp", "level", "message", "instance", "spanId", "parentSpanId", "stack"], odd)
+    strange = json.dumps({**fields, "traceId": TRACE_ID})
+    _, below = story(strange + "\n", line(1, "fine", "ERROR"), f'{{"traceId": ["{TRACE_ID}"]}}\n')
+    assert "fine" in below
+
+
+def test_make_and_the_shell_act_on_nothing_that_is_pasted(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for pasted in (f"$(shell touch {made})", f"`touch {made}`", f"$(touch {made})", f"'; touch {made}; '", "$$x#"):
+        done = make(f"ID={pasted}", f"LOGS={pasted}")
+        assert f"ID={pasted} is no trace id" in done.stderr
+        assert "LOGS=" in make(f"ID={TRACE_ID}", f"LOGS={pasted}").stderr
+    assert not made.exists()
+    piped = make(f"ID={TRACE_ID}", "LOGS=-", stdin=line(1, "request"))
+    assert messages(piped.stdout.partition(HEADING)[2]) == ["request"]
