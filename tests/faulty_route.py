@@ -1,0 +1,26 @@
+"""The service with routes that misbehave, and no dependency is to blame: `gunicorn tests.faulty_route:app`."""
+
+import logging
+import time
+
+from wsgi import app
+
+__all__ = ["app"]
+
+
+@app.get("/faulty/crash")
+def crash() -> None:
+    raise ZeroDivisionError
+
+
+@app.get("/faulty/slow/<float:seconds>")
+def be_slow(seconds: float) -> str:
+    time.sleep(seconds)
+    return "at last"
+
+
+@app.get("/faulty/chatty/<int:lines>")
+def be_chatty(lines: int) -> str:
+    for _ in range(lines):
+        logging.getLogger(__name__).info("chatter")
+    return "enough"
