@@ -67,7 +67,7 @@ def _begin() -> None:
     route = request.url_rule.rule if request.url_rule else None
     method = request.method if request.method in METHODS else "OTHER"
     started = time.perf_counter()
-    span = RequestSpan(f"{method} {route or ''}".rstrip(), request.headers)
+    span = RequestSpan(method, route, request.headers)
     fields = {"parentSpanId": span.parent_id, "method": method, "route": route}
     tokens = (
         logs.request_fields.set({name: value for name, value in fields.items() if value}),

@@ -78,16 +78,17 @@ def span(
 class RequestSpan:
     """The span of a request, current from here to `end`.
 
-    :param name: the method, `OTHER` for one that HTTP does not know, and the route if there is one.
+    :param method: `OTHER` for one that HTTP does not know.
+    :param route: the template of the path, if there is one.
     :param headers: those of the request; a `traceparent` that is valid is continued.
 
     `trace_id`, `span_id`, and `parent_id`, the span of the caller if there is one, are of 32 and 16 hex digits.
     """
 
-    def __init__(self, name: str, headers: Headers) -> None:
+    def __init__(self, method: str, route: str | None, headers: Headers) -> None:
         caller = _caller(headers)
         self.parent_id = f"{caller.span_id:016x}" if caller else None
-        self._span = _begin(name, caller, _tracer) if _tracer else _ids_only(caller)
+        self._span = _begin(method, route, caller, _tracer) if _tracer else _ids_only(caller)
         ids = self._span.get_span_context()
         self.trace_id, self.span_id = f"{ids.trace_id:032x}", f"{ids.span_id:016x}"
         self._token = context.attach(trace.set_span_in_context(self._span, context.Context()))
@@ -112,17 +113,16 @@ def _caller(headers: Headers) -> trace.SpanContext | None:
     return caller if caller.is_valid else None
 
 
-def _begin(name: str, caller: trace.SpanContext | None, tracer: trace.Tracer) -> trace.Span:
-    method, _, route = name.partition(" ")
-    attributes = {"http.request.method": method}
-    if method == "OTHER":
-        attributes["http.request.method"], name = "_OTHER", f"HTTP {route}".rstrip()
+def _begin(method: str, route: str | None, caller: trace.SpanContext | None, tracer: trace.Tracer) -> trace.Span:
+    # https://opentelemetry.io/docs/specs/semconv/http/http-spans/ has names of its own for what HTTP does not know.
+    verb, known = ("HTTP", "_OTHER") if method == "OTHER" else (method, method)
+    attributes = {"http.request.method": known}
     if route:
         attributes["http.route"] = route
     above = context.Context()
     if caller:
         above = trace.set_span_in_context(trace.NonRecordingSpan(caller), above)
-    return tracer.start_span(name, above, trace.SpanKind.SERVER, attributes)
+    return tracer.start_span(f"{verb} {route or ''}".rstrip(), above, trace.SpanKind.SERVER, attributes)
 
 
 def _ids_only(caller: trace.SpanContext | None) -> trace.Span:

@@ -27,7 +27,7 @@ def test_work_has_an_application_context_and_the_trace_id_of_who_submitted_it(sm
         database.ping()
         seen.append((argument, current_app.name, ids()[0]))
 
-    request = RequestSpan("GET /", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    request = RequestSpan("GET", "/", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     small.submit(work, "argument")
     request.end(200)
     small.close()
@@ -41,7 +41,7 @@ def test_a_failure_is_logged_with_its_trace_id_and_counted_and_the_next_one_runs
     def fail() -> None:
         raise RuntimeError("the reason")
 
-    request = RequestSpan("GET /", Headers({"traceparent": f"00-{'b' * 32}-{'b' * 16}-01"}))
+    request = RequestSpan("GET", "/", Headers({"traceparent": f"00-{'b' * 32}-{'b' * 16}-01"}))
     with app.app_context():
         background.submit(fail)
         background.submit(done.set)
@@ -119,7 +119,7 @@ def test_functions_run_at_once_each_with_a_context_of_its_own_and_the_callers_tr
         database.ping()
         return g._get_current_object(), ids()[0]
 
-    span = RequestSpan("GET /", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    span = RequestSpan("GET", "/", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     with app.app_context():
         outcomes = fan_out.run({"one": work, "other": lambda: work()}, 5)
         contexts = [*(context for context, _ in outcomes.values()), g._get_current_object()]

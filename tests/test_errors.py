@@ -147,7 +147,7 @@ def test_a_database_that_is_away_is_503_and_the_log_says_why(
     app = make_app(DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder.db")
     answer = app.test_client().get("/api/v1/users/me", headers=bearer(token))
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
-    assert "unable to open database file" in str(log_lines())
+    assert "the database is unavailable: unable to open database file" in str(log_lines())
 
 
 def test_a_405_says_which_methods_are_allowed(client: FlaskClient) -> None:

@@ -21,7 +21,7 @@ from storage import database
 from storage.models import PERSONAL_FIELDS, Base, User, now
 from storage.privacy import DecryptionError
 from tests.databases import Databases, MariaDB
-from tests.harness import ROOT, migrate
+from tests.harness import PERSON, ROOT, migrate
 
 
 def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
@@ -284,15 +284,6 @@ def test_mysql_tells_openids_apart_by_case_and_leaves_a_row_that_exists() -> Non
     assert "openid VARCHAR(64) COLLATE utf8mb4_bin NOT NULL" in str(table)
     insert = database.insert_statement("mysql", User, {"app_id": "wx1", "openid": "o-once"}).compile(dialect=dialect)
     assert str(insert).endswith("ON DUPLICATE KEY UPDATE app_id = users.app_id, openid = users.openid")
-
-
-PERSON = {
-    "phone": "13812345678",
-    "real_name": "张三丰",
-    "id_card": "11010519491231002X",
-    "email": "zhang@example.com",
-    "bank_card": "6222021234567890123",
-}
 
 
 def test_the_personal_fields_are_these() -> None:

@@ -16,16 +16,9 @@ from sqlalchemy.exc import OperationalError
 
 from storage import database, key_rotation
 from storage.models import PERSONAL_FIELDS, Base, Identity, User
-from tests.harness import ROOT
+from tests.harness import PERSON, ROOT
 
 OLD, NEW, LOST = (base64.b64encode(secrets.token_bytes(32)).decode() for _ in range(3))
-PERSON = {
-    "phone": "13812345678",
-    "real_name": "张三丰",
-    "id_card": "11010519491231002X",
-    "email": "zhang@example.com",
-    "bank_card": "6222021234567890123",
-}
 ApplicationWith = Callable[..., Flask]
 
 

@@ -7,6 +7,7 @@ from flask import Flask, request
 from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
+from telemetry.fields import FIELDS
 from telemetry.traces import ids
 from tests.harness import Simulator, bearer, counted
 
@@ -61,6 +62,22 @@ def test_a_line_says_who_asked_and_so_does_each_line_before_it(
         assert (line["userId"], line["method"]) == (user_id, "GET")
         assert line["route"] == "/api/v1/users/<user:user_id>/personal-data/full"
         assert (line["traceId"], line["spanId"]) == (request["traceId"], request["spanId"])
+
+
+def test_the_line_of_a_request_has_its_fields_in_the_order_of_the_house(
+    client: FlaskClient, log_lines: Lines, token: str
+) -> None:
+    client.get("/api/v1/users/me", headers=bearer(token))
+    *_, line = log_lines()
+    assert list(line) == [name for name in FIELDS if name in line]
+
+
+def test_a_probe_that_a_stop_refuses_is_no_error(
+    client: FlaskClient, log_lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetry.instance_directory.is_stopping", lambda: True)
+    assert client.get("/readyz").status_code == 503
+    assert [(line["level"], line["status"]) for line in log_lines()] == [("INFO", 503)]
 
 
 def test_a_login_says_whose_it_is(client: FlaskClient, simulator: Simulator, log_lines: Lines) -> None:

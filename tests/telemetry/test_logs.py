@@ -25,7 +25,7 @@ logger = logging.getLogger("some.part")
 
 
 def test_a_line_has_the_fields_of_the_house_first_and_in_order(log_lines: Lines) -> None:
-    span = RequestSpan("GET /livez", Headers({"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}))
+    span = RequestSpan("GET", "/livez", Headers({"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}))
     logger.warning("ready after %d s: 快上", 3, extra={"reason": "redis"})
     span.end(200)
     (line,) = log_lines()

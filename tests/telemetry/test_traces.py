@@ -54,7 +54,7 @@ TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
     ],
 )
 def test_a_valid_traceparent_is_continued(traceparent: str, flags: str) -> None:
-    span = traces.RequestSpan("GET /livez", Headers({"traceparent": traceparent}))
+    span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": traceparent}))
     trace_id, span_id = traces.ids()
     assert (trace_id, span.trace_id, span.parent_id) == (TRACE, TRACE, CALLER)
     assert span_id != CALLER
@@ -95,7 +95,7 @@ def test_a_valid_traceparent_is_continued(traceparent: str, flags: str) -> None:
     ],
 )
 def test_any_other_traceparent_begins_a_new_trace(traceparent: str) -> None:
-    span = traces.RequestSpan("GET /livez", Headers({"traceparent": traceparent, "tracestate": "a=1"}))
+    span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": traceparent, "tracestate": "a=1"}))
     assert span.parent_id is None
     assert re.fullmatch("(?!0{32})[0-9a-f]{32}", span.trace_id)
     assert span.trace_id != TRACE
@@ -109,7 +109,7 @@ def test_any_other_traceparent_begins_a_new_trace(traceparent: str) -> None:
     | st.from_regex("[0-9a-fx]{2}-[0-9a-fF]{31,33}-[0-9a-f]{15,17}-[0-9a-f]{1,3}(-.*)?", fullmatch=True)
 )
 def test_whatever_comes_a_trace_has_an_id_and_goes_on_only_if_that_is_valid(traceparent: str) -> None:
-    span = traces.RequestSpan("GET /livez", Headers({"traceparent": re.sub("[\r\n]", "", traceparent)}))
+    span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": re.sub("[\r\n]", "", traceparent)}))
     sent = re.fullmatch(
         r"[ \t]*(?!ff)([0-9a-f]{2})-(?!0+-)([0-9a-f]{32})-(?!0+-)([0-9a-f]{16})-[0-9a-f]{2}(-[^,]*)?[ \t]*",
         re.sub("[\r\n]", "", traceparent),
@@ -126,7 +126,7 @@ def test_the_tracestate_goes_along_if_it_is_valid(journal: Any) -> None:
         ("13812345678 is no member", {}),
         ("a=1," * 200, {}),
     ]:
-        span = traces.RequestSpan("GET /livez", Headers({"traceparent": TRACEPARENT, "tracestate": tracestate}))
+        span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": TRACEPARENT, "tracestate": tracestate}))
         headers = traces.outgoing_headers()
         span.end(200)
         assert headers.pop("traceparent")
@@ -137,7 +137,7 @@ def test_the_tracestate_goes_along_if_it_is_valid(journal: Any) -> None:
 def test_without_a_caller_each_request_begins_a_trace_that_others_may_record() -> None:
     sent = []
     for _ in range(2):
-        span = traces.RequestSpan("GET /livez", Headers())
+        span = traces.RequestSpan("GET", "/livez", Headers())
         sent.append(traces.outgoing_headers()["traceparent"])
         span.end(200)
     assert all(re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", traceparent) for traceparent in sent)
