@@ -232,19 +232,22 @@ class QueuedHandler(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._queue.qsize() >= CAPACITY:
-            self._dropped += 1
-            self._drop()
+        if not self._has_room(CAPACITY):
             return
         if isinstance(record, RequestRecord):
             self._queue.put(record.line)  # one after the other, the thread formats them in a fraction of the time
             return
         line = self._formatted(record)
-        if len(line) > LONG_BYTES and self._queue.qsize() >= CAPACITY // 10:
-            self._dropped += 1
-            self._drop()
-        else:
+        if len(line) <= LONG_BYTES or self._has_room(CAPACITY // 10):
             self._queue.put(line)
+
+    def _has_room(self, capacity: int) -> bool:
+        """Whether fewer lines than that wait; counts the line that is dropped if not."""
+        if self._queue.qsize() < capacity:
+            return True
+        self._dropped += 1
+        self._drop()
+        return False
 
     def _of_request(self, line: RequestLine) -> bytes:
         try:
