@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 from dev.run import free_port
@@ -41,6 +42,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 15) -> Any:
             return outcome
         time.sleep(0.05)
     raise AssertionError(f"not so within {seconds} s")
+
+
+def suspend(process: subprocess.Popen[Any]) -> None:
+    """Let a process hang. Its threads may go on for some milliseconds after the signal, so wait until they stand."""
+    suspended = psutil.Process(process.pid)
+    suspended.suspend()
+    wait_until(lambda: suspended.status() == psutil.STATUS_STOPPED)
 
 
 def answers(url: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from dev.redis_server import RedisServer
 from storage.database import STATEMENT_SECONDS
 from telemetry.instance_directory import PREFIX
 from tests.databases import MariaDB
-from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, answers, bearer, migrate, wait_until
+from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, answers, bearer, migrate, suspend, wait_until
 
 StartService = Callable[..., Service]
 Sample = tuple[str, ...]
@@ -256,15 +257,16 @@ def test_a_worker_starts_also_where_somebody_has_removed_the_directory(start_ser
 @pytest.fixture
 def hang() -> Iterator[Callable[..., None]]:
     """Let processes hang until the test is over."""
-    hanging: list[psutil.Process] = []
+    hanging: list[subprocess.Popen[Any]] = []
 
-    def stop(pid: int) -> None:
-        hanging.append(psutil.Process(pid))
-        hanging[-1].suspend()
+    def stop(process: subprocess.Popen[Any] | None) -> None:
+        assert process
+        hanging.append(process)
+        suspend(process)
 
     yield stop
     for process in hanging:
-        process.resume()
+        process.send_signal(signal.SIGCONT)
 
 
 def assert_names_at_once(service: Service, *down: str) -> None:
@@ -279,7 +281,7 @@ def assert_names_at_once(service: Service, *down: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
             asked = list(pool.map(ask, range(8)))
-            assert all(read == (503, errors) for _, read in asked)
+            assert [read for _, read in asked] == [(503, errors)] * 8
             assert max(seconds for seconds, _ in asked) < 1
     read = scrape(service)
     for name in ("redis", "database"):
@@ -291,9 +293,9 @@ def test_readiness_names_a_redis_that_hangs_in_less_than_a_second(
 ) -> None:
     service = start_service(REDIS_URL=own_redis.url)
     assert readiness(service)[0] == 200
-    assert own_redis.process
-    hang(own_redis.process.pid)
+    hang(own_redis.process)
     assert_names_at_once(service, "redis")
+    assert own_redis.process
     own_redis.process.send_signal(signal.SIGCONT)
     wait_until(lambda: readiness(service)[0] == 200, seconds=5)
 
@@ -315,11 +317,9 @@ def test_readiness_names_a_mariadb_that_hangs_in_less_than_a_second_and_the_end_
     if connected:
         for _ in range(10):
             assert readiness(service)[0] == 200
-    assert own_databases.process
-    hang(own_databases.process.pid)
+    hang(own_databases.process)
     if both:
-        assert own_redis.process
-        hang(own_redis.process.pid)
+        hang(own_redis.process)
     assert_names_at_once(service, "database", *(["redis"] if both else []))
     started = time.monotonic()
     service.stop()

@@ -26,7 +26,7 @@ from storage.models import User
 from telemetry import logs
 from telemetry.fields import FIELDS
 from tests.databases import Databases, MariaDB
-from tests.harness import APP_SECRET, ROOT, Service, Simulator, bearer, migrate, wait_until
+from tests.harness import APP_SECRET, ROOT, Service, Simulator, bearer, migrate, suspend, wait_until
 
 StartService = Callable[..., Service]
 LOGIN = "/api/v1/auth/wechat"
@@ -104,7 +104,7 @@ def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself
     if how == "stopped":
         own_redis.stop()
     else:
-        own_redis.process.send_signal(signal.SIGSTOP)
+        suspend(own_redis.process)
     for call in (
         lambda: service.read_me(token),
         lambda: requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5),
@@ -130,7 +130,7 @@ def test_requests_wait_side_by_side_for_a_redis_that_hangs(
 ) -> None:
     service = start_service(REDIS_URL=own_redis.url, WEB_CONCURRENCY="1")
     token = service.log_in(simulator)
-    own_redis.process.send_signal(signal.SIGSTOP)
+    suspend(own_redis.process)
     started = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: service.read_me(token), range(8)))
@@ -177,7 +177,7 @@ def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(
         code = simulator.code()
         login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
         wait_until(simulator.calls)
-        own_redis.process.send_signal(signal.SIGSTOP)
+        suspend(own_redis.process)
         answer = login.result()
     assert time.monotonic() - started < 2
     assert (answer.status_code, answer.json()["code"]) == (503, 503)

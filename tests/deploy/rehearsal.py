@@ -31,7 +31,7 @@ from dev.run import free_port
 from telemetry.logs import CAPACITY
 from tests.databases import MariaDB
 from tests.deploy.test_prometheus import FOLDER
-from tests.harness import APP_ID, METRICS_TOKEN, Service, Simulator, answers, wait_until
+from tests.harness import APP_ID, METRICS_TOKEN, Service, Simulator, answers, suspend, wait_until
 
 pytestmark = pytest.mark.only_on("mariadb")
 
@@ -246,7 +246,7 @@ def test_redis_is_stopped(stage: Stage, redis_server: RedisServer) -> None:
 def test_redis_hangs(stage: Stage, redis_server: RedisServer) -> None:
     server = redis_server.process
     assert server
-    rehearse(stage, "RedisAway", lambda: server.send_signal(signal.SIGSTOP), lambda: server.send_signal(signal.SIGCONT))
+    rehearse(stage, "RedisAway", lambda: suspend(server), lambda: server.send_signal(signal.SIGCONT))
 
 
 def test_mariadb_is_killed(stage: Stage, databases: MariaDB) -> None:
@@ -281,7 +281,7 @@ def test_wechat_is_too_slow(stage: Stage) -> None:
 
 def test_nobody_reads_the_log(stage: Stage) -> None:
     def begin() -> None:
-        stage.log_reader.send_signal(signal.SIGSTOP)
+        suspend(stage.log_reader)
         for _ in range(60):
             stage.get(f"/faulty/chatty/{CAPACITY // 10}")
 

@@ -22,7 +22,7 @@ import requests
 
 from dev import run
 from dev.run import banner, free_port
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT, suspend, wait_until
 
 
 class Launched:
@@ -402,7 +402,7 @@ def test_a_launcher_that_stands_still_holds_up_no_request(launch: Callable[..., 
     launched = launch().ready()
     url = f"http://127.0.0.1:{launched.port}/version"
     requests.get(url, timeout=5)
-    launched.popen.send_signal(signal.SIGSTOP)
+    suspend(launched.popen)
     try:
         with requests.Session() as session:  # far more lines than the pipe holds
             ids = [session.get(url, timeout=5).headers["X-Trace-Id"] for _ in range(1000)]
