@@ -1,7 +1,7 @@
 """The launcher behind `make run`: the service with code reload, and real parts for whatever is not configured.
 
 Reads the service's own settings (settings.py), SIMULATOR_PORT and LOG_FORMAT. Keeps what it makes under `--var`, the
-service's log lines among it, as `log/<port>.jsonl`.
+service's log lines among it, as `log/<port>.jsonl`. Prints these lines on stdout, and what itself has to say on stderr.
 """
 
 import argparse
@@ -50,6 +50,12 @@ signals: list[int] = []
 def fail(line: str) -> SystemExit:
     """One line for the person at the keyboard, and a status that is not 0."""
     return SystemExit(f"make run: {line}")
+
+
+def say(words: str) -> None:
+    """Tell the person at the keyboard, if one is there."""
+    with suppress(OSError):
+        print(words, file=sys.stderr, flush=True)
 
 
 class Stopped(Exception):
@@ -166,7 +172,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     sources = snapshot()
     service.start()
     wait_for(f"{url}/livez", service)
-    print(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], var / "log" / f"{port}.jsonl"), flush=True)
+    say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], var / "log" / f"{port}.jsonl"))
     watch(service, sources, env)
 
 
@@ -341,12 +347,12 @@ def watch(service: Part, sources: dict[Path, int], env: dict[str, str]) -> None:
             try:
                 migrate(env)
             except SystemExit as error:
-                print(error, flush=True)
+                say(str(error))
             service.start()
             told = False
         elif not service.running() and not told:
             service.read_to_the_end()
-            print("make run: the service stopped; its own lines above say why. It starts again when a file changes.")
+            say("make run: the service stopped; its own lines above say why. It starts again when a file changes.")
             told = True
 
 

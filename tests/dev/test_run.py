@@ -32,17 +32,21 @@ class Launched:
         self.var = var
         self.port = env.get("PORT") or str(free_port("PORT", "0"))
         self.output = output
-        with output.open("wb") as file:
+        with output.open("wb") as stdout, output.with_suffix(".errors").open("wb") as stderr:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "dev.run", "--var", str(var)],
                 cwd=root,
                 env={"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env},
-                stdout=file,
-                stderr=subprocess.STDOUT,
+                stdout=stdout,
+                stderr=stderr,
                 start_new_session=True,
             )
 
     def said(self) -> str:
+        return self.printed() + self.output.with_suffix(".errors").read_text()
+
+    def printed(self) -> str:
+        """On stdout alone."""
         return self.output.read_text()
 
     def kept(self) -> list[str]:
@@ -315,6 +319,7 @@ def test_a_terminal_shows_colours_unless_they_are_declined(
             cwd=ROOT,
             env={"PATH": os.environ["PATH"], **environ, "PORT": port, **env},
             stdout=terminal,
+            stderr=terminal,
             start_new_session=True,
         )
         try:
@@ -340,8 +345,8 @@ def test_two_launchers_keep_their_lines_apart_and_one_prints_those_of_production
         [True, False],
         [False, True],
     ]
-    printed = [[row for row in launched.said().splitlines() if row.startswith("{")] for launched in both]
-    assert printed == [[], both[1].kept()]
+    assert "{" not in both[0].printed()
+    assert both[1].printed().splitlines() == both[1].kept()
 
 
 def test_no_line_is_lost_or_mixed_with_others_at_a_reload_or_at_the_end(
@@ -420,13 +425,14 @@ def test_lines_are_kept_where_nobody_reads_them_any_more(tmp_path: Path, environ
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], **environ, "PORT": port},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
     try:
         assert launcher.stdout
-        with launcher.stdout:
-            next(line for line in launcher.stdout if b"Ctrl-C stops everything" in line)
+        assert launcher.stderr
+        with launcher.stdout, launcher.stderr:
+            next(line for line in launcher.stderr if b"Ctrl-C stops everything" in line)
         ids = [requests.get(f"http://127.0.0.1:{port}/version", timeout=5).headers["X-Trace-Id"] for _ in range(5)]
         kept = tmp_path / "log" / f"{port}.jsonl"
         wait_until(lambda: all(trace_id in kept.read_text() for trace_id in ids))
