@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
 from queue import SimpleQueue
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -59,20 +59,10 @@ def bind(user_id: int) -> None:
     request_fields.set({**request_fields.get(), "userId": user_id})
 
 
-class RequestLine(NamedTuple):
-    """All that the line of a request says, so that it can be formatted later and elsewhere."""
-
-    level: str
-    logger: str
-    created: float
-    """Seconds since the epoch."""
-    ids: tuple[str | None, str | None]
-    """The trace id and the span id."""
-    fields: dict[str, Any]
-
-
 class RequestRecord(logging.LogRecord):
-    """What is logged of a request. As each has one, it is made without what no line says, as by which line of code.
+    """What is logged of a request: all that its line says, so that it can be formatted later and elsewhere.
+
+    As each request has one, it is made without what no line says, as by which line of code.
 
     :param name: the logger's.
     :param ids: the trace id and the span id of the request.
@@ -83,7 +73,8 @@ class RequestRecord(logging.LogRecord):
         vars(self).update(_BLANK)
         self.name, self.levelno, self.levelname, self.msg = name, level, logging.getLevelName(level), "request"
         self.created = time.time()
-        self.line = RequestLine(self.levelname, name, self.created, ids, request_fields.get() | fields)
+        self.ids = ids
+        self.fields = request_fields.get() | fields
 
 
 class JsonLineFormatter(logging.Formatter):
@@ -98,28 +89,29 @@ class JsonLineFormatter(logging.Formatter):
         self._of_every_line = {"instance": instance, "version": version}
 
     def format(self, record: logging.LogRecord) -> str:
+        ids: tuple[str | None, str | None]
         if isinstance(record, RequestRecord):
-            return self.format_request(record.line).decode()
-        fields = request_fields.get() | _extra(record)
-        error = record.exc_info[1] if record.exc_info else None
-        if error is not None:
-            fields |= {"exceptionType": _name(error), "exceptionMessage": _said(error), "stack": _stack(error)}
-        line = RequestLine(record.levelname, record.name, record.created, traces.ids(), fields)
-        return self._format(line, _message(record)).decode()
-
-    def format_request(self, line: RequestLine) -> bytes:
-        return self._format(line, "request")
-
-    def _format(self, line: RequestLine, message: str) -> bytes:
-        trace_id, span_id = line.ids
-        moment = f"{_second(int(line.created))}.{int(line.created % 1 * 1000):03}Z"
-        head = {"timestamp": moment, "level": line.level, "service": SERVICE, "traceId": trace_id, "message": message}
-        if span_id:
-            head["spanId"] = span_id
-        fields = head | line.fields
-        if "userId" in fields:
-            fields["userId"] = fields.pop("userId")  # after what the line itself says
-        return msgspec.json.encode({**fields, **self._of_every_line, "logger": line.logger, "pid": os.getpid()})
+            ids, message, fields = record.ids, record.msg, record.fields
+        else:
+            ids, message, fields = traces.ids(), _message(record), request_fields.get() | _extra(record)
+            error = record.exc_info[1] if record.exc_info else None
+            if error is not None:
+                fields |= {"exceptionType": _name(error), "exceptionMessage": _said(error), "stack": _stack(error)}
+        line = {
+            "timestamp": f"{_second(int(record.created))}.{int(record.created % 1 * 1000):03}Z",
+            "level": record.levelname,
+            "service": SERVICE,
+            "traceId": ids[0],
+            "message": message,
+        }
+        if ids[1]:
+            line["spanId"] = ids[1]
+        line |= fields
+        if "userId" in line:
+            line["userId"] = line.pop("userId")  # after what the line itself says
+        line |= self._of_every_line
+        line |= {"logger": record.name, "pid": os.getpid()}
+        return msgspec.json.encode(line).decode()
 
 
 @lru_cache(2)
@@ -216,7 +208,6 @@ class QueuedHandler(logging.Handler):
     def __init__(self, formatter: JsonLineFormatter, drop: Callable[[], None], descriptor: int) -> None:
         super().__init__()
         self.setFormatter(formatter)
-        self._formatter = formatter
         self._drop = drop
         self._descriptor = descriptor
         self.start()
@@ -226,7 +217,7 @@ class QueuedHandler(logging.Handler):
 
     def start(self) -> None:
         """Begin with an empty queue and a thread of this process."""
-        self._queue: SimpleQueue[bytes | RequestLine | None] = SimpleQueue()
+        self._queue: SimpleQueue[bytes | RequestRecord | None] = SimpleQueue()
         self._dropped = 0
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         self._thread.start()
@@ -235,7 +226,7 @@ class QueuedHandler(logging.Handler):
         if not self._has_room(CAPACITY):
             return
         if isinstance(record, RequestRecord):
-            self._queue.put(record.line)  # one after the other, the thread formats them in a fraction of the time
+            self._queue.put(record)  # one after the other, the thread formats them in a fraction of the time
             return
         line = self._formatted(record)
         if len(line) <= LONG_BYTES or self._has_room(CAPACITY // 10):
@@ -249,16 +240,10 @@ class QueuedHandler(logging.Handler):
         self._drop()
         return False
 
-    def _of_request(self, line: RequestLine) -> bytes:
-        try:
-            return self._formatter.format_request(line) + b"\n"
-        except Exception as error:  # noqa: BLE001  the thread must go on
-            return self._line(logging.ERROR, "a line cannot be written", reason=f"{_name(error)} of a request")
-
     def _formatted(self, record: logging.LogRecord) -> bytes:
         try:
             return self.format(record).encode() + b"\n"
-        except Exception as error:  # noqa: BLE001  logging itself would print it, with all arguments
+        except Exception as error:  # noqa: BLE001  logging itself would print it, with all arguments, or the thread end
             reason = f"{_name(error)} at {os.path.basename(record.pathname)}:{record.lineno}"
             return self._line(logging.ERROR, "a line cannot be written", reason=reason)
 
@@ -276,7 +261,7 @@ class QueuedHandler(logging.Handler):
             while len(batch) < BATCH_LINES and not self._queue.empty():
                 batch.append(self._queue.get())
             closing = None in batch
-            lines = [line if isinstance(line, bytes) else self._of_request(line) for line in batch if line is not None]
+            lines = [line if isinstance(line, bytes) else self._formatted(line) for line in batch if line is not None]
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 lines.append(self._line(logging.WARNING, "log lines were dropped", dropped=dropped))
