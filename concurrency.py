@@ -119,8 +119,7 @@ class FanOut:
             return function()
 
     def _outcome(self, future: Future[Any]) -> Any:
-        future.cancel()  # if it is done or runs, this does nothing
-        if future.cancelled() or not future.done():
+        if future.cancel() or not future.done():  # what has not begun never will
             return TimeoutError("not done in time")
         error = future.exception()
         return future.result() if error is None else error

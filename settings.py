@@ -155,7 +155,7 @@ class Settings(Schema):
     )
     METRICS_TOKEN = _optional(
         "What Prometheus brings as bearer token to /metrics, 16 characters or more; without it there is no /metrics.",
-        "[!-~]{16,}|",
+        "[!-~]{16,}",
         "Not 16 or more characters of ASCII.",
     )
     OTEL_EXPORTER_OTLP_ENDPOINT = _site(
@@ -200,7 +200,7 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
 
 
 def instance(port: int) -> str:
-    """What tells this instance from the others in logs, traces and metrics."""
+    """What tells this instance from the others in logs and traces."""
     return f"{socket.gethostname()}:{port}"
 
 

@@ -5,7 +5,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from dev.redis_server import RedisServer
@@ -15,8 +15,7 @@ from tests.harness import APP_ID, migrate
 @contextmanager
 def environment() -> Iterator[dict[str, str]]:
     """What the service needs: a Redis of its own, and a migrated database, on SQLite unless DATABASE_URL is set."""
-    with tempfile.TemporaryDirectory() as folder:
-        redis = RedisServer(Path(folder) / "redis")
+    with tempfile.TemporaryDirectory() as folder, closing(RedisServer(Path(folder) / "redis")) as redis:
         redis.start()
         url = os.environ.get("DATABASE_URL") or f"sqlite:///{folder}/bench.db"
         migrate(url)
@@ -28,4 +27,3 @@ def environment() -> Iterator[dict[str, str]]:
             "SECRET_KEY": secrets.token_hex(32),
             "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
         }
-        redis.close()

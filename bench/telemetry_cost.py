@@ -2,8 +2,8 @@
 
 `python -m bench.telemetry_cost` lets processes read the signed-in user in turns, and prints the ratios of the medians
 of what they spent: CPU seconds of the whole process, its threads included, so that neither the machine's other work nor
-the waiting for Redis makes a difference. The process with log lines does without them in every other turn. Ends with a
-status that is not 0 if a log line costs more than 5 %.
+the waiting for Redis makes a difference. One process serves log lines, trace ids alone and ids of one's own, each in
+turns of its own. Ends with a status that is not 0 if a log line costs more than 5 %.
 """
 
 import logging

@@ -23,6 +23,7 @@ def find_down() -> dict[str, list[str]]:
     """Ask Redis and the database, both at once, and note in the metrics who is up. Takes CHECK_SECONDS at the most.
 
     :returns: what is wrong, by the name of what is down; empty if nothing is.
+    :raises Exception: what a check raised that is no outage but a mistake of ours.
     """
     down = {}
     for name, outcome in fan_out.run({"redis": redis.ping, "database": database.ping}, CHECK_SECONDS).items():

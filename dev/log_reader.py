@@ -9,7 +9,7 @@ from typing import Any, TextIO
 SHORT = 8
 """How many digits of an id are shown in a column; `make trace` takes as many."""
 SHOWN_ELSEWHERE = {"timestamp", "level", "message", "traceId", "spanId", "parentSpanId", "stack"}
-ALWAYS_THE_SAME = {"service", "instance", "version", "pid", "logger"}
+SELDOM_WANTED = {"service", "instance", "version", "pid", "logger"}
 SERIOUS = {"WARNING", "ERROR", "CRITICAL"}
 COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 DIM, BOLD = "2", "1"
@@ -52,7 +52,7 @@ def lay_out(fields: Mapping[str, Any], mark: str, colour: bool, extra: Mapping[s
     :param extra: fields to show beside the line's own.
     """
     level = text(fields.get("level", "-"))
-    shown = {name: value for name, value in fields.items() if name not in SHOWN_ELSEWHERE | ALWAYS_THE_SAME}
+    shown = {name: value for name, value in fields.items() if name not in SHOWN_ELSEWHERE | SELDOM_WANTED}
     pairs = [
         paint(f"{text(name)}=", DIM, colour) + value_text(value) for name, value in {**shown, **(extra or {})}.items()
     ]

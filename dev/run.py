@@ -160,7 +160,8 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     migrate(env)
     env.setdefault("DRAIN_SECONDS", "0")  # no load balancer has to notice the stop
 
-    kept = stack.enter_context(closing(log_file(var / "log" / f"{port}.jsonl")))
+    log = var / "log" / f"{port}.jsonl"
+    kept = stack.enter_context(closing(log_file(log)))
     service = Part(
         "the service",
         ["gunicorn", "wsgi:app", "--bind", f"{HOST}:{port}", "--log-level", "warning", "--graceful-timeout", "1"],
@@ -172,7 +173,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     sources = snapshot()
     service.start()
     wait_for(f"{url}/livez", service)
-    say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], var / "log" / f"{port}.jsonl"))
+    say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], log))
     watch(service, sources, env)
 
 

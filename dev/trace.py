@@ -15,7 +15,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from dev.log_reader import BOLD, clock, lay_out, local_time, paint, parse, short, text, wants_colour
+from dev.log_reader import BOLD, SERIOUS, clock, lay_out, local_time, paint, parse, short, text, wants_colour
 
 DEFAULT_LOGS = "var/log"
 ERRORS = {"ERROR", "CRITICAL"}
@@ -139,7 +139,7 @@ def failing_span(lines: list[Line]) -> str | None:
 
 
 def _says_why(line: Line) -> bool:
-    return line["level"] in {"WARNING", *ERRORS} and not {"exceptionType", "interface"}.isdisjoint(line)
+    return line["level"] in SERIOUS and not {"exceptionType", "interface"}.isdisjoint(line)
 
 
 def _ancestors(span: str, parents: dict[str, str]) -> set[str]:
@@ -169,15 +169,10 @@ def story(trace_id: str, lines: list[Line], colour: bool) -> str:
         told += ["No span of it failed."]
     told += ["", paint("The whole story", BOLD, colour)]
     for line in lines:
-        is_above = line["spanId"] == failed and line.get("stack")
-        told.append(
-            lay_out(
-                {**line, "stack": None} if is_above else line,
-                mark(line),
-                colour,
-                {"stack": "above"} if is_above else {},
-            )
-        )
+        if line["spanId"] == failed and line.get("stack"):
+            told.append(lay_out({**line, "stack": None}, mark(line), colour, {"stack": "above"}))
+        else:
+            told.append(lay_out(line, mark(line), colour))
     return "\n".join(told)
 
 

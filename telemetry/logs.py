@@ -245,7 +245,7 @@ class QueuedHandler(logging.Handler):
             return self.format(record).encode() + b"\n"
         except Exception as error:  # noqa: BLE001  logging itself would print it, with all arguments, or the thread end
             reason = f"{_name(error)} at {os.path.basename(record.pathname)}:{record.lineno}"
-            return self._line(logging.ERROR, "a line cannot be written", reason=reason)
+            return self._line("ERROR", "a line cannot be written", reason=reason)
 
     def close(self) -> None:
         """Write what waits, for FLUSH_SECONDS at the most."""
@@ -264,7 +264,7 @@ class QueuedHandler(logging.Handler):
             lines = [line if isinstance(line, bytes) else self._formatted(line) for line in batch if line is not None]
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
-                lines.append(self._line(logging.WARNING, "log lines were dropped", dropped=dropped))
+                lines.append(self._line("WARNING", "log lines were dropped", dropped=dropped))
             try:
                 self._write(b"".join(lines))
             except OSError:  # nobody reads any more
@@ -286,11 +286,9 @@ class QueuedHandler(logging.Handler):
             with suppress(OSError):
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
-    def _line(self, level: int, message: str, **fields: Any) -> bytes:
+    def _line(self, level: str, message: str, **fields: Any) -> bytes:
         """A line of this handler's own."""
-        record = logging.makeLogRecord({"name": __name__, "levelno": level, "levelname": logging.getLevelName(level)})
-        record.__dict__.update(fields)
-        record.msg = message
+        record = logging.makeLogRecord({"name": __name__, "levelname": level, "msg": message, **fields})
         return self.format(record).encode() + b"\n"
 
 

@@ -3,6 +3,8 @@
 Under gunicorn every worker counts in files of PROMETHEUS_MULTIPROC_DIR, and whichever is asked adds them up.
 """
 
+from typing import Literal
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry()
@@ -15,8 +17,8 @@ def _counter(name: str, text: str, *labels: str) -> Counter:
     return Counter(name, text, labels, namespace="kuaishang", registry=REGISTRY)
 
 
-def _gauge(name: str, text: str, *labels: str, mode: str = "livesum") -> Gauge:
-    return Gauge(name, text, labels, namespace="kuaishang", registry=REGISTRY, multiprocess_mode=mode)  # type: ignore[arg-type]
+def _gauge(name: str, text: str, *labels: str, mode: Literal["livesum", "mostrecent"] = "livesum") -> Gauge:
+    return Gauge(name, text, labels, namespace="kuaishang", registry=REGISTRY, multiprocess_mode=mode)
 
 
 def _seconds(name: str, text: str, *labels: str) -> Histogram:

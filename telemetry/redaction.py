@@ -18,13 +18,14 @@ from urllib.parse import quote_plus, unquote, urlsplit
 from flask import Request
 
 HIDDEN = "…"
-IN_HAND = 1000
+REMEMBERED = 1000
 """How many values are remembered at the most; a request that loads more rows than that forgets the first ones."""
 
-VALUES = 5000
+TEXTS = 5000
+"""How many texts there may be in them; with more, no free text is shown."""
 TEXT_CHARACTERS = 4000
 
-_in_hand: ContextVar[deque[object]] = ContextVar("in_hand", default=deque(maxlen=IN_HAND))  # noqa: B039  for no request
+_in_hand: ContextVar[deque[object]] = ContextVar("in_hand", default=deque(maxlen=REMEMBERED))  # noqa: B039  for no request
 _secrets: set[str] = set()
 _hosts: set[str] = set()
 """Those of the settings: what a cloud calls a database looks like a token."""
@@ -67,7 +68,7 @@ def hide(*values: object) -> None:
 
 def begin(*values: object) -> Token[deque[object]]:
     """Begin to remember anew, for a request; `end` takes what this returns."""
-    return _in_hand.set(deque(values, IN_HAND))
+    return _in_hand.set(deque(values, REMEMBERED))
 
 
 def end(token: Token[deque[object]]) -> None:
@@ -89,8 +90,8 @@ def hide_settings(config: Mapping[str, Any]) -> None:
 def scrub(text: str) -> str:
     """Make free text fit to be written: TEXT_CHARACTERS of it at the most."""
     text = text[: 2 * TEXT_CHARACTERS]  # twice as many, so that nothing hidden is cut in two before it is found
-    values = {*_secrets, *islice(_texts(_in_hand.get()), VALUES + 1)}
-    if len(values) > VALUES + len(_secrets):
+    values = {*_secrets, *islice(_texts(_in_hand.get()), TEXTS + 1)}
+    if len(values) > TEXTS + len(_secrets):
         return HIDDEN  # nobody sends that many but to have one overlooked
     found = {form for value in values for form in _forms(value) if form in text}
     for value in sorted(found, key=len, reverse=True):

@@ -54,7 +54,7 @@ def instrument(redis: Redis, engine: Engine) -> None:
 def ids() -> tuple[str | None, str | None]:
     """The trace id and the span id of this moment, 32 and 16 hex digits; None outside of a trace."""
     now = trace.get_current_span().get_span_context()
-    return (f"{now.trace_id:032x}", f"{now.span_id:016x}") if now.is_valid else (None, None)
+    return _digits(now) if now.is_valid else (None, None)
 
 
 def outgoing_headers() -> dict[str, str]:
@@ -87,10 +87,9 @@ class RequestSpan:
 
     def __init__(self, method: str, route: str | None, headers: Headers) -> None:
         caller = _caller(headers)
-        self.parent_id = f"{caller.span_id:016x}" if caller else None
+        self.parent_id = trace.format_span_id(caller.span_id) if caller else None
         self._span = _begin(method, route, caller, _tracer) if _tracer else _ids_only(caller)
-        ids = self._span.get_span_context()
-        self.trace_id, self.span_id = f"{ids.trace_id:032x}", f"{ids.span_id:016x}"
+        self.trace_id, self.span_id = _digits(self._span.get_span_context())
         self._token = context.attach(trace.set_span_in_context(self._span, context.Context()))
 
     def end(self, status: int) -> None:
@@ -102,6 +101,10 @@ class RequestSpan:
                 self._span.set_attribute("error.type", str(status))
                 self._span.set_status(trace.StatusCode.ERROR)
             self._span.end()
+
+
+def _digits(ids: trace.SpanContext) -> tuple[str, str]:
+    return trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id)
 
 
 def _caller(headers: Headers) -> trace.SpanContext | None:

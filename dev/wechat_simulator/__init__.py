@@ -37,6 +37,7 @@ What came of it:
 
     GET /simulator/calls                 -> {"calls": [{"path", "parameters": [names], "headers": [names]}]}: what was
                                          called, without the values
+    GET /simulator/secrets               -> {"secrets"}: all of it that nobody may find in a log
     GET /simulator/session_keys/OPENID   -> {"session_key"}: the one that counts now
     GET /simulator/access_token          -> {"access_token", "expires_in"}: the newest one, or nulls
     GET /simulator/subscribe_messages    -> {"messages"}: what was sent, as it came

@@ -108,8 +108,7 @@ class Memory:
 
     def secrets(self) -> list[str]:
         """Whatever of all this nobody may tell anybody."""
-        persons = [grant.person for grant in (code.grant for code in self.web_codes.values())]
-        told = [(person.openid, person.unionid) for person in persons]
+        told = [(code.grant.person.openid, code.grant.person.unionid) for code in self.web_codes.values()]
         told += [(code.openid, code.unionid) for code in self.codes.values()]
         return [
             *(text for pair in told for text in pair if text),

@@ -37,53 +37,40 @@ LOOKALIKE = pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
 logger = logging.getLogger("some.part")
 
 
+def raise_it(value: Any) -> None:
+    try:
+        try:
+            raise KeyError(value)
+        except KeyError as error:
+            raise ValueError(f"it was {value}") from error
+    except ValueError:
+        logger.exception("it failed")
+
+
+WAYS: dict[str, Callable[[Any], None]] = {
+    "argument": lambda value: logger.info("it was %s", value),
+    "argument as it is represented": lambda value: logger.info("it was %r of %d", value, 3),
+    "argument by name": lambda value: logger.info("it was %(name)s", {"name": value}),
+    "argument that is a mapping": lambda value: logger.info("it was %s", [{"field": value}]),
+    "message put together": lambda value: logger.info(f"it was {value}"),  # noqa: G004
+    "message that is no text": lambda value: logger.info({"it": value}),
+    "declared field": lambda value: logger.info("it", extra={"reason": f"it was {value}"}),
+    "declared list": lambda value: logger.info("it", extra={"columns": ["one", value]}),
+    "other field": lambda value: logger.info("it", extra={"phone": value}),
+    "name of a field": lambda value: logger.info("it", extra={str(value): 1}),
+    "exception": raise_it,
+}
+
+
 @pytest.fixture
 def way(request: pytest.FixtureRequest, log_lines: Lines) -> Callable[[Any], dict[str, Any]]:
     """Log a value in one of the ways there are, and answer the line."""
 
-    def raise_it(value: Any) -> None:
-        try:
-            try:
-                raise KeyError(value)
-            except KeyError as error:
-                raise ValueError(f"it was {value}") from error
-        except ValueError:
-            logger.exception("it failed")
-
-    ways: dict[str, Callable[[Any], None]] = {
-        "argument": lambda value: logger.info("it was %s", value),
-        "argument as it is represented": lambda value: logger.info("it was %r of %d", value, 3),
-        "argument by name": lambda value: logger.info("it was %(name)s", {"name": value}),
-        "argument that is a mapping": lambda value: logger.info("it was %s", [{"field": value}]),
-        "message put together": lambda value: logger.info(f"it was {value}"),  # noqa: G004
-        "message that is no text": lambda value: logger.info({"it": value}),
-        "declared field": lambda value: logger.info("it", extra={"reason": f"it was {value}"}),
-        "declared list": lambda value: logger.info("it", extra={"columns": ["one", value]}),
-        "other field": lambda value: logger.info("it", extra={"phone": value}),
-        "name of a field": lambda value: logger.info("it", extra={str(value): 1}),
-        "exception": raise_it,
-    }
-
     def log(value: Any) -> dict[str, Any]:
-        ways[request.param](value)
+        WAYS[request.param](value)
         return log_lines()[-1]
 
     return log
-
-
-WAYS = [
-    "argument",
-    "argument as it is represented",
-    "argument by name",
-    "argument that is a mapping",
-    "message put together",
-    "message that is no text",
-    "declared field",
-    "declared list",
-    "other field",
-    "name of a field",
-    "exception",
-]
 
 
 @LOOKALIKE
@@ -94,13 +81,9 @@ def test_what_looks_like_a_secret_reaches_no_line(way: Callable[[Any], dict[str,
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_what_is_in_hand_reaches_no_line_whatever_it_looks_like(way: Callable[[Any], dict[str, Any]]) -> None:
-    token = redaction.begin()
     hide({"names": ["Ouyang Feng", b"Western Poison"]})
-    try:
-        assert "Ouyang" not in json.dumps(way("Ouyang Feng"))
-        assert "Poison" not in json.dumps(way("the Western Poison!"))
-    finally:
-        redaction.end(token)
+    assert "Ouyang" not in json.dumps(way("Ouyang Feng"))
+    assert "Poison" not in json.dumps(way("the Western Poison!"))
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -149,25 +132,22 @@ def test_what_finds_a_fault_stays_readable(text: str) -> None:
 )
 @pytest.mark.parametrize("form", [repr, json.dumps, quote_plus, lambda value: [[[{"name": value}]]]])
 def test_what_is_in_hand_is_hidden_however_it_is_quoted(value: str, form: Callable[[str], object]) -> None:
-    token = redaction.begin({"told": value})
+    hide({"told": value})
     assert not {"Brien", "McDonald", "Jane", "Roe", "Joe"}.intersection(
         re.findall("[A-Za-z]+", scrub(str(form(value))))
     )
-    redaction.end(token)
 
 
 def test_values_that_are_none_push_none_out_of_hand() -> None:
-    token = redaction.begin("the first one")
-    for _ in range(redaction.IN_HAND):
+    hide("the first one")
+    for _ in range(redaction.REMEMBERED):
         hide(None, None)
     assert scrub("the first one") == HIDDEN
-    redaction.end(token)
 
 
 def test_who_sends_too_many_values_has_none_shown() -> None:
-    token = redaction.begin([f"value {number}" for number in range(redaction.VALUES + 1)])
+    hide([f"value {number}" for number in range(redaction.TEXTS + 1)])
     assert scrub("anything") == HIDDEN
-    redaction.end(token)
 
 
 def test_an_argument_after_a_telling_name_is_hidden(log_lines: Lines) -> None:
@@ -179,7 +159,9 @@ def test_an_argument_after_a_telling_name_is_hidden(log_lines: Lines) -> None:
     ]
 
 
-def test_a_host_of_the_settings_is_shown() -> None:
+def test_a_host_of_the_settings_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_secrets", set())
+    monkeypatch.setattr(redaction, "_hosts", set())
     host = "r-bp1zxszhcgatnx12.redis.rds.aliyuncs.com"
     assert host not in scrub(f"Error 111 connecting to {host}:6379.")
     redaction.hide_settings({"REDIS_URL": f"redis://:password-of-redis@{host}:6379/0"})
@@ -195,20 +177,19 @@ def test_a_long_text_is_cut_and_nothing_secret_is_cut_in_two() -> None:
 
 
 def test_a_short_value_is_hidden_only_as_a_word_of_its_own() -> None:
-    token = redaction.begin("word")
+    hide("word")
     assert scrub("a word of sword and wordy") == f"a {HIDDEN} of sword and wordy"
-    redaction.end(token)
 
 
 def test_what_stands_in_the_source_is_shown_whatever_is_in_hand(log_lines: Lines) -> None:
-    token = redaction.begin("the message")
+    hide("the message")
     logger.warning("the message: 库存不足, %s left", 3)
-    redaction.end(token)
     assert log_lines()[-1]["message"] == "the message: 库存不足, 3 left"
 
 
-def test_every_setting_is_a_secret_or_known_to_be_none() -> None:
-    redaction._secrets.clear()
+def test_every_setting_is_a_secret_or_known_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_secrets", set())
+    monkeypatch.setattr(redaction, "_hosts", set())
     values = {name: f"redis://user:{name}@host" if name.endswith("_URL") else name for name in Settings().fields}
     redaction.hide_settings(values)
     harmless = {name for name in values if name not in redaction._secrets}
