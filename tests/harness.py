@@ -176,6 +176,9 @@ class Service:
     def stop(self) -> None:
         self.process.stop()
 
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.popen.pid).children()
+
     def log(self) -> str:
         return self.output.read_text() + self.output.with_suffix(".errors").read_text()
 

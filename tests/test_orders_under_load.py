@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import pytest
 import requests
 from sqlalchemy import select
@@ -118,7 +117,7 @@ def crash(databases: Databases, service: Service) -> None:
         time.sleep(0.3)
         databases.start()
     else:
-        for worker in psutil.Process(service.process.popen.pid).children():
+        for worker in service.workers():
             worker.send_signal(signal.SIGKILL)
 
 
@@ -153,7 +152,7 @@ def test_a_request_that_a_killed_worker_had_in_hand_leaves_no_half_an_order(
 
 
 def crash_of_workers(service: Service) -> None:
-    for worker in psutil.Process(service.process.popen.pid).children():
+    for worker in service.workers():
         worker.kill()
 
 

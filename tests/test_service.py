@@ -100,14 +100,14 @@ def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself
     start_service: StartService, simulator: Simulator, own_redis: RedisServer, how: str
 ) -> None:
     service = start_service(REDIS_URL=own_redis.url)
-    token = service.log_in(simulator)
+    token, code = service.log_in(simulator), simulator.code()
     if how == "stopped":
         own_redis.stop()
     else:
         suspend(own_redis.process)
     for call in (
         lambda: service.read_me(token),
-        lambda: requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5),
+        lambda: requests.post(service.url + LOGIN, json={"code": code}, timeout=5),
         lambda: requests.get(f"{service.url}/readyz", timeout=5),
     ):
         started = time.monotonic()
@@ -134,7 +134,7 @@ def test_requests_wait_side_by_side_for_a_redis_that_hangs(
     started = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: service.read_me(token), range(8)))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2  # one after the other it would take more than 3
     assert {answer.status_code for answer in answers} == {503}
 
 
@@ -171,15 +171,15 @@ def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(
     start_service: StartService, simulator: Simulator, own_redis: RedisServer
 ) -> None:
     service = start_service(REDIS_URL=own_redis.url)
-    simulator.fault("slow", seconds=1)
+    simulator.fault("slow", seconds=2)
+    code = simulator.code()
     started = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        code = simulator.code()
         login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
         wait_until(simulator.calls)
         suspend(own_redis.process)
         answer = login.result()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert (answer.status_code, answer.json()["code"]) == (503, 503)
     assert "token" not in answer.text
     assert '"stack"' not in service.log()
@@ -193,8 +193,8 @@ def test_stdout_holds_json_lines_of_one_shape_gunicorn_s_too_and_nothing_else(st
         connection.sendall(b"GET /?token=hunter2&phone=13812345678 HTTP/9.9\r\n\r\n")
         connection.recv(1000)
     wait_until(lambda: "Invalid request" in service.log())
-    workers(service)[0].kill()
-    wait_until(lambda: "killed" in service.log().lower() or "SIGKILL" in service.log())
+    service.workers()[0].kill()
+    wait_until(lambda: "SIGKILL" in service.log())
     service.stop()
     lines = service.log_lines()
     (line,) = [line for line in lines if line["traceId"] == trace_id]
@@ -219,18 +219,19 @@ def test_only_lines_of_the_wanted_level_are_written(start_service: StartService)
     assert quiet.log_lines() == []
 
 
+@pytest.mark.xdist_group("start_service")  # it would take the time of those that look at the clock
 def test_without_a_reader_of_its_lines_it_goes_on_serving_and_stops(environ: dict[str, str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "output")
     reader = os.open(tmp_path / "output", os.O_RDONLY | os.O_NONBLOCK)
     service = Service({**environ, "WEB_CONCURRENCY": "1"}, tmp_path / "output")
-    with requests.Session() as session:
-        for _ in range(logs.CAPACITY // 2):  # two lines each, of which the pipe takes some hundred
-            assert session.get(f"{service.url}/livez", timeout=5).status_code == 200
-        for _ in range(500):
-            assert session.get(f"{service.url}/livez", timeout=5).status_code == 200
-    service.stop()
+    try:
+        with requests.Session() as session:
+            for _ in range(logs.CAPACITY // 2 + 500):  # two lines each, of which the pipe takes some hundred
+                assert session.get(f"{service.url}/livez", timeout=5).status_code == 200
+    finally:
+        service.stop()
+        os.close(reader)
     assert service.process.popen.returncode == 0
-    os.close(reader)
 
 
 def test_a_killed_worker_costs_no_session_and_the_next_request_is_served(
@@ -252,21 +253,17 @@ def test_a_killed_worker_costs_no_session_and_the_next_request_is_served(
         for _ in range(8):
             pool.submit(load)
         for _ in range(3):
-            wait_until(lambda: len(workers(service)) == 2)
+            wait_until(lambda: len(service.workers()) == 2)
             served_by_now = len(served)
             while len(served) < served_by_now + 50:
                 time.sleep(0.01)
-            workers(service)[0].kill()
+            service.workers()[0].kill()
             assert service.read_me(token).status_code == 200
-        wait_until(lambda: len(workers(service)) == 2)
+        wait_until(lambda: len(service.workers()) == 2)
         stop.set()
     assert set(served) <= {200, 0}
     assert served.count(0) <= 3 * 8
     assert service.read_me(token).status_code == 200
-
-
-def workers(service: Service) -> list[psutil.Process]:
-    return psutil.Process(service.process.popen.pid).children()
 
 
 def test_after_a_login_no_token_session_key_or_secret_is_at_rest_or_in_the_logs(
@@ -367,7 +364,7 @@ def test_any_other_server_is_told_the_same(tmp_path: Path) -> None:
 
 def test_no_stand_in_starts_in_production(start_service: StartService) -> None:
     service = start_service()
-    family = [psutil.Process(service.process.popen.pid), *workers(service)]
+    family = [psutil.Process(service.process.popen.pid), *service.workers()]
     assert all("gunicorn" in " ".join(process.cmdline()) for process in family)
 
 
@@ -386,7 +383,7 @@ def test_wechat_has_its_success_at_once_however_long_a_handler_takes(
     assert (answer["status"], answer["body"]) == (200, "success")
     assert answer["seconds"] < 1
     assert redis.lrange("handled", 0, -1) == []
-    for process in (psutil.Process(service.process.popen.pid), *workers(service)):
+    for process in (psutil.Process(service.process.popen.pid), *service.workers()):
         process.kill()  # nobody waits the ten seconds
 
 

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 import settings
 from dev.redis_server import RedisServer
-from tests.harness import METRICS_TOKEN, bearer, suspend
+from tests.harness import METRICS_TOKEN, bearer, suspend, wait_until
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"  # as Prometheus says it
 
@@ -90,4 +90,4 @@ def test_a_scrape_asks_anew_who_is_up_and_no_session(make_app: Callable[..., Fla
     suspend(own_redis.process)
     assert up() == ['kuaishang_dependency_up{dependency="redis"} 0.0', database]
     own_redis.process.send_signal(signal.SIGCONT)
-    assert up() == ['kuaishang_dependency_up{dependency="redis"} 1.0', database]
+    wait_until(lambda: up() == ['kuaishang_dependency_up{dependency="redis"} 1.0', database])

@@ -180,18 +180,15 @@ class Stage:
     def get(self, path: str) -> None:
         requests.get(f"{self.service.url}{path}", timeout=20)
 
-    def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.service.process.popen.pid).children()
-
     def kill_a_worker(self) -> None:
         """The eldest, if there is another one."""
-        eldest, *others = sorted(self.workers(), key=lambda worker: worker.create_time())
+        eldest, *others = sorted(self.service.workers(), key=lambda worker: worker.create_time())
         if others:
             eldest.kill()
 
     def kill(self) -> None:
         """Kill the instance with all its processes."""
-        for process in (psutil.Process(self.service.process.popen.pid), *self.workers()):
+        for process in (psutil.Process(self.service.process.popen.pid), *self.service.workers()):
             process.kill()
         self.service.process.popen.wait()
 

@@ -34,6 +34,7 @@ class Master:
         )
         assert self.popen.stdout
         self.directory = Path(self.popen.stdout.readline().strip())
+        assert self.directory.name.startswith(instance_directory.PREFIX)  # it is removed in the end, whatever it is
 
     def kill(self) -> None:
         self.popen.kill()

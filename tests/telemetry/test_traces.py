@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import pytest
 import requests
 from hypothesis import given
@@ -418,7 +417,7 @@ def test_each_worker_sends_its_own_spans_also_if_gunicorn_has_preloaded_the_serv
 
     serve_until(2)
     wait_until(lambda: all(ids & {span.trace_id for span in collector.spans()} for ids in served().values()))
-    psutil.Process(service.process.popen.pid).children()[0].kill()  # and another one is forked in its place
+    service.workers()[0].kill()  # and another one is forked in its place
     serve_until(3)
     service.stop()
     spans = collector.spans()

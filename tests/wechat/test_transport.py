@@ -137,10 +137,10 @@ def test_each_try_is_counted_by_what_came_of_it_and_measured(
             counted("wechat_call_duration_seconds_count", interface=PATH),
         )
 
-    monkeypatch.setattr(wechat_transport, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(wechat_transport, "READ_SECONDS", 1)
     before = counts()
     if fault:
-        simulator.fault(**fault, times=2, seconds=0.5)
+        simulator.fault(**fault, times=2, seconds=2)
     with contextlib.suppress(ApiError):
         redeem(transport, simulator.code())
     assert counts() == (before[0] + tries, before[1] + tries)
