@@ -9,7 +9,7 @@ from flask import Flask, current_app, g
 from sqlalchemy import Engine, Executable, create_engine, event, false, make_url, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.local import LocalProxy
@@ -99,7 +99,12 @@ def _session() -> Session:
 
 def _close(error: BaseException | None) -> None:
     if "database_session" in g:
-        g.pop("database_session").close()
+        ended: Session = g.pop("database_session")
+        try:
+            ended.close()
+        except SQLAlchemyError as lost:  # a connection that can roll nothing back; the answer has all it needed
+            current_app.logger.warning("a connection to the database was lost: %s", getattr(lost, "orig", lost))
+            ended.invalidate()
 
 
 session = cast(Session, LocalProxy(_session))

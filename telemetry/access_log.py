@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from contextvars import Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 def init_app(app: Flask) -> None:
     app.before_request(_begin)
     app.after_request(_note_code)
-    app.wsgi_app = _Middleware(app.wsgi_app)  # type: ignore[method-assign]
+    app.wsgi_app = _Middleware(app)  # type: ignore[method-assign]
 
 
 @dataclass
@@ -44,22 +45,42 @@ class _Request:
 class _Middleware:
     """Gives each answer its trace id, and ends what `_begin` began, whichever hook of whoever fails."""
 
-    def __init__(self, wsgi_app: "WSGIApplication") -> None:
-        self._wsgi_app = wsgi_app
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+        self._wsgi_app: WSGIApplication = app.wsgi_app
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        def respond(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+        answer: list[Any] = []
+
+        def respond(*status_and_headers: Any) -> Any:
+            answer[:] = status_and_headers
+
+        try:
+            try:
+                body = self._wsgi_app(environ, respond)
+            except Exception as error:  # of a teardown, after the answer was made and before it is sent
+                if IN_HAND not in environ:
+                    raise
+                body = self._answer_of_crash(error, environ)(environ, respond)
+            status, headers, *exc_info = answer
             in_hand: _Request | None = environ.get(IN_HAND)
             if in_hand:
                 in_hand.status = int(status[:3])
                 headers = [*headers, ("X-Trace-Id", in_hand.span.trace_id)]
-            return start_response(status, headers, *exc_info)
-
-        try:
-            return self._wsgi_app(environ, respond)
+            start_response(status, headers, *exc_info)
+            return body
         finally:
             if IN_HAND in environ:
                 _end(environ.pop(IN_HAND))
+
+    def _answer_of_crash(self, error: Exception, environ: "WSGIEnvironment") -> Response:
+        context = self._app.request_context(environ)
+        context.push()
+        try:
+            return self._app.handle_exception(error)
+        finally:
+            with suppress(Exception):  # the same teardown
+                context.pop()
 
 
 def _begin() -> None:

@@ -168,23 +168,27 @@ def test_a_request_has_one_session_and_it_is_closed_whatever_happens(app: Flask,
 
 
 @pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize(("when", "status"), [("before", 503), ("after", 200)])
 def test_a_server_that_dies_within_a_request_costs_that_request_alone(
-    make_app: Callable[..., Flask], own_databases: MariaDB
+    make_app: Callable[..., Flask], own_databases: MariaDB, when: str, status: int
 ) -> None:
+    """And not even that one, if it has asked all that it wanted."""
     database_url = own_databases.create()
     migrate(database_url)
     app = make_app(DATABASE_URL=database_url)
 
     def view() -> dict[str, str]:
         database.ping()
-        if "die" in request.args:
+        if request.args.get("dies") == "before":
             own_databases.kill()
         database.ping()
+        if request.args.get("dies") == "after":
+            own_databases.kill()
         return {}
 
     app.add_url_rule("/view", view_func=view)
     client = app.test_client()
-    assert client.get("/view?die").status_code == 503
+    assert client.get("/view", query_string={"dies": when}).status_code == status
     assert app.extensions["database"].pool.checkedout() == 0
     own_databases.start()
     assert client.get("/view").status_code == 200

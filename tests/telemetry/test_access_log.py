@@ -1,4 +1,4 @@
-import contextlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -100,22 +100,28 @@ def test_what_fails_is_an_error_and_what_the_caller_did_wrong_is_none(app: Flask
     ]
 
 
-def test_a_hook_that_fails_costs_neither_trace_id_nor_line_nor_count(app: Flask, log_lines: Lines) -> None:
+@pytest.mark.parametrize("where", ["after", "teardown", "both"])
+def test_a_hook_that_fails_costs_neither_answer_nor_trace_id_nor_line_nor_count(
+    app: Flask, log_lines: Lines, where: str
+) -> None:
     @app.get("/last-hook-fails")
     def view() -> str:
         return "done"
 
-    @app.after_request
-    @app.teardown_request
     def fail(answer: object) -> Any:
         if request.path == "/last-hook-fails":
             raise RuntimeError
         return answer
 
+    if where != "teardown":
+        app.after_request(fail)
+    if where != "after":
+        app.teardown_request(fail)
     app.config["PROPAGATE_EXCEPTIONS"] = False
     answers: list[Any] = []
-    with contextlib.suppress(RuntimeError):
-        run_wsgi_app(app, EnvironBuilder("/last-hook-fails").get_environ())
+    body, status, headers = run_wsgi_app(app, EnvironBuilder("/last-hook-fails").get_environ())
+    assert (json.loads(b"".join(body))["code"], status) == (500, "500 INTERNAL SERVER ERROR")
+    assert {line["traceId"] for line in log_lines() if "stack" in line} == {headers["X-Trace-Id"]}
     app.wsgi_app(EnvironBuilder("/livez").get_environ(), lambda *answer: answers.append(answer))
     assert "X-Trace-Id" in dict(answers[0][1])
     lines = [line for line in log_lines() if line["message"] == "request"]
