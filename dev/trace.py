@@ -5,11 +5,13 @@ first 8 digits or more of either. LOGS names files and folders, by default `var/
 if that is no trace or several, 2 if ID or LOGS make no sense.
 """
 
+import gzip
 import os
 import re
 import shlex
 import signal
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -35,7 +37,7 @@ def main() -> None:
     digits = trace_id_of(given)
     try:
         traces = read(sources(places), digits)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         fail(2, f"LOGS={places} cannot be read: {error}")
     colour = wants_colour(sys.stdout)
     if not traces:
@@ -57,7 +59,8 @@ def trace_id_of(given: str) -> str:
 
     :raises SystemExit: if it is no trace id and not the beginning of one.
     """
-    words = "".join(given.lower().split()).removeprefix("x-trace-id:")
+    # As it stands on a screen: after a name, in quotes, cut off.
+    words = re.sub("^[^:=]*[:=]", "", "".join(given.lower().split())).strip("\"'.,;…")
     # https://www.w3.org/TR/trace-context/#traceparent-header: version-traceid-parentid-flags
     version, _, rest = words.partition("-")
     digits = rest.partition("-")[0] if len(version) == 2 else words.replace("-", "")
@@ -83,13 +86,13 @@ def sources(places: str) -> Iterator[Iterable[bytes]]:
         elif place.exists() or places != DEFAULT_LOGS:
             files.append(place)
     for path in sorted({path.resolve() for path in files}, key=_age):
-        with path.open("rb") as lines:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             yield lines
 
 
 def _age(path: Path) -> tuple[str, int]:
     """8000.jsonl.2 is older than 8000.jsonl.1, which is older than 8000.jsonl."""
-    name, _, number = str(path).rpartition(".")
+    name, _, number = str(path).removesuffix(".gz").rpartition(".")
     return (name, -int(number)) if number.isdecimal() else (str(path), 0)
 
 
@@ -104,6 +107,8 @@ def read(logs: Iterable[Iterable[bytes]], digits: str) -> dict[str, list[Line]]:
             if digits.encode() in raw:
                 line = raw.decode(errors="replace")
                 fields = parse(line[max(line.find("{"), 0) :])
+                if fields and isinstance(fields.get("log"), str):  # in a file of Docker's
+                    fields = parse(fields["log"])
                 trace_id = fields.get("traceId") if fields else None
                 if fields and isinstance(trace_id, str) and trace_id.startswith(digits):
                     what_is_compared = {name: str(fields.get(name) or "-") for name in COMPARED}

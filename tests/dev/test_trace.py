@@ -1,5 +1,6 @@
 """`make trace`, as the developer on call types it."""
 
+import gzip
 import json
 import os
 import secrets
@@ -203,6 +204,10 @@ def test_where_none_failed_it_says_so() -> None:
         "4bf92f35",
         "4BF92F3577b34",
         "4bf92f35-77b",
+        "4bf92f3577…",
+        "4bf92f3577...",
+        f'"traceId": "{TRACE_ID}",',
+        f"traceId={TRACE_ID}",
     ],
 )
 def test_a_trace_id_is_understood_however_it_is_written(given: str) -> None:
@@ -254,8 +259,9 @@ def test_logs_that_are_not_there_get_one_clear_line(tmp_path: Path) -> None:
 def test_folders_are_read_with_what_was_rotated_and_each_file_once(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
-    for number, name in enumerate(["8000.jsonl.10", "8000.jsonl.2", "8000.jsonl.1", "8000.jsonl"]):
-        (folder / name).write_text(line(1, f"{number}") + line(1, f"{number}b"))
+    for number, name in enumerate(["8000.jsonl.10.gz", "8000.jsonl.2", "8000.jsonl.1", "8000.jsonl"]):
+        written = (line(1, f"{number}") + line(1, f"{number}b")).encode()
+        (folder / name).write_bytes(gzip.compress(written) if name.endswith(".gz") else written)
     (folder / "9000.jsonl").write_text("no JSON\n" + line(0.5, "before", instance="two:9000") + '{"traceId": "4bf92f')
     done = run(TRACE_ID, folder, folder / "8000.jsonl")
     assert messages(done.stdout.partition(HEADING)[2]) == ["before", "0", "0b", "1", "1b", "2", "2b", "3", "3b"]
@@ -264,6 +270,18 @@ def test_folders_are_read_with_what_was_rotated_and_each_file_once(tmp_path: Pat
 def test_what_stands_before_a_line_is_passed_over() -> None:
     _, below = story(f"[pod/kuaishang-0/web] {line(2, 'second')}", f"2026-11-23T10:00:01Z stdout F {line(1, 'first')}")
     assert messages(below) == ["first", "second"]
+
+
+def test_what_is_around_a_line_in_dockers_files_is_passed_over() -> None:
+    _, below = story(*(json.dumps({"log": line(1, "request"), "stream": "stdout"}) + "\n" for _ in range(2)))
+    assert messages(below) == ["request", "request"]
+
+
+def test_a_packed_file_that_is_cut_off_gets_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "8000.jsonl.1.gz").write_bytes(gzip.compress(line(1, "request").encode())[:-10])
+    done = run(TRACE_ID, tmp_path)
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
 
 
 @pytest.mark.parametrize("odd", [None, 5, [1], {"a": []}, ""])
