@@ -160,7 +160,7 @@ class Settings(Schema):
     )
     OTEL_EXPORTER_OTLP_ENDPOINT = _site(
         "",
-        "Where traces are sent, such as http://collector:4318; OpenTelemetry reads its other OTEL_ variables itself.",
+        "Where traces are sent, such as http://collector:4318; OTEL_ variables of samplers, batches and headers count.",
     )
     LOG_LEVEL = fields.String(
         load_default="INFO",

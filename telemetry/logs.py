@@ -4,7 +4,6 @@
 nobody waits for whoever reads them.
 """
 
-import atexit
 import fcntl
 import logging
 import os
@@ -19,7 +18,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import msgspec
@@ -94,6 +93,8 @@ class JsonLineFormatter(logging.Formatter):
             ids, message, fields = record.ids, record.msg, record.fields
         else:
             ids, message, fields = traces.ids(), _message(record), request_fields.get() | _extra(record)
+            if parent_id := traces.parent_id():
+                fields = {"parentSpanId": parent_id} | fields | {"parentSpanId": parent_id}
             error = record.exc_info[1] if record.exc_info else None
             if error is not None:
                 fields |= {"exceptionType": _name(error), "exceptionMessage": _said(error), "stack": _stack(error)}
@@ -192,7 +193,7 @@ def _stack(error: BaseException) -> str:
         inner = [f"  {_name(one)}: {_said(one)}\n" for one in getattr(cause, "exceptions", ())[:CAUSES]]  # of a group
         frames = "".join(traceback.format_tb(cause.__traceback__))
         if isinstance(cause, SyntaxError):
-            frames += "".join(traceback.format_exception_only(cause)[:-1])  # the line of code that is meant
+            frames += scrub("".join(traceback.format_exception_only(cause)[:-1]))  # the line of code that is meant
         parts.append(f"{frames}{_name(cause)}: {_said(cause)}\n{''.join(inner)}")
         context = None if cause.__suppress_context__ else cause.__context__
         cause = context if cause.__cause__ is None else cause.__cause__
@@ -219,6 +220,8 @@ class QueuedHandler(logging.Handler):
         """Begin with an empty queue and a thread of this process."""
         self._queue: SimpleQueue[bytes | RequestRecord | None] = SimpleQueue()
         self._dropped = 0
+        self._writing = 0
+        self._closed = False
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         self._thread.start()
 
@@ -248,9 +251,18 @@ class QueuedHandler(logging.Handler):
             return self._line("ERROR", "a line cannot be written", reason=reason)
 
     def close(self) -> None:
-        """Write what waits, for FLUSH_SECONDS at the most."""
+        """Write what waits, for FLUSH_SECONDS at the most; what is lost then is counted."""
+        if self._closed:  # the logging module closes once more what was closed
+            return
+        self._closed = True
         self._queue.put(None)
         self._thread.join(FLUSH_SECONDS)
+        if self._thread.is_alive():
+            with suppress(Empty):
+                while True:
+                    self._writing += self._queue.get_nowait() is not None
+            for _ in range(self._writing):
+                self._drop()
         super().close()
 
     def _write_all(self) -> None:
@@ -265,8 +277,11 @@ class QueuedHandler(logging.Handler):
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 lines.append(self._line("WARNING", "log lines were dropped", dropped=dropped))
+            self._writing = len(lines)
             try:
-                self._write(b"".join(lines))
+                if lines:
+                    self._write(b"".join(lines))
+                self._writing = 0
             except OSError:  # nobody reads any more
                 for _ in lines:
                     self._drop()
@@ -315,7 +330,6 @@ def configure(level: str, instance: str, version: str, drop: Callable[[], None] 
     global _handler
     _handler = QueuedHandler(JsonLineFormatter(instance, version), drop, STDOUT)
     logging.basicConfig(level=level, handlers=[_handler], force=True)  # closes those that were there
-    atexit.register(_handler.close)
     # No line says these, and each costs a little of every line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(True)

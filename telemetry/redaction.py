@@ -6,6 +6,7 @@ looks like a secret or like personal data.
 """
 
 import base64
+import html
 import json
 import re
 from collections import deque
@@ -13,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from itertools import islice
 from typing import Any
-from urllib.parse import quote_plus, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from flask import Request
+from werkzeug.datastructures import MultiDict
 
 HIDDEN = "…"
 REMEMBERED = 1000
@@ -85,6 +87,8 @@ def hide_settings(config: Mapping[str, Any]) -> None:
             url = urlsplit(value)
             _hosts.add(url.hostname or "")
             _secrets.update(filter(None, (url.password, unquote(url.password or ""))))
+            query = parse_qsl(url.query)
+            _secrets.update(secret for key, secret in query if re.search("(?i:pass|pwd|secret|token)", key))
 
 
 def scrub(text: str) -> str:
@@ -117,6 +121,9 @@ def _forms(value: str) -> tuple[str, ...]:
         return (value,)
     return (
         value,
+        value.strip(),
+        html.escape(value),
+        quote(value),
         repr(value)[1:-1],
         json.dumps(value)[1:-1],
         json.dumps(value, ensure_ascii=False)[1:-1],
@@ -148,11 +155,14 @@ def _texts(values: Iterable[object], depth: int = 8) -> Iterator[str]:
         elif not depth:
             yield str(value)
         elif isinstance(value, Request):
-            sent: list[object] = [value.args.to_dict(flat=False), value.view_args, value.cookies]
+            sent: list[object] = [value.args, value.view_args, value.cookies]
+            # Of the body as much as was read.
+            sent += [vars(value).get(name) for name in ("_cached_data", "_cached_json", "form")]
             sent += [text for name, text in value.headers if name.startswith("X-Wx-")]
             sent.append(value.headers.get("Authorization", "").partition(" ")[2])
             yield from _texts(sent, depth - 1)
         elif isinstance(value, Mapping):
-            yield from _texts(value.values(), depth - 1)
+            several = value.to_dict(flat=False) if isinstance(value, MultiDict) else value
+            yield from _texts(several.values(), depth - 1)
         elif isinstance(value, list | tuple | set | frozenset):
             yield from _texts(value, depth - 1)

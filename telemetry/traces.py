@@ -57,6 +57,12 @@ def ids() -> tuple[str | None, str | None]:
     return _digits(now) if now.is_valid else (None, None)
 
 
+def parent_id() -> str | None:
+    """The span around that of this moment, 16 hex digits; None if there is none, or spans are not recorded."""
+    parent: trace.SpanContext | None = getattr(trace.get_current_span(), "parent", None)
+    return trace.format_span_id(parent.span_id) if parent else None
+
+
 def outgoing_headers() -> dict[str, str]:
     """What to send along when another service of ours is called, so that it goes on with this trace. Not for others."""
     headers: dict[str, str] = {}

@@ -13,8 +13,16 @@ import pytest
 from werkzeug.datastructures import Headers
 
 from telemetry.fields import FIELDS
-from telemetry.logs import BATCH_LINES, CAPACITY, STACK_CHARACTERS, JsonLineFormatter, QueuedHandler, RequestRecord
-from telemetry.redaction import HIDDEN
+from telemetry.logs import (
+    BATCH_LINES,
+    CAPACITY,
+    FLUSH_SECONDS,
+    STACK_CHARACTERS,
+    JsonLineFormatter,
+    QueuedHandler,
+    RequestRecord,
+)
+from telemetry.redaction import HIDDEN, hide
 from telemetry.traces import RequestSpan
 from tests.harness import wait_until
 
@@ -125,15 +133,16 @@ def test_whatever_an_exception_is_like_its_line_is_written(log_lines: Lines, bro
         "is a group": ExceptionGroup("some", [ValueError("the first"), KeyError("the second")]),
         "has notes": ValueError("the message"),
         "has many causes": ValueError("the last"),
-        "has no frames": SyntaxError("invalid syntax", ("users.py", 2, 5, "def broken(:")),
+        "has no frames": SyntaxError("invalid syntax", ("users.py", 2, 5, "def broken(: # a broken line")),
     }[broken]
     said = {
         "raises": "(RuntimeError in its __str__)",
         "is a group": "  ValueError: the first\n  KeyError: 'the second'\n",
         "has notes": "and a note",
         "has many causes": "ValueError: the last",
-        "has no frames": 'File "users.py", line 2\n    def broken(:',
+        "has no frames": f'File "users.py", line 2\n    def broken(: # {HIDDEN}',
     }[broken]
+    hide("a broken line")
     error.add_note("and a note")
     cause: BaseException = error
     for number in range(2000 if broken == "has many causes" else 0):
@@ -221,6 +230,20 @@ def test_the_end_does_not_wait_for_a_reader_for_ever(pipe: Pipe) -> None:
     pipe.handler.close()
     assert time.monotonic() - started < 5
     os.close(pipe.reader)
+
+
+def test_the_end_waits_once_for_a_reader_that_reads_nothing_and_counts_what_is_lost(pipe: Pipe) -> None:
+    sent = 3 * BATCH_LINES
+    for number in range(sent):
+        pipe.log(f"line number {number}")
+    started = time.monotonic()
+    pipe.handler.close()
+    assert sent - BATCH_LINES < pipe.dropped <= sent  # a pipe holds some hundred
+    pipe.handler.close()  # as the logging module does at the end of the process
+    assert FLUSH_SECONDS <= time.monotonic() - started < 2 * FLUSH_SECONDS
+    os.close(pipe.reader)
+    pipe.handler._thread.join(5)
+    os.close(pipe.writer)
 
 
 def test_lines_for_a_reader_that_is_gone_count_as_dropped(pipe: Pipe) -> None:

@@ -1,9 +1,10 @@
+import html
 import json
 import logging
 import re
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import quote_plus
+from urllib.parse import quote, quote_plus
 
 import pytest
 from flask import Flask, request
@@ -128,9 +129,13 @@ def test_what_finds_a_fault_stays_readable(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ['O\'Brien "Joe" Smith', "Old\nMcDonald", "Jane Roe", "C:\\Users\\Joe"], ids=lambda value: value[:4]
+    "value",
+    ['O\'Brien "Joe" Smith', "Old\nMcDonald", "Jane Roe", "C:\\Users\\Joe", " Jane Roe "],
+    ids=lambda value: value[:4],
 )
-@pytest.mark.parametrize("form", [repr, json.dumps, quote_plus, lambda value: [[[{"name": value}]]]])
+@pytest.mark.parametrize(
+    "form", [repr, str.strip, json.dumps, quote, quote_plus, html.escape, lambda value: [[[{"name": value}]]]]
+)
 def test_what_is_in_hand_is_hidden_however_it_is_quoted(value: str, form: Callable[[str], object]) -> None:
     hide({"told": value})
     assert not {"Brien", "McDonald", "Jane", "Roe", "Joe"}.intersection(
@@ -167,6 +172,9 @@ def test_a_host_of_the_settings_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     redaction.hide_settings({"REDIS_URL": f"redis://:password-of-redis@{host}:6379/0"})
     assert scrub(f"Error 111 connecting to {host}:6379.") == f"Error 111 connecting to {host}:6379."
     assert scrub("it is password-of-redis!") == f"it is {HIDDEN}!"
+    assert scrub("it is the other one!") == "it is the other one!"
+    redaction.hide_settings({"DATABASE_URL": "mysql://host/name?charset=utf8mb4&password=the+other+one"})
+    assert scrub("it is the other one, in utf8mb4!") == f"it is {HIDDEN}, in utf8mb4!"
 
 
 def test_a_long_text_is_cut_and_nothing_secret_is_cut_in_two() -> None:
@@ -232,6 +240,21 @@ def test_what_a_request_brings_reads_and_decrypts_is_in_hand(app: Flask, log_lin
     (line,) = [line for line in log_lines() if "exceptionMessage" in line]
     assert line["exceptionMessage"] == f"{HIDDEN}, {HIDDEN}, {HIDDEN}, {HIDDEN}, Bearer {HIDDEN}, {HIDDEN}, {HIDDEN}"
     assert not any(value in str(line) for value in [*told.values(), "short-token", "what was", "chocolate"])
+
+
+@pytest.mark.parametrize(
+    "sent", [{"json": {"note": ["the note"]}}, {"data": {"note": ["a", "the note"]}}, {"data": "the note"}]
+)
+def test_what_a_view_reads_by_flasks_own_ways_is_in_hand(app: Flask, log_lines: Lines, sent: dict[str, Any]) -> None:
+    @app.post("/mistake")
+    def mistake() -> None:
+        texts = (request.get_json(silent=True), request.form.getlist("note"), request.get_data(as_text=True))
+        raise RuntimeError(" and ".join(map(str, texts)))
+
+    app.test_client().post("/mistake", **sent)
+    (line,) = [line for line in log_lines() if "exceptionMessage" in line]
+    assert "the note" not in str(line)
+    assert HIDDEN in line["exceptionMessage"]
 
 
 def test_the_person_of_the_tests_looks_personal_to_it() -> None:

@@ -293,6 +293,21 @@ def test_a_service_that_calls_another_one_of_ours_stands_above_it(
     }
 
 
+def test_a_line_names_the_span_above_its_own(
+    start_traced: StartService, collector: OtlpReceiver, simulator: Simulator
+) -> None:
+    service = start_traced()
+    simulator.fault("not_json")
+    assert log_in(service, simulator).status_code == 502
+    service.stop()
+    spans = {span.name: span for span in collector.spans(TRACE)}
+    call, server = spans["WeChat /sns/jscode2session"], spans[f"POST {LOGIN}"]
+    lines = [line for line in service.log_lines() if line["traceId"] == TRACE]
+    above = {(line["spanId"], line["parentSpanId"]) for line in lines}
+    assert above == {(call.span_id, server.span_id), (server.span_id, CALLER)}
+    assert all(list(line).index("parentSpanId") == list(line).index("spanId") + 1 for line in lines)
+
+
 def test_wechat_is_not_told_of_a_trace(start_traced: StartService, simulator: Simulator) -> None:
     assert log_in(start_traced(), simulator).status_code == 200
     assert [call["path"] for call in simulator.calls()] == ["/sns/jscode2session"]
