@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import redis.exceptions
 import sqlalchemy.exc
 import sqlalchemy.orm.exc
-from flask import Flask, Response, current_app, g, jsonify, request
+from flask import Flask, Response, current_app, g, has_request_context, jsonify, request
 from marshmallow import Schema, fields
 from werkzeug.exceptions import HTTPException, InternalServerError
 
@@ -14,7 +14,9 @@ LANGUAGES = ("zh", "en")
 
 
 def language() -> str:
-    """That which the request prefers: zh unless it asks for en."""
+    """That which the request prefers: zh unless it asks for en, and where there is none."""
+    if not has_request_context():
+        return LANGUAGES[0]
     return request.accept_languages.best_match(LANGUAGES, default=LANGUAGES[0]) or LANGUAGES[0]
 
 
@@ -100,6 +102,11 @@ class ErrorEnvelope(Schema):
 def envelope(code: Code, data: Any, message: Message | None = None) -> dict[str, Any]:
     """The three keys of every JSON answer; `data` is what the code has to say beyond its message."""
     return {"code": code.number, "message": str(message or code.message), "data": data}
+
+
+def envelope_of_refusal(status: int) -> dict[str, Any]:
+    """What gunicorn answers without Flask, with this HTTP status; the code is 400 where the table has none for it."""
+    return envelope(_CODE_BY_STATUS.get(status, Code.INVALID_INPUT), None)
 
 
 class ApiError(HTTPException):

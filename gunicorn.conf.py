@@ -1,5 +1,6 @@
 """How gunicorn serves the application in production: `gunicorn wsgi:app`. Each setting with its reason."""
 
+import json
 import os
 import runpy
 import signal
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import gunicorn.glogging
+import gunicorn.workers.gthread
 
 from telemetry import instance_directory
 
@@ -26,7 +28,6 @@ workers = settings["WEB_CONCURRENCY"]
 
 # Requests wait for WeChat, Redis and the database, not for the CPU; threads wait cheaply. They also wait for clients
 # that send slowly, and without a limit: a proxy that buffers requests belongs in front.
-worker_class = "gthread"
 threads = settings["WEB_THREADS"]
 
 # A worker whose main thread gives no sign of life for this long is replaced. A slow request is no reason: it has a
@@ -59,6 +60,62 @@ class logger_class(gunicorn.glogging.Logger):  # noqa: N801  gunicorn's name for
         self.error_log.propagate = True
         redaction.hide_settings(settings)
         logs.configure(settings["LOG_LEVEL"], declared["instance"](settings["PORT"]), declared["VERSION"])
+
+
+class worker_class(gunicorn.workers.gthread.ThreadWorker):  # noqa: N801  gunicorn's name for the setting
+    """Threads; and what gunicorn answers by itself is in the envelope too, with the trace id of the line about it."""
+
+    def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
+        try:
+            # Here and not above, where it would be the master that imports them.
+            from werkzeug.datastructures import Headers
+
+            from telemetry.traces import RequestSpan
+
+            span = RequestSpan("OTHER", None, Headers())
+        except Exception:  # whatever it is, gunicorn can do without
+            self.log.exception("What gunicorn answers has no trace id")
+            super().handle_error(req, client, addr, exc)
+            return
+        enveloping = EnvelopingSocket(client, span.trace_id, self.log)
+        try:
+            super().handle_error(req, enveloping, addr, exc)
+        finally:
+            with suppress(Exception):  # the answer is on its way
+                span.end(enveloping.status)
+
+
+class EnvelopingSocket:
+    """The client's socket, for an answer of gunicorn's own, of which only the status line is kept."""
+
+    def __init__(self, client, trace_id, log):  # type: ignore[no-untyped-def]
+        self.status = 500
+        self._client, self._trace_id, self.log = client, trace_id, log
+
+    def __getattr__(self, name):  # type: ignore[no-untyped-def]
+        return getattr(self._client, name)
+
+    def sendall(self, answer):  # type: ignore[no-untyped-def]
+        try:
+            answer = self._enveloped(answer)
+        except Exception:  # whatever it is, gunicorn's answer is better than none
+            self.log.exception("What gunicorn answers is not in the envelope")
+        self._client.sendall(answer)
+
+    def _enveloped(self, answer):  # type: ignore[no-untyped-def]
+        status_line = answer.partition(b"\r\n")[0].decode()
+        self.status = int(status_line.split()[1])
+        import errors
+
+        body = json.dumps(errors.envelope_of_refusal(self.status), ensure_ascii=False, separators=(",", ":")).encode()
+        head = (
+            status_line,
+            "Connection: close",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            f"X-Trace-Id: {self._trace_id}",
+        )
+        return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]

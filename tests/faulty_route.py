@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 
 from wsgi import app
 
@@ -11,6 +12,12 @@ __all__ = ["app"]
 @app.get("/faulty/crash")
 def crash() -> None:
     raise ZeroDivisionError
+
+
+@app.get("/faulty/body")
+def break_in_the_body() -> Iterator[str]:
+    """Flask has done its part by then, and it is gunicorn that answers."""
+    yield str(1 // 0)
 
 
 @app.get("/faulty/slow/<float:seconds>")
