@@ -127,6 +127,7 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     from telemetry import metrics
 
     metrics.WORKER_STARTS.inc()
+    metrics.WORKER_DEATHS.inc(worker.replaces)
     metrics.START_TIME.set(server.started)
 
 
@@ -140,9 +141,15 @@ def when_ready(server):  # type: ignore[no-untyped-def]
 
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]
     instance_directory.ensure(server.cfg.uid, server.cfg.gid)
+    # The dead are counted by the next one that starts: the master itself counts nothing.
+    worker.replaces = vars(server).pop("deaths", 0)
 
 
 def child_exit(server, worker):  # type: ignore[no-untyped-def]
+    # The master dismisses only whom it has replaced already, so a place that is empty now was left by one that died.
+    # Before a stop it may be a service manager that signals all processes at once.
+    if len(server.WORKERS) < server.num_workers and not instance_directory.is_stopping():
+        server.deaths = vars(server).get("deaths", 0) + 1
     try:
         instance_directory.fold(worker.pid)
     except Exception:  # whatever it is, numbers that are lost must not stop the server

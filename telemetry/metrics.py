@@ -50,5 +50,6 @@ for outcome in ("success", "failure"):  # from 0: what begins with its first fai
 LINES_DROPPED = _counter("log_lines_dropped", "Log lines lost because whoever reads stdout is too slow, or gone.")
 DEPENDENCY_UP = _gauge("dependency_up", "1 if it answered a probe or scrape, else 0.", "dependency", mode="mostrecent")
 WORKER_STARTS = _counter("worker_starts", "Worker processes begun, at a start or reload, or for one that died.")
+WORKER_DEATHS = _counter("worker_deaths", "Worker processes that ended though nobody reloaded or stopped the instance.")
 START_TIME = _gauge("start_time_seconds", "When the instance started, since the epoch.", mode="mostrecent")
 BUILD = _gauge("build_info", "Always 1, for the version that runs.", "version", mode="mostrecent")

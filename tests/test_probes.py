@@ -72,6 +72,7 @@ TIMED = ("kuaishang_http_request_duration_seconds_count", "GET", "/version")
 WITHIN_TEN = ("kuaishang_http_request_duration_seconds_bucket", "10.0", "GET", "/version")
 IN_FLIGHT = ("kuaishang_http_requests_in_flight",)
 WORKER_STARTS = ("kuaishang_worker_starts_total",)
+WORKER_DEATHS = ("kuaishang_worker_deaths_total",)
 START_TIME = ("kuaishang_start_time_seconds",)
 
 
@@ -141,6 +142,7 @@ def test_every_scrape_is_right_while_workers_are_killed_and_the_dead_leave_nothi
     assert last[TIMED] == last[WITHIN_TEN]
     assert last[IN_FLIGHT] == 1  # the scrape itself
     assert last[WORKER_STARTS] == 4 + 4 * 2
+    assert last[WORKER_DEATHS] == 4 * 2
     pids = {str(worker.pid) for worker in service.workers()}
     assert {path.stem.rpartition("_")[2] for path in directory.glob("*.db")} <= {*pids, "retired"}
     assert '"stack"' not in service.log()
@@ -162,10 +164,32 @@ def test_a_reload_keeps_what_was_counted_and_stays_ready(start_service: StartSer
         assert version(service) == 200
     after = scrape(service)
     assert after[VERSIONS] == before.get(VERSIONS, 0) + 10
+    assert after[WORKER_DEATHS] == 0
     assert after[START_TIME] == before[START_TIME]
     assert abs(after[START_TIME] - psutil.Process(service.process.popen.pid).create_time()) < PLATFORM_SECONDS
     pids = {str(worker.pid) for worker in service.workers()}
     assert {path.stem.rpartition("_")[2] for path in directory.glob("*.db")} <= {*pids, "retired"}
+
+
+def test_deaths_are_counted_however_workers_die_and_no_worker_that_was_dismissed(start_service: StartService) -> None:
+    service = start_service(GUNICORN_CMD_ARGS="--timeout=5")
+
+    def died(deaths: int) -> bool:
+        with suppress(requests.RequestException):  # in the hands of the one that dies
+            read = scrape(service)
+            return (read[WORKER_STARTS], read[WORKER_DEATHS]) == (2 + deaths, deaths)
+        return False
+
+    wait_until(lambda: died(0))
+    # The last one hangs until the master, which has first sent a SIGABRT, kills it.
+    for deaths, number in enumerate((signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP), 1):
+        service.workers()[0].send_signal(number)
+        wait_until(lambda deaths=deaths: died(deaths))
+    for number, count in ((signal.SIGTTIN, 3), (signal.SIGTTOU, 2), (signal.SIGTTIN, 3)):
+        service.process.popen.send_signal(number)
+        wait_until(lambda count=count: len(service.workers()) == count)
+    wait_until(lambda: scrape(service)[WORKER_STARTS] == 2 + 3 + 2)
+    assert scrape(service)[WORKER_DEATHS] == 3
 
 
 def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_service: StartService) -> None:
@@ -377,4 +401,5 @@ def test_a_worker_that_dies_in_the_drain_is_replaced_by_one_that_knows_of_it(sta
     assert psutil.wait_procs(old, timeout=10)[1] == []
     assert readiness(service) == (503, STOPPING)
     assert version(service) == 200
+    assert scrape(service)[WORKER_DEATHS] == 0
     assert not set(service.workers()) & set(old)

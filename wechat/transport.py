@@ -116,6 +116,8 @@ class Transport:
         self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None, expected: Collection[int]
     ) -> dict[str, Any]:
         started, result, outcome = time.perf_counter(), "invalid", "failure"
+        for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # from 0: what begins with a burst has not risen
+            metrics.WECHAT_CALLS.labels(path, way, outcome)
         try:
             # No traceparent goes along: whom we serve, and how, is none of WeChat's business.
             with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:

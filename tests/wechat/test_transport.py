@@ -17,6 +17,7 @@ from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
 from errors import ApiError, Code
+from telemetry import metrics
 from tests.harness import APP_ID, APP_SECRET, Simulator, counted
 from wechat import transport as wechat_transport
 from wechat.transport import Transport
@@ -144,6 +145,14 @@ def test_each_try_is_counted_by_what_came_of_it_and_measured(
     with contextlib.suppress(ApiError):
         redeem(transport, simulator.code())
     assert counts() == (before[0] + tries, before[1] + tries)
+
+
+def test_the_ways_in_which_wechat_breaks_down_are_counted_from_0(transport: Transport, simulator: Simulator) -> None:
+    metrics.WECHAT_CALLS.clear()
+    redeem(transport, simulator.code())
+    for errcode in ("timeout", "unreachable", "invalid", "-1"):
+        labels = {"interface": PATH, "errcode": errcode, "outcome": "failure"}
+        assert metrics.REGISTRY.get_sample_value("kuaishang_wechat_calls_total", labels) == 0
 
 
 def test_an_answer_that_takes_too_long_is_not_waited_for(
