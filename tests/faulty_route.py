@@ -1,7 +1,9 @@
 """The service with routes that misbehave, and no dependency is to blame: `gunicorn tests.faulty_route:app`."""
 
 import logging
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 from wsgi import app
@@ -31,3 +33,21 @@ def be_chatty(lines: int) -> str:
     for _ in range(lines):
         logging.getLogger(__name__).info("chatter")
     return "enough"
+
+
+@app.get("/faulty/thread")
+def let_a_thread_die() -> str:
+    threading.Thread(target=crash).start()
+    return "on its way"
+
+
+@app.get("/faulty/finalizer")
+def fail_in_a_finalizer() -> str:
+    type("Fragile", (), {"__del__": lambda self: crash()})()
+    return "gone"
+
+
+@app.get("/faulty/warning")
+def warn() -> str:
+    warnings.warn("this will not do", stacklevel=1)
+    return "beware"

@@ -1,6 +1,7 @@
 """The service as it runs in production: gunicorn with several workers, real Redis, HTTP to the simulator."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from storage.models import User
 from telemetry import logs
 from telemetry.fields import FIELDS
 from tests.databases import Databases, MariaDB
-from tests.harness import APP_SECRET, ROOT, Service, Simulator, bearer, migrate, suspend, wait_until
+from tests.harness import APP_SECRET, METRICS_TOKEN, ROOT, Service, Simulator, bearer, migrate, suspend, wait_until
 
 StartService = Callable[..., Service]
 LOGIN = "/api/v1/auth/wechat"
@@ -292,6 +293,22 @@ def test_gunicorn_answers_in_its_own_way_where_ours_fails(
     assert line["exceptionType"] == "TypeError"
 
 
+def test_what_python_would_print_on_stderr_is_a_line_of_its_own(start_service: StartService) -> None:
+    service = start_service("tests.faulty_route")
+    for way, message, level in (
+        ("thread", "uncaught in a thread", "CRITICAL"),
+        ("finalizer", "ignored", "ERROR"),
+        ("warning", "UserWarning", "WARNING"),
+    ):
+        assert requests.get(f"{service.url}/faulty/{way}", timeout=5).status_code == 200
+        wait_until(lambda message=message: message in service.log())
+        (line,) = [line for line in service.log_lines() if message in line["message"]]
+        assert line["level"] == level
+        assert way == "warning" or "ZeroDivisionError" in line["stack"]
+    service.stop()
+    assert service.output.with_suffix(".errors").read_text() == ""
+
+
 def test_only_lines_of_the_wanted_level_are_written(start_service: StartService) -> None:
     quiet = start_service(LOG_LEVEL="ERROR")
     requests.get(f"{quiet.url}/version", timeout=5)
@@ -308,6 +325,8 @@ def test_without_a_reader_of_its_lines_it_goes_on_serving_and_stops(environ: dic
         with requests.Session() as session:
             for _ in range(logs.CAPACITY // 2 + 500):  # two lines each, of which the pipe takes some hundred
                 assert session.get(f"{service.url}/livez", timeout=5).status_code == 200
+            metrics = session.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=5).text
+        assert re.search(r"^kuaishang_log_lines_dropped_total [1-9]", metrics, re.MULTILINE)
     finally:
         service.stop()
         os.close(reader)

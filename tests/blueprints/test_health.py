@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def test_a_database_that_is_not_migrated_as_far_as_the_code_is_not_ready_until_i
     migrate(url)
     assert client.get("/readyz").status_code == 200
     assert up("database") == 1
+
+
+def test_a_check_that_takes_longer_than_a_second_is_not_waited_for(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(Redis, "ping", lambda self: over.wait(1.5))  # and then all is well
+    answer = client.get("/readyz")
+    over.set()
+    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"redis": ["Does not answer."]}})
 
 
 def test_a_mistake_in_a_check_is_not_taken_for_an_outage(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:

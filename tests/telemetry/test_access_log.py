@@ -1,4 +1,5 @@
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from telemetry.fields import FIELDS
+from telemetry.redaction import HIDDEN, hide
 from telemetry.traces import ids
 from tests.harness import Simulator, bearer, counted
 
@@ -49,6 +51,21 @@ def test_no_token_is_logged(client: FlaskClient, log_lines: Lines, token: str) -
     client.get(f"/api/v1/users/{token}")
     assert log_lines()
     assert token not in str(log_lines())
+
+
+def test_what_a_request_had_in_hand_is_hidden_until_its_end_and_no_longer(app: Flask, log_lines: Lines) -> None:
+    logger = logging.getLogger("some.part")
+
+    @app.get("/tell")
+    def tell() -> str:
+        hide("marzipan")
+        logger.info("it was %s", "marzipan")
+        return "told"
+
+    app.test_client().get("/tell")
+    logger.info("it was %s", "marzipan")
+    lines = [line["message"] for line in log_lines() if line["logger"] == "some.part"]
+    assert lines == [f"it was {HIDDEN}", "it was marzipan"]
 
 
 def test_a_line_says_who_asked_and_so_does_each_line_before_it(

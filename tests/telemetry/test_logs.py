@@ -3,6 +3,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ from telemetry.logs import (
 )
 from telemetry.redaction import HIDDEN, hide
 from telemetry.traces import RequestSpan
-from tests.harness import wait_until
+from tests.harness import ROOT, wait_until
 
 Lines = Callable[[], list[dict[str, Any]]]
 TRACE_ID, PARENT_ID = "a" * 32, "b" * 16
@@ -260,7 +262,8 @@ def test_a_descriptor_that_does_not_block_gets_all_lines_too(pipe: Pipe) -> None
     assert len(lines) == 3000
 
 
-def test_long_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
+def test_long_lines_of_several_processes_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("telemetry.logs.FLUSH_SECONDS", 30)  # they wait for the reader, and then for one another
     reader, writer = os.pipe()
     children = []
     for name in "abcd":
@@ -276,6 +279,7 @@ def test_long_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
                 os._exit(0)
         children.append(child)
     os.close(writer)
+    time.sleep(1)  # until each has more to write than the pipe takes
     with os.fdopen(reader, encoding="utf-8") as stream:
         lines = [json.loads(line) for line in stream]
     for child in children:
@@ -286,6 +290,15 @@ def test_long_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
 
 def _error_with_a_long_message(word: str) -> tuple[Any, ...]:
     return ValueError, ValueError(f"{word * 9} " * 2000), None
+
+
+def test_the_exception_that_ends_a_process_is_a_line_and_not_on_stderr() -> None:
+    code = "from telemetry import logs; logs.configure('INFO', 'here', '0'); 1 / 0"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    line = json.loads(ended.stdout)
+    assert (line["level"], line["message"], line["exceptionType"]) == ("CRITICAL", "uncaught", "ZeroDivisionError")
+    assert "stack" in line
 
 
 def test_a_handler_goes_on_in_a_forked_process() -> None:

@@ -151,7 +151,7 @@ def test_values_that_are_none_push_none_out_of_hand() -> None:
 
 
 def test_who_sends_too_many_values_has_none_shown() -> None:
-    hide([f"value {number}" for number in range(redaction.TEXTS + 1)])
+    hide([f"value {number}" for number in range(6000)])
     assert scrub("anything") == HIDDEN
 
 
@@ -175,6 +175,13 @@ def test_a_host_of_the_settings_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     assert scrub("it is the other one!") == "it is the other one!"
     redaction.hide_settings({"DATABASE_URL": "mysql://host/name?charset=utf8mb4&password=the+other+one"})
     assert scrub("it is the other one, in utf8mb4!") == f"it is {HIDDEN}, in utf8mb4!"
+
+
+def test_a_password_in_a_url_of_the_settings_is_hidden_as_it_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_secrets", set())
+    monkeypatch.setattr(redaction, "_hosts", set())
+    redaction.hide_settings({"DATABASE_URL": "mysql://user:p%40ss%2Fw@host/name"})
+    assert scrub("it is p@ss/w!") == f"it is {HIDDEN}!"
 
 
 def test_a_long_text_is_cut_and_nothing_secret_is_cut_in_two() -> None:

@@ -18,6 +18,7 @@ from werkzeug.serving import make_server
 
 from errors import ApiError, Code
 from telemetry import metrics
+from telemetry.redaction import HIDDEN
 from tests.harness import APP_ID, APP_SECRET, Simulator, counted
 from wechat import transport as wechat_transport
 from wechat.transport import Transport
@@ -291,6 +292,16 @@ def test_a_failure_is_logged_and_neither_it_nor_the_log_holds_the_secret_or_the_
     everything = "".join(traceback.format_exception(error)) + "".join(str(vars(record)) for record in caplog.records)
     assert APP_SECRET not in everything
     assert code not in everything
+
+
+def test_what_was_sent_and_what_was_answered_are_hidden_from_then_on(
+    transport: Transport, log_lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, b'{"answered": "saffron"}'))
+    transport.call("/", {"asked": "marzipan"}, {"posted": "cinnamon"})
+    logger = logging.getLogger("some.part")
+    logger.error("it failed", exc_info=ValueError("neither marzipan nor cinnamon, but saffron"))
+    assert log_lines()[-1]["exceptionMessage"] == f"neither {HIDDEN} nor {HIDDEN}, but {HIDDEN}"
 
 
 def test_the_request_id_that_wechat_support_asks_for_is_logged(
