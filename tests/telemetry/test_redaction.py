@@ -11,12 +11,13 @@ from flask import Flask, request
 from sqlalchemy import select
 
 from blueprints.api import JsonParser
+from concurrency import background
 from settings import Settings
 from storage import database
 from storage.models import User
 from telemetry import redaction
 from telemetry.redaction import HIDDEN, TEXT_CHARACTERS, hide, scrub
-from tests.harness import APP_SECRET, PERSON, bearer
+from tests.harness import APP_SECRET, PERSON, bearer, wait_until
 
 Lines = Callable[[], list[dict[str, Any]]]
 SECRETS = {
@@ -262,6 +263,20 @@ def test_what_a_view_reads_by_flasks_own_ways_is_in_hand(app: Flask, log_lines: 
     (line,) = [line for line in log_lines() if "exceptionMessage" in line]
     assert "the note" not in str(line)
     assert HIDDEN in line["exceptionMessage"]
+
+
+def test_what_a_request_sent_is_in_hand_of_what_it_began_too(app: Flask, log_lines: Lines) -> None:
+    def fail(words: str) -> None:
+        raise RuntimeError(words)
+
+    @app.get("/begins")
+    def begin() -> str:
+        background.submit(fail, request.args["q"])
+        return "begun"
+
+    app.test_client().get("/begins?q=what was asked")
+    (line,) = wait_until(lambda: [line for line in log_lines() if "exceptionMessage" in line])
+    assert line["exceptionMessage"] == HIDDEN
 
 
 def test_the_person_of_the_tests_looks_personal_to_it() -> None:
