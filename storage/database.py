@@ -99,12 +99,10 @@ def _session() -> Session:
 
 def _close(error: BaseException | None) -> None:
     if "database_session" in g:
-        ended: Session = g.pop("database_session")
         try:
-            ended.close()
+            g.pop("database_session").close()
         except SQLAlchemyError as lost:  # a connection that can roll nothing back; the answer has all it needed
             current_app.logger.warning("a connection to the database was lost: %s", getattr(lost, "orig", lost))
-            ended.invalidate()
 
 
 session = cast(Session, LocalProxy(_session))
