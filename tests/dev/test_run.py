@@ -356,8 +356,9 @@ def test_no_line_is_lost_or_mixed_with_others_at_a_reload_or_at_the_end(
 ) -> None:
     """Each start takes its leave with more than a pipe holds, and in the middle of a line."""
     last_words = """
-import atexit, os, sys
+import atexit, logging, os, sys
 def say_goodbye():
+    logging.shutdown()  # what is still queued, before these and not among them
     for number in range(2000):
         sys.stdout.write('{"message": "goodbye %d %s"}\\n' % (number, "x" * 100))
     sys.stdout.write("in the middle of a")
