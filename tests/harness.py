@@ -176,6 +176,14 @@ class Service:
     def stop(self) -> None:
         self.process.stop()
 
+    def kill(self) -> None:
+        """End it with all its processes, as a crash of the machine would."""
+        family = [psutil.Process(self.process.popen.pid), *self.workers()]
+        for process in family:
+            process.kill()
+        self.process.popen.wait()
+        psutil.wait_procs(family)
+
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.popen.pid).children()
 

@@ -1,7 +1,6 @@
 """Orders on the service as in production: many at once, and a database that is killed in the middle."""
 
 import json
-import signal
 import threading
 import time
 from collections import Counter
@@ -117,8 +116,7 @@ def crash(databases: Databases, service: Service) -> None:
         time.sleep(0.3)
         databases.start()
     else:
-        for worker in service.workers():
-            worker.send_signal(signal.SIGKILL)
+        crash_of_workers(service)
 
 
 def remarks(url: str) -> Counter[str | None]:

@@ -204,11 +204,8 @@ def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_
     service.start()
     for _ in range(5):
         version(service)
-    left, family = directory_of(service), [psutil.Process(service.process.popen.pid), *service.workers()]
-    for process in family:
-        process.kill()
-    service.process.popen.wait()
-    psutil.wait_procs(family)
+    left = directory_of(service)
+    service.kill()
     service.start()
     assert not left.exists()
     read = scrape(service)

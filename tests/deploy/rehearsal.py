@@ -186,12 +186,6 @@ class Stage:
         if others:
             eldest.kill()
 
-    def kill(self) -> None:
-        """Kill the instance with all its processes."""
-        for process in (psutil.Process(self.service.process.popen.pid), *self.service.workers()):
-            process.kill()
-        self.service.process.popen.wait()
-
     def wechat_fails(self, kind: str, paths: list[str] = WECHAT, **details: Any) -> None:
         for path in paths:
             self.simulator.fault(kind, times=1_000_000, path=path, **details)
@@ -291,7 +285,7 @@ def test_workers_die_again_and_again(stage: Stage) -> None:
 
 
 def test_the_instance_is_down(stage: Stage) -> None:
-    rehearse(stage, "InstanceDown", stage.kill, stage.service.start)
+    rehearse(stage, "InstanceDown", stage.service.kill, stage.service.start)
 
 
 def test_a_route_crashes(stage: Stage) -> None:
