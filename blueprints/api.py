@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple, NoReturn
 
 import flask_smorest
@@ -87,10 +87,22 @@ def require_match(row: Versioned) -> None:
         raise ApiError(Code.PRECONDITION_REQUIRED)
     if not any(request.if_match.contains(f"{row.etag}-{language}") for language in LANGUAGES):
         raise ApiError(Code.PRECONDITION_FAILED)
+    g.version_checked = True
 
 
 def is_read() -> bool:
     return request.method in ("GET", "HEAD")
+
+
+def _answer_once(answer: Callable[[], Any]) -> Any:
+    """Run a POST in one transaction; the answer of one with an Idempotency-Key is stored in it."""
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return database.in_transaction(answer)
+    if not re.fullmatch(r"[!-~]{1,255}", key):
+        raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Not 1 to 255 characters of ASCII."]})
+    fingerprint = _fingerprint()  # reads the body, so it comes before the transaction
+    return database.in_transaction(lambda: idempotency.answer_once(g.user_id, key, fingerprint, answer))
 
 
 def _fingerprint() -> str:
@@ -162,8 +174,18 @@ class Blueprint(flask_smorest.Blueprint):
         super().__init__(*args, **kwargs)
         self._prepare_doc_cbks.append(self._prepare_failures_doc)
 
-    def response(self, status_code: int, schema: Any = None, **kwargs: Any) -> Callable[..., Any]:
-        """Answer in the envelope, with an ETag: that of the version of what the view returns, or of the body."""
+    def response(
+        self, status_code: int, schema: Any = None, *, transaction: bool = True, if_match: bool = True, **kwargs: Any
+    ) -> Callable[..., Any]:
+        """Answer in the envelope, with an ETag: that of the version of what the view returns, or of the body.
+
+        A POST, PUT or DELETE runs in one transaction, which commits, and again where another one was faster. A POST may
+        bring an Idempotency-Key: the same one gives the same answer for a day. A PUT or DELETE calls `require_match`.
+
+        :param transaction: False for a view that stores nothing in the database, or begins transactions by itself; its
+            POST takes no Idempotency-Key.
+        :param if_match: False for a PUT or DELETE that changes what has no version.
+        """
         kwargs.setdefault("headers", TRACE_ID_HEADER)
         decorator: Callable[..., Any] = super().response(status_code, schema, **kwargs)
 
@@ -171,6 +193,8 @@ class Blueprint(flask_smorest.Blueprint):
             @wraps(view)
             def flushed(*args: Any, **arguments: Any) -> Any:
                 result = view(*args, **arguments)
+                if if_match and request.method in ("PUT", "DELETE") and "version_checked" not in g:
+                    raise RuntimeError(f"{request.endpoint} does not call require_match")
                 row = result[0] if isinstance(result, tuple) else result
                 if hasattr(row, "etag"):
                     database.session.flush()  # for what that gives it: its id, its version
@@ -191,38 +215,17 @@ class Blueprint(flask_smorest.Blueprint):
                     response.add_etag()
                 return response.make_conditional(request) if is_read() else response
 
-            return tagged
+            @wraps(tagged)
+            def stored(*args: Any, **arguments: Any) -> Any:
+                answer = partial(tagged, *args, **arguments)
+                if is_read() or not transaction:
+                    return answer()
+                return _answer_once(answer) if request.method == "POST" else database.in_transaction(answer)
+
+            stored._apidoc = {**stored._apidoc, "transaction": transaction, "if_match": if_match}  # type: ignore[attr-defined]
+            return stored
 
         return decorate
-
-    @staticmethod
-    def writes(view: Callable[..., Any]) -> Callable[..., Any]:
-        """Run a view in one transaction, and again where another one was faster.
-
-        A POST may bring an Idempotency-Key: the same one gives the same answer for a day. A PUT or DELETE calls
-        `require_match` and so answers 412 when it is begun again.
-        """
-
-        @wraps(view)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            key = request.headers.get("Idempotency-Key") if request.method == "POST" else None
-            if key is not None and not re.fullmatch(r"[!-~]{1,255}", key):
-                raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Not 1 to 255 characters of ASCII."]})
-
-            if key is None:
-                return database.in_transaction(lambda: view(*args, **kwargs))
-            fingerprint = _fingerprint()  # reads the body, so it comes before the transaction
-            return database.in_transaction(
-                lambda: idempotency.answer_once(g.user_id, key, fingerprint, lambda: view(*args, **kwargs))
-            )
-
-        return Blueprint.documents_writing(wrapper)
-
-    @staticmethod
-    def documents_writing(view: Callable[..., Any]) -> Callable[..., Any]:
-        """Document the headers of a view that writes, for those that begin transactions by themselves."""
-        view._apidoc = {**getattr(view, "_apidoc", {}), "writes": True}  # type: ignore[attr-defined]
-        return view
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
@@ -246,11 +249,12 @@ class Blueprint(flask_smorest.Blueprint):
             codes += [Code.UNAUTHORIZED, Code.UNAVAILABLE]
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE]
-        if "writes" in doc_info:
-            is_post = kwargs["method"] == "post"
-            doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY if is_post else IF_MATCH)
-            codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED] if is_post else []
-            codes += [] if is_post else [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
+        if kwargs["method"] == "post" and doc_info.get("transaction"):
+            doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
+            codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED]
+        if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
+            doc.setdefault("parameters", []).append(IF_MATCH)
+            codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
         if self.auth.security and kwargs["method"] == "get" and "200" in map(str, doc["responses"]):
             doc["responses"][304] = {"description": "Not modified since If-None-Match.", "headers": ETAG_HEADER}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})

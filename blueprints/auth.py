@@ -110,7 +110,7 @@ class WechatSessionSchema(Schema):
 
 @login.route("/wechat", methods=["POST"])
 @login.arguments(WechatCodeSchema)
-@login.response(200, LoginSchema)
+@login.response(200, LoginSchema, transaction=False)
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
 @login.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
@@ -169,14 +169,14 @@ def get_wechat_session() -> dict[str, bool]:
 
 
 @sessions.route("/session", methods=["DELETE"])
-@sessions.response(200)
+@sessions.response(200, transaction=False, if_match=False)
 def log_out() -> None:
     """Log out"""
     stored_sessions.log_out()
 
 
 @sessions.route("/sessions", methods=["DELETE"])
-@sessions.response(200)
+@sessions.response(200, transaction=False, if_match=False)
 def log_out_everywhere() -> None:
     """Log out on every device"""
     stored_sessions.log_out_everywhere(g.user_id)

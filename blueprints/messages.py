@@ -103,7 +103,11 @@ def verify_url() -> Response:
     requestBody={"content": {"application/json": {"schema": {"type": "object"}}, "text/xml": {}}},
 )
 @blueprint.response(
-    200, {"type": "string"}, content_type="text/plain", description="`success`, or a responder's reply."
+    200,
+    {"type": "string"},
+    transaction=False,
+    content_type="text/plain",
+    description="`success`, or a responder's reply.",
 )
 @blueprint.alt_response(200, schema={"type": "object"}, content_type="application/json")
 @blueprint.alt_response(200, schema={"type": "string"}, content_type="text/xml")

@@ -97,7 +97,6 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
 
 @blueprint.route("", methods=["POST"])
 @blueprint.arguments(OrderSchema)
-@blueprint.writes
 @blueprint.response(201, OrderSchema)
 def create_order(body: dict[str, Any]) -> tuple[Order, dict[str, str]]:
     """Order something"""
@@ -122,7 +121,6 @@ def get_order(order_id: int) -> Order:
 
 @blueprint.route("/<id:order_id>", methods=["PUT"])
 @blueprint.arguments(OrderChangeSchema)
-@blueprint.writes
 @blueprint.response(200, OrderSchema)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def put_order(body: dict[str, Any], order_id: int) -> Order:
@@ -144,7 +142,6 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 
 
 @blueprint.route("/<id:order_id>", methods=["DELETE"])
-@blueprint.writes
 @blueprint.response(200)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_order(order_id: int) -> None:
@@ -168,7 +165,6 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 
 @blueprint.route("/<id:order_id>/items", methods=["POST"])
 @blueprint.arguments(ItemSchema)
-@blueprint.writes
 @blueprint.response(201, ItemSchema)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
@@ -194,7 +190,6 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
 @blueprint.arguments(ItemChangeSchema)
-@blueprint.writes
 @blueprint.response(200, ItemSchema)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
@@ -210,7 +205,6 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["DELETE"])
-@blueprint.writes
 @blueprint.response(200)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_item(order_id: int, item_id: int) -> None:

@@ -73,7 +73,6 @@ def read_personal_data(user_id: str) -> User:
 
 @blueprint.route("/<user:user_id>/personal-data", methods=["PUT"])
 @blueprint.arguments(PersonalDataChangeSchema)
-@blueprint.writes
 @blueprint.response(200, MaskedPersonalDataSchema)
 @blueprint.fails(Code.NOT_FOUND)
 def put_personal_data(body: dict[str, Any], user_id: str) -> User:

@@ -152,7 +152,6 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 
 @administration.route("", methods=["POST"])
 @administration.arguments(NewUserSchema)
-@administration.writes
 @administration.response(201, UserSchema)
 @administration.fails(Code.FORBIDDEN, Code.CONFLICT)
 def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
@@ -177,9 +176,8 @@ def read_user(user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>", methods=["PUT"])
-@blueprint.documents_writing
 @blueprint.arguments(UserChangeSchema)
-@blueprint.response(200, UserSchema)
+@blueprint.response(200, UserSchema, transaction=False)
 @blueprint.fails(Code.NOT_FOUND, Code.CONTENT_REFUSED)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
@@ -201,8 +199,7 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>", methods=["DELETE"])
-@blueprint.documents_writing
-@blueprint.response(200)
+@blueprint.response(200, transaction=False)
 @blueprint.fails(Code.NOT_FOUND)
 def delete_user(user_id: str) -> None:
     """Delete a user for good
@@ -240,7 +237,7 @@ def _detach_orders(user_id: int) -> bool:
 
 @blueprint.route("/me/phone", methods=["PUT"])
 @blueprint.arguments(PhoneSchema)
-@blueprint.response(200, UserSchema)
+@blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=PHONE_CODE_WANTED)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
@@ -264,7 +261,7 @@ def put_phone(body: dict[str, str]) -> User:
 
 @blueprint.route("/me/profile", methods=["PUT"])
 @blueprint.arguments(ProfileSchema)
-@blueprint.response(200, UserSchema)
+@blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)

@@ -1,5 +1,6 @@
 """People who call the application in this process."""
 
+import re
 from typing import Any
 
 from flask import Flask
@@ -55,6 +56,15 @@ class Caller:
 
 ITEM = {"sku": "tea-1", "name": "龙井茶", "quantity": 2, "unit_price": 1250}
 ORDER = {"remark": "少糖", "items": [ITEM, {"sku": "cup", "name": "杯子", "quantity": 1, "unit_price": 500}]}
+
+
+def operations(app: Flask) -> list[tuple[str, str]]:
+    """Every method and path that the application serves, such as ("PUT", "/api/v1/orders/{order_id}")."""
+    return [
+        (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in sorted((rule.methods or set()) - {"OPTIONS"})
+    ]
 
 
 def code_of(answer: TestResponse) -> tuple[int, int]:
