@@ -9,16 +9,15 @@ from typing import Any, cast
 
 from flask import current_app, g, url_for
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
-from sqlalchemy import select, update
 from werkzeug.routing import BaseConverter
 
 import wechat
 from blueprints.api import Blueprint, ListSchema, page_schema, require_match
 from errors import ApiError, Code, Message
-from storage import database, pagination
+from storage import database, ownership, pagination
 from storage import sessions as stored_sessions
 from storage.identities import openid_of
-from storage.models import Identity, Order, User, now
+from storage.models import Identity, User, now
 from storage.privacy import mask_phone
 from storage.single_flight import AlreadyDone, single_flight
 from wechat import strict_json
@@ -28,7 +27,6 @@ from wechat.transport import PATIENCE_SECONDS
 
 logger = logging.getLogger(__name__)
 
-DETACHED_AT_ONCE = 1000
 COUNT_LIMIT = 10_000
 """How far all users are counted."""
 CODE_LIFETIME_SECONDS = 300  # WeChat's; after that it refuses a code by itself
@@ -214,25 +212,17 @@ def delete_user(user_id: str) -> None:
         return user.id
 
     def delete() -> None:
-        _detach_orders(deleted)
+        ownership.detach_some(deleted)
         database.session.delete(get_user(deleted))
 
     deleted = database.in_transaction(claim)
-    while database.in_transaction(partial(_detach_orders, deleted)):
-        pass  # some at a time, as a statement has seconds and somebody may have ordered for years
+    while database.in_transaction(partial(ownership.detach_some, deleted)):
+        pass
     database.in_transaction(delete)
     audit("user deleted", deleted)
     if deleted == g.user_id:
         stored_sessions.log_out()
     stored_sessions.revoke_sessions(deleted)
-
-
-def _detach_orders(user_id: int) -> bool:
-    """Take the person out of some orders; answers whether there were any."""
-    ids = database.session.scalars(select(Order.id).where(Order.user_id == user_id).limit(DETACHED_AT_ONCE)).all()
-    without = update(Order).where(Order.id.in_(ids))
-    database.session.execute(without.values(user_id=None, remark=None, version=Order.version + 1))
-    return bool(ids)
 
 
 @blueprint.route("/me/phone", methods=["PUT"])

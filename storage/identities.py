@@ -3,12 +3,12 @@
 import logging
 from functools import partial
 
-from sqlalchemy import and_, select, update
+from sqlalchemy import and_, select
 from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
-from storage import database
-from storage.models import PROFILE_FIELDS, IdempotencyKey, Identity, Order, User, now
+from storage import database, ownership
+from storage.models import PROFILE_FIELDS, Identity, User, now
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,9 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
         for name in PROFILE_FIELDS:
             if getattr(user, name) is None:
                 setattr(user, name, getattr(other, name))
-        for record in database.session.scalars(select(IdempotencyKey).where(IdempotencyKey.user_id == other.id)).all():
-            if database.session.get(IdempotencyKey, (user.id, record.key)) is None:
-                record.user_id = user.id
         if other.role == "admin":
             user.role = other.role
-        database.session.execute(update(Identity).where(Identity.user_id == other.id).values(user_id=user.id))
-        orders = update(Order).where(Order.user_id == other.id)
-        database.session.execute(orders.values(user_id=user.id, version=Order.version + 1))
+        ownership.move_all(other, user)
         database.session.delete(other)
         database.session.flush()
         logger.warning("users merged", extra={"userId": user.id, "mergedUserId": other.id})

@@ -8,8 +8,7 @@ from flask import Flask
 from redis import Redis
 from sqlalchemy import select
 
-from blueprints import users
-from storage import database
+from storage import database, ownership
 from storage.models import IdempotencyKey, Identity, Order, User
 from tests.blueprints.callers import Caller, code_of, data_of
 from tests.harness import APP_ID, Simulator
@@ -164,7 +163,7 @@ def test_a_user_who_changed_meanwhile_is_not_deleted_and_keeps_the_orders(alice:
 def test_who_leaves_takes_all_that_is_personal_along_and_the_orders_stay(
     app: Flask, simulator: Simulator, admin: Caller, redis: Redis, log_lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(users, "DETACHED_AT_ONCE", 1)
+    monkeypatch.setattr(ownership, "DETACHED_AT_ONCE", 1)
     leaver, elsewhere = (Caller(app, simulator, openid="o-leaver") for _ in range(2))
     order = leaver.order()
     seen = admin.etag(f"/orders/{order['id']}")

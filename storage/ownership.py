@@ -1,0 +1,76 @@
+"""What belongs to a user, in one list: merging two users, deleting one, and exporting one's data loop over it.
+
+A model with a `user_id` that is not in it fails a test.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import select, update
+
+from storage import database
+from storage.models import Base, IdempotencyKey, Identity, Order, User
+
+DETACHED_AT_ONCE = 1000
+
+
+class Owned(NamedTuple):
+    """How the rows of a model with a `user_id` follow their user."""
+
+    model: Any
+    export: str | None = None
+    """The name of its list in the export; None for what only repeats what is there already."""
+    outlives_user: bool = False
+    """Whether a row stays without its user and its `personal` columns; otherwise it is deleted with the user."""
+    personal: Sequence[str] = ()
+
+
+OWNED = (
+    Owned(Identity, export="identities"),
+    Owned(Order, export="orders", outlives_user=True, personal=["remark"]),
+    Owned(IdempotencyKey),
+)
+
+
+def move_all(user: User, heir: User) -> None:
+    """Let everything of a user belong to another one. What the other has already under the same key stays behind."""
+    for owned in OWNED:
+        moved = (
+            update(owned.model).where(owned.model.user_id == user.id).values(user_id=heir.id, **_next_version(owned))
+        )
+        # Of two rows with the same primary key the heir's stays.
+        database.session.execute(
+            moved.prefix_with("OR IGNORE", dialect="sqlite").prefix_with("IGNORE", dialect="mysql")
+        )
+
+
+def detach_some(user_id: int) -> bool:
+    """Take the person out of some of the rows that outlive the user.
+
+    :returns: whether there were any; then call it again, each time in a transaction of its own: a statement has
+        seconds, and a user may have ordered for years.
+    """
+    found = False
+    for owned in OWNED:
+        if owned.outlives_user:
+            rows = select(owned.model.id).where(owned.model.user_id == user_id).limit(DETACHED_AT_ONCE)
+            ids = database.session.scalars(rows).all()
+            without = dict.fromkeys(["user_id", *owned.personal], None) | _next_version(owned)
+            database.session.execute(update(owned.model).where(owned.model.id.in_(ids)).values(without))
+            found |= bool(ids)
+    return found
+
+
+def export(user_id: int) -> dict[str, Sequence[Base]]:
+    """Load what the export shows, by the names of its lists."""
+    return {
+        owned.export: database.session.scalars(
+            select(owned.model).where(owned.model.user_id == user_id).order_by(*owned.model.__table__.primary_key)
+        ).all()
+        for owned in OWNED
+        if owned.export
+    }
+
+
+def _next_version(owned: Owned) -> dict[str, Any]:
+    return {"version": owned.model.version + 1} if hasattr(owned.model, "version") else {}

@@ -1,0 +1,37 @@
+"""Everything that belongs to a user is in the one list that merging, deleting and exporting loop over."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import String, Text
+
+from storage.models import Base
+from storage.ownership import OWNED
+
+TABLES = {mapper.class_: mapper.local_table for mapper in Base.registry.mappers}
+
+
+def test_every_model_with_a_user_is_in_the_list() -> None:
+    with_a_user = {model.__name__ for model, table in TABLES.items() if "user_id" in table.columns}
+    assert len(with_a_user) >= 3
+    assert {owned.model.__name__ for owned in OWNED} == with_a_user, "add it to OWNED in storage/ownership.py"
+
+
+@pytest.mark.parametrize(
+    "owned", [owned for owned in OWNED if owned.outlives_user], ids=lambda owned: owned.model.__name__
+)
+def test_what_outlives_its_user_keeps_no_free_text(owned: Any) -> None:
+    texts = {
+        column.name
+        for column in TABLES[owned.model].columns
+        if isinstance(column.type, String | Text) and column.nullable
+    }
+    assert texts == set(owned.personal)
+
+
+@pytest.mark.parametrize(
+    "owned", [owned for owned in OWNED if not owned.outlives_user], ids=lambda owned: owned.model.__name__
+)
+def test_the_database_deletes_with_a_user_what_does_not_outlive_it(owned: Any) -> None:
+    (key,) = TABLES[owned.model].columns["user_id"].foreign_keys
+    assert (key.column.table.name, key.ondelete) == ("users", "CASCADE")
