@@ -162,6 +162,8 @@ class AuthPolicy(NamedTuple):
     """Run before each view; raises ApiError to keep a request out."""
     security: list[dict[str, list[str]]]
     """The same in OpenAPI's words: any one of these security schemes; none at all if empty."""
+    fails: tuple[Code, ...] = ()
+    """The codes with which a request is kept out."""
 
 
 class Blueprint(flask_smorest.Blueprint):
@@ -244,9 +246,7 @@ class Blueprint(flask_smorest.Blueprint):
 
     def _prepare_failures_doc(self, doc: dict[str, Any], doc_info: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         doc["security"] = self.auth.security
-        codes = []
-        if self.auth.security:
-            codes += [Code.UNAUTHORIZED, Code.UNAVAILABLE]
+        codes = [*self.auth.fails]
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE]
         if kwargs["method"] == "post" and doc_info.get("transaction"):

@@ -13,7 +13,7 @@ from blueprints.api import AuthPolicy, Blueprint
 from blueprints.users import CODE_LIFETIME_SECONDS, CODE_RULE, UserSchema, get_user
 from blueprints.web_login import is_authorization_valid
 from errors import ApiError, Code, Message
-from storage import database
+from storage import blocks, database
 from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user, openid_of
 from storage.models import User
@@ -38,6 +38,7 @@ def _require_user() -> None:
     else:
         raise ApiError(Code.UNAUTHORIZED)
     bind(user_id=g.user_id)
+    blocks.require_not_blocked(get_user(g.user_id))
 
 
 def _user_of_cloud_run() -> int:
@@ -81,10 +82,13 @@ def _require_metrics_token() -> None:
 
 
 public = AuthPolicy(_let_everybody_in, security=[])
-signed_in = AuthPolicy(_require_user, security=[{"bearer": []}, {"cookie": []}])
-
-administrators = AuthPolicy(_require_admin, security=signed_in.security)
-scrapers = AuthPolicy(_require_metrics_token, security=[{"metrics": []}])
+signed_in = AuthPolicy(
+    _require_user,
+    security=[{"bearer": []}, {"cookie": []}],
+    fails=(Code.UNAUTHORIZED, Code.FORBIDDEN, Code.UNAVAILABLE),
+)
+administrators = signed_in._replace(check=_require_admin)
+scrapers = AuthPolicy(_require_metrics_token, security=[{"metrics": []}], fails=(Code.UNAUTHORIZED, Code.UNAVAILABLE))
 
 login = Blueprint("login", __name__, description="登录 Log in")
 sessions = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
@@ -112,6 +116,7 @@ class WechatSessionSchema(Schema):
 @login.arguments(WechatCodeSchema)
 @login.response(200, LoginSchema, transaction=False)
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
+@login.fails(Code.FORBIDDEN, message=blocks.BLOCKED)
 @login.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
@@ -129,6 +134,10 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
         )
     except AlreadyDone:
         raise ApiError(Code.WECHAT_CODE_USED) from None
+    except ApiError as error:
+        if error.api_code is Code.FORBIDDEN:  # said in other words to those who waited for the same code
+            raise ApiError(Code.FORBIDDEN, message=blocks.BLOCKED) from None
+        raise
     bind(user_id=outcome["user_id"])
     return {
         "token": outcome["token"],

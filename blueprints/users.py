@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import click
 from flask import current_app, g, url_for
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 from werkzeug.routing import BaseConverter
@@ -14,7 +15,7 @@ from werkzeug.routing import BaseConverter
 import wechat
 from blueprints.api import Blueprint, ListSchema, page_schema, require_match
 from errors import ApiError, Code, Message
-from storage import database, ownership, pagination
+from storage import blocks, database, ownership, pagination
 from storage import sessions as stored_sessions
 from storage.identities import openid_of
 from storage.models import Identity, User, now
@@ -78,9 +79,20 @@ class UserChangeSchema(Schema):
     )
     avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
     role = fields.String(validate=ROLES, metadata={"description": "For administrators."})
+    blocked = fields.Boolean(
+        truthy={True},
+        falsy={False},
+        metadata={
+            "description": "For administrators. A blocked user gets 403 from the next request on, and when logging in; "
+            "deleting the account does not lift it."
+        },
+    )
 
 
 class NewUserSchema(UserChangeSchema):
+    class Meta:
+        exclude = ("blocked",)
+
     openid = fields.String(
         required=True,
         validate=validate.Regexp(r"^[A-Za-z0-9_-]{1,64}(?!\n)$", error="Not an openid."),
@@ -110,7 +122,7 @@ class ProfileSchema(UserChangeSchema):
     """Either what wx.getUserProfile gave, all of it, or `nickname` and `avatar_url`, one or both."""
 
     class Meta:
-        exclude = ("role",)
+        exclude = ("role", "blocked")
 
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "That of rawData, as WeChat gave it."})
@@ -138,7 +150,7 @@ def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
 @administration.route("")
 @administration.arguments(UserListSchema, location="query")
 @administration.response(200, page_schema(UserSchema))
-@administration.fails(Code.FORBIDDEN, Code.INVALID_INPUT)
+@administration.fails(Code.INVALID_INPUT)
 def list_users(query: dict[str, Any]) -> dict[str, Any]:
     """List all users, for administrators
 
@@ -151,7 +163,7 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 @administration.route("", methods=["POST"])
 @administration.arguments(NewUserSchema)
 @administration.response(201, UserSchema)
-@administration.fails(Code.FORBIDDEN, Code.CONFLICT)
+@administration.fails(Code.CONFLICT)
 def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     """Make a user before the first login, for administrators"""
     openid, app_id = body["openid"], wechat.api.app_id
@@ -180,10 +192,14 @@ def read_user(user_id: str) -> User:
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_WANTED)
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
 def put_user(body: dict[str, Any], user_id: str) -> User:
-    """Change a user; only administrators change a role"""
-    if "role" in body and get_user(g.user_id).role != "admin":
-        raise ApiError(Code.INVALID_INPUT, errors={"role": ["Unknown field."]})
-    require_match(find_user(user_id))
+    """Change a user; only administrators change a role, or block somebody"""
+    reserved = {"role", "blocked"} & body.keys()
+    if reserved and get_user(g.user_id).role != "admin":
+        raise ApiError(Code.INVALID_INPUT, errors={name: ["Unknown field."] for name in reserved})
+    user = find_user(user_id)
+    require_match(user)
+    if body.get("blocked") and user.id == g.user_id:
+        raise ApiError(Code.INVALID_INPUT, errors={"blocked": ["You cannot block yourself."]})
     _check_nickname(body.get("nickname"))  # may wait for WeChat, so it comes before the transaction
 
     def change() -> User:
@@ -191,6 +207,8 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
         require_match(user)
         for name, value in body.items():
             setattr(user, name, value)
+        if "blocked" in body:
+            database.after_commit(partial(audit, "user blocked" if user.blocked else "user unblocked", user.id))
         return user
 
     return database.in_transaction(change)
@@ -212,8 +230,11 @@ def delete_user(user_id: str) -> None:
         return user.id
 
     def delete() -> None:
+        user = get_user(deleted, lock=True)
+        if user.blocked:
+            blocks.keep_block(user)
         ownership.detach_some(deleted)
-        database.session.delete(get_user(deleted))
+        database.session.delete(user)
 
     deleted = database.in_transaction(claim)
     while database.in_transaction(partial(ownership.detach_some, deleted)):
@@ -223,6 +244,26 @@ def delete_user(user_id: str) -> None:
     if deleted == g.user_id:
         stored_sessions.log_out()
     stored_sessions.revoke_sessions(deleted)
+
+
+@blueprint.cli.command("block")
+@click.argument("user_id", type=int)
+def block(user_id: int) -> None:
+    """Refuse a user's requests from now on, and logins, also after the account has been deleted."""
+    _set_blocked(user_id, True)
+
+
+@blueprint.cli.command("unblock")
+@click.argument("user_id", type=int)
+def unblock(user_id: int) -> None:
+    """Lift the block of a user, also of one who has been deleted since."""
+    _set_blocked(user_id, False)
+
+
+def _set_blocked(user_id: int, blocked: bool) -> None:
+    if not database.in_transaction(partial(blocks.set_blocked, user_id, blocked)):
+        raise click.ClickException(f"There is no user {user_id}.")
+    audit("user blocked" if blocked else "user unblocked", user_id)
 
 
 @blueprint.route("/me/phone", methods=["PUT"])

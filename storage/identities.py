@@ -7,7 +7,7 @@ from sqlalchemy import and_, select
 from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
-from storage import database, ownership
+from storage import blocks, database, ownership
 from storage.models import PROFILE_FIELDS, Identity, User, now
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,8 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     The same unionid under another app is the same user. Users who turn out to be one are made one: the oldest stays,
     and the sessions of the others end. Commits; what was not committed before may be lost.
 
-    :raises ApiError: UNAVAILABLE if others changed the same user all the time.
+    :raises ApiError: FORBIDDEN if the user is blocked, or was and has been deleted since; UNAVAILABLE if others changed
+        the same user all the time.
     """
     mine = and_(Identity.app_id == app_id, Identity.openid == openid)
     known = select(User).join(Identity, Identity.user_id == User.id).where(mine)
@@ -29,13 +30,14 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
         user = database.session.scalar(known)
         if user is not None and unionid in (None, user.unionid):
             database.session.commit()
-            return user
+            return blocks.require_not_blocked(user)
         database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
     raise ApiError(Code.UNAVAILABLE)
 
 
 def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
     """Make the user and the identity, unless they are there, and one of all users who are this one."""
+    blocks.require_no_block(app_id, openid, unionid)
     if database.session.get(Identity, (app_id, openid)) is None:
         moment = now()
         database.insert_unless_exists(
@@ -64,6 +66,7 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
                 setattr(user, name, getattr(other, name))
         if other.role == "admin":
             user.role = other.role
+        user.blocked = user.blocked or other.blocked
         ownership.move_all(other, user)
         database.session.delete(other)
         database.session.flush()

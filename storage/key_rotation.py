@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, and_, bindparam, f
 from sqlalchemy.exc import DBAPIError
 
 from storage.database import engine_for, is_lost_race
-from storage.models import Base, Encrypted, encrypted_fields
+from storage.models import Base, BlockedIdentity, Encrypted, encrypted_fields
 from storage.privacy import DecryptionError
 
 keys = AppGroup("keys", help="The keys that encrypt what is private.")
@@ -72,6 +72,12 @@ def _report(connection: Connection) -> None:
         behind = _count(connection, _is_behind(field))
         click.echo(f"{field.place}: {there - behind} under the first key, {behind} not")
         left += behind
+    fingerprint = BlockedIdentity.__table__.c.fingerprint
+    blocks = _count(connection, ~fingerprint.startswith(f"{current_app.extensions['cipher'].key_id}."))
+    if blocks:
+        click.echo(
+            f"{blocks} identities of deleted users stay blocked only while their keys are kept: a hash cannot move."
+        )
     if left:
         click.echo("The other keys are still needed. Run `flask keys rotate` until nothing is left.", err=True)
         raise click.exceptions.Exit(1)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    false,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
@@ -172,6 +173,7 @@ class User(Versioned, Base):
     bank_card_encrypted: Mapped[str | None] = mapped_column(String(255))
     bank_card_index: Mapped[str | None] = mapped_column(String(80), index=True)
     role: Mapped[str] = mapped_column(String(16), default="user")
+    blocked: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
 
@@ -275,4 +277,15 @@ class IdempotencyKey(Base):
     status: Mapped[int | None] = mapped_column(Integer)
     headers: Mapped[str | None] = mapped_column(Text)
     body: Mapped[bytes | None] = mapped_column(LargeBinary().with_variant(mysql.MEDIUMBLOB, "mysql"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class BlockedIdentity(Base):
+    """By what WeChat knew a blocked user whose account was deleted, as a keyed hash."""
+
+    __tablename__ = "blocked_identities"
+    __table_args__ = ({"mysql_charset": "utf8mb4"},)
+
+    fingerprint: Mapped[str] = mapped_column(String(80), primary_key=True)
+    former_user_id: Mapped[int] = mapped_column(BigId, index=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)

@@ -66,7 +66,7 @@ def test_the_document_tells_how_an_operation_can_fail(client: FlaskClient) -> No
     paths = client.get("/openapi.json").get_json()["paths"]
     login, me = paths["/api/v1/auth/wechat"]["post"]["responses"], paths["/api/v1/users/{user_id}"]["get"]["responses"]
     assert set(login) == {"200", "400", "403", "413", "415", "502", "503", "504", "default"}
-    assert set(me) == {"200", "304", "401", "404", "503", "default"}
+    assert set(me) == {"200", "304", "401", "403", "404", "503", "default"}
     change = paths["/api/v1/users/{user_id}"]["put"]
     assert {"412", "428"} <= set(change["responses"])
     assert [part["name"] for part in change["parameters"]] == ["If-Match"]

@@ -67,7 +67,7 @@ def test_the_migrations_go_down_and_up_again_with_a_row_in_each_table(databases:
 
 def fill(engine: Engine) -> None:
     """Put a row into each table, those that are referred to first; every id and every reference is 1."""
-    samples = {int: 1, str: "1", bytes: b"1"}
+    samples = {int: 1, str: "1", bytes: b"1", bool: True}
     with engine.begin() as connection:
         for table in Base.metadata.sorted_tables:
             row = {column.name: samples.get(column.type.python_type, now()) for column in table.columns}

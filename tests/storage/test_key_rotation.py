@@ -14,7 +14,7 @@ from flask import Flask
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import OperationalError
 
-from storage import database, key_rotation
+from storage import blocks, database, key_rotation
 from storage.models import PERSONAL_FIELDS, Base, Identity, User
 from tests.harness import PERSON, ROOT
 
@@ -297,3 +297,14 @@ def test_the_command_of_the_readme_runs_in_production(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "All is under the first key."
     assert is_all_there(application_with(NEW))
+
+
+def test_blocks_that_depend_on_an_old_key_are_counted(application_with: ApplicationWith) -> None:
+    add_people(application_with(OLD), 1)
+    with application_with(OLD).app_context():
+        blocks.keep_block(database.session.get_one(User, 1))
+        database.session.commit()
+    assert "blocked" not in run(application_with(OLD), "status").output
+    run(application_with(NEW, OLD), "rotate")
+    result = run(application_with(NEW, OLD), "status")
+    assert (result.exit_code, "2 identities of deleted users stay blocked only while" in result.output) == (0, True)
