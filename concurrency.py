@@ -38,7 +38,7 @@ class Background:
         self.pending = 0
         self.failures = 0
 
-    def require_room(self) -> None:
+    def ensure_capacity(self) -> None:
         """Make sure that what is about to be promised can be done.
 
         Requests that ask at the same moment may overfill the backlog.

@@ -1,4 +1,4 @@
-"""Probes: is the process alive, can it serve, and which version is it."""
+"""Probes: is the process alive, can it serve, and which version does it run."""
 
 from typing import Any
 
@@ -10,20 +10,21 @@ from sqlalchemy.exc import SQLAlchemyError
 from blueprints.api import Blueprint
 from concurrency import fan_out
 from errors import ApiError, Code
-from storage import database, redis
+from storage import database
+from storage.redis_client import redis
 from telemetry import instance_directory, metrics
 
 CHECK_SECONDS = 0.7
-"""How long Redis and the database may take to answer; with all that is around it, less than a second."""
+"""How long Redis and the database may take; with everything around it, a probe takes less than a second."""
 
 blueprint = Blueprint("health", __name__, description="探针 Probes")
 
 
-def find_down() -> dict[str, list[str]]:
-    """Ask Redis and the database, both at once, and note in the metrics who is up. Takes CHECK_SECONDS at the most.
+def failing_dependencies() -> dict[str, list[str]]:
+    """Check Redis and the database at the same time, and record in the metrics which are up.
 
-    :returns: what is wrong, by the name of what is down; empty if nothing is.
-    :raises Exception: what a check raised that is no outage but a mistake of ours.
+    :returns: what is wrong, by dependency, after at most CHECK_SECONDS; empty if all is well.
+    :raises Exception: the exception of a check if it is not an outage but a bug of ours.
     """
     down = {}
     for name, outcome in fan_out.run({"redis": redis.ping, "database": database.ping}, CHECK_SECONDS).items():
@@ -33,7 +34,7 @@ def find_down() -> dict[str, list[str]]:
             continue
         if not isinstance(outcome, RedisError | SQLAlchemyError | TimeoutError):
             raise outcome
-        wrong = "Is not migrated." if database.lacks_tables(outcome) else "Does not answer."
+        wrong = "Not migrated." if database.lacks_tables(outcome) else "Does not respond."
         current_app.logger.error(
             "%s cannot serve: %s",
             name,
@@ -56,16 +57,16 @@ class VersionSchema(Schema):
 @blueprint.route("/livez")
 @blueprint.response(200)
 def live() -> None:
-    """The process answers; nothing behind it is asked"""
+    """Whether the process responds; no dependency is checked"""
 
 
 @blueprint.route("/readyz")
 @blueprint.response(200, ReadinessSchema)
 @blueprint.fails(Code.UNAVAILABLE)
 def ready() -> dict[str, str]:
-    """Redis and the database answer; `data.errors` names what does not, or says that a stop has begun"""
-    g.stopping = instance_directory.is_stopping()  # that is no fault, so its line is no error
-    down = {"instance": ["Is stopping."]} if g.stopping else find_down()
+    """Whether Redis and the database respond; `data.errors` names what does not, or says that a stop has begun"""
+    g.stopping = instance_directory.is_stopping()  # not a fault, so not logged as an error
+    down = {"instance": ["Stopping."]} if g.stopping else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)
     return {"redis": "up", "database": "up"}
@@ -74,5 +75,5 @@ def ready() -> dict[str, str]:
 @blueprint.route("/version")
 @blueprint.response(200, VersionSchema)
 def version() -> dict[str, Any]:
-    """What is running"""
+    """The version that is running"""
     return {"version": current_app.config["VERSION"]}

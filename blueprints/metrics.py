@@ -1,10 +1,10 @@
-"""What Prometheus scrapes."""
+"""The metrics that Prometheus scrapes."""
 
 from flask import Response, current_app, request
 
 from blueprints.api import Blueprint
-from blueprints.auth import NOT_THE_METRICS_TOKEN
-from blueprints.health import find_down
+from blueprints.health import failing_dependencies
+from blueprints.policies import METRICS_TOKEN_WRONG
 from errors import Code, Message
 from telemetry.exposition import exposition
 
@@ -13,13 +13,13 @@ blueprint = Blueprint("metrics", __name__, description="指标 Metrics")
 
 @blueprint.route("/metrics")
 @blueprint.response(200, {"type": "string"}, content_type="text/plain", description="In Prometheus's text format.")
-@blueprint.fails(Code.UNAUTHORIZED, message=NOT_THE_METRICS_TOKEN)
+@blueprint.fails(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
 @blueprint.fails(Code.NOT_FOUND, message=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
 def scrape() -> Response:
-    """The metrics of all workers together, with Redis and the database asked anew
+    """Metrics of all workers together, with Redis and the database checked
 
-    As OpenMetrics where `Accept` prefers it.
+    In OpenMetrics where `Accept` prefers it.
     """
-    find_down()
+    failing_dependencies()
     body, content_type = exposition(request.headers.get("Accept", ""))
     return current_app.response_class(body, content_type=content_type)

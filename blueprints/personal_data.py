@@ -1,4 +1,4 @@
-"""What is held of a user: masked, in full through one route that is logged, and all of it to take along."""
+"""Personal data of a user: masked; in full, which is logged; and the export of everything."""
 
 from functools import partial
 from typing import Any
@@ -8,12 +8,12 @@ from marshmallow import Schema, fields, validate
 
 from blueprints.api import Blueprint, require_match
 from blueprints.orders import OrderSchema
-from blueprints.users import NICKNAME_RULE, UserSchema, audit, find_user, masked
+from blueprints.users import NICKNAME_RULE, UserSchema, audit, load_user, masked
 from errors import Code
 from storage import database, ownership
+from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
 from storage.models import PERSONAL_FIELDS, User
 from storage.ownership import OWNED
-from storage.privacy import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
 
 MASKS = {
     "phone": mask_phone,
@@ -35,7 +35,7 @@ PersonalDataSchema = Schema.from_dict(
 
 
 class PersonalDataChangeSchema(Schema):
-    """Those that are missing stay as they are, null erases; a phone number is WeChat's to tell."""
+    """Missing fields stay as they are, null erases; a phone number comes from WeChat alone."""
 
     real_name = fields.String(allow_none=True, validate=NICKNAME_RULE)
     id_card = fields.String(allow_none=True, validate=validate.Regexp(r"^[0-9]{17}[0-9Xx](?!\n)$"))
@@ -55,7 +55,7 @@ ExportSchema = Schema.from_dict(
         "user": fields.Nested(UserSchema, required=True),
         "unionid": fields.String(required=True, allow_none=True),
         "personal_data": fields.Nested(PersonalDataSchema, required=True),
-        # A KeyError here: storage/ownership.py exports what has no schema above.
+        # A KeyError here means that storage/ownership.py exports something without a schema above.
         **{
             owned.export: fields.List(fields.Nested(EXPORTED[owned.export]), required=True)
             for owned in OWNED
@@ -75,9 +75,9 @@ def keep_out_of_caches(response: Response) -> Response:
 @blueprint.route("/<user:user_id>/personal-data")
 @blueprint.response(200, MaskedPersonalDataSchema)
 @blueprint.fails(Code.NOT_FOUND)
-def read_personal_data(user_id: str) -> User:
+def get_personal_data(user_id: str) -> User:
     """Read personal data, masked"""
-    return find_user(user_id)
+    return load_user(user_id)
 
 
 @blueprint.route("/<user:user_id>/personal-data", methods=["PUT"])
@@ -86,7 +86,7 @@ def read_personal_data(user_id: str) -> User:
 @blueprint.fails(Code.NOT_FOUND)
 def put_personal_data(body: dict[str, Any], user_id: str) -> User:
     """Change personal data"""
-    user = find_user(user_id)
+    user = load_user(user_id)
     require_match(user)
     for name, value in body.items():
         setattr(user, name, value)
@@ -97,9 +97,9 @@ def put_personal_data(body: dict[str, Any], user_id: str) -> User:
 @blueprint.route("/<user:user_id>/personal-data/full")
 @blueprint.response(200, PersonalDataSchema)
 @blueprint.fails(Code.NOT_FOUND)
-def read_full_personal_data(user_id: str) -> User:
+def get_full_personal_data(user_id: str) -> User:
     """Read personal data in full, which is logged"""
-    user = find_user(user_id)
+    user = load_user(user_id)
     audit("personal data read in full", user.id)
     return user
 
@@ -107,8 +107,8 @@ def read_full_personal_data(user_id: str) -> User:
 @blueprint.route("/me/export")
 @blueprint.response(200, ExportSchema)
 def export() -> dict[str, Any]:
-    """Take along all that is held of you, in full, which is logged"""
-    user = find_user("me")
+    """Export everything that is stored about you, in full, which is logged"""
+    user = load_user("me")
     audit("user exported", user.id)
     return {
         "user": user,

@@ -1,4 +1,4 @@
-"""Login on the web with WeChat's OAuth2, inside WeChat or by QR code, which ends in a cookie session."""
+"""Login on the web with WeChat's OAuth2, inside WeChat or by QR code; it ends with a cookie session."""
 
 import hashlib
 import json
@@ -15,13 +15,15 @@ from werkzeug import Response as BaseResponse
 
 import wechat
 from blueprints.api import TRACE_ID_HEADER, Blueprint
-from blueprints.users import CODE_RULE, ProfileSchema, get_user
+from blueprints.parsing import WECHAT_CODE_RULE
+from blueprints.policies import current_user, set_current_user
+from blueprints.wechat_profile import ProfileSchema
 from errors import ApiError, Code, Message
-from storage import database, redis
+from storage import database
 from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user
 from storage.models import Identity
-from telemetry.logs import bind
+from storage.redis_client import redis
 from telemetry.metrics import LOGINS
 from wechat.crypto import constant_time_equals
 from wechat.web_login import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
@@ -29,27 +31,31 @@ from wechat.web_login import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, Web
 STATE_SECONDS = 600
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
-STATE_REFUSED = {"state": ["Unknown, used, older than ten minutes, or of another browser: begin again at authorize."]}
+STATE_REFUSED = {
+    "state": ["Unknown, used, expired after ten minutes, or from another browser: start again at authorize."]
+}
 DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
-BEGIN_AGAIN = Message("code 无效、过期或已使用，请重新登录", "Invalid, old or used code: begin again at authorize")
+BEGIN_AGAIN = Message(
+    "code 无效、过期或已使用，请重新登录", "Code invalid, expired or used already: start again at authorize"
+)
 
 blueprint = Blueprint("web_login", __name__, description="网页登录 Log in on the web")
 
 
 class AuthorizeSchema(Schema):
     class Meta:
-        unknown = EXCLUDE  # browsers and WeChat add what they like
+        unknown = EXCLUDE  # browsers and WeChat add parameters of their own
 
-    # A path and nothing else: `//host` and `/\host` lead elsewhere, and browsers skip blanks.
+    # Only a path: `//host` and `/\host` lead to other sites, and browsers skip blanks.
     return_to = fields.String(
         load_default="/",
-        validate=validate.Regexp(r"^/(?![/\\])(?:(?!\\)[!-~]){0,511}(?!\n)$", error="Not a path of this site."),
-        metadata={"description": "Where to go afterwards: a path of this site."},
+        validate=validate.Regexp(r"^/(?![/\\])(?:(?!\\)[!-~]){0,511}(?!\n)$", error="Must be a path of this site."),
+        metadata={"description": "Where to go after login: a path of this site."},
     )
     scope = fields.String(
         validate=validate.OneOf(SCOPES),
-        metadata={"description": "snsapi_userinfo inside WeChat and snsapi_login elsewhere, unless named."},
+        metadata={"description": "Default: snsapi_userinfo inside WeChat, snsapi_login elsewhere."},
     )
 
 
@@ -58,9 +64,11 @@ class CallbackSchema(Schema):
         unknown = EXCLUDE
 
     state = fields.String(
-        required=True, validate=validate.Length(1, 128), metadata={"description": "What authorize gave to WeChat."}
+        required=True,
+        validate=validate.Length(1, 128),
+        metadata={"description": "The state that authorize gave to WeChat."},
     )
-    code = fields.String(validate=CODE_RULE, metadata={"description": "Missing if the user declined."})
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "Missing if the user declined."})
 
 
 @blueprint.route("/authorize")
@@ -68,12 +76,12 @@ class CallbackSchema(Schema):
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
 @blueprint.fails(Code.INVALID_INPUT)
 def authorize(query: dict[str, str]) -> BaseResponse:
-    """Go to WeChat's page that asks the user"""
+    """Redirect to WeChat's consent page"""
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
     response = redirect(wechat.web_app(scope).authorize_url(scope, f"{_site()}{url_for('web_login.callback')}", state))
-    # The browser keeps what it began: nothing is stored here for those who never come back.
+    # Kept by the browser: nothing is stored here for users who never come back.
     response.set_cookie(
         _cookie(state),
         _serializer().dumps({"state": state, "scope": scope, "return_to": query["return_to"]}),
@@ -92,13 +100,12 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 @blueprint.fails(Code.FORBIDDEN, message=DECLINED)
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 def callback(query: dict[str, str]) -> BaseResponse:
-    """Come back from WeChat, logged in"""
+    """Return from WeChat, logged in"""
     attempt = _consume(query["state"])
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     app = wechat.web_app(attempt["scope"])
     user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
-    bind(user_id=user_id)
     stored_sessions.log_in(user_id, web_app_id=app.app_id)
     response = redirect(_site() + attempt["return_to"])
     response.delete_cookie(_cookie(query["state"]), path=_folder(), **COOKIE_OPTIONS)
@@ -112,7 +119,7 @@ def _count(error: BaseException | None) -> None:
 
 
 def is_authorization_valid(user_id: int, app_id: str) -> bool:
-    """Whether what a user granted to one of our web apps still holds.
+    """Whether a user's web-app authorization is still valid.
 
     :raises ApiError: what `WebApp.is_valid` does.
     """
@@ -128,7 +135,7 @@ def is_authorization_valid(user_id: int, app_id: str) -> bool:
 
     def store() -> None:
         kept = database.session.scalars(find.with_for_update()).one()
-        if kept.authorization == granted:  # and not that of a login that came in between
+        if kept.authorization == granted:  # and not one of a login in the meantime
             kept.authorization = json.dumps(renewed)
 
     if renewed != authorization:
@@ -137,15 +144,15 @@ def is_authorization_valid(user_id: int, app_id: str) -> bool:
 
 
 def _consume(state: str) -> dict[str, str]:
-    """Find what this browser began under a state, which works once.
+    """Load the login that this browser started under a state, which works once.
 
-    :raises ApiError: INVALID_INPUT if there is no such thing, or not any more.
+    :raises ApiError: INVALID_INPUT if there is none, or no longer.
     """
     try:
         attempt, made_at = _serializer().loads(request.cookies.get(_cookie(state), ""), return_timestamp=True)
     except BadSignature:
         raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED) from None
-    # Not loads(max_age=…), which takes a state for forged that another instance made and whose clock is ahead.
+    # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
     if time.time() - made_at.timestamp() > STATE_SECONDS or not constant_time_equals(state, attempt["state"]):
         raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
     if not redis.set(f"web_login:{hashlib.sha256(state.encode()).hexdigest()}", b"used", nx=True, ex=STATE_SECONDS):
@@ -154,7 +161,10 @@ def _consume(state: str) -> dict[str, str]:
 
 
 def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
-    """Redeem a code, and answer the id of the user whom it belongs to."""
+    """Redeem a code.
+
+    :returns: the id of its user.
+    """
     try:
         grant = app.redeem(code)
     except ApiError as error:
@@ -167,13 +177,14 @@ def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
     if with_profile:
         info, authorization = app.userinfo(authorization)
     user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
+    set_current_user(user_id)
     profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}
     refused = ProfileSchema().validate(profile)
 
     def store() -> None:
-        user = get_user(user_id)
+        user = current_user()
         for name, value in profile.items():
-            if name not in refused and getattr(user, name) is None:  # what the user typed in stays
+            if name not in refused and getattr(user, name) is None:  # a typed one stays
                 setattr(user, name, value)
         identity = database.session.get_one(Identity, (app.app_id, authorization.openid))
         identity.authorization = json.dumps(authorization)
@@ -187,7 +198,7 @@ def _serializer() -> URLSafeTimedSerializer:
 
 
 def _cookie(state: str) -> str:
-    """A cookie of its own for each attempt, as there may be one in each tab."""
+    """Name a cookie for each attempt, as each tab may have one."""
     return f"web_login_{hashlib.sha256(state.encode()).hexdigest()[:16]}"
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from sqlalchemy import delete, select
 
 from errors import ApiError, Code, Message
-from storage import cipher, database
+from storage import database
+from storage.cipher import cipher
 from storage.models import BlockedIdentity, Identity, User
 
 BLOCKED = Message("账号已被封禁", "This account is blocked")

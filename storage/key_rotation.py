@@ -10,9 +10,10 @@ from flask.cli import AppGroup
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, bindparam, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 
+from storage.cipher import DecryptionError
 from storage.database import engine_for, is_lost_race
-from storage.models import Base, BlockedIdentity, Encrypted, encrypted_fields
-from storage.privacy import DecryptionError
+from storage.encrypted import Encrypted, encrypted_fields
+from storage.models import Base, BlockedIdentity
 
 keys = AppGroup("keys", help="The keys that encrypt what is private.")
 

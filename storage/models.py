@@ -1,12 +1,10 @@
 """The tables. `storage/migrations` holds the same schema as steps; a test compares the two."""
 
 from datetime import UTC, datetime
-from typing import Any, Self, cast, overload
+from typing import Any
 
-from flask import current_app
 from sqlalchemy import (
     BigInteger,
-    ColumnElement,
     DateTime,
     ForeignKey,
     Index,
@@ -23,7 +21,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
-from storage.privacy import Cipher
+from storage.encrypted import Encrypted, encrypted_fields
 from telemetry.redaction import hide
 
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only in a plain INTEGER
@@ -77,71 +75,6 @@ class Versioned:
     @declared_attr.directive
     def __mapper_args__(cls) -> dict[str, Any]:  # noqa: N805
         return {"version_id_col": cls.version}
-
-
-class Encrypted:
-    """A text, or None, of a model with `app_id` and `openid`: the column `<name>_encrypted` holds it for its row alone.
-
-    Reading it raises `DecryptionError` if the column holds what was made for another row or column, or with a key that
-    is not among ENCRYPTION_KEYS. It needs an application context.
-
-    :param searchable: whether `<name>_index` holds its blind index, so that rows can be found by it.
-    """
-
-    def __init__(self, searchable: bool = False) -> None:
-        self._searchable = searchable
-
-    def __set_name__(self, model: type[Base], name: str) -> None:
-        self.model = model
-        self.name = name
-        self.place = f"{model.__tablename__}.{name}"
-        self.columns = [f"{name}_encrypted", f"{name}_index"][: 1 + self._searchable]
-        """The names of the columns that hold it, the encrypted one first."""
-
-    @overload
-    def __get__(self, row: None, model: type[Base]) -> Self: ...
-    @overload
-    def __get__(self, row: Base, model: type[Base]) -> str | None: ...
-    def __get__(self, row: Base | None, model: type[Base]) -> Self | str | None:
-        return self if row is None else self.open(row)
-
-    def __set__(self, row: Base, text: str | None) -> None:
-        for column, value in self.seal(row, text).items():
-            setattr(row, column, value)
-
-    def open(self, row: Any) -> str | None:
-        """Decrypt it from a row of the table, or an object of the model.
-
-        :raises DecryptionError: see above.
-        """
-        value = getattr(row, self.columns[0])
-        return None if value is None else _cipher().decrypt(value, self._context(row))
-
-    def seal(self, row: Any, text: str | None) -> dict[str, str | None]:
-        """What the columns of this row have to hold for a text, by their names."""
-        if text is None:
-            return dict.fromkeys(self.columns)
-        values = [_cipher().encrypt(text, self._context(row)), _cipher().blind_index(text, self.place)]
-        return dict(zip(self.columns, values, strict=False))
-
-    def equals(self, text: str) -> ColumnElement[bool]:
-        """The SQL condition that a row holds exactly this text, under whichever of the keys: nothing is normalised."""
-        column: ColumnElement[str] = getattr(self.model, f"{self.name}_index")
-        return column.in_(_cipher().blind_indexes(text, self.place))
-
-    def _context(self, row: Any) -> str:
-        # By what names the row from the start: a new one has no id yet.
-        if None in (row.app_id, row.openid):
-            raise ValueError("app_id and openid come first: what is encrypted is bound to them.")
-        return f"{self.place}:{row.app_id}:{row.openid}"
-
-
-def encrypted_fields(model: type[Base]) -> list[Encrypted]:
-    return [field for field in vars(model).values() if isinstance(field, Encrypted)]
-
-
-def _cipher() -> Cipher:
-    return cast(Cipher, current_app.extensions["cipher"])
 
 
 class User(Versioned, Base):
@@ -257,6 +190,10 @@ class OrderItem(Base):
     @property
     def subtotal(self) -> int:
         return self.quantity * self.unit_price
+
+    @property
+    def user_id(self) -> int | None:
+        return self.order.user_id
 
     @property
     def etag(self) -> str:

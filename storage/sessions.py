@@ -1,10 +1,8 @@
-"""Sessions in Redis through flask-session: a bearer token or a cookie, kept under its hash, as JSON."""
+"""Sessions in Redis through flask-session: a bearer token or a cookie, stored under its hash, as JSON."""
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -17,13 +15,12 @@ from flask_session.redis import RedisSessionInterface
 from redis import Redis
 from redis.exceptions import RedisError
 
-from storage.privacy import Cipher, DecryptionError
+from storage import wechat_session_keys
+from storage.redis_client import redis
 from telemetry.metrics import SESSIONS
 from telemetry.redaction import hide
 
 TOKEN_BYTES = 32
-KEPT_SESSION_KEYS = 8
-"""The most logins of one user that are taken to come at the same moment."""
 
 
 class JsonSerializer(Serializer):
@@ -90,10 +87,9 @@ class SessionInterface(RedisSessionInterface):
     however much it is used; both in seconds since the epoch.
     """
 
-    def __init__(self, app: Flask, client: Redis, cipher: Cipher) -> None:
+    def __init__(self, app: Flask, client: Redis) -> None:
         super().__init__(app, client, sid_length=TOKEN_BYTES)
         self.serializer = JsonSerializer()
-        self.cipher = cipher
         self.absolute_lifetime: int = app.config["SESSION_ABSOLUTE_LIFETIME"]
 
     def open_session(self, app: Flask, request: Request) -> LazySession:
@@ -150,10 +146,6 @@ def _index_key(user_id: int) -> str:
     return f"user:{user_id}:sessions"
 
 
-def _session_keys_key(user_id: int) -> str:
-    return f"user:{user_id}:session_keys"
-
-
 def init_app(app: Flask) -> None:
     app.config.update(
         PERMANENT_SESSION_LIFETIME=app.config["SESSION_LIFETIME"],
@@ -161,16 +153,7 @@ def init_app(app: Flask) -> None:
         SESSION_COOKIE_SECURE=True,
         SESSION_COOKIE_SAMESITE="Lax",
     )
-    app.session_interface = SessionInterface(app, app.extensions["redis"], app.extensions["cipher"])
-
-
-def clock() -> float:
-    """Redis's clock, in seconds since the epoch: the one that all instances share.
-
-    :raises redis.exceptions.RedisError: if Redis is away.
-    """
-    seconds, microseconds = cast(tuple[int, int], _interface().client.time())
-    return seconds + microseconds / 1e6
+    app.session_interface = SessionInterface(app, app.extensions["redis"])
 
 
 def log_in(user_id: int, **facts: Any) -> str:
@@ -198,40 +181,6 @@ def log_in(user_id: int, **facts: Any) -> str:
     return current.sid
 
 
-def keep_session_key(user_id: int, session_key: str, asked_at: float, answered_at: float) -> None:
-    """Keep WeChat's session_key of a user, encrypted; it serves all of his sessions.
-
-    :param asked_at: when WeChat was asked for it, by `clock`.
-    :param answered_at: when its answer came, by `clock`.
-    :raises redis.exceptions.RedisError: if Redis is away.
-    """
-    interface = _interface()
-    key = _session_keys_key(user_id)
-    kept = json.dumps([session_key, asked_at, answered_at])
-    with interface.client.pipeline() as pipeline:
-        pipeline.zadd(key, {interface.cipher.encrypt(kept, key): answered_at})
-        pipeline.zremrangebyrank(key, 0, -1 - KEPT_SESSION_KEYS)
-        pipeline.expire(key, interface.absolute_lifetime)
-        pipeline.execute()
-
-
-def session_keys(user_id: int) -> list[str]:
-    """The newest session_key of a user, whichever login brought it; none if there is none.
-
-    Several where logins on several devices overlapped, so that only WeChat knows which one counts; likeliest first.
-
-    :raises redis.exceptions.RedisError: if Redis is away.
-    """
-    interface = _interface()
-    key = _session_keys_key(user_id)
-    kept = []
-    for sealed in cast(list[bytes], interface.client.zrevrange(key, 0, -1)):
-        with suppress(DecryptionError):  # of a key that is not among ENCRYPTION_KEYS any more
-            kept.append(json.loads(interface.cipher.decrypt(sealed.decode(), key)))
-    last_asked_at = max((asked_at for _, asked_at, _ in kept), default=0)
-    return [session_key for session_key, _, answered_at in kept if answered_at >= last_asked_at]
-
-
 def log_out() -> None:
     """End the current request's session."""
     session.clear()
@@ -251,11 +200,10 @@ def revoke_sessions(user_id: int) -> None:
 
     :raises redis.exceptions.RedisError: if Redis is away; asked again, it ends what is left.
     """
-    redis = _interface().client
     index = _index_key(user_id)
     store_ids = redis.zrange(index, 0, -1)
     with redis.pipeline() as pipeline:
-        pipeline.delete(_session_keys_key(user_id), *store_ids)
+        pipeline.delete(wechat_session_keys.redis_key(user_id), *store_ids)
         if store_ids:
             # Only what was listed leaves the list: a login in between keeps its session and its entry.
             pipeline.zrem(index, *store_ids)

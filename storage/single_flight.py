@@ -9,8 +9,8 @@ from typing import Any, cast
 from redis.exceptions import RedisError
 
 from errors import ApiError, Code
-from storage import cipher, redis
-from storage.privacy import DecryptionError
+from storage.cipher import DecryptionError, cipher
+from storage.redis_client import redis
 
 _POLL_SECONDS = 0.02
 _FOLLOW_SECONDS = 5

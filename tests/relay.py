@@ -4,7 +4,7 @@ import os
 
 import requests
 
-from storage import redis
+from storage.redis_client import redis
 from telemetry.traces import outgoing_headers
 from wsgi import app
 

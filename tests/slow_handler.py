@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from blueprints.messages import on
-from storage import redis
+from blueprints.message_handlers import on
+from storage.redis_client import redis
 from wsgi import app
 
 __all__ = ["app"]

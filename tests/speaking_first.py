@@ -1,6 +1,6 @@
 """The service that has spoken with Redis, and sent a span of it, before gunicorn forks: for `--preload`."""
 
-from storage import redis
+from storage.redis_client import redis
 from telemetry import traces
 from wsgi import app
 

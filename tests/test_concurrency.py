@@ -64,17 +64,17 @@ def test_what_is_in_hand_is_bounded_and_runs_two_at_a_time(small: Background) ->
         gate.wait(5)
 
     for _ in range(3):
-        small.require_room()
+        small.ensure_capacity()
         small.submit(work)
     assert running.acquire(timeout=5)
     assert running.acquire(timeout=5)
     assert not running.acquire(timeout=0.2)
     with pytest.raises(ApiError) as caught:
-        small.require_room()
+        small.ensure_capacity()
     assert caught.value.api_code is Code.UNAVAILABLE
     gate.set()
     wait_until(lambda: small.pending == 0)
-    small.require_room()
+    small.ensure_capacity()
 
 
 def test_work_is_counted_while_it_is_in_hand_and_by_what_came_of_it(small: Background) -> None:
@@ -87,7 +87,7 @@ def test_work_is_counted_while_it_is_in_hand_and_by_what_came_of_it(small: Backg
         small.submit(work)
     assert counts()[0] == before[0] + 3
     with pytest.raises(ApiError):
-        small.require_room()
+        small.ensure_capacity()
     gate.set()
     small.close()
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [0, 2, 1, 1]

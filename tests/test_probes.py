@@ -26,7 +26,7 @@ from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, answers, bear
 StartService = Callable[..., Service]
 Sample = tuple[str, ...]
 LOGIN = "/api/v1/auth/wechat"
-STOPPING = {"errors": {"instance": ["Is stopping."]}}
+STOPPING = {"errors": {"instance": ["Stopping."]}}
 PLATFORM_SECONDS = 30
 """How long platforms wait between SIGTERM and SIGKILL, most of them."""
 
@@ -292,7 +292,7 @@ def assert_names_at_once(service: Service, *down: str) -> None:
 
     The checks alone take up to 0.7 s: on a busy machine the slowest of the answers may take longer, but not twice that.
     """
-    errors = {"errors": {name: ["Does not answer."] for name in down}}
+    errors = {"errors": {name: ["Does not respond."] for name in down}}
 
     def ask(_: int) -> tuple[float, tuple[int, object]]:
         started = time.monotonic()

@@ -8,8 +8,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from blueprints.api import Blueprint
-from blueprints.auth import administrators, public, scrapers, signed_in
-from blueprints.users import PHONE_CODE_WANTED
+from blueprints.policies import administrators, public, scrapers, signed_in
+from blueprints.wechat_profile import PHONE_CODE_REQUIRED
 from dev import openapi
 from errors import Code
 from tests.blueprints.callers import Caller, operations
@@ -85,7 +85,7 @@ def test_the_document_tells_how_an_operation_can_fail(client: FlaskClient) -> No
 def test_a_failure_is_documented_with_what_it_says(client: FlaskClient) -> None:
     paths = client.get("/openapi.json").get_json()["paths"]
     phone = paths["/api/v1/users/me/phone"]["put"]["responses"]["400"]["description"]
-    assert f"460: {PHONE_CODE_WANTED.english}; 461: {PHONE_CODE_WANTED.english}" in phone
+    assert f"460: {PHONE_CODE_REQUIRED.english}; 461: {PHONE_CODE_REQUIRED.english}" in phone
     assert Code.WECHAT_CODE_INVALID.message.english not in phone
 
 

@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from redis import Redis
 from sqlalchemy import select
 
-from storage import database, sessions
+from storage import database, wechat_session_keys
 from storage.models import User
 from tests.harness import APP_ID, APP_SECRET, Simulator, bearer
 
@@ -197,7 +197,7 @@ def test_two_logins_of_a_user_at_once_leave_the_session_key_that_counts(
         with ThreadPoolExecutor(4) as pool:
             logins = list(pool.map(lambda code: client.post(LOGIN, json={"code": code}).get_json()["data"], codes))
         with app.app_context():
-            assert simulator.session_key("o-alice") in sessions.session_keys(logins[0]["user"]["id"])
+            assert simulator.session_key("o-alice") in wechat_session_keys.newest(logins[0]["user"]["id"])
         assert client.get(LOGIN, headers=bearer(logins[0]["token"])).get_json()["data"] == {"valid": True}
 
 

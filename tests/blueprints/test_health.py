@@ -35,7 +35,7 @@ def test_readiness_names_what_is_down_and_liveness_touches_nothing(
     client = app.test_client()
     answer = client.get("/readyz")
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
-    assert answer.get_json()["data"]["errors"] == {away: ["Does not answer."]}
+    assert answer.get_json()["data"]["errors"] == {away: ["Does not respond."]}
     assert (up("redis"), up("database")) == (away != "redis", away != "database")
     assert "Retry-After" in answer.headers
     monkeypatch.setattr(Session, "execute", lambda *_: pytest.fail("asked the database"))
@@ -55,7 +55,7 @@ def test_a_database_that_is_not_migrated_as_far_as_the_code_is_not_ready_until_i
         migrate(url, "upgrade", revision)
     client = make_app(DATABASE_URL=url).test_client()
     answer = client.get("/readyz")
-    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"database": ["Is not migrated."]}})
+    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"database": ["Not migrated."]}})
     assert up("database") == 0
     migrate(url)
     assert client.get("/readyz").status_code == 200
@@ -69,7 +69,7 @@ def test_a_check_that_takes_longer_than_a_second_is_not_waited_for(
     monkeypatch.setattr(Redis, "ping", lambda self: over.wait(1.5))  # and then all is well
     answer = client.get("/readyz")
     over.set()
-    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"redis": ["Does not answer."]}})
+    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"redis": ["Does not respond."]}})
 
 
 def test_a_mistake_in_a_check_is_not_taken_for_an_outage(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import TestResponse
 
-from blueprints import messages
+from blueprints import message_handlers, messages
 from storage import database
 from storage.models import Identity, User
 from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, Simulator, bearer, wait_until
@@ -40,8 +40,8 @@ def handled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What handlers of the event and of texts were given."""
     given: list[dict[str, Any]] = []
     handlers = {("event", "debug_demo"): [given.append], ("text", ""): [given.append]}
-    monkeypatch.setattr(messages, "handlers", handlers)
-    monkeypatch.setattr(messages, "responders", {})
+    monkeypatch.setattr(message_handlers, "handlers", handlers)
+    monkeypatch.setattr(message_handlers, "responders", {})
     return given
 
 
@@ -131,7 +131,7 @@ def test_an_answer_does_not_wait_for_its_handlers(
     app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(messages, "handlers", {("event", "debug_demo"): [lambda _: gate.wait(10)]})
+    monkeypatch.setattr(message_handlers, "handlers", {("event", "debug_demo"): [lambda _: gate.wait(10)]})
     assert push(client, EVENT).data == b"success"
     assert app.extensions["background"].pending == 1
     gate.set()
@@ -140,8 +140,8 @@ def test_an_answer_does_not_wait_for_its_handlers(
 
 def test_functions_are_registered_by_type_and_by_event(app: Flask, client: FlaskClient, handled: Any) -> None:
     seen: list[str] = []
-    messages.on("event")(lambda message: seen.append(f"any: {message['Event']}"))
-    messages.on("event", "debug_demo")(lambda message: seen.append("demo"))
+    message_handlers.on("event")(lambda message: seen.append(f"any: {message['Event']}"))
+    message_handlers.on("event", "debug_demo")(lambda message: seen.append("demo"))
     for message in (EVENT, {**EVENT, "Event": "other"}, {**EVENT, "Event": ["odd"]}, TEXT, {"ToUserName": "gh"}):
         assert push(client, message).data == b"success"
         settled(app)
@@ -154,7 +154,7 @@ def test_a_handler_that_fails_is_logged_with_the_trace_id_and_counted_and_stops_
     def fail(message: dict[str, Any]) -> None:
         raise RuntimeError("the reason")
 
-    messages.handlers["event", "debug_demo"].insert(0, fail)
+    message_handlers.handlers["event", "debug_demo"].insert(0, fail)
     answer = push(client, EVENT)
     settled(app)
     (line,) = [line for line in log_lines() if line["message"] == "background work failed"]
@@ -170,7 +170,7 @@ def test_more_than_can_be_handled_is_refused_for_wechat_to_send_again(
     answer = push(client, EVENT)
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
     monkeypatch.undo()
-    messages.handlers["event", "debug_demo"] = [handled.append]
+    message_handlers.handlers["event", "debug_demo"] = [handled.append]
     assert push(client, EVENT).status_code == 200
     settled(app)
     assert len(handled) >= 1
@@ -221,7 +221,7 @@ def test_a_message_is_rather_handled_twice_than_not_at_all_when_redis_goes_away(
 def test_a_responder_answers_at_once_in_the_form_and_mode_of_the_account(
     client: FlaskClient, handled: list[dict[str, Any]], form: Any
 ) -> None:
-    messages.answers("text")(lambda message: {"MsgType": "transfer_customer_service", "ToUserName": "你好"})
+    message_handlers.answers("text")(lambda message: {"MsgType": "transfer_customer_service", "ToUserName": "你好"})
     for _ in range(2):  # a repeat is answered again
         answer = push(client, TEXT, form)
         assert answer.content_type.startswith({"json": "application/json", "xml": "text/xml"}[form])
@@ -233,8 +233,8 @@ def test_a_responder_answers_at_once_in_the_form_and_mode_of_the_account(
 
 
 def test_the_responder_of_an_event_comes_before_that_of_all_events(client: FlaskClient, handled: Any) -> None:
-    messages.answers("event")(lambda message: {"of": "all"})
-    messages.answers("event", "debug_demo")(lambda message: {"of": "one"})
+    message_handlers.answers("event")(lambda message: {"of": "all"})
+    message_handlers.answers("event", "debug_demo")(lambda message: {"of": "one"})
     for event, of in ((EVENT, "one"), ({**EVENT, "Event": "other"}, "all")):
         reply = push(client, event).get_json()
         query = {"timestamp": str(reply["TimeStamp"]), "nonce": reply["Nonce"], "msg_signature": reply["MsgSignature"]}
@@ -244,7 +244,7 @@ def test_the_responder_of_an_event_comes_before_that_of_all_events(client: Flask
 def test_a_responder_that_fails_is_logged_and_the_handlers_run(
     app: Flask, client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
 ) -> None:
-    messages.answers("text")(lambda message: {"Content": message["no such field"]})
+    message_handlers.answers("text")(lambda message: {"Content": message["no such field"]})
     answer = push(client, TEXT)
     assert (answer.status_code, answer.data) == (200, b"success")
     settled(app)
@@ -290,7 +290,7 @@ def test_a_plain_account_takes_plain_bodies_and_answers_plainly(
     make_app: Callable[..., Flask], handled: list[dict[str, Any]], form: Any
 ) -> None:
     app = make_app(WECHAT_PUSH_AES_KEY="")
-    messages.answers("text")(lambda message: {"Content": message["Content"]})
+    message_handlers.answers("text")(lambda message: {"Content": message["Content"]})
     body = MessagePush(PUSH_TOKEN, None, APP_ID).seal(TEXT, form, 0)
     with app.test_client().post(URL, query_string={**signed(), "encrypt_type": "aes"}, data=body.encode()) as answer:
         assert answer.status_code == 200

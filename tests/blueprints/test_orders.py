@@ -10,7 +10,7 @@ from redis import Redis
 from sqlalchemy import event, func, select, update
 from sqlalchemy.orm.exc import StaleDataError
 
-from blueprints.orders import NEXT
+from blueprints.orders import STATUS_TRANSITIONS
 from storage import database
 from storage.models import IdempotencyKey, Order, OrderItem, now
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of
@@ -71,8 +71,8 @@ def test_a_put_changes_what_it_names_and_leaves_the_rest(alice: Caller) -> None:
         assert code_of(alice.put(path, body)) == (400, 400), body
 
 
-@pytest.mark.parametrize("status", NEXT)
-@pytest.mark.parametrize("wanted", NEXT)
+@pytest.mark.parametrize("status", STATUS_TRANSITIONS)
+@pytest.mark.parametrize("wanted", STATUS_TRANSITIONS)
 def test_a_status_is_followed_by_those_of_the_table_and_no_other(
     alice: Caller, app: Flask, status: str, wanted: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_status_is_followed_by_those_of_the_table_and_no_other(
         database.session.execute(update(Order).values(status=status))
         database.session.commit()
     answer = alice.put(path, {"status": wanted})
-    may = wanted in NEXT[status] or wanted == status
+    may = wanted in STATUS_TRANSITIONS[status] or wanted == status
     assert code_of(answer) == ((200, 200) if may else (409, 409))
     assert data_of(alice.get(path))["status"] == (wanted if may else status)
 

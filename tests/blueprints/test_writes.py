@@ -8,7 +8,7 @@ from marshmallow import Schema, fields
 from sqlalchemy import select
 
 from blueprints.api import Blueprint
-from blueprints.auth import signed_in
+from blueprints.policies import signed_in
 from storage import database
 from storage.models import Base, User
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, operations

@@ -10,7 +10,7 @@ import yaml
 from flask import Flask
 from flask.testing import FlaskClient
 
-from blueprints import messages
+from blueprints import message_handlers
 from telemetry.fields import FIELDS
 from tests.blueprints.callers import ORDER, Caller
 from tests.blueprints.test_messages import EVENT, TEXT, URL, push, settled, signed
@@ -94,8 +94,8 @@ def test_what_the_service_really_writes_is_mapped(
     def fail(message: dict[str, Any]) -> None:
         raise ValueError(message["MsgType"])
 
-    monkeypatch.setattr(messages, "handlers", {**messages.handlers, ("text", ""): [fail]})
-    monkeypatch.setattr(messages, "responders", {("text", ""): fail})
+    monkeypatch.setattr(message_handlers, "handlers", {**message_handlers.handlers, ("text", ""): [fail]})
+    monkeypatch.setattr(message_handlers, "responders", {("text", ""): fail})
     app.add_url_rule("/crash", "crash", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
 
     client.get("/version", headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"})

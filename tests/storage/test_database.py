@@ -18,8 +18,8 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.schema import CreateTable
 
 from storage import database
+from storage.cipher import DecryptionError
 from storage.models import PERSONAL_FIELDS, Base, User, now
-from storage.privacy import DecryptionError
 from tests.databases import Databases, MariaDB
 from tests.harness import PERSON, ROOT, migrate
 

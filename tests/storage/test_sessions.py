@@ -1,4 +1,3 @@
-import base64
 import hashlib
 import os
 import pickle
@@ -147,53 +146,12 @@ def test_what_cannot_be_read_is_no_session(client: FlaskClient, redis: Redis, co
     assert client.get(ME, headers=bearer("planted")).status_code == 401
 
 
-def test_the_session_key_is_kept_encrypted(app: Flask, client: FlaskClient, redis: Redis, simulator: Simulator) -> None:
-    login = client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]
-    with app.app_context():
-        (session_key,) = sessions.session_keys(login["user"]["id"])
-    assert len(session_key) == 24
-    assert ABSOLUTE - 60 < redis.ttl(f"user:{login['user']['id']}:session_keys") <= ABSOLUTE
-    assert not any(session_key.encode() in (redis.dump(key) or b"") for key in redis.scan_iter())
-
-
 def test_nothing_of_the_session_before_survives_a_login(app: Flask) -> None:
     with app.test_request_context("/"):
         first = sessions.log_in(1, web_app_id="wx-web")
         assert session["web_app_id"] == "wx-web"
         assert sessions.log_in(2) != first
         assert (session["user_id"], session.get("web_app_id")) == (2, None)
-
-
-def test_the_clock_is_that_of_redis(app: Flask, redis: Redis) -> None:
-    with app.app_context():
-        assert redis.time()[0] - 1 <= sessions.clock() <= redis.time()[0] + 1
-
-
-def test_the_session_key_of_the_last_login_counts_whichever_is_done_last(app: Flask) -> None:
-    with app.app_context():
-        assert sessions.session_keys(1) == []
-        for session_key, asked_at, answered_at in (("old", 1, 2), ("newest", 5, 6), ("newer", 3, 4)):
-            sessions.keep_session_key(1, session_key, asked_at, answered_at)
-        assert sessions.session_keys(1) == ["newest"]
-
-
-def test_of_logins_that_overlap_any_session_key_may_count(app: Flask) -> None:
-    with app.app_context():
-        for session_key, asked_at, answered_at in (("before", 1, 2), ("one", 3, 5), ("other", 4, 6)):
-            sessions.keep_session_key(1, session_key, asked_at, answered_at)
-        assert sessions.session_keys(1) == ["other", "one"]
-        for number in range(20):
-            sessions.keep_session_key(1, f"at the same moment {number}", 7, 8)
-        assert len(sessions.session_keys(1)) == 8
-
-
-def test_a_session_key_under_a_key_that_is_not_ours_any_more_is_none(
-    app: Flask, make_app: Callable[..., Flask]
-) -> None:
-    with app.app_context():
-        sessions.keep_session_key(1, "of-old", 1, 2)
-    with make_app(ENCRYPTION_KEYS=base64.b64encode(bytes(32)).decode()).app_context():
-        assert sessions.session_keys(1) == []
 
 
 def test_a_plain_read_costs_one_round_trip_and_writes_nothing(client: FlaskClient, redis: Redis, token: str) -> None:

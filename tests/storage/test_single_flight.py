@@ -8,7 +8,7 @@ from flask import Flask
 from redis import Redis
 
 from errors import ApiError, Code
-from storage.privacy import Cipher
+from storage.cipher import Cipher
 from storage.single_flight import AlreadyDone, single_flight
 
 

@@ -10,7 +10,7 @@ import pytest
 from flask import Flask, request
 from sqlalchemy import select
 
-from blueprints.api import JsonParser
+from blueprints.parsing import JsonParser
 from concurrency import background
 from settings import Settings
 from storage import database

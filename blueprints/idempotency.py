@@ -1,0 +1,69 @@
+"""POST requests that are safe to repeat: the first response under an Idempotency-Key is stored for a day."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from flask import Response, g, request
+from sqlalchemy import delete
+
+from blueprints.parsing import read_body
+from errors import ApiError, Code
+from storage import database
+from storage.models import IdempotencyKey, User, now
+
+LIFETIME = timedelta(hours=24)
+KEPT_HEADERS = ("Content-Type", "ETag", "Location")
+HEADER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "maxLength": 255},
+    "description": "A unique key chosen by the client. Repeating it within 24 hours returns the first response.",
+}
+
+
+def run_once(make_response: Callable[[], Response]) -> Response:
+    """Run a POST in one transaction; with an Idempotency-Key, return the stored response if there is one.
+
+    The key and what `make_response` does are committed together. Of two requests at the same moment the second waits
+    for the first to commit, fails with an IntegrityError, is run again, and then finds the response.
+
+    :raises ApiError: INVALID_INPUT for a malformed key, IDEMPOTENCY_KEY_REUSED if it came with another request before,
+        UNAUTHORIZED if the user has been deleted.
+    """
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return database.in_transaction(make_response)
+    if not re.fullmatch(r"[!-~]{1,255}", key):
+        raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Must be 1 to 255 ASCII characters."]})
+    content = f"{request.method} {request.full_path} ".encode() + read_body(request)  # before the transaction
+    fingerprint = hashlib.sha256(content).hexdigest()
+    return database.in_transaction(lambda: _replay_or_store(key, fingerprint, make_response))
+
+
+def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:
+    if database.session.get(User, g.user_id) is None:
+        raise ApiError(Code.UNAUTHORIZED)
+    known = database.session.get(IdempotencyKey, (g.user_id, key))
+    if known is not None and known.created_at > now() - LIFETIME:
+        if known.fingerprint != fingerprint:
+            raise ApiError(Code.IDEMPOTENCY_KEY_REUSED)
+        return Response(known.body, known.status, json.loads(known.headers or "{}"))
+    expired = IdempotencyKey.user_id == g.user_id, IdempotencyKey.created_at <= now() - LIFETIME
+    database.session.execute(delete(IdempotencyKey).where(*expired))
+    record = IdempotencyKey(user_id=g.user_id, key=key, fingerprint=fingerprint)
+    database.session.add(record)
+    database.session.flush()
+    response = make_response()
+    record.about_user_id = _user_of(g.row)
+    record.status, record.body = response.status_code, response.get_data()
+    record.headers = json.dumps({name: response.headers[name] for name in KEPT_HEADERS if name in response.headers})
+    return response
+
+
+def _user_of(row: Any) -> int | None:
+    """Whom a row is about: the response goes when that user is deleted."""
+    return row.id if isinstance(row, User) else getattr(row, "user_id", None)

@@ -1,0 +1,91 @@
+"""Pages of a list: the query, the schema of a page, and the SQL."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import InstrumentedAttribute
+
+from blueprints.parsing import MAXIMUM_ID
+from storage import database
+
+MAXIMUM_SKIP = 100_000
+COUNT_LIMIT = 10_000
+"""How far the rows of all users are counted."""
+
+
+class ListSchema(Schema):
+    """Which page of a list; subclasses add filters."""
+
+    page = fields.Integer(load_default=1, validate=validate.Range(1, 1_000_000))
+    page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100))
+    after = fields.Integer(
+        load_default=None,
+        validate=validate.Range(1, MAXIMUM_ID),
+        metadata={
+            "description": "The id of the last item of the previous page: deep pages then cost as little as the first."
+        },
+    )
+    sort = fields.String(
+        load_default="-created_at",
+        validate=validate.OneOf(["created_at", "-created_at"]),
+        metadata={"description": "Newest first by default; without the minus, oldest first."},
+    )
+
+    @validates_schema
+    def _not_too_deep(self, query: dict[str, Any], **kwargs: Any) -> None:
+        if query["page"] * query["page_size"] > MAXIMUM_SKIP and query.get("after") is None:
+            raise ValidationError(f"At most {MAXIMUM_SKIP:,} items can be skipped: use after.", "page")
+
+
+@cache
+def page_schema(item: type[Schema]) -> type[Schema]:
+    """Describe a page of a list of such items."""
+    return Schema.from_dict(
+        {
+            "items": fields.List(fields.Nested(item), required=True),
+            "page": fields.Integer(required=True),
+            "page_size": fields.Integer(required=True),
+            "total": fields.Integer(required=True),
+        },
+        name=f"{item.__name__.removesuffix('Schema')}PageSchema",
+    )
+
+
+def load_page(
+    model: Any,
+    conditions: Sequence[ColumnElement[bool]],
+    *,
+    page: int,
+    page_size: int,
+    after: int | None,
+    sort: str,
+    count_limit: int | None = None,
+) -> dict[str, Any]:
+    """Load a page of the rows that meet the conditions, in the order of their ids, which is that of their creation.
+
+    The ids are found in an index alone, and only the rows of the page are read. A page number skips rows in that index;
+    `after` goes straight to the place.
+
+    :param model: has an `id`; an index must begin with the columns of the conditions.
+    :param page: from 1.
+    :param after: the id of the last item of the previous page; if given, `page` is only repeated in the result.
+    :param sort: `created_at`, or `-created_at` for the newest first.
+    :param count_limit: where counting stops, and so the largest total; None counts all.
+    :returns: `items`, `page`, `page_size` and `total`.
+    """
+    key: InstrumentedAttribute[int] = model.id
+    descending = sort.startswith("-")
+    order = key.desc() if descending else key.asc()
+    ids = select(key).where(*conditions).order_by(order).limit(page_size)
+    if after is None:
+        ids = ids.offset((page - 1) * page_size)
+    else:
+        ids = ids.where(key < after) if descending else ids.where(key > after)
+    found = database.session.scalars(ids).all()
+    items = database.session.scalars(select(model).where(key.in_(found)).order_by(order)).all()
+    counted = select(key).where(*conditions).limit(count_limit).subquery()
+    total = database.session.scalar(select(func.count()).select_from(counted))
+    return {"items": items, "page": page, "page_size": page_size, "total": total}

@@ -1,0 +1,97 @@
+"""The items of an order, which change only while it is pending; they share its version."""
+
+from typing import Any
+
+from flask import url_for
+
+from blueprints.api import Blueprint, require_match
+from blueprints.lists import ListSchema, page_schema
+from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, load_order, require_pending
+from errors import ApiError, Code
+from storage import database
+from storage.models import Order, OrderItem
+
+blueprint = Blueprint("order_items", __name__, description="订单明细 Order items")
+
+
+class ItemChangeSchema(ItemSchema):
+    """Missing fields stay as they are."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, partial=True)
+
+
+@blueprint.route("/<id:order_id>/items")
+@blueprint.arguments(ListSchema(only=["page", "page_size"]), location="query")
+@blueprint.response(200, page_schema(ItemSchema))
+@blueprint.fails(Code.NOT_FOUND, Code.INVALID_INPUT)
+def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
+    """List the items of an order"""
+    items = load_order(order_id).items
+    first = (query["page"] - 1) * query["page_size"]
+    return {"items": items[first : first + query["page_size"]], **query, "total": len(items)}
+
+
+@blueprint.route("/<id:order_id>/items", methods=["POST"])
+@blueprint.arguments(ItemSchema)
+@blueprint.response(201, ItemSchema)
+@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
+    """Add an item to a pending order"""
+    order = load_order(order_id, lock=True)
+    require_pending(order)
+    if len(order.items) >= MAXIMUM_ITEMS:
+        raise ApiError(Code.CONFLICT, errors={"items": [f"At most {MAXIMUM_ITEMS} items."]})
+    item = OrderItem(**body)
+    order.items.append(item)
+    order.sum_up()
+    database.session.flush()
+    return item, {"Location": url_for("order_items.get_item", order_id=order.id, item_id=item.id)}
+
+
+@blueprint.route("/<id:order_id>/items/<id:item_id>")
+@blueprint.response(200, ItemSchema)
+@blueprint.fails(Code.NOT_FOUND)
+def get_item(order_id: int, item_id: int) -> OrderItem:
+    """Read an item of an order"""
+    return load_item(load_order(order_id), item_id)
+
+
+@blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
+@blueprint.arguments(ItemChangeSchema)
+@blueprint.response(200, ItemSchema)
+@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
+    """Change an item of a pending order"""
+    order = load_order(order_id)
+    item = load_item(order, item_id)
+    require_match(order)
+    require_pending(order)
+    for name, value in body.items():
+        setattr(item, name, value)
+    order.sum_up()
+    return item
+
+
+@blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["DELETE"])
+@blueprint.response(200)
+@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+def delete_item(order_id: int, item_id: int) -> None:
+    """Remove an item from a pending order"""
+    order = load_order(order_id)
+    item = load_item(order, item_id)
+    require_match(order)
+    require_pending(order)
+    order.items.remove(item)
+    order.sum_up()
+
+
+def load_item(order: Order, item_id: int) -> OrderItem:
+    """Load an item of an order.
+
+    :raises ApiError: NOT_FOUND if the order has no such item.
+    """
+    item = next((item for item in order.items if item.id == item_id), None)
+    if item is None:
+        raise ApiError(Code.NOT_FOUND)
+    return item

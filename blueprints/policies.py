@@ -1,0 +1,102 @@
+"""Who may call a group of routes: the policies that `blueprints/__init__.py` names for each of them."""
+
+import hmac
+import re
+
+from flask import current_app, g, request, session
+
+import wechat
+from blueprints.api import AuthPolicy
+from errors import ApiError, Code, Message
+from storage import blocks, database
+from storage.identities import get_or_create_user
+from storage.models import User
+from telemetry.logs import bind
+from wechat.client import is_identifier
+
+METRICS_TOKEN_WRONG = Message("METRICS_TOKEN 不正确", "Not the METRICS_TOKEN")
+
+
+def current_user(*, lock: bool = False) -> User:
+    """Load the user who is signed in.
+
+    :param lock: whether to keep others from changing the row until the transaction ends.
+    :raises ApiError: UNAUTHORIZED if the user has been deleted.
+    """
+    user = database.session.get(User, g.user_id, with_for_update=lock or None)
+    if user is None:
+        raise ApiError(Code.UNAUTHORIZED)
+    return user
+
+
+def set_current_user(user_id: int) -> None:
+    """Say who is signed in, here and in all log lines of the request."""
+    g.user_id = user_id
+    bind(user_id=user_id)
+
+
+def get_mini_program_user(openid: str, unionid: str | None) -> User:
+    """Get or create the user of an openid of the mini-program; an administrator if ADMIN_OPENIDS names it.
+
+    :raises ApiError: what `get_or_create_user` does.
+    """
+    user = get_or_create_user(wechat.api.app_id, openid, unionid)
+    if user.role == "admin" or openid not in re.split(" *, *", current_app.config["ADMIN_OPENIDS"]):
+        return user
+
+    def promote() -> User:
+        promoted = database.session.get_one(User, user.id, with_for_update=True)
+        promoted.role = "admin"
+        return promoted
+
+    return database.in_transaction(promote)
+
+
+def _allow_everyone() -> None:
+    pass
+
+
+def _require_user() -> None:
+    if "user_id" in session:
+        set_current_user(session["user_id"])
+    elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
+        set_current_user(_cloud_run_user().id)
+    else:
+        raise ApiError(Code.UNAUTHORIZED)
+    blocks.require_not_blocked(current_user())
+
+
+def _cloud_run_user() -> User:
+    """Get the user whom WeChat cloud run names in its headers. Source:
+    https://developers.weixin.qq.com/miniprogram/dev/wxcloudservice/wxcloudrun/src/development/call/container.html
+    """
+    app_id, openid, unionid = (request.headers.get(f"X-WX-{name}") for name in ("APPID", "OPENID", "UNIONID"))
+    if app_id not in (None, wechat.api.app_id) or not all(is_identifier(name) for name in (openid, unionid or openid)):
+        raise ApiError(Code.UNAUTHORIZED)
+    return get_mini_program_user(str(openid), unionid or None)
+
+
+def _require_admin() -> None:
+    _require_user()
+    if current_user().role != "admin":
+        raise ApiError(Code.FORBIDDEN)
+
+
+def _require_metrics_token() -> None:
+    expected = current_app.config["METRICS_TOKEN"]
+    if not expected:
+        raise ApiError(Code.NOT_FOUND)
+    # Not request.authorization, which parses a token with = in it as parameters.
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), expected.encode()):
+        raise ApiError(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
+
+
+public = AuthPolicy(_allow_everyone, security=[])
+signed_in = AuthPolicy(
+    _require_user,
+    security=[{"bearer": []}, {"cookie": []}],
+    fails=(Code.UNAUTHORIZED, Code.FORBIDDEN, Code.UNAVAILABLE),
+)
+administrators = signed_in._replace(check=_require_admin)
+scrapers = AuthPolicy(_require_metrics_token, security=[{"metrics": []}], fails=(Code.UNAUTHORIZED, Code.UNAVAILABLE))

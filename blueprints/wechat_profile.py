@@ -1,0 +1,187 @@
+"""Phone number and profile of the signed-in user, as WeChat gives them: by code, or encrypted and signed."""
+
+import hashlib
+import time
+from typing import Any, cast
+
+from flask import g
+from marshmallow import Schema, ValidationError, fields, validates_schema
+
+import wechat
+from blueprints.api import Blueprint
+from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
+from blueprints.policies import current_user
+from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, UserChangeSchema, UserSchema, check_nickname, own_openid
+from errors import ApiError, Code, Message
+from storage import database, wechat_session_keys
+from storage.models import User
+from storage.single_flight import AlreadyDone, single_flight
+from wechat import strict_json
+from wechat.client import phone_number
+from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
+from wechat.transport import PATIENCE_SECONDS
+
+PHONE_CODE_REQUIRED = Message(
+    "code 无效、过期或已使用：需要 getPhoneNumber 按钮返回的 code，而非 wx.login 的 code",
+    "Code invalid, expired or used already: send the code of a getPhoneNumber button, not that of wx.login",
+)
+
+blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phone number and profile from WeChat")
+
+
+class PhoneSchema(Schema):
+    """Either `code`, or `encryptedData` and `iv`."""
+
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
+    encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
+    iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+
+    @validates_schema
+    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
+        _require_one_of(body, {"code"}, {"encryptedData", "iv"})
+
+
+class ProfileSchema(UserChangeSchema):
+    """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
+
+    class Meta:
+        exclude = ("role", "blocked")
+
+    rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
+    signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})
+    encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
+    iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+
+    @validates_schema
+    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
+        signed = {"rawData", "signature", "encryptedData", "iv"}
+        typed = body.keys() & {"nickname", "avatar_url"}
+        _require_one_of(body, typed or {"nickname"}, signed)
+
+
+def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
+    """Let pass a body with all the fields of one way and none of another."""
+    given = set(body)
+    if given in ways:
+        return
+    likeliest = max(ways, key=lambda way: len(given & way))
+    errors = {name: ["Missing data for required field."] for name in likeliest - given}
+    others = ", ".join(sorted(likeliest & given))
+    errors |= {name: [f"Cannot be combined with {others}."] for name in given - likeliest}
+    raise ValidationError(errors)
+
+
+@blueprint.route("/me/phone", methods=["PUT"])
+@blueprint.arguments(PhoneSchema)
+@blueprint.response(200, UserSchema, transaction=False, if_match=False)
+@blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=PHONE_CODE_REQUIRED)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
+@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+def put_phone(body: dict[str, str]) -> User:
+    """Store your phone number
+
+    From the `code` of a `getPhoneNumber` button, which is not that of `wx.login`, or from the `encryptedData` and `iv`
+    of older versions.
+    """
+    openid = own_openid()
+    if "code" in body:
+        _redeem_phone_code(body["code"], openid)
+        return current_user()
+    data, _ = _decrypt(body, openid)
+    phone = phone_number(data)
+    if phone is None:
+        raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Contains no phone number."]})
+    return _store(phone=phone)
+
+
+@blueprint.route("/me/profile", methods=["PUT"])
+@blueprint.arguments(ProfileSchema)
+@blueprint.response(200, UserSchema, transaction=False, if_match=False)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED)
+@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+def put_profile(body: dict[str, str | None]) -> User:
+    """Store your nickname and avatar
+
+    As the user typed and chose them, or everything that `wx.getUserProfile` gave: `rawData`, `signature`,
+    `encryptedData` and `iv`.
+    """
+    if "rawData" in body:
+        body = _verify_profile(cast(dict[str, str], body), own_openid())
+    check_nickname(body.get("nickname"))
+    return _store(**body)
+
+
+def _store(**values: str | None) -> User:
+    def change() -> User:
+        user = current_user(lock=True)
+        for name, value in values.items():
+            setattr(user, name, value)
+        return user
+
+    return database.in_transaction(change)
+
+
+def _redeem_phone_code(code: str, openid: str) -> None:
+    try:
+        single_flight(
+            f"phone:{g.user_id}:{hashlib.sha256(code.encode()).hexdigest()}",
+            lambda: _store(phone=wechat.api.code_to_phone(code, openid)) and None,
+            patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
+            remember=WECHAT_CODE_LIFETIME_SECONDS,
+        )
+    except AlreadyDone:
+        raise ApiError(Code.WECHAT_CODE_USED, message=PHONE_CODE_REQUIRED) from None
+    except ApiError as error:
+        if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
+            raise ApiError(error.api_code, message=PHONE_CODE_REQUIRED) from None
+        raise
+
+
+def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+    """Decrypt encryptedData.
+
+    :returns: the data, and the session_key that decrypted it.
+    """
+    for session_key in wechat_session_keys.newest(g.user_id):
+        try:
+            data = decrypt_user_data(
+                body["encryptedData"],
+                body["iv"],
+                session_key=session_key,
+                app_id=wechat.api.app_id,
+                openid=openid,
+                now=time.time(),
+                expected=expected,
+            )
+        except ApiError as error:
+            if error.api_code is not Code.SESSION_KEY_STALE:
+                raise
+        else:
+            return data, session_key
+    raise ApiError(Code.SESSION_KEY_STALE)
+
+
+def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
+    """Check that rawData, its signature and the encrypted data agree.
+
+    :returns: nickname and avatar_url.
+    :raises ApiError: INVALID_INPUT, SESSION_KEY_STALE, SIGNATURE_MISMATCH.
+    """
+    try:
+        raw = strict_json.loads(body["rawData"])
+    except ValueError:
+        raw = None
+    if not isinstance(raw, dict):
+        raise ApiError(Code.INVALID_INPUT, errors={"rawData": ["Not a JSON object."]})
+    # First, as it tells a session_key that was replaced from a forgery.
+    data, session_key = _decrypt(body, openid, expected=raw)
+    if not constant_time_equals(body["signature"], raw_data_signature(body["rawData"], session_key)):
+        raise ApiError(Code.SIGNATURE_MISMATCH)
+    found = {"nickname": data.get("nickName"), "avatar_url": data.get("avatarUrl")}
+    profile = {name: value for name, value in found.items() if value}  # an empty one must not replace a typed one
+    errors = ProfileSchema().validate(profile)
+    if errors:
+        raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": errors})
+    return profile

@@ -1,0 +1,69 @@
+"""Encrypted columns: a model attribute that is plain text in Python and encrypted in the database."""
+
+from typing import Any, Self, overload
+
+from sqlalchemy import ColumnElement
+from sqlalchemy.orm import DeclarativeBase
+
+from storage.cipher import cipher
+
+
+class Encrypted:
+    """A text, or None, of a model with `app_id` and `openid`: the column `<name>_encrypted` holds it for its row alone.
+
+    Reading it raises `DecryptionError` if the column holds what was made for another row or column, or with a key that
+    is not among ENCRYPTION_KEYS. It needs an application context.
+
+    :param searchable: whether `<name>_index` holds its blind index, so that rows can be found by it.
+    """
+
+    def __init__(self, searchable: bool = False) -> None:
+        self._searchable = searchable
+
+    def __set_name__(self, model: type[DeclarativeBase], name: str) -> None:
+        self.model = model
+        self.name = name
+        self.place = f"{model.__tablename__}.{name}"
+        self.columns = [f"{name}_encrypted", f"{name}_index"][: 1 + self._searchable]
+        """The names of the columns that hold it, the encrypted one first."""
+
+    @overload
+    def __get__(self, row: None, model: type[DeclarativeBase]) -> Self: ...
+    @overload
+    def __get__(self, row: DeclarativeBase, model: type[DeclarativeBase]) -> str | None: ...
+    def __get__(self, row: DeclarativeBase | None, model: type[DeclarativeBase]) -> Self | str | None:
+        return self if row is None else self.open(row)
+
+    def __set__(self, row: DeclarativeBase, text: str | None) -> None:
+        for column, value in self.seal(row, text).items():
+            setattr(row, column, value)
+
+    def open(self, row: Any) -> str | None:
+        """Decrypt it from a row of the table, or an object of the model.
+
+        :raises DecryptionError: see above.
+        """
+        value = getattr(row, self.columns[0])
+        return None if value is None else cipher.decrypt(value, self._context(row))
+
+    def seal(self, row: Any, text: str | None) -> dict[str, str | None]:
+        """What the columns of this row have to hold for a text, by their names."""
+        if text is None:
+            return dict.fromkeys(self.columns)
+        values = [cipher.encrypt(text, self._context(row)), cipher.blind_index(text, self.place)]
+        return dict(zip(self.columns, values, strict=False))
+
+    def equals(self, text: str) -> ColumnElement[bool]:
+        """The SQL condition that a row holds exactly this text, under whichever of the keys: nothing is normalised."""
+        column: ColumnElement[str] = getattr(self.model, f"{self.name}_index")
+        return column.in_(cipher.blind_indexes(text, self.place))
+
+    def _context(self, row: Any) -> str:
+        # By what names the row from the start: a new one has no id yet.
+        if None in (row.app_id, row.openid):
+            raise ValueError("app_id and openid come first: what is encrypted is bound to them.")
+        return f"{self.place}:{row.app_id}:{row.openid}"
+
+
+def encrypted_fields(model: type[DeclarativeBase]) -> list[Encrypted]:
+    return [field for field in vars(model).values() if isinstance(field, Encrypted)]
