@@ -1,4 +1,4 @@
-"""Work in other threads, bounded and with the trace id of who began it: after the answer, or side by side."""
+"""Work in other threads, bounded and with the trace id of its request: after the response, or in parallel."""
 
 import logging
 import threading
@@ -21,33 +21,33 @@ BACKLOG = 1000
 
 
 class Background:
-    """Runs functions in threads of this process, in the order in which they come.
+    """Runs functions in threads of this process, in the order in which they are submitted.
 
-    What is in hand is finished when the process ends in good order; gunicorn's `graceful_timeout` bounds that.
+    At a graceful stop pending functions are finished, as long as gunicorn's `graceful_timeout` allows.
 
     :param threads: how many run at once.
-    :param backlog: how many may be in hand, those that run included.
+    :param backlog: how many may be pending, running ones included.
     """
 
     def __init__(self, app: Flask, threads: int, backlog: int) -> None:
         self._app = app
         self._backlog = backlog
-        # Its threads are joined, and its queue is worked off, before the interpreter exits.
+        # Its queue is finished before the interpreter exits.
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="background")
         self._lock = threading.Lock()
         self.pending = 0
         self.failures = 0
 
     def ensure_capacity(self) -> None:
-        """Make sure that what is about to be promised can be done.
+        """Make sure that there is room for more work.
 
-        Requests that ask at the same moment may overfill the backlog.
+        Concurrent requests may exceed the backlog a little.
 
-        :raises ApiError: UNAVAILABLE if there is too much in hand.
+        :raises ApiError: UNAVAILABLE if too much is pending.
         """
         if self.pending >= self._backlog:
             metrics.BACKGROUND.labels("refused").inc()
-            logger.error("background work is refused", extra={"inHand": self.pending})
+            logger.error("background work rejected", extra={"inHand": self.pending})
             raise ApiError(Code.UNAVAILABLE)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
@@ -78,15 +78,15 @@ class Background:
                     self.pending -= 1
 
     def close(self) -> None:
-        """Finish what is in hand and take nothing more."""
+        """Finish pending functions and accept no more."""
         self._pool.shutdown()
 
 
 class FanOut:
-    """Runs functions side by side in threads of this process, and waits for them until a deadline and no longer.
+    """Runs functions in parallel in threads of this process, and waits for them until a deadline.
 
-    One that still runs since an earlier call is not begun again: its answer counts for both. So what hangs keeps one
-    thread, however often it is called, and the end of the process waits for that thread as long as it hangs.
+    A function that still runs from an earlier call is not started again: its result counts for both. So one that hangs
+    occupies one thread, however often it is called; the end of the process waits for that thread.
 
     :param threads: how many run at once.
     """
@@ -98,12 +98,11 @@ class FanOut:
         self._running: dict[Callable[[], Any], Future[Any]] = {}
 
     def run(self, functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-        """Run functions at once, each in an application context of its own.
+        """Run functions in parallel, each in an application context of its own.
 
-        :param functions: by names of the caller's choice. One and the same function is one that need not run twice.
+        :param functions: by names of the caller's choice.
         :param seconds: the deadline, from now.
-        :returns: by the same names what each returned, or the exception that it raised, or a TimeoutError for what is
-            not done by then.
+        :returns: by the same names the result of each function, or its exception, or a TimeoutError if it is not done.
         """
         with self._lock:
             self._running = {function: future for function, future in self._running.items() if not future.done()}
@@ -119,13 +118,13 @@ class FanOut:
             return function()
 
     def _outcome(self, future: Future[Any]) -> Any:
-        if future.cancel() or not future.done():  # what has not begun never will
+        if future.cancel() or not future.done():  # one that has not started never will
             return TimeoutError("not done in time")
         error = future.exception()
         return future.result() if error is None else error
 
     def close(self) -> None:
-        """Finish what still runs and take nothing more."""
+        """Finish running functions and accept no more."""
         self._pool.shutdown()
 
 
@@ -134,7 +133,7 @@ background = cast(Background, LocalProxy(lambda: current_app.extensions["backgro
 
 
 fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
-"""What this process runs side by side."""
+"""The parallel calls of this process."""
 
 
 def init_app(app: Flask) -> None:

@@ -14,53 +14,73 @@ LANGUAGES = ("zh", "en")
 
 
 def language() -> str:
-    """That which the request prefers: zh unless it asks for en, and where there is none."""
+    """Return the language that the request prefers; zh by default, and outside of a request."""
     if not has_request_context():
         return LANGUAGES[0]
     return request.accept_languages.best_match(LANGUAGES, default=LANGUAGES[0]) or LANGUAGES[0]
 
 
 class Message(NamedTuple):
-    """What a caller reads, in both languages."""
+    """A text for API clients, in both languages."""
 
     chinese: str
     english: str
 
     def __str__(self) -> str:
-        """The one that the request prefers."""
+        """The text in the language that the request prefers."""
         return self.english if language() == "en" else self.chinese
 
 
 class Code(Enum):
     """The business codes: number, HTTP status, message in Chinese and in English.
 
-    The OpenAPI document and the tables in both READMEs are held against this one.
+    Tests compare the OpenAPI document and the tables in both READMEs with this one.
     """
 
     SUCCESS = 200, 200, "操作成功", "Success"
-    INVALID_INPUT = 400, 400, "请求参数有误，详见 data.errors", "Malformed or invalid; data.errors names the fields"
-    UNAUTHORIZED = 401, 401, "未登录或登录已过期，请重新登录", "No session, or it has expired: log in again"
-    FORBIDDEN = 403, 403, "没有权限", "You may not do this"
-    NOT_FOUND = 404, 404, "资源不存在", "There is nothing at this address"
-    METHOD_NOT_ALLOWED = 405, 405, "不支持该请求方法", "This address does not support the method; see Allow"
-    CONFLICT = 409, 409, "与资源的当前状态冲突", "This conflicts with the current state of the resource"
+    INVALID_INPUT = (
+        400,
+        400,
+        "请求参数有误，详见 data.errors",
+        "Malformed or invalid input; data.errors names the fields",
+    )
+    UNAUTHORIZED = 401, 401, "未登录或登录已过期，请重新登录", "Not logged in, or the session has expired: log in again"
+    FORBIDDEN = 403, 403, "没有权限", "Forbidden"
+    NOT_FOUND = 404, 404, "资源不存在", "Not found"
+    METHOD_NOT_ALLOWED = 405, 405, "不支持该请求方法", "Method not allowed; see the Allow header"
+    CONFLICT = 409, 409, "与资源的当前状态冲突", "Conflicts with the current state of the resource"
     PRECONDITION_FAILED = 412, 412, "资源已被修改，请重新获取", "The resource has changed: read it again"
     PAYLOAD_TOO_LARGE = 413, 413, "请求体过大", "The request body is too large"
     UNSUPPORTED_MEDIA_TYPE = 415, 415, "请求体必须是 JSON", "The request body must be JSON"
     PRECONDITION_REQUIRED = 428, 428, "缺少 If-Match 请求头", "The If-Match header is required"
     TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
-    WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Invalid or old code: call wx.login again"
-    WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code used already: call wx.login again"
-    WECHAT_HIGH_RISK_USER = 462, 403, "微信判定该用户为高风险用户", "WeChat blocks this user as high risk"
-    SESSION_KEY_STALE = 463, 401, "session_key 已失效，请重新登录再提交", "session_key is stale: log in, send again"
-    SIGNATURE_MISMATCH = 464, 400, "签名或水印校验失败", "The signature or watermark does not match"
-    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 Idempotency-Key 已用于另一请求", "This Idempotency-Key was used already"
-    CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查", "WeChat's content check refuses the text"
+    WECHAT_CODE_INVALID = (
+        460,
+        400,
+        "code 无效或过期，请重新调用 wx.login",
+        "Code invalid or expired: call wx.login again",
+    )
+    WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code already used: call wx.login again"
+    WECHAT_HIGH_RISK_USER = 462, 403, "微信判定该用户为高风险用户", "WeChat classifies this user as high-risk"
+    SESSION_KEY_STALE = (
+        463,
+        401,
+        "session_key 已失效，请重新登录再提交",
+        "session_key is stale: log in, then send again",
+    )
+    SIGNATURE_MISMATCH = 464, 400, "签名或水印校验失败", "Signature or watermark mismatch"
+    IDEMPOTENCY_KEY_REUSED = (
+        465,
+        409,
+        "该 Idempotency-Key 已用于另一请求",
+        "Idempotency-Key already used with another request",
+    )
+    CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查", "Rejected by WeChat's content check"
     INTERNAL_ERROR = 500, 500, "服务器内部错误", "Internal error"
-    UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "WeChat answered with something unknown"
+    UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "Unexpected response from WeChat"
     UNAVAILABLE = 503, 503, "服务暂时不可用，请稍后再试", "Temporarily unavailable: retry later"
-    UPSTREAM_TIMEOUT = 504, 504, "微信响应超时，请稍后再试", "WeChat did not answer in time: retry later"
-    WECHAT_REFUSED = 520, 502, "微信拒绝了本服务的凭据，须运维处理", "WeChat refuses this service: an operator must act"
+    UPSTREAM_TIMEOUT = 504, 504, "微信响应超时，请稍后再试", "WeChat did not respond in time: retry later"
+    WECHAT_REFUSED = 520, 502, "微信拒绝了本服务的凭据，须运维处理", "WeChat rejects this service: an operator must act"
 
     def __init__(self, number: int, status: int, chinese: str, english: str) -> None:
         self.number = number
@@ -69,11 +89,11 @@ class Code(Enum):
 
 
 _UNAVAILABLE = (
-    redis.exceptions.RedisError,  # also one that answers, but takes no writes: out of memory, or no longer the primary
+    redis.exceptions.RedisError,  # also of a Redis that responds but takes no writes: out of memory, or a replica
     sqlalchemy.exc.OperationalError,
     sqlalchemy.exc.InterfaceError,
     sqlalchemy.exc.TimeoutError,
-    sqlalchemy.orm.exc.StaleDataError,  # the row went away meanwhile, as when two users became one
+    sqlalchemy.orm.exc.StaleDataError,  # the row was deleted concurrently, as when two users were merged
 )
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status}
 _RETRY_AFTER_SECONDS = 3
@@ -86,7 +106,7 @@ class ErrorDetails(Schema):
 
 
 class ErrorEnvelope(Schema):
-    """What every error answers. For documentation; `envelope` makes it."""
+    """The body of every error. For documentation; `envelope` makes it."""
 
     code = fields.Integer(
         required=True,
@@ -100,7 +120,7 @@ class ErrorEnvelope(Schema):
 
 
 def envelope(code: Code, data: Any, message: Message | None = None) -> dict[str, Any]:
-    """The three keys of every JSON answer; `data` is what the code has to say beyond its message."""
+    """Make the three keys of every JSON response."""
     return {"code": code.number, "message": str(message or code.message), "data": data}
 
 
@@ -110,10 +130,10 @@ def envelope_of_refusal(status: int) -> dict[str, Any]:
 
 
 class ApiError(HTTPException):
-    """Stop the request and answer with this code.
+    """Stop the request and respond with this code.
 
     :param errors: what is wrong, by field; becomes `data.errors`.
-    :param message: what to say where the code's own message would mislead.
+    :param message: replaces the code's own message where that would mislead.
     """
 
     def __init__(self, code: Code, *, errors: dict[str, Any] | None = None, message: Message | None = None) -> None:
@@ -125,7 +145,7 @@ class ApiError(HTTPException):
 
 
 def init_app(app: Flask) -> None:
-    """Let every failure, of whatever kind, answer in the envelope."""
+    """Respond to every failure, of whatever kind, in the envelope."""
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
     app.json.sort_keys = False  # type: ignore[attr-defined]  # code, message, data
     app.register_error_handler(HTTPException, handle_http_exception)
@@ -135,14 +155,14 @@ def init_app(app: Flask) -> None:
 
 
 def handle_conflict(error: Exception) -> Response:
-    """Answer 409 for a row that others made, or took away, in the middle of a request and of each new try."""
-    current_app.logger.warning("a conflict in the database: %s", getattr(error, "orig", error))
+    """Respond with 409 to a row that was created or deleted concurrently, again in each retry."""
+    current_app.logger.warning("conflict in the database: %s", getattr(error, "orig", error))
     return handle_http_exception(ApiError(Code.CONFLICT))
 
 
 def handle_unavailable(error: Exception) -> Response:
-    """Answer 503 for a Redis or a database that is away, and say in the log which one and why."""
-    cause = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's essay around them
+    """Respond with 503 if Redis or the database is away, and log which one and why."""
+    cause = getattr(error, "orig", None) or error  # the driver's own message, without what SQLAlchemy adds
     which = "Redis" if isinstance(error, redis.exceptions.RedisError) else "the database"
     kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
     current_app.logger.error("%s is unavailable: %s", which, cause, extra={"exceptionType": kind})

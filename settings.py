@@ -14,10 +14,9 @@ VERSION = "0.1.0"
 
 
 class SettingsError(SystemExit):
-    """The environment does not hold what the service needs.
+    """The environment lacks settings that the service needs.
 
-    A SystemExit, because no server can do anything about it: each of them prints the message and stops,
-    without a traceback and with a status that is not 0.
+    A SystemExit, so that every server prints the message and stops with a non-zero status and no traceback.
     """
 
 
@@ -28,7 +27,7 @@ class EncryptionKeys(fields.Field[list[bytes]]):
         try:
             keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
         except ValueError:
-            raise ValidationError("Not base64.") from None
+            raise ValidationError("Must be base64.") from None
         if any(len(key) != 32 for key in keys):
             raise ValidationError("Each key must be the base64 of exactly 32 bytes.")
         return keys
@@ -39,7 +38,7 @@ def _help(text: str) -> dict[str, str]:
 
 
 def _url(pattern: str, parse: Callable[[str], object], error: str) -> Callable[[str], None]:
-    """Accept what matches and can be parsed; what a parser says of the rest may hold a password, so it is not shown."""
+    """Accept a URL that matches and can be parsed; a parser's own message may quote a password, so it is not shown."""
 
     def validator(value: str) -> None:
         try:
@@ -75,43 +74,43 @@ def _count(default: int, maximum: int, text: str) -> fields.Integer:
 
 
 class Settings(Schema):
-    """One field a variable; `load` reads them. A field without a default is required."""
+    """One field per variable; `load` reads them. A field without a default is required."""
 
     class Meta:
-        unknown = EXCLUDE  # the environment holds much that is not ours
+        unknown = EXCLUDE  # the environment has variables that are not ours
 
     WECHAT_APP_ID = fields.String(required=True, metadata=_help("The mini-program's app id, from mp.weixin.qq.com."))
     WECHAT_APP_SECRET = fields.String(
         required=True, metadata=_help("The mini-program's app secret, from the same page.")
     )
-    WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Where WeChat's server API answers.")
-    WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Where WeChat's pages for login on the web are.")
+    WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Base URL of WeChat's server API.")
+    WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Base URL of WeChat's web login pages.")
     WECHAT_ACCOUNT_APP_ID = _optional(
-        "The official account for login on the web inside WeChat; the mini-program's app id if empty."
+        "App id of the official account for web login inside WeChat; default: the mini-program's."
     )
     WECHAT_ACCOUNT_APP_SECRET = _optional("Its app secret.")
     WECHAT_WEBSITE_APP_ID = _optional(
-        "The website application for login by QR code; the mini-program's app id if empty."
+        "App id of the website application for login by QR code; default: the mini-program's."
     )
     WECHAT_WEBSITE_APP_SECRET = _optional("Its app secret.")
     WECHAT_PUSH_TOKEN = _optional(
-        "The message push's token, as set at mp.weixin.qq.com; without it nothing is accepted.",
+        "Token of the message push, as set at mp.weixin.qq.com; without it no message is accepted.",
         "[A-Za-z0-9]{3,32}",
-        "Not 3 to 32 letters and digits.",
+        "Must be 3 to 32 letters and digits.",
     )
     WECHAT_PUSH_AES_KEY = _optional(
-        "The message push's EncodingAESKey: with it only encrypted messages are accepted, without it only plain ones.",
+        "EncodingAESKey of the message push: with it only encrypted messages are accepted, without it only plain ones.",
         "[A-Za-z0-9]{43}",
-        "Not 43 letters and digits.",
+        "Must be 43 letters and digits.",
     )
-    WECHAT_CONTENT_CHECK = _switch("Whether nicknames go through WeChat's content check.")
+    WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
     TRUST_WXCLOUD_HEADERS = _switch(
-        "Whether X-WX-OPENID says who calls: only where nobody reaches the service but through WeChat cloud run."
+        "Whether X-WX-OPENID identifies the user: safe only if the service is reachable through WeChat cloud run alone."
     )
-    PUBLIC_URL = _site("", "Where browsers reach this service; if empty, the address that a request came to.")
+    PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
     REDIS_URL = fields.String(
         required=True,
-        validate=_url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Not a redis:// or unix:// URL."),
+        validate=_url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Must be a redis:// or unix:// URL."),
         metadata=_help("The Redis that all instances share, such as redis://:password@host:6379/0."),
     )
     DATABASE_URL = fields.String(
@@ -119,7 +118,7 @@ class Settings(Schema):
         validate=_url(
             r"sqlite:///(?!:memory:).|(mysql|mariadb)(\+pymysql)?://.",
             sqlalchemy.make_url,
-            "Not a sqlite:///path or mysql:// URL.",
+            "Must be a sqlite:///path or mysql:// URL.",
         ),
         metadata=_help(
             "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db."
@@ -137,35 +136,33 @@ class Settings(Schema):
         ),
     )
     ADMIN_OPENIDS = _optional(
-        "Comma-separated openids of the mini-program whose users become administrators when they log in.",
+        "Comma-separated openids of the mini-program whose users become administrators at login.",
         "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
-        "Not openids, separated by commas.",
+        "Must be openids, separated by commas.",
     )
     SESSION_LIFETIME = _seconds(3600, "Seconds after which an unused session ends, 60 or more.")
-    SESSION_ABSOLUTE_LIFETIME = _seconds(
-        86400, "Seconds after which a session ends however much it is used, 60 or more."
-    )
+    SESSION_ABSOLUTE_LIFETIME = _seconds(86400, "Seconds after which a session ends even if it is used, 60 or more.")
     PORT = _count(8000, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _count(2, 256, "Worker processes, 1 to 256.")
-    WEB_THREADS = _count(16, 256, "Threads a worker, 1 to 256: the requests that one process serves at once.")
+    WEB_THREADS = _count(16, 256, "Threads per worker, 1 to 256: the requests that one process serves at once.")
     DRAIN_SECONDS = fields.Integer(
         load_default=3,
         validate=validate.Range(0, 12),
         metadata=_help("Seconds for which a stopping service still serves while /readyz answers 503, 0 to 12."),
     )
     METRICS_TOKEN = _optional(
-        "What Prometheus brings as bearer token to /metrics, 16 characters or more; without it there is no /metrics.",
+        "Bearer token Prometheus must send to /metrics, 16 characters or more; without it /metrics is 404.",
         "[!-~]{16,}",
-        "Not 16 or more characters of ASCII.",
+        "Must be 16 or more ASCII characters.",
     )
     OTEL_EXPORTER_OTLP_ENDPOINT = _site(
         "",
-        "Where traces are sent, such as http://collector:4318; OTEL_ variables of samplers, batches and headers count.",
+        "Collector for traces, such as http://collector:4318; OTEL_ variables of samplers, batches and headers apply.",
     )
     LOG_LEVEL = fields.String(
         load_default="INFO",
         validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"]),
-        metadata=_help("The least level that is logged: DEBUG, INFO, WARNING or ERROR; requests are INFO."),
+        metadata=_help("Minimum log level: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO."),
     )
 
     @validates_schema
@@ -181,15 +178,15 @@ class Settings(Schema):
         }
         for name, other in needs.items():
             if settings.get(name) and not settings.get(other):
-                raise ValidationError(f"Needed, as {name} is set.", other)
+                raise ValidationError(f"Required because {name} is set.", other)
 
 
 def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the settings from an environment; an empty variable counts as not set.
 
-    :param only: the names of those that are wanted; all of them by default.
+    :param only: the names of the settings to read; all by default.
     :returns: the settings by name, parsed.
-    :raises SettingsError: with one message that lists all that is missing or malformed, each with its help.
+    :raises SettingsError: with one message that lists every missing or malformed setting with its help.
     """
     try:
         given = {name: value for name, value in environ.items() if value.strip()}
@@ -200,12 +197,12 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
 
 
 def instance(port: int) -> str:
-    """What tells this instance from the others in logs and traces."""
+    """Name this instance in logs and traces."""
     return f"{socket.gethostname()}:{port}"
 
 
 def _explain(problems: dict[str, list[str]]) -> str:
-    """Say for each setting what is wrong and what it is for, never what it was set to."""
+    """Say for each setting what is wrong and what it is for, never its value."""
     declared = Settings().fields
     lines = ["The service cannot start: these settings are missing or malformed in its environment."]
     for name, messages in problems.items():

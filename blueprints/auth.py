@@ -15,7 +15,7 @@ from blueprints.web_login import is_authorization_valid
 from errors import ApiError, Code
 from storage import blocks, wechat_session_keys
 from storage import sessions as stored_sessions
-from storage.identities import openid_of
+from storage.identities import find_openid
 from storage.single_flight import AlreadyDone, single_flight
 from telemetry.metrics import LOGINS
 from wechat.transport import PATIENCE_SECONDS
@@ -103,7 +103,7 @@ def get_wechat_session() -> dict[str, bool]:
     web_app_id = session.get("web_app_id")
     if web_app_id is not None:
         return {"valid": is_authorization_valid(g.user_id, web_app_id)}
-    openid = openid_of(g.user_id, wechat.api.app_id)
+    openid = find_openid(g.user_id, wechat.api.app_id)
     session_keys = wechat_session_keys.newest(g.user_id) if openid else []
     return {"valid": any(wechat.api.is_session_key_valid(str(openid), session_key) for session_key in session_keys)}
 

@@ -34,7 +34,7 @@ def failing_dependencies() -> dict[str, list[str]]:
             continue
         if not isinstance(outcome, RedisError | SQLAlchemyError | TimeoutError):
             raise outcome
-        wrong = "Not migrated." if database.lacks_tables(outcome) else "Does not respond."
+        wrong = "Not migrated." if database.is_schema_missing(outcome) else "Does not respond."
         current_app.logger.error(
             "%s cannot serve: %s",
             name,

@@ -16,7 +16,7 @@ from blueprints.policies import current_user
 from errors import ApiError, Code, Message
 from storage import blocks, database, ownership
 from storage import sessions as stored_sessions
-from storage.identities import openid_of
+from storage.identities import find_openid
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
 
@@ -236,7 +236,7 @@ def own_openid() -> str:
 
     :raises ApiError: FORBIDDEN if there is none.
     """
-    openid = openid_of(g.user_id, wechat.api.app_id)
+    openid = find_openid(g.user_id, wechat.api.app_id)
     if openid is None:
         raise ApiError(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
     return openid

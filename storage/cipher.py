@@ -21,11 +21,11 @@ _NONCE_BYTES = 12
 
 
 class DecryptionError(ValueError):
-    """The value was not encrypted by one of these keys for this context, or has been altered since."""
+    """The value was not encrypted with one of these keys for this context, or has been altered."""
 
 
 class Cipher:
-    """AES-256-GCM (NIST SP 800-38D) with a random nonce, and blind indexes; each value begins with its key's id.
+    """AES-256-GCM (NIST SP 800-38D) with a random nonce, and blind indexes; each value starts with the id of its key.
 
     :param keys: 32 bytes each; the first encrypts, all decrypt.
     """
@@ -33,12 +33,12 @@ class Cipher:
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._keys = {hashlib.sha256(key).hexdigest()[:8]: key for key in keys}
         self.key_id = next(iter(self._keys))
-        """The id of the first key, 8 hex digits: what this cipher writes begins with it and a dot."""
+        """The id of the first key, 8 hex digits: values of this cipher start with it and a dot."""
 
     def encrypt(self, text: str, context: str) -> str:
         """Encrypt a text for one place.
 
-        :param context: where the value is kept, such as a key or a row and column; it decrypts nowhere else.
+        :param context: where the value is stored, such as a key or a row and column; it decrypts nowhere else.
         :returns: ASCII: the key's id, a dot, and base64 of nonce, ciphertext and tag: 155 bytes of UTF-8 make 253
             characters, 347 make 509.
         :raises UnicodeEncodeError: if the text holds half a surrogate pair.
@@ -64,7 +64,7 @@ class Cipher:
         return text
 
     def blind_index(self, text: str, context: str) -> str:
-        """HMAC-SHA-256 of a text under the first key: equal texts are found by it, and it does not say what they are.
+        """Return the HMAC-SHA-256 of a text under the first key: it finds equal texts without revealing them.
 
         Nothing is normalised: `A@b.cn` and `a@b.cn`, or `138 1234 5678` and `13812345678`, are not equal.
 
@@ -75,11 +75,11 @@ class Cipher:
         return self._blind_index(self.key_id, text, context)
 
     def blind_indexes(self, text: str, context: str) -> list[str]:
-        """The blind indexes of a text under each key, the first key's first: what to search for while keys change."""
+        """Return the blind indexes of a text under each key, the first key's first: to search while keys change."""
         return [self._blind_index(key_id, text, context) for key_id in self._keys]
 
     def _blind_index(self, key_id: str, text: str, context: str) -> str:
-        # RFC 5869: a key for this column alone, from which the one that encrypts does not follow.
+        # RFC 5869: a key for this column alone, which does not reveal the encryption key.
         kdf = HKDF(SHA256(), length=32, salt=None, info=f"blind index:{context}".encode())
         digest = hmac.digest(kdf.derive(self._keys[key_id]), text.encode(), "sha256")
         return f"{key_id}.{base64.b64encode(digest).decode()}"

@@ -1,4 +1,4 @@
-"""The SQL database: one engine a process, one session a request."""
+"""The SQL database: one engine per process, one session per request."""
 
 import re
 import sqlite3
@@ -20,37 +20,37 @@ STATEMENT_SECONDS = 3
 TRIES = 5
 T = TypeVar("T")
 _RACE_ERRORS = {
-    1062,  # somebody else made the same row meanwhile
-    1213,  # deadlock: somebody has to begin again
+    1062,  # the same row was inserted concurrently
+    1213,  # deadlock
     1020,  # MariaDB's snapshot isolation: the record has changed since last read
     "SQLITE_CONSTRAINT_UNIQUE",
     "SQLITE_CONSTRAINT_PRIMARYKEY",
 }
-_LACK_ERRORS = {
+_MISSING_SCHEMA_ERRORS = {
     1146,  # no such table
     1054,  # no such column
-    "SQLITE_ERROR",  # the statement is wrong, which it is for no other reason
+    "SQLITE_ERROR",  # a wrong statement, which has no other cause here
 }
-_NOTHING_OF_EACH_TABLE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
-_QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # as far as it goes: a value may hold quotes itself
+_SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
+_QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # greedy: a value may contain quotes
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
     """Connect lazily to a database.
 
     :param url: SQLAlchemy's form; mysql:// and mariadb:// are spoken by PyMySQL.
-    :param pool_size: connections at the most.
-    :param seconds: how long a statement may keep its caller waiting; for ever by default, as migrations need.
+    :param pool_size: the maximum number of connections.
+    :param seconds: how long a statement may take; unlimited by default, as migrations need.
     """
     address = make_url(url)
     options: dict[str, Any] = {}
     if address.get_backend_name() != "sqlite":
-        # PyMySQL is the one driver that is installed, and MariaDB speaks MySQL.
+        # PyMySQL is the only driver installed, and MariaDB speaks MySQL's protocol.
         address = address.set(drivername="mysql+pymysql")
         options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
-        # What is read under a lock must be what is there now, not what was there when the request first read something.
+        # A read under a lock must see the current row, not a snapshot from the first read of the transaction.
         options["isolation_level"] = "READ COMMITTED"
-        options["pool_pre_ping"] = True  # a server that was restarted costs nobody an error
+        options["pool_pre_ping"] = True  # so that a server restart causes no error
     engine = create_engine(
         address,
         pool_size=pool_size,
@@ -62,26 +62,26 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     else:
-        event.listen(engine, "handle_error", _forget_values)
+        event.listen(engine, "handle_error", _remove_values)
     return engine
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA busy_timeout = 3000")
     connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
-    connection.execute("PRAGMA synchronous = NORMAL")  # safe with the write-ahead log, and spares a sync a commit
+    connection.execute("PRAGMA synchronous = NORMAL")  # safe with the write-ahead log, and saves a sync per commit
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _forget_values(context: ExceptionContext) -> None:
-    """Take out of an error what the server quotes of the parameters, as in `Duplicate entry '…' for key 'name'`."""
-    if context.statement is None:  # it could not connect, and quotes the host
+def _remove_values(context: ExceptionContext) -> None:
+    """Remove the parameters that the server quotes in an error, as in `Duplicate entry '…' for key 'name'`."""
+    if context.statement is None:  # a failed connect quotes only the host
         return
     driver, ours = context.original_exception, context.sqlalchemy_exception
-    said = str(driver)
+    message = str(driver)
     driver.args = tuple(_QUOTED.sub(r"'…'\1", part) if isinstance(part, str) else part for part in driver.args)
     if ours is not None:
-        ours.args = (ours.args[0].replace(said, str(driver)),)
+        ours.args = (ours.args[0].replace(message, str(driver)),)
 
 
 def init_app(app: Flask) -> None:
@@ -101,52 +101,52 @@ def _close(error: BaseException | None) -> None:
     if "database_session" in g:
         try:
             g.pop("database_session").close()
-        except SQLAlchemyError as lost:  # a connection that can roll nothing back; the answer has all it needed
-            current_app.logger.warning("a connection to the database was lost: %s", getattr(lost, "orig", lost))
+        except SQLAlchemyError as lost:  # the rollback failed; the response is complete all the same
+            current_app.logger.warning("database connection lost: %s", getattr(lost, "orig", lost))
 
 
 session = cast(Session, LocalProxy(_session))
-"""The current request's session, closed with the request whatever happens; what is not committed is rolled back."""
+"""The session of the current request, closed with it in any case; uncommitted changes are rolled back."""
 
 
 def ping() -> None:
-    """Ask the database for nothing, by the name of each table and column that is used.
+    """Run a query that returns no rows but names every table and column.
 
-    :raises sqlalchemy.exc.SQLAlchemyError: if it does not answer, or if `lacks_tables`.
+    :raises sqlalchemy.exc.SQLAlchemyError: if the database does not respond, or if `is_schema_missing`.
     """
-    session.execute(_NOTHING_OF_EACH_TABLE)
+    session.execute(_SCHEMA_PROBE)
 
 
-def lacks_tables(error: object) -> bool:
-    """Whether something failed only because the database is not migrated as far as this version needs it."""
-    return isinstance(error, DBAPIError) and not _LACK_ERRORS.isdisjoint(_names(error))
+def is_schema_missing(error: object) -> bool:
+    """Whether an error means that the database lacks a migration of this version."""
+    return isinstance(error, DBAPIError) and not _MISSING_SCHEMA_ERRORS.isdisjoint(_driver_codes(error))
 
 
 def is_lost_race(error: DBAPIError | StaleDataError) -> bool:
-    """Whether a transaction failed only because another one was faster, so that it is worth to begin it again."""
-    return isinstance(error, StaleDataError) or not _RACE_ERRORS.isdisjoint(_names(error))
+    """Whether a transaction failed only because of a concurrent one, so that it can be retried."""
+    return isinstance(error, StaleDataError) or not _RACE_ERRORS.isdisjoint(_driver_codes(error))
 
 
-def _names(error: DBAPIError) -> set[Any]:
-    """What the driver calls it: a number of MySQL's, a name of SQLite's."""
+def _driver_codes(error: DBAPIError) -> set[Any]:
+    """Return the driver's names for an error: MySQL's number, SQLite's name."""
     return {*(error.orig.args[:1] if error.orig else ()), getattr(error.orig, "sqlite_errorname", None)}
 
 
 def in_transaction(work: Callable[[], T]) -> T:
-    """Run some work and commit; begin again, TRIES times in all, where another transaction was faster.
+    """Run some work and commit; retry up to TRIES times in all if it lost a race against another transaction.
 
-    :param work: reads what it needs itself, and does nothing but database work. Where it writes what it did not check
-        a version of, it locks: `with_for_update`.
+    :param work: does nothing but database work, and loads the rows it needs itself. It locks rows whose version it does
+        not check: `with_for_update`.
     :returns: what the last run of `work` returned.
     :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
     :raises sqlalchemy.exc.DBAPIError: if it failed otherwise.
     """
     for tries_left in reversed(range(TRIES)):
-        session.rollback()  # what was read before may be old
+        session.rollback()  # rows read before may be stale
         g.after_commit = []
         try:
             if session.get_bind().dialect.name == "sqlite":
-                # Its writers wait for one another here, instead of failing when they write on what they have read.
+                # Makes writers wait for each other here, instead of failing when they write after a read.
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             result = work()
             session.commit()
@@ -165,12 +165,12 @@ def in_transaction(work: Callable[[], T]) -> T:
 
 
 def after_commit(function: Callable[[], object]) -> None:
-    """Have something done once the work that `in_transaction` runs just now is committed, and not if it fails."""
+    """Call a function after the current `in_transaction` has committed, and not if it fails."""
     g.after_commit.append(function)
 
 
 def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:
-    """Insert a row, or leave the one that holds a unique key of it already as it is, in one statement.
+    """Insert a row in one statement; if a row with one of its unique keys exists, leave that as it is.
 
     Leaves the commit to the caller. Columns without a value get their defaults.
     """
@@ -178,7 +178,7 @@ def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:
 
 
 def insert_statement(dialect: str, model: type[DeclarativeBase], values: dict[str, Any]) -> Executable:
-    """What `insert_unless_exists` says to a database of this SQLAlchemy dialect."""
+    """Make the statement of `insert_unless_exists` for an SQLAlchemy dialect."""
     if dialect == "sqlite":
         return sqlite.insert(model).values(**values).on_conflict_do_nothing()
     unchanged = {name: getattr(model, name) for name in values}

@@ -9,12 +9,12 @@ from storage.cipher import cipher
 
 
 class Encrypted:
-    """A text, or None, of a model with `app_id` and `openid`: the column `<name>_encrypted` holds it for its row alone.
+    """A text or None of a model with `app_id` and `openid`, in the column `<name>_encrypted`, bound to its row.
 
-    Reading it raises `DecryptionError` if the column holds what was made for another row or column, or with a key that
-    is not among ENCRYPTION_KEYS. It needs an application context.
+    Reading it raises `DecryptionError` if the value was made for another row or column, or with a key that is not among
+    ENCRYPTION_KEYS. It needs an application context.
 
-    :param searchable: whether `<name>_index` holds its blind index, so that rows can be found by it.
+    :param searchable: whether the column `<name>_index` holds its blind index, which finds rows.
     """
 
     def __init__(self, searchable: bool = False) -> None:
@@ -47,21 +47,21 @@ class Encrypted:
         return None if value is None else cipher.decrypt(value, self._context(row))
 
     def seal(self, row: Any, text: str | None) -> dict[str, str | None]:
-        """What the columns of this row have to hold for a text, by their names."""
+        """Return the values of the columns of this row for a text, by their names."""
         if text is None:
             return dict.fromkeys(self.columns)
         values = [cipher.encrypt(text, self._context(row)), cipher.blind_index(text, self.place)]
         return dict(zip(self.columns, values, strict=False))
 
     def equals(self, text: str) -> ColumnElement[bool]:
-        """The SQL condition that a row holds exactly this text, under whichever of the keys: nothing is normalised."""
+        """Return the SQL condition that a row holds exactly this text, under any of the keys; nothing is normalised."""
         column: ColumnElement[str] = getattr(self.model, f"{self.name}_index")
         return column.in_(cipher.blind_indexes(text, self.place))
 
     def _context(self, row: Any) -> str:
-        # By what names the row from the start: a new one has no id yet.
+        # Not the id, which a new row does not have yet.
         if None in (row.app_id, row.openid):
-            raise ValueError("app_id and openid come first: what is encrypted is bound to them.")
+            raise ValueError("app_id and openid must be set first: the encryption is bound to them.")
         return f"{self.place}:{row.app_id}:{row.openid}"
 
 

@@ -1,4 +1,4 @@
-"""Who is who: the one user behind the openids that several of our apps know him under."""
+"""The one user behind several openids, one for each of our apps."""
 
 import logging
 from functools import partial
@@ -18,10 +18,10 @@ TRIES = 10
 def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     """Find the one user of this app and openid, creating it at the first login, however many arrive at once.
 
-    The same unionid under another app is the same user. Users who turn out to be one are made one: the oldest stays,
-    and the sessions of the others end. Commits; what was not committed before may be lost.
+    The same unionid under another app is the same user. Users who turn out to be the same person are merged: the
+    oldest stays, and the sessions of the others end. Commits; uncommitted changes from before may be lost.
 
-    :raises ApiError: FORBIDDEN if the user is blocked, or was and has been deleted since; UNAVAILABLE if others changed
+    :raises ApiError: FORBIDDEN if the user is blocked, or was when deleted; UNAVAILABLE if others changed
         the same user all the time.
     """
     mine = and_(Identity.app_id == app_id, Identity.openid == openid)
@@ -36,7 +36,7 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
 
 
 def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
-    """Make the user and the identity, unless they are there, and one of all users who are this one."""
+    """Create the user and the identity unless they exist, and merge all users who are the same person."""
     blocks.require_no_block(app_id, openid, unionid)
     if database.session.get(Identity, (app_id, openid)) is None:
         moment = now()
@@ -48,17 +48,17 @@ def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
 
 
 def _merge(app_id: str, openid: str, unionid: str | None) -> User:
-    """Make one of all users who are this one."""
+    """Merge all users who are the same person, and return the one who stays."""
     linked = select(Identity.user_id).where(Identity.app_id == app_id, Identity.openid == openid)
-    is_he = [and_(User.app_id == app_id, User.openid == openid), User.id.in_(linked)]
+    same_person = [and_(User.app_id == app_id, User.openid == openid), User.id.in_(linked)]
     if unionid is not None:
-        is_he.append(User.unionid == unionid)
-    # Each by its own index: with `or` MariaDB reads all users, and under a lock new ones would wait for one another.
-    ids = {found for condition in is_he for found in database.session.scalars(select(User.id).where(condition))}
-    # Locked: what somebody else commits to one of them meanwhile must not go with it.
+        same_person.append(User.unionid == unionid)
+    # Each by its own index: with `or` MariaDB would scan all users, and new ones would wait for each other's locks.
+    ids = {found for condition in same_person for found in database.session.scalars(select(User.id).where(condition))}
+    # Locked: a concurrent change to one of them must not be lost with it.
     users = database.session.scalars(select(User).where(User.id.in_(ids)).order_by(User.id).with_for_update()).all()
     if not users:
-        raise StaleDataError("he became part of another one in between")  # so that it is begun again
+        raise StaleDataError("the user was merged into another user concurrently")  # so that it is retried
     user, *others = users
     for other in others:
         for name in PROFILE_FIELDS:
@@ -76,10 +76,10 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     return user
 
 
-def openid_of(user_id: int, app_id: str) -> str | None:
-    """Under which openid one of our apps knows a user; None if it does not. Ends the transaction."""
+def find_openid(user_id: int, app_id: str) -> str | None:
+    """Find the openid of a user in one of our apps; None if there is none. Ends the transaction."""
     found = database.session.scalar(
         select(Identity.openid).where(Identity.user_id == user_id, Identity.app_id == app_id)
     )
-    database.session.rollback()  # whoever asks is about to wait for WeChat
+    database.session.rollback()  # the caller is about to wait for WeChat
     return found

@@ -1,4 +1,4 @@
-"""`flask keys`: brings what the database holds encrypted under the first of ENCRYPTION_KEYS, while the service runs."""
+"""`flask keys`: moves encrypted data in the database to the first of ENCRYPTION_KEYS, while the service runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +15,17 @@ from storage.database import engine_for, is_lost_race
 from storage.encrypted import Encrypted, encrypted_fields
 from storage.models import Base, BlockedIdentity
 
-keys = AppGroup("keys", help="The keys that encrypt what is private.")
+keys = AppGroup("keys", help="The keys that encrypt personal data.")
 
 FIELDS = [field for model in Base.__subclasses__() for field in encrypted_fields(model)]
-"""All that the database holds encrypted."""
+"""All encrypted fields of the database."""
 
 
 @keys.command()
 def status() -> None:
-    """Count what is under the first of ENCRYPTION_KEYS, and what is not.
+    """Count the values under the first of ENCRYPTION_KEYS, and the others.
 
-    The exit status is 0 if nothing is left under another key, and 1 otherwise.
+    The exit status is 0 if none is left under another key, and 1 otherwise.
     """
     with _connection() as connection:
         _report(connection)
@@ -37,17 +37,17 @@ def status() -> None:
     type=click.IntRange(1, 10_000),
     default=500,
     show_default=True,
-    help="Values a transaction; while one runs, who changes the same rows waits.",
+    help="Values per transaction, which locks their rows.",
 )
 def rotate(batch_size: int) -> None:
-    """Encrypt with the first of ENCRYPTION_KEYS what is under another one.
+    """Encrypt values under other keys with the first of ENCRYPTION_KEYS.
 
-    Append the new key, restart every instance; put it in front, restart again; run this; and when the exit status is
-    0, take the old key away. It can run beside the service, be stopped at any moment, and be run again: what is done
-    is skipped. What no key decrypts is named and left as it is.
+    Append the new key and restart every instance; move it to the front and restart again; run this; when the exit
+    status is 0, remove the old key. It can run beside the service, and be stopped and run again at any time. A value
+    that no key decrypts is named and left as it is.
 
-    It does not touch Redis, where all that is encrypted expires by itself: keep the old key for another
-    SESSION_ABSOLUTE_LIFETIME, or some users have to log in again before data that WeChat encrypts can be read.
+    It does not touch Redis, where encrypted values expire by themselves: keep the old key for another
+    SESSION_ABSOLUTE_LIFETIME, or some users must log in again before data encrypted by WeChat can be read.
     """
     with _connection() as connection:
         for field in FIELDS:
@@ -57,7 +57,7 @@ def rotate(batch_size: int) -> None:
 
 @contextmanager
 def _connection() -> Iterator[Connection]:
-    # Not the service's engine: to count a large table takes longer than a request may.
+    # Not the service's engine: counting a large table takes longer than a request may.
     engine = engine_for(current_app.config["DATABASE_URL"])
     try:
         with engine.connect() as connection:
@@ -119,7 +119,7 @@ def _change(field: Encrypted, row: Row[Any]) -> dict[str, Any]:
 
 
 def _store(connection: Connection, field: Encrypted, changes: list[dict[str, Any]]) -> None:
-    """Change what is still as it was read, and nothing else of these rows."""
+    """Update the values that have not changed since they were read, and nothing else."""
     if not changes:
         return
     table: Any = field.model.__table__
@@ -132,21 +132,21 @@ def _store(connection: Connection, field: Encrypted, changes: list[dict[str, Any
         with connection.begin():
             connection.execute(update(table).where(*unchanged).values(values), changes)
     except DBAPIError as error:
-        if not is_lost_race(error):  # the loser's rows stay behind, and the report says so
+        if not is_lost_race(error):  # these rows are left, and the report says so
             raise
 
 
 def _is_behind(field: Encrypted) -> ColumnElement[bool]:
     columns = [field.model.__table__.c[name] for name in field.columns]
     prefix = f"{current_app.extensions['cipher'].key_id}."
-    # A row that was written before there was an index has none.
+    # A row from before there was an index has none.
     return and_(
         columns[0].is_not(None), or_(*[or_(column.is_(None), ~column.startswith(prefix)) for column in columns])
     )
 
 
 def _follows(table: Table, row: Row[Any]) -> ColumnElement[bool]:
-    """That a row comes after this one by its primary key; spelt out, as MySQL uses no index for (a, b) > (1, 2)."""
+    """Return the condition that a row follows this one by primary key; spelt out, as MySQL uses no index for tuples."""
     key = list(table.primary_key)
     same = [column == getattr(row, column.name) for column in key]
     return or_(*[and_(*same[:place], column > getattr(row, column.name)) for place, column in enumerate(key)])

@@ -8,20 +8,20 @@ _DOMAIN = re.compile(rf"([A-Za-z0-9]({_LABEL})?\.)+[A-Za-z]{_LABEL}")  # RFC 103
 
 
 def mask_phone(phone: str) -> str:
-    """`138****5678` for 11 digits; anything else shows no character at all, only that there is something."""
+    """`138****5678` for 11 digits; anything else becomes stars."""
     if re.fullmatch("[0-9]{11}", phone):
         return f"{phone[:3]}****{phone[-4:]}"
     return "*" * len(phone)
 
 
 def mask_name(name: str) -> str:
-    """`张**`: the first character, and a star for each other one; a name of a single character shows nothing."""
+    """`张**`: the first character, and a star for each other one; a single character becomes a star."""
     initial = _initial(name)
     return initial + "*" * (len(name) - len(initial))
 
 
 def mask_id_card(id_card: str) -> str:
-    """`110***********002X` for 17 digits and a digit or X; anything else shows no character at all."""
+    """`110***********002X` for 17 digits and a digit or X; anything else becomes stars."""
     if re.fullmatch("[0-9]{17}[0-9Xx]", id_card):
         return f"{id_card[:3]}{'*' * 11}{id_card[-4:]}"
     return "*" * len(id_card)
@@ -30,7 +30,7 @@ def mask_id_card(id_card: str) -> str:
 def mask_email(email: str) -> str:
     """`z***@example.com`, always with three stars; `***@example.com` if only one character stands before the @.
 
-    What has not exactly one @ with something before it and a domain in ASCII behind it shows no character at all.
+    Without exactly one @, a local part and an ASCII domain, everything becomes stars.
     """
     local, _, domain = email.partition("@")
     if local and len(domain) <= 253 and _DOMAIN.fullmatch(domain):
@@ -39,12 +39,12 @@ def mask_email(email: str) -> str:
 
 
 def mask_bank_card(bank_card: str) -> str:
-    """`************1234` for 12 to 19 digits; anything else shows no character at all."""
+    """`************1234` for 12 to 19 digits; anything else becomes stars."""
     if re.fullmatch("[0-9]{12,19}", bank_card):
         return "*" * (len(bank_card) - 4) + bank_card[-4:]
     return "*" * len(bank_card)
 
 
 def _initial(text: str) -> str:
-    """The first character if there are others: spaces, accents and joiners make no second one, and it would be all."""
+    """Return the first character if others follow it; spaces, accents and joiners do not count as others."""
     return text[:1] if any(unicodedata.category(character)[0] in "LNPS" for character in text[1:]) else ""

@@ -1,4 +1,4 @@
-"""The tables. `storage/migrations` holds the same schema as steps; a test compares the two."""
+"""The tables. `storage/migrations` has the same schema in steps; a test compares the two."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -24,16 +24,16 @@ from sqlalchemy.types import TypeDecorator
 from storage.encrypted import Encrypted, encrypted_fields
 from telemetry.redaction import hide
 
-BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only in a plain INTEGER
+BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite increments only a plain INTEGER
 
 
 def identifier(length: int) -> String:
-    """Text of WeChat's that tells users apart: MySQL's default collation takes `oA` and `oa` for the same."""
+    """An id of WeChat's, compared by case: to MySQL's default collation `oA` and `oa` are equal."""
     return String(length).with_variant(mysql.VARCHAR(length, collation="utf8mb4_bin"), "mysql")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment in UTC to the microsecond; time zones are added and taken away on the way."""
+    """A time in UTC with microseconds, aware in Python, naive in the database."""
 
     impl = DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql")
     cache_ok = True
@@ -60,16 +60,16 @@ def _hide(row: Base, context: object) -> None:
 
 
 class Versioned:
-    """A row that counts its changes: of two writers who read the same version, the second changes nothing.
+    """A row with a version that each change increments: of two writers of one version, the second changes nothing.
 
-    The second one's flush raises sqlalchemy.orm.exc.StaleDataError.
+    The flush of the second one raises sqlalchemy.orm.exc.StaleDataError.
     """
 
     version: Mapped[int] = mapped_column(Integer, default=1)
 
     @property
     def etag(self) -> str:
-        """What names this version of this row, and no other of any table."""
+        """Identify this version of this row among all rows of all tables."""
         return f"{self.__tablename__}-{self.id}-{self.version}"  # type: ignore[attr-defined]
 
     @declared_attr.directive
@@ -78,13 +78,13 @@ class Versioned:
 
 
 class User(Versioned, Base):
-    """Someone who has logged in, with the identity that he came with first; `Identity` holds all of them."""
+    """Someone who has logged in, with their first identity; `Identity` has all of them."""
 
     __tablename__ = "users"
     __table_args__ = (
         UniqueConstraint("app_id", "openid", name="uq_users_app_id_openid"),
         Index("uq_users_unionid", "unionid", unique=True),
-        # No id is ever given out twice: a session that outlives its user must not become another's.
+        # No id is reused: a session that outlives its user must not become another user's.
         {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
     )
 
@@ -94,7 +94,7 @@ class User(Versioned, Base):
     unionid: Mapped[str | None] = mapped_column(identifier(64))
     nickname: Mapped[str | None] = mapped_column(String(64))
     avatar_url: Mapped[str | None] = mapped_column(String(512))
-    # What encrypts to 255 characters has up to 155 bytes, to 512 up to 347: a name of 64 characters can have 256.
+    # 155 bytes encrypt to at most 255 characters, 347 to 512; a name of 64 characters can have 256 bytes.
     phone_encrypted: Mapped[str | None] = mapped_column(String(255))
     phone_index: Mapped[str | None] = mapped_column(String(80), index=True)
     real_name_encrypted: Mapped[str | None] = mapped_column(String(512))
@@ -118,14 +118,14 @@ class User(Versioned, Base):
 
 
 PERSONAL_FIELDS = tuple(field.name for field in encrypted_fields(User))
-"""What `User` keeps encrypted, by name."""
+"""The encrypted fields of `User`."""
 
 PROFILE_FIELDS = ("nickname", "avatar_url", *PERSONAL_FIELDS)
-"""What users tell of themselves."""
+"""The fields that users fill in about themselves."""
 
 
 class Identity(Base):
-    """Whom one of our apps knows under an openid, which means something only together with the app id."""
+    """The user whom one of our apps knows by an openid, which is unique only together with the app id."""
 
     __tablename__ = "identities"
     __table_args__ = ({"mysql_charset": "utf8mb4"},)
@@ -137,14 +137,14 @@ class Identity(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
     authorization = Encrypted()
-    """What the user granted to a web app."""
+    """The web-app authorization of the user."""
 
 
 class Order(Versioned, Base):
-    """What somebody ordered. It outlives its user, who is then None."""
+    """An order. It outlives its user, who is then None."""
 
     __tablename__ = "orders"
-    # Each serves the lists of one filter in the order of the ids, which both databases keep within an index.
+    # Each serves the lists of one filter, in the order of the ids, which both databases store in every index.
     __table_args__ = (
         Index("ix_orders_user_id_status", "user_id", "status"),
         Index("ix_orders_user_id", "user_id"),
@@ -168,13 +168,13 @@ class Order(Versioned, Base):
     )
 
     def sum_up(self) -> None:
-        """Compute the total anew, after the items have changed."""
+        """Recompute the total after the items have changed."""
         self.total = sum(item.subtotal for item in self.items)
-        self.updated_at = now()  # also where the total is the same: items are part of the order and of its version
+        self.updated_at = now()  # also if the total is the same: items are part of the order and of its version
 
 
 class OrderItem(Base):
-    """One line of an order, whose version it shares."""
+    """An item of an order, whose version it shares."""
 
     __tablename__ = "order_items"
     __table_args__ = ({"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},)
@@ -201,14 +201,14 @@ class OrderItem(Base):
 
 
 class IdempotencyKey(Base):
-    """The answer to a request that a client may send again."""
+    """The response to a request that a client may repeat."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = ({"mysql_charset": "utf8mb4"},)
 
     user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
     about_user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)
-    """Whom the answer tells of; it goes when that user goes."""
+    """Whom the response is about; it is deleted with that user."""
     key: Mapped[str] = mapped_column(identifier(255), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64))
     status: Mapped[int | None] = mapped_column(Integer)

@@ -24,7 +24,7 @@ TOKEN_BYTES = 32
 
 
 class JsonSerializer(Serializer):
-    """JSON and nothing else: flask-session's own falls back to pickle, which runs what it reads."""
+    """JSON only: flask-session's own serializer falls back to pickle, which can run any code."""
 
     def encode(self, session: MutableMapping[str, Any]) -> bytes:
         return msgspec.json.encode(dict(session))
@@ -33,14 +33,14 @@ class JsonSerializer(Serializer):
         try:
             return msgspec.json.decode(serialized_data, type=dict[str, Any])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None  # what cannot be read is no session
+            return None  # unreadable data is no session
 
 
 class LazySession(SessionMixin):
-    """A session that is fetched when it is first looked at: a request that never looks costs Redis nothing.
+    """A session that is fetched when it is first used: a request that never uses it costs no round trip to Redis.
 
-    :param fetch: answers the session's id, its data, and whether it is new.
-    :param bearer: whether the request speaks bearer tokens, not cookies.
+    :param fetch: returns the session's id, its data, and whether it is new.
+    :param bearer: whether the request uses a bearer token, not a cookie.
     """
 
     permanent = True  # the cookie ends when the session does
@@ -56,7 +56,7 @@ class LazySession(SessionMixin):
 
     @property
     def _data(self) -> dict[str, Any]:
-        # No cached_property: before Python 3.12 all sessions of a process share its lock, and are fetched one by one.
+        # Not cached_property: before Python 3.12 its lock is shared by all sessions of a process.
         if self._fetched is None:
             self.sid, self._fetched, self.new = self._fetch()
             self.loaded = True
@@ -81,10 +81,10 @@ class LazySession(SessionMixin):
 
 
 class SessionInterface(RedisSessionInterface):
-    """flask-session's Redis backend, with tokens in place of cookies where a request brings one.
+    """flask-session's Redis backend, with a bearer token in place of the cookie where a request has one.
 
-    Each session holds `expires_at`, when Redis forgets it unless it is used, and `ends_at`, when it does so
-    however much it is used; both in seconds since the epoch.
+    Each session holds `expires_at`, when it expires in Redis unless it is used, and `ends_at`, when it expires in any
+    case; both in seconds since the epoch.
     """
 
     def __init__(self, app: Flask, client: Redis) -> None:
@@ -102,7 +102,7 @@ class SessionInterface(RedisSessionInterface):
         data = self._retrieve_session_data(self._get_store_id(token)) if token else None
         if token and data is not None:
             return token, data, False
-        return self._generate_sid(self.sid_length), {}, True  # never an id that the caller chose
+        return self._generate_sid(self.sid_length), {}, True  # never an id chosen by the caller
 
     def _get_store_id(self, sid: str) -> str:
         return f"{self.key_prefix}{hashlib.sha256(sid.encode()).hexdigest()}"
@@ -111,10 +111,10 @@ class SessionInterface(RedisSessionInterface):
         if not session.loaded:
             return
         try:
-            # wx.request keeps no cookies: for a bearer, flask-session sets its own on an answer nobody gets.
+            # wx.request keeps no cookies: for a bearer token, the cookie is set on a response that is dropped.
             super().save_session(app, session, app.response_class() if session.bearer else response)
         except RedisError:
-            session.loaded = False  # the error's answer is saved too; Redis need not be waited for twice
+            session.loaded = False  # the error response is saved too; do not wait for Redis twice
             raise
 
     def should_set_storage(self, app: Flask, session: LazySession) -> bool:
@@ -123,7 +123,7 @@ class SessionInterface(RedisSessionInterface):
         return session.modified or (half_gone and expires_at < session.get("ends_at", 0))
 
     def store(self, session: LazySession) -> None:
-        """Write the session to Redis at once."""
+        """Write the session to Redis now."""
         self._upsert_session(self.app.permanent_session_lifetime, session, self._get_store_id(session.sid))
 
     def _upsert_session(self, session_lifetime: timedelta, session: LazySession, store_id: str) -> None:
@@ -131,7 +131,7 @@ class SessionInterface(RedisSessionInterface):
         ends_at = session.setdefault("ends_at", now + self.absolute_lifetime)
         session["expires_at"] = expires_at = min(now + int(session_lifetime.total_seconds()), ends_at)
         with self.client.pipeline() as pipeline:
-            # A session that was revoked since it was read must not come back: what is not new replaces, or nothing.
+            # A session that was revoked since it was read must not come back: only a new one may be created.
             pipeline.set(store_id, self.serializer.encode(session), ex=max(expires_at - now, 1), xx=not session.new)
             if session.new and "user_id" in session:
                 index = _index_key(session["user_id"])
@@ -157,11 +157,11 @@ def init_app(app: Flask) -> None:
 
 
 def log_in(user_id: int, **facts: Any) -> str:
-    """Begin a session of this user under a new id; it is stored when this returns.
+    """Start a session of this user under a new id; it is stored when this returns.
 
-    :param facts: what else the session holds; must be JSON.
+    :param facts: further items of the session; must be JSON.
     :returns: the token.
-    :raises redis.exceptions.RedisError: if Redis is away; there is no session then.
+    :raises redis.exceptions.RedisError: if Redis is away; then there is no session.
     """
     interface = _interface()
     current = cast(LazySession, session)
@@ -171,7 +171,7 @@ def log_in(user_id: int, **facts: Any) -> str:
     current.new = True
     current.update(facts, user_id=user_id)
     try:
-        # Now, not only at the request's end: a double tap may hand the token out before that.
+        # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
         interface.store(current)
     except RedisError:
         current.loaded = False
@@ -189,23 +189,23 @@ def log_out() -> None:
 def log_out_everywhere(user_id: int) -> None:
     """End all sessions of this user, the current one included, and forget the session_keys.
 
-    :raises redis.exceptions.RedisError: if Redis is away; asked again, it ends what is left.
+    :raises redis.exceptions.RedisError: if Redis is away; calling it again ends the rest.
     """
     revoke_sessions(user_id)
     session.clear()
 
 
 def revoke_sessions(user_id: int) -> None:
-    """End all sessions of a user, and forget the session_keys. Needs no request.
+    """End all sessions of a user, and forget the session_keys. Works outside of a request.
 
-    :raises redis.exceptions.RedisError: if Redis is away; asked again, it ends what is left.
+    :raises redis.exceptions.RedisError: if Redis is away; calling it again ends the rest.
     """
     index = _index_key(user_id)
     store_ids = redis.zrange(index, 0, -1)
     with redis.pipeline() as pipeline:
         pipeline.delete(wechat_session_keys.redis_key(user_id), *store_ids)
         if store_ids:
-            # Only what was listed leaves the list: a login in between keeps its session and its entry.
+            # Only the sessions that were read: a concurrent login keeps its session and its entry.
             pipeline.zrem(index, *store_ids)
         pipeline.execute()
 

@@ -91,7 +91,7 @@ def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name: str, valu
     ],
 )
 def test_a_setting_that_is_worth_nothing_alone_says_what_it_needs(name: str, missing: str) -> None:
-    with pytest.raises(SettingsError, match=f"{missing}: Needed, as {name} is set."):
+    with pytest.raises(SettingsError, match=f"{missing}: Required because {name} is set."):
         load({**COMPLETE, name: "x" * 43})
 
 

@@ -341,8 +341,8 @@ def test_users_are_found_by_exactly_what_they_have_in_that_column(app: Flask, na
         assert set(found) == set(users[:2])
 
 
-def test_what_is_encrypted_is_not_bound_to_a_row_that_has_no_name_yet(app: Flask) -> None:
-    with app.app_context(), pytest.raises(ValueError, match="come first"):
+def test_a_row_without_app_id_and_openid_encrypts_nothing(app: Flask) -> None:
+    with app.app_context(), pytest.raises(ValueError, match="must be set first"):
         User(phone="13812345678", app_id="wx1", openid="o-late")
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from errors import ApiError, Code
 from storage import database, identities
-from storage.identities import get_or_create_user, openid_of
+from storage.identities import find_openid, get_or_create_user
 from storage.models import PERSONAL_FIELDS, IdempotencyKey, Identity, Order, User
 
 MINI, WEB = "wx-mini", "wx-web"
@@ -39,8 +39,8 @@ def test_the_same_openid_under_another_app_is_somebody_else(name: str) -> None:
 def test_the_same_unionid_under_another_app_is_the_same_user(name: str) -> None:
     mini = get_or_create_user(MINI, f"m-{name}", name)
     assert get_or_create_user(WEB, f"w-{name}", name).id == mini.id
-    assert (openid_of(mini.id, MINI), openid_of(mini.id, WEB)) == (f"m-{name}", f"w-{name}")
-    assert openid_of(mini.id, "wx-third") is None
+    assert (find_openid(mini.id, MINI), find_openid(mini.id, WEB)) == (f"m-{name}", f"w-{name}")
+    assert find_openid(mini.id, "wx-third") is None
 
 
 def test_a_unionid_that_comes_later_is_remembered_and_not_forgotten(name: str) -> None:
@@ -94,7 +94,7 @@ def test_a_user_whom_an_older_version_made_without_an_identity_is_found(name: st
     database.session.commit()
     (user_id,) = database.session.scalars(select(User.id).where(User.openid == name))
     assert get_or_create_user(MINI, name, None).id == user_id
-    assert openid_of(user_id, MINI) == name
+    assert find_openid(user_id, MINI) == name
 
 
 def test_a_user_of_an_older_version_and_the_one_of_his_unionid_become_one(name: str) -> None:
