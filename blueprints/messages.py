@@ -19,7 +19,7 @@ from concurrency import background
 from errors import ApiError, Code
 from storage.redis_client import redis
 from telemetry.redaction import hide
-from wechat.push import Message, MessagePush
+from wechat.message_push import MessagePush, PushMessage
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def receive() -> Response:
     return response
 
 
-def _reply(push: MessagePush, message: Message) -> Response | None:
+def _reply(push: MessagePush, message: PushMessage) -> Response | None:
     """Return the reply of a responder; None if there is none or it fails, which must not stop the handlers."""
     responders = message_handlers.responders
     responder = next((responders[name] for name in _names(message) if name in responders), None)
@@ -106,7 +106,7 @@ def _reply(push: MessagePush, message: Message) -> Response | None:
     return Response(reply, content_type=CONTENT_TYPES[message.form])
 
 
-def _begin(key: str, message: Message) -> None:
+def _begin(key: str, message: PushMessage) -> None:
     """Start handling a message after its response was sent, unless another request with the same message has."""
     try:
         is_first = redis.set(key, HANDLED, ex=REMEMBER_SECONDS, get=True) != HANDLED
@@ -118,17 +118,17 @@ def _begin(key: str, message: Message) -> None:
             background.submit(handler, message.fields)
 
 
-def _handlers(message: Message) -> list[message_handlers.Handler]:
+def _handlers(message: PushMessage) -> list[message_handlers.Handler]:
     return [handler for name in dict.fromkeys(_names(message)) for handler in message_handlers.handlers.get(name, ())]
 
 
-def _names(message: Message) -> list[tuple[str, str]]:
+def _names(message: PushMessage) -> list[tuple[str, str]]:
     """Return the names under which functions for a message are registered: of its own event first, then of all."""
     return [(message.type, message.event), (message.type, "")]
 
 
 def _push() -> MessagePush:
-    push = wechat.message_push()
+    push = wechat.configured_push()
     if push is None:
         raise ApiError(Code.NOT_FOUND, message=NOT_CONFIGURED)
     return push

@@ -26,7 +26,7 @@ from storage.models import Identity
 from storage.redis_client import redis
 from telemetry.metrics import LOGINS
 from wechat.crypto import constant_time_equals
-from wechat.web_login import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
+from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
 
 STATE_SECONDS = 600
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}

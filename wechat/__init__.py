@@ -7,9 +7,9 @@ from werkzeug.local import LocalProxy
 
 from wechat.access_token import AccessToken
 from wechat.client import Client
-from wechat.push import MessagePush
+from wechat.message_push import MessagePush
+from wechat.oauth import QR_CODE_SCOPE, SCOPES, WebApp
 from wechat.transport import Transport
-from wechat.web_login import QR_CODE_SCOPE, SCOPES, WebApp
 
 
 class WeChat(NamedTuple):
@@ -27,7 +27,7 @@ api = cast(Client, LocalProxy(lambda: _wechat.client))
 
 
 def web_app(scope: str) -> WebApp:
-    """The web app that asks for this scope, one of `web_login.SCOPES`."""
+    """The web app that asks for this scope, one of `oauth.SCOPES`."""
     return _wechat.web_apps[scope]
 
 
@@ -36,7 +36,7 @@ def web_app_of(app_id: str) -> WebApp | None:
     return next((app for app in _wechat.web_apps.values() if app.app_id == app_id), None)
 
 
-def message_push() -> MessagePush | None:
+def configured_push() -> MessagePush | None:
     """The message push as the account is set; None if it is not."""
     return _wechat.push
 

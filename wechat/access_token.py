@@ -26,7 +26,7 @@ POLL_SECONDS = 0.02
 DAY_SECONDS = 86400
 
 
-class Cipher(Protocol):
+class TextCipher(Protocol):
     """Seals what is kept in Redis."""
 
     def encrypt(self, text: str, context: str) -> str: ...
@@ -53,7 +53,7 @@ class AccessToken:
     :param cipher: the token is kept encrypted.
     """
 
-    def __init__(self, transport: Transport, redis: Redis, cipher: Cipher, app_id: str, app_secret: str) -> None:
+    def __init__(self, transport: Transport, redis: Redis, cipher: TextCipher, app_id: str, app_secret: str) -> None:
         self._transport = transport
         self._redis = redis
         self._cipher = cipher

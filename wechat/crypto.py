@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.padding import PKCS7
 
 from errors import ApiError, Code
-from wechat import strict_json
+from wechat.strict_json import loads as strict_loads
 
 MAXIMUM_AGE_SECONDS = 600
 CLOCK_SKEW_SECONDS = 60
@@ -71,7 +71,7 @@ def decrypt_user_data(
     except ValueError:
         plaintext, is_padded = padded, False  # read on, so that time does not tell a bad padding from bad JSON
     try:
-        data = strict_json.loads(plaintext.decode())
+        data = strict_loads(plaintext.decode())
     except ValueError:
         data = None
     if not is_padded or not isinstance(data, dict):

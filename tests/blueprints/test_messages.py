@@ -20,7 +20,7 @@ from storage import database
 from storage.models import Identity, User
 from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, Simulator, bearer, wait_until
 from wechat.crypto import push_signature
-from wechat.push import MessagePush
+from wechat.message_push import MessagePush
 
 URL = "/api/v1/wechat/messages"
 EVENT = {

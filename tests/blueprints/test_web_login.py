@@ -17,8 +17,8 @@ from errors import Message
 from storage import database
 from storage.models import Identity
 from tests.harness import APP_ID, WEB_APP_ID, Simulator, wait_until
+from wechat.oauth import Authorization, WebApp
 from wechat.transport import Transport
-from wechat.web_login import Authorization, WebApp
 
 AUTHORIZE, CALLBACK, ME = "/api/v1/auth/wechat/authorize", "/api/v1/auth/wechat/callback", "/api/v1/users/me"
 SITE, FOLDER = "https://localhost", "/api/v1/auth/wechat"

@@ -238,8 +238,8 @@ def test_bad_padding_cannot_be_told_from_bad_json(monkeypatch: pytest.MonkeyPatc
     whole += b" " * (-len(whole) % 16)
     bad_json = whole[:-4].replace(b"}", b"{")
     parsed = []
-    loads = crypto.strict_json.loads
-    monkeypatch.setattr(crypto.strict_json, "loads", lambda text: parsed.append(text) or loads(text))
+    loads = crypto.strict_loads
+    monkeypatch.setattr(crypto, "strict_loads", lambda text: parsed.append(text) or loads(text))
     errors = []
     for padded in (whole, bad_json + b"\x03\x04\x04\x04", bad_json + b"\x04\x04\x04\x04"):
         with pytest.raises(ApiError) as caught:

@@ -16,8 +16,9 @@ from xml.sax.saxutils import escape
 import defusedxml.ElementTree
 
 from errors import ApiError, Code
-from wechat import strict_json
 from wechat.crypto import constant_time_equals, decode_aes_key, decrypt_message, encrypt_message, push_signature
+from wechat.strict_json import MAXIMUM_DEPTH
+from wechat.strict_json import loads as strict_loads
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010fff
 Form = Literal["json", "xml"]
 
 
-class Message(NamedTuple):
+class PushMessage(NamedTuple):
     """What WeChat pushes."""
 
     fields: dict[str, Any]
@@ -92,8 +93,8 @@ class MessagePush:
         self._verify(signature, timestamp, nonce, now=now)
         return echostr
 
-    def open(self, query: Mapping[str, str], body: bytes, now: float) -> Message:
-        """Verify and read a POST. A copy that is sent again within WINDOW_SECONDS has the same `Message.key`.
+    def open(self, query: Mapping[str, str], body: bytes, now: float) -> PushMessage:
+        """Verify and read a POST. A copy that is sent again within WINDOW_SECONDS has the same `PushMessage.key`.
 
         In plain mode the signature does not cover the body: whoever sees one request can send another body with it.
 
@@ -107,7 +108,7 @@ class MessagePush:
             fields, form = _parse(body)
             if "Encrypt" in fields and "MsgType" not in fields:
                 raise _malformed("Encrypted, but no EncodingAESKey is set.")
-            return Message(fields, form)
+            return PushMessage(fields, form)
         signature, timestamp, nonce = _parameters(query, "msg_signature", "timestamp", "nonce")
         fields, form = _parse(body)
         encrypted = fields.get("Encrypt")
@@ -119,7 +120,7 @@ class MessagePush:
         except ApiError:
             raise _refused("another EncodingAESKey or app id") from None
         fields, _ = _parse(text.encode())
-        return Message(fields, form)
+        return PushMessage(fields, form)
 
     def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
         """Compose the body that answers a message, encrypted and signed in safe mode.
@@ -170,7 +171,7 @@ def _parse(body: bytes) -> tuple[dict[str, Any], Form]:
     form: Form = "xml" if body.lstrip(b" \t\r\n").startswith(b"<") else "json"
     try:
         text = body.decode().strip(" \t\r\n")
-        fields = _parse_xml(text) if form == "xml" else strict_json.loads(text)
+        fields = _parse_xml(text) if form == "xml" else strict_loads(text)
     except (ValueError, ParseError):
         fields = None
     if not isinstance(fields, dict):
@@ -191,7 +192,7 @@ def _parse_xml(text: str) -> dict[str, Any]:
     root = defusedxml.ElementTree.fromstring(text, forbid_dtd=True)  # it forbids entities by default
     if root.tag != "xml":
         raise ValueError("The root is not <xml>.")
-    return _children(root, strict_json.MAXIMUM_DEPTH)
+    return _children(root, MAXIMUM_DEPTH)
 
 
 def _children(element: Element, levels: int) -> dict[str, Any]:

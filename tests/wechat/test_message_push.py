@@ -17,7 +17,7 @@ from errors import ApiError, Code
 from tests.wechat.harness import ANY_TEXT, JSON, JSON_OBJECTS, PROPERTY, VECTORS, flipped, outcome, refusal
 from wechat import strict_json
 from wechat.crypto import decode_aes_key, encrypt_message, push_signature
-from wechat.push import WINDOW_SECONDS, Form, Message, MessagePush
+from wechat.message_push import WINDOW_SECONDS, Form, MessagePush, PushMessage
 
 SAFE, REPLY = VECTORS["push.safe_mode_json"], VECTORS["push.safe_mode_json_reply"]
 PLAIN, URL = VECTORS["push.plain_mode"], VECTORS["push.url_verify"]
@@ -61,13 +61,13 @@ def enclose(encrypted: object, **others: object) -> bytes:
     return json.dumps({"ToUserName": "gh_97417a04a28d", "Encrypt": encrypted, **others}).encode()
 
 
-def open_encrypted(push: MessagePush, text: str, app_id: str = APP_ID, **signed: Any) -> Message:
+def open_encrypted(push: MessagePush, text: str, app_id: str = APP_ID, **signed: Any) -> PushMessage:
     """Open what is signed right, whatever the text."""
     encrypted = encrypt(text, app_id)
     return push.open(sign(encrypted, **signed), enclose(encrypted), NOW)
 
 
-def open_plain(push: MessagePush, body: bytes) -> Message:
+def open_plain(push: MessagePush, body: bytes) -> PushMessage:
     return push.open(sign(), body, NOW)
 
 
@@ -398,18 +398,18 @@ def test_a_message_that_is_sent_again_has_the_same_key_and_no_other_has() -> Non
         {"MsgId": "", "a": 1},
         {"MsgId": None, "Event": "", "a": {"b": ["微"]}},
     ]
-    keys = [Message(fields, "json").key for fields in different]
+    keys = [PushMessage(fields, "json").key for fields in different]
     assert len(set(keys)) == len(different)
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
-    assert Message({"MsgId": 1, "Content": "a"}, "json").key == keys[0]
-    assert Message({"a": 1, "b": 2}, "json").key == Message({"b": 2, "a": 1}, "json").key
+    assert PushMessage({"MsgId": 1, "Content": "a"}, "json").key == keys[0]
+    assert PushMessage({"a": 1, "b": 2}, "json").key == PushMessage({"b": 2, "a": 1}, "json").key
 
 
 @pytest.mark.parametrize("value", [None, 1, ["event"], {"a": "b"}, ""])
 def test_an_odd_type_or_event_reads_as_none(value: object) -> None:
-    message = Message({"MsgType": value, "Event": value}, "json")
+    message = PushMessage({"MsgType": value, "Event": value}, "json")
     assert (message.type, message.event) == ("", "")
-    assert (Message({}, "json").type, Message({}, "json").event) == ("", "")
+    assert (PushMessage({}, "json").type, PushMessage({}, "json").event) == ("", "")
     assert len(message.key) == 64
 
 
@@ -499,7 +499,7 @@ def test_any_reply_in_json_comes_back(reply: dict[str, Any], nonce: str, token: 
     assert reopen(safe, safe.seal(reply, "json", NOW), "json") == (reply, "json")
 
 
-def reopen(safe: MessagePush, sealed: str, form: Form) -> Message:
+def reopen(safe: MessagePush, sealed: str, form: Form) -> PushMessage:
     """Open a reply as if it were a message, which is signed and encrypted the same way."""
     if form == "json":
         fields = json.loads(sealed)
