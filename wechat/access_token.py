@@ -10,7 +10,7 @@ from redis.exceptions import LockError
 
 from errors import ApiError, Code
 from telemetry.metrics import TOKEN_REFRESHES
-from wechat.transport import PATIENCE_SECONDS, Transport, failure
+from wechat.transport import PATIENCE_SECONDS, Transport, unexpected_response
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class AccessToken:
         answer = self._transport.call(path, {}, wanted)
         token, seconds = answer.get("access_token"), answer.get("expires_in")
         if not (isinstance(token, str) and 0 < len(token) <= 2048 and isinstance(seconds, int) and seconds > 0):
-            raise failure(path, Code.UPSTREAM_INVALID, "no access_token, or no expires_in")
+            raise unexpected_response(path, "access_token or expires_in missing or malformed", answer)
         self._redis.set(self._key, self._cipher.encrypt(token, self._key), ex=seconds)
         if seconds <= REFRESH_SECONDS:
             self._pause("")

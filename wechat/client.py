@@ -4,10 +4,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from errors import Code
 from wechat.access_token import AccessToken
 from wechat.crypto import session_signature
-from wechat.transport import INVALID_TOKEN, Transport, failure
+from wechat.transport import INVALID_TOKEN, Transport, unexpected_response
 
 BAD_SIGNATURE = 87009
 USER_REFUSED = 43101
@@ -56,7 +55,7 @@ class Client:
         openid, session_key, unionid = (answer.get(name) or "" for name in ("openid", "session_key", "unionid"))
         is_key = isinstance(session_key, str) and re.fullmatch(r"[!-~]{1,64}", session_key)
         if not (is_identifier(openid) and is_key and (not unionid or is_identifier(unionid))):
-            raise failure(path, Code.UPSTREAM_INVALID, "no openid or session_key, or one that is none")
+            raise unexpected_response(path, "openid or session_key missing or malformed", answer)
         return CodeSession(openid, session_key, unionid or None)
 
     def is_session_key_valid(self, openid: str, session_key: str) -> bool:
@@ -67,7 +66,7 @@ class Client:
         signature = session_signature(session_key)
         params = {"openid": openid, "signature": signature, "sig_method": "hmac_sha256"}
         answer = self._call("/wxa/checksession", params, expected={BAD_SIGNATURE})
-        return bool(answer["errcode"] == 0)
+        return answer.get("errcode") != BAD_SIGNATURE
 
     def code_to_phone(self, code: str, openid: str) -> str:
         """Redeem the code of a getPhoneNumber button (wxa/business/getuserphonenumber).
@@ -79,11 +78,13 @@ class Client:
         :raises ApiError: also WECHAT_CODE_INVALID, for a code of wx.login too.
         """
         path = "/wxa/business/getuserphonenumber"
-        info = self._call(path, body={"code": code, "openid": openid}).get("phone_info")
-        watermark = info.get("watermark") if isinstance(info, dict) else None
-        number = phone_number(info) if isinstance(info, dict) else None
+        answer = self._call(path, body={"code": code, "openid": openid})
+        info = answer.get("phone_info")
+        if not isinstance(info, dict):
+            raise unexpected_response(path, "phone_info missing or malformed", answer)
+        number, watermark = phone_number(info), info.get("watermark")
         if number is None or not isinstance(watermark, dict) or watermark.get("appid") != self.app_id:
-            raise failure(path, Code.UPSTREAM_INVALID, "no phone number of ours")
+            raise unexpected_response(path, "phone number or watermark missing, malformed or for another app", info)
         return number
 
     def is_risky(self, text: str, openid: str, *, scene: int = PROFILE_SCENE, nickname: str | None = None) -> bool:
@@ -103,7 +104,7 @@ class Client:
         result = answer.get("result")
         suggestion = result.get("suggest") if isinstance(result, dict) else None
         if suggestion not in ("pass", "review", "risky"):
-            raise failure(path, Code.UPSTREAM_INVALID, "no suggestion")
+            raise unexpected_response(path, "result.suggest missing or unknown", answer)
         return bool(suggestion == "risky")
 
     def send_subscribe_message(
@@ -141,7 +142,7 @@ class Client:
             expected={USER_REFUSED},
             idempotent=False,
         )
-        return bool(answer["errcode"] == 0)
+        return answer.get("errcode") != USER_REFUSED
 
     def _call(
         self,
@@ -160,7 +161,7 @@ class Client:
 
         token = self._access_token.get()
         answer = call(token, {*expected, *INVALID_TOKEN})
-        if answer["errcode"] in INVALID_TOKEN:
+        if answer.get("errcode") in INVALID_TOKEN:
             answer = call(self._access_token.get(refused=token), expected)
         return answer
 

@@ -3,14 +3,14 @@
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from errors import Code
 from wechat.client import is_identifier
-from wechat.transport import INVALID_TOKEN, Transport, failure
+from wechat.transport import INVALID_TOKEN, Transport, unexpected_response
 
 QR_CODE_SCOPE = "snsapi_login"
 SCOPES = ("snsapi_base", "snsapi_userinfo", QR_CODE_SCOPE)
 REFRESH_TOKEN_GONE = frozenset({40030, 42002})
-OPENID_GONE = 40003
+AUTHORIZATION_GONE = INVALID_TOKEN | {40003}
+"""The access token is invalid, or WeChat no longer knows the openid."""
 
 
 class Authorization(NamedTuple):
@@ -87,8 +87,8 @@ class WebApp:
         """
         path = "/sns/userinfo"
         answer, authorization = self._call(path, authorization, lang="zh_CN")
-        if answer["errcode"] != 0 or answer.get("openid") != authorization.openid:
-            raise failure(path, Code.UPSTREAM_INVALID, f"errcode {answer['errcode']}, or another openid")
+        if answer.get("openid") != authorization.openid:
+            raise unexpected_response(path, f"errcode {answer.get('errcode', 0)}, openid missing or different", answer)
         nickname, avatar_url = (answer.get(name) or None for name in ("nickname", "headimgurl"))
         return UserInfo(nickname, avatar_url, _unionid(path, answer)), authorization
 
@@ -99,17 +99,17 @@ class WebApp:
         :raises ApiError: what `Transport.call` does.
         """
         answer, authorization = self._call("/sns/auth", authorization)
-        return answer["errcode"] == 0, authorization
+        return answer.get("errcode") not in AUTHORIZATION_GONE, authorization
 
     def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
         """Call with the user's access token, and once more with a new one where WeChat calls it invalid."""
 
         def call() -> dict[str, Any]:
             query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
-            return self._transport.call(path, query, expected={*INVALID_TOKEN, OPENID_GONE})
+            return self._transport.call(path, query, expected=AUTHORIZATION_GONE)
 
         answer = call()
-        if answer["errcode"] in INVALID_TOKEN and (refreshed := self._refresh(authorization)):
+        if answer.get("errcode") in INVALID_TOKEN and (refreshed := self._refresh(authorization)):
             authorization = refreshed
             answer = call()
         return answer, authorization
@@ -119,7 +119,7 @@ class WebApp:
         path = "/sns/oauth2/refresh_token"
         params = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
         answer = self._transport.call(path, params, expected=REFRESH_TOKEN_GONE)
-        return _authorization(path, answer) if answer["errcode"] == 0 else None
+        return None if answer.get("errcode") in REFRESH_TOKEN_GONE else _authorization(path, answer)
 
 
 def _authorization(path: str, answer: dict[str, Any]) -> Authorization:
@@ -128,12 +128,12 @@ def _authorization(path: str, answer: dict[str, Any]) -> Authorization:
     if not (
         is_identifier(authorization.openid) and all(isinstance(text, str) and 0 < len(text) <= 512 for text in tokens)
     ):
-        raise failure(path, Code.UPSTREAM_INVALID, "no openid or tokens")
+        raise unexpected_response(path, "openid, tokens or scope missing or malformed", answer)
     return authorization
 
 
 def _unionid(path: str, answer: dict[str, Any]) -> str | None:
     unionid = answer.get("unionid") or None
     if unionid is not None and not is_identifier(unionid):
-        raise failure(path, Code.UPSTREAM_INVALID, "a unionid that is none")
+        raise unexpected_response(path, "malformed unionid", answer)
     return unionid

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Collection, Mapping
 from http.cookiejar import DefaultCookiePolicy
@@ -88,14 +89,14 @@ class Transport:
         :param body: posted as JSON if there is one; otherwise the call is a GET.
         :param expected: errcodes that are an answer here, not a failure.
         :param idempotent: whether a call whose answer was lost may be made again.
-        :returns: the answer, whose `errcode` is an integer: 0 or one of `expected`.
+        :returns: the response; its `errcode`, where WeChat sends one, is the integer 0 or one of `expected`.
         :raises ApiError: by CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. An exception of
             requests holds the URL and so a secret: none of them goes further than this.
         """
         hide(params, body)
         for may_retry in (True, False):
             try:
-                answer = self._try(path, params, body, expected)
+                errcode, answer = self._try(path, params, body, expected)
             except requests.Timeout:
                 raise failure(path, Code.UPSTREAM_TIMEOUT, "no answer in time") from None
             except requests.ConnectionError as error:
@@ -104,7 +105,6 @@ class Transport:
             except requests.RequestException as error:
                 raise failure(path, Code.UPSTREAM_INVALID, f"broken answer: {type(error).__name__}") from None
             else:
-                errcode = answer["errcode"]
                 if errcode == 0 or errcode in expected:
                     return answer
                 if errcode != BUSY or not may_retry:
@@ -114,7 +114,7 @@ class Transport:
 
     def _try(
         self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None, expected: Collection[int]
-    ) -> dict[str, Any]:
+    ) -> tuple[int, dict[str, Any]]:
         started, result, outcome = time.perf_counter(), "invalid", "failure"
         for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # from 0: what begins with a burst has not risen
             metrics.WECHAT_CALLS.labels(path, way, outcome)
@@ -124,13 +124,13 @@ class Transport:
                 status, content = self._exchange(path, params, body)
                 answer = _parse(path, status, content)
                 hide(*(value for name, value in answer.items() if name not in ("errcode", "errmsg")))
-                errcode = answer["errcode"] = _errcode(path, answer)
+                errcode = _normalize_errcode(path, answer)
                 span.set_attribute("wechat.errcode", errcode)
                 result, outcome = str(errcode), "ok"
                 if errcode and errcode not in expected:
                     outcome = "caller" if _code(errcode).number < 500 else "failure"
                     span.set_status(StatusCode.ERROR)
-                return answer
+                return errcode, answer
         except requests.Timeout:
             result = "timeout"
             raise
@@ -182,6 +182,12 @@ def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiE
     return ApiError(code)
 
 
+def unexpected_response(path: str, why: str, answer: Mapping[str, Any]) -> ApiError:
+    """Log that a response is not understood, with the names of its fields and none of their values."""
+    names = sorted(name for name in answer if re.fullmatch(r"\w{1,40}", name, re.ASCII))[:20]
+    return failure(path, Code.UPSTREAM_INVALID, f"{why}; fields received: {', '.join(names) or 'none'}")
+
+
 def _parse(path: str, status: int, content: bytes) -> dict[str, Any]:
     """Read the body as UTF-8 JSON, whatever the content type says."""
     try:
@@ -199,14 +205,16 @@ def _code(errcode: int) -> Code:
     return CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
 
 
-def _errcode(path: str, answer: dict[str, Any]) -> int:
+def _normalize_errcode(path: str, answer: dict[str, Any]) -> int:
     """Absent and 0 both mean success; the presence of errcode or errmsg alone means nothing."""
     try:
         errcode = int(answer.get("errcode") or 0)
         if abs(errcode) >= 2**31:
             raise OverflowError
     except (TypeError, ValueError, OverflowError):
-        raise failure(path, Code.UPSTREAM_INVALID, "errcode is not a number") from None
+        raise unexpected_response(path, "errcode is not a number", answer) from None
+    if "errcode" in answer:
+        answer["errcode"] = errcode
     return errcode
 
 

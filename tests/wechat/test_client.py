@@ -63,18 +63,21 @@ def test_a_wrong_app_id_or_secret_is_for_an_operator(make_app: Callable[..., Fla
     "answer",
     [
         {},
-        {"openid": "o"},
+        {"openid": "o-alice", "errcode": 0, "errmsg": "ok"},
         {"openid": 1, "session_key": "k"},
         {"openid": "\ud800", "session_key": "k"},
         {"openid": "o" * 65, "session_key": "k"},
         {"openid": "o", "session_key": "k", "unionid": 5},
     ],
 )
-def test_an_answer_to_a_login_that_names_nobody_is_invalid(
-    client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+def test_malformed_login_response_is_502_and_its_field_names_are_logged(
+    client: Client, monkeypatch: pytest.MonkeyPatch, log_lines: Any, answer: dict[str, Any]
 ) -> None:
     answer_with(client, monkeypatch, answer)
     assert code_of(lambda: client.code_to_session("0code")) is Code.UPSTREAM_INVALID
+    names = ", ".join(sorted(answer)) or "none"
+    reason = f"openid or session_key missing or malformed; fields received: {names}"
+    assert log_lines()[-1]["reason"] == reason
 
 
 def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from telemetry import metrics
 from telemetry.redaction import HIDDEN
 from tests.harness import APP_ID, APP_SECRET, Simulator, counted
 from wechat import transport as wechat_transport
-from wechat.transport import Transport
+from wechat.transport import Transport, unexpected_response
 
 PATH = "/sns/jscode2session"
 
@@ -47,7 +47,9 @@ def failure(transport: Transport, code: str) -> ApiError:
 
 def test_success_is_seen_with_errcode_0_and_without_errcode(transport: Transport, simulator: Simulator) -> None:
     for _ in range(4):  # the simulator says it either way in turn
-        assert redeem(transport, simulator.code(openid="o-alice"))["errcode"] == 0
+        answer = redeem(transport, simulator.code(openid="o-alice"))
+        assert answer["openid"] == "o-alice"
+        assert answer.get("errcode", 0) == 0
 
 
 def test_an_errcode_that_is_an_answer_is_no_failure(
@@ -330,6 +332,25 @@ def test_a_failure_is_as_loud_as_it_is_in_need_of_somebody(
     simulator.fault("errcode", times=2, errcode=errcode)
     failure(transport, simulator.code())
     assert [record.levelno for record in caplog.records if record.name == "wechat.transport"] == [level]
+
+
+def test_unexpected_response_logs_field_names_but_no_values(caplog: pytest.LogCaptureFixture) -> None:
+    answer = {
+        "openid": "o-secret",
+        "errcode": 0,
+        "errmsg": {"session_key": "k-secret"},
+        "o-secret": 1,
+        "数据": 1,
+        "a.b": 1,
+    }
+    answer |= {"n" * 41: 1, "n" * 40: 1, **{f"z{number:02}": number for number in range(40)}}
+    assert unexpected_response(PATH, "no such thing", answer).api_code is Code.UPSTREAM_INVALID
+    names = ["errcode", "errmsg", "n" * 40, "openid", *(f"z{number:02}" for number in range(16))]
+    reason = f"no such thing; fields received: {', '.join(names)}"
+    assert (vars(caplog.records[-1])["reason"], vars(caplog.records[-1])["interface"]) == (reason, PATH)
+    unexpected_response(PATH, "no such thing", {})
+    assert vars(caplog.records[-1])["reason"] == "no such thing; fields received: none"
+    assert "secret" not in "".join(str(vars(record)) for record in caplog.records)
 
 
 @pytest.mark.parametrize("body", ["[]", "null", '{"errcode": "x"}', "[" * 100_000, '{"errcode": 1e999}', "\ufeff{}"])
