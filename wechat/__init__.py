@@ -45,7 +45,8 @@ def init_app(app: Flask) -> None:
     config = app.config
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
     transport = Transport(config["WECHAT_API_BASE_URL"], connections=config["WEB_THREADS"])
-    access_token = AccessToken(transport, app.extensions["redis"], app.extensions["cipher"], app_id, app_secret)
+    redis, flights = app.extensions["redis"], app.extensions["single_flight"]
+    access_token = AccessToken(transport, redis, flights, app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
         credentials = (config[f"{name}_APP_ID"], config[f"{name}_APP_SECRET"])

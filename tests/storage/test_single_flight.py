@@ -1,5 +1,7 @@
+import base64
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,7 +10,6 @@ from flask import Flask
 from redis import Redis
 
 from errors import ApiError, Code
-from storage.cipher import Cipher
 from storage.single_flight import AlreadyDone, single_flight
 
 
@@ -77,11 +78,11 @@ def test_a_crash_of_the_caller_is_told_to_those_who_wait_and_the_next_one_calls_
 
 
 def test_a_call_is_taken_for_dead_after_its_patience(app: Flask, redis: Redis) -> None:
-    assert 0 < ask(app, lambda: redis.ttl("flight"), patience=5) <= 5
+    assert 0 < ask(app, lambda: redis.ttl("flight:lock"), patience=5) <= 5
 
 
 def test_a_caller_that_was_killed_is_given_up_after_its_patience(app: Flask, redis: Redis) -> None:
-    redis.set("flight", "of-a-dead-process", px=300)
+    redis.set("flight:lock", "of-a-dead-process", px=300)
     assert ask(app, lambda: "mine") == "mine"
 
 
@@ -89,17 +90,46 @@ def test_a_caller_that_hangs_is_not_waited_for_to_its_end(
     app: Flask, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.single_flight._FOLLOW_SECONDS", 0.2)
-    redis.set("flight", "of-one-who-hangs", ex=60)
+    redis.set("flight:lock", "of-a-hanging-process", ex=60)
     with pytest.raises(ApiError) as caught:
         ask(app, lambda: "mine")
     assert caught.value.api_code is Code.UNAVAILABLE
 
 
-def test_an_outcome_under_a_key_that_is_not_ours_yet_is_one_that_is_done(app: Flask, redis: Redis) -> None:
-    redis.set("flight", "elsewhere", ex=60)
-    redis.set("flight:elsewhere", Cipher([bytes(32)]).encrypt('{"result": 1}', "flight:elsewhere"))
-    with pytest.raises(AlreadyDone):
-        ask(app, lambda: "mine")
+def test_result_under_another_encryption_key_counts_as_done(app: Flask, make_app: Callable[..., Flask]) -> None:
+    other = make_app(ENCRYPTION_KEYS=base64.b64encode(bytes(32)).decode())
+    started = threading.Event()
+
+    def call() -> None:
+        started.set()
+        time.sleep(0.3)
+
+    with ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(ask, other, call)
+        started.wait(5)
+        with pytest.raises(AlreadyDone):
+            ask(app, lambda: "mine")
+        leader.result(5)
+
+
+def test_a_new_call_does_not_share_the_error_of_an_earlier_one(app: Flask) -> None:
+    with pytest.raises(ApiError):
+        ask(app, fail)
+    started = threading.Event()
+
+    def call() -> str:
+        started.set()
+        time.sleep(0.3)
+        return "now it works"
+
+    with ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(ask, app, call)
+        started.wait(5)
+        assert ask(app, fail) == leader.result(5) == "now it works"
+
+
+def fail() -> None:
+    raise ApiError(Code.WECHAT_REFUSED)
 
 
 def test_what_waits_in_redis_to_be_read_is_encrypted(app: Flask, redis: Redis) -> None:

@@ -15,7 +15,7 @@ from errors import ApiError, Code
 from service import create_app
 from tests.harness import APP_ID, Simulator, counted, wait_until
 from wechat import access_token as access_token_module
-from wechat.access_token import DAY_SECONDS, FORCES_A_DAY, AccessToken
+from wechat.access_token import DAY_SECONDS, AccessToken
 
 PATH, CHECK = "/cgi-bin/stable_token", "/wxa/msg_sec_check"
 KEY = f"wechat:{APP_ID}:access_token"
@@ -164,7 +164,11 @@ def test_all_whose_token_was_refused_share_the_failure_to_replace_it(
     assert len(simulator.calls(PATH)) == 2
 
 
-def test_a_refresh_of_two_slow_calls_is_waited_for(access_token: AccessToken, simulator: Simulator) -> None:
+def test_others_wait_for_a_refresh_of_two_slow_calls(
+    access_token: AccessToken, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("READ_SECONDS", "ANSWER_SECONDS"):  # a busy machine makes slow calls slower
+        monkeypatch.setattr(f"wechat.transport.{name}", 8)
     refused = access_token.get()
     simulator.fault("slow", path=PATH, times=2, seconds=2.6)
     tokens = set(at_once(lambda: access_token.get(refused=refused)))
@@ -192,33 +196,28 @@ def test_a_token_that_wechat_refuses_and_goes_on_giving_out_is_replaced_by_force
     redis.delete(f"{KEY}:pause")
     assert access_token.get(refused=second) == second
     assert len(simulator.calls(PATH)) == 5  # thirty seconds are not over
-    (member,) = redis.zrange(f"{KEY}:forced", 0, -1)
-    redis.zadd(f"{KEY}:forced", {member: time.time() - 31})
-    redis.delete(f"{KEY}:pause")
+    assert 0 < redis.ttl(f"{KEY}:forced") <= 30
+    redis.delete(f"{KEY}:forced", f"{KEY}:pause")
     simulator.travel(31)
     assert access_token.get(refused=second) not in (first, second)
 
 
-def test_each_replacement_by_force_is_counted_for_a_day(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
+def test_refreshes_are_forced_20_times_a_day_of_beijing(
+    access_token: AccessToken, simulator: Simulator, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = access_token.get()
-    for number in range(1, 4):
-        token = access_token.get(refused=token)
-        assert redis.zcard(f"{KEY}:forced") == number
-        assert 0 < redis.ttl(f"{KEY}:forced") <= DAY_SECONDS
-        for member, forced_at in redis.zrange(f"{KEY}:forced", 0, -1, withscores=True):
-            redis.zadd(f"{KEY}:forced", {member: forced_at - 31})
-        simulator.travel(31)
+    midnight = 1_800_000_000 // DAY_SECONDS * DAY_SECONDS + 16 * 3600
+    now = midnight - 1
 
+    def is_forced() -> bool:
+        redis.delete(f"{KEY}:forced")  # the 30 seconds are over
+        return access_token._may_force()
 
-@pytest.mark.parametrize(("age", "forced"), [(DAY_SECONDS - 60, False), (DAY_SECONDS + 60, True)])
-def test_a_token_is_not_replaced_by_force_more_than_20_times_a_day(
-    access_token: AccessToken, redis: Redis, age: int, forced: bool
-) -> None:
-    first = access_token.get()
-    redis.zadd(f"{KEY}:forced", {str(number): time.time() - age + number for number in range(FORCES_A_DAY)})
-    assert (access_token.get(refused=first) != first) is forced
+    monkeypatch.setattr(access_token._redis, "time", lambda: (now, 0))
+    assert [is_forced() for _ in range(21)] == [True] * 20 + [False]
+    (count,) = redis.keys(f"{KEY}:forced:*")
+    assert 0 < redis.ttl(count) <= DAY_SECONDS
+    now = midnight
+    assert is_forced()
 
 
 def test_without_redis_there_is_no_token_and_wechat_is_not_asked(
@@ -277,10 +276,10 @@ def test_the_lock_outlasts_a_call_by_force_too(access_token: AccessToken, simula
     first = access_token.get()
     locked_for = []
 
-    def fetch(force: bool = False) -> str:
+    def fetch(force: bool = False) -> tuple[str, int]:
         locked_for.append(redis.pttl(f"{KEY}:lock"))
         redis.pexpire(f"{KEY}:lock", 1000)  # it took nearly as long as it may
-        return "second" if force else first
+        return "second" if force else first, 7200
 
     access_token._fetch = fetch  # type: ignore[method-assign]
     assert access_token.get(refused=first) == "second"
