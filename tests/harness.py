@@ -99,6 +99,9 @@ class Simulator:
     def subscribe_messages(self) -> list[dict[str, Any]]:
         return self._get("subscribe_messages")["messages"]
 
+    def customer_messages(self) -> list[dict[str, Any]]:
+        return self._get("customer_messages")["messages"]
+
     def web_user(self, **wanted: Any) -> dict[str, str | None]:
         """Sit down in front of the browser; answers the openid and unionid."""
         return self._post("web_user", **wanted)

@@ -1,4 +1,4 @@
-"""WeChat's server API as the mini-program."""
+"""WeChat's server API as the mini-program; `Client.call` reaches any interface that has no method here."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from wechat.access_token import AccessToken
 from wechat.crypto import session_signature
-from wechat.transport import INVALID_TOKEN, Transport, unexpected_response
+from wechat.transport import INVALID_TOKEN, Body, Params, Transport, unexpected_response
 
 BAD_SIGNATURE = 87009
 USER_REFUSED = 43101
@@ -33,6 +33,45 @@ class Client:
         self._app_secret = app_secret
         self._transport = transport
         self._access_token = access_token
+
+    def call(
+        self,
+        path: str,
+        params: Params | None = None,
+        body: Body = None,
+        *,
+        expected: Collection[int] = (),
+        idempotent: bool = True,
+        media: bool = True,
+    ) -> Any:
+        """Call any interface of WeChat that takes an access token.
+
+        A mini-program code, a URL link and a customer service message:
+
+            image = wechat.api.call("/wxa/getwxacodeunlimit", body={"scene": "id=7", "page": "pages/orders/index"})
+            url = wechat.api.call("/wxa/generate_urllink", body={"path": "pages/orders/index"})["url_link"]
+            message = {"touser": openid, "msgtype": "text", "text": {"content": "您的订单已发货"}}
+            wechat.api.call("/cgi-bin/message/custom/send", body=message, idempotent=False)
+
+        A token that WeChat calls invalid is replaced, and the call made once more.
+
+        :param params: the query, without the token.
+        :param body: posted as JSON if there is one; otherwise the call is a GET.
+        :param expected: errcodes that are a result here, not a failure.
+        :param idempotent: whether a call whose response was lost may be made again.
+        :param media: whether the response may be an image, audio or video.
+        :returns: WeChat's JSON as a dict, or the bytes of an image, audio or video, up to 1 MB.
+        """
+
+        def call_with(token: str, expected: Collection[int]) -> Any:
+            query = {"access_token": token, **(params or {})}
+            return self._transport.call(path, query, body, expected=expected, idempotent=idempotent, media=media)
+
+        token = self._access_token.get()
+        answer = call_with(token, {*expected, *INVALID_TOKEN})
+        if isinstance(answer, dict) and answer.get("errcode") in INVALID_TOKEN:
+            answer = call_with(self._access_token.get(refused=token), expected)
+        return answer
 
     def code_to_session(self, code: str) -> CodeSession:
         """Redeem a wx.login code (sns/jscode2session). Takes no access token, so login works without one.
@@ -65,7 +104,7 @@ class Client:
         """
         signature = session_signature(session_key)
         params = {"openid": openid, "signature": signature, "sig_method": "hmac_sha256"}
-        answer = self._call("/wxa/checksession", params, expected={BAD_SIGNATURE})
+        answer: dict[str, Any] = self.call("/wxa/checksession", params, expected={BAD_SIGNATURE}, media=False)
         return answer.get("errcode") != BAD_SIGNATURE
 
     def code_to_phone(self, code: str, openid: str) -> str:
@@ -78,7 +117,7 @@ class Client:
         :raises ApiError: also WECHAT_CODE_INVALID, for a code of wx.login too.
         """
         path = "/wxa/business/getuserphonenumber"
-        answer = self._call(path, body={"code": code, "openid": openid})
+        answer = self.call(path, body={"code": code, "openid": openid}, media=False)
         info = answer.get("phone_info")
         if not isinstance(info, dict):
             raise unexpected_response(path, "phone_info missing or malformed", answer)
@@ -100,7 +139,7 @@ class Client:
         """
         path = "/wxa/msg_sec_check"
         body = {"content": text, "version": 2, "scene": scene, "openid": openid}
-        answer = self._call(path, body=body if nickname is None else {**body, "nickname": nickname})
+        answer = self.call(path, body=body if nickname is None else {**body, "nickname": nickname}, media=False)
         result = answer.get("result")
         suggestion = result.get("suggest") if isinstance(result, dict) else None
         if suggestion not in ("pass", "review", "risky"):
@@ -131,7 +170,7 @@ class Client:
             WeChat does not know. The log has the errcode.
         """
         optional = {"page": page, "miniprogram_state": miniprogram_state, "lang": lang}
-        answer = self._call(
+        answer: dict[str, Any] = self.call(
             "/cgi-bin/message/subscribe/send",
             body={
                 "touser": openid,
@@ -141,29 +180,9 @@ class Client:
             },
             expected={USER_REFUSED},
             idempotent=False,
+            media=False,
         )
         return answer.get("errcode") != USER_REFUSED
-
-    def _call(
-        self,
-        path: str,
-        params: Mapping[str, str] | None = None,
-        body: Mapping[str, Any] | None = None,
-        *,
-        expected: Collection[int] = (),
-        idempotent: bool = True,
-    ) -> dict[str, Any]:
-        """Call with an access token; once more with another where WeChat calls it invalid, and no more."""
-
-        def call(token: str, expected: Collection[int]) -> dict[str, Any]:
-            query = {"access_token": token, **(params or {})}
-            return self._transport.call(path, query, body, expected=expected, idempotent=idempotent)
-
-        token = self._access_token.get()
-        answer = call(token, {*expected, *INVALID_TOKEN})
-        if answer.get("errcode") in INVALID_TOKEN:
-            answer = call(self._access_token.get(refused=token), expected)
-        return answer
 
 
 def phone_number(info: Mapping[str, Any]) -> str | None:

@@ -104,7 +104,7 @@ class WebApp:
     def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
         """Call with the user's access token, and once more with a new one where WeChat calls it invalid."""
 
-        def call() -> dict[str, Any]:
+        def call() -> Any:
             query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
             return self._transport.call(path, query, expected=AUTHORIZATION_GONE)
 

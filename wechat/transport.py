@@ -30,6 +30,7 @@ PATIENCE_SECONDS = 15
 """No call takes longer than this: two tries, each with a last wait for a part of the answer. A slow name server can
 stretch it, a host of several addresses that do not answer, and headers sent byte by byte."""
 
+MEDIA_TYPES = ("image/", "audio/", "video/", "application/octet-stream")
 BUSY = -1
 INVALID_TOKEN = frozenset({40001, 40014, 42001})
 """The access token is bad or expired: whoever holds it gets a new one and tries once more."""
@@ -50,6 +51,10 @@ CODE_BY_ERRCODE = {
     41004: Code.WECHAT_REFUSED,  # no app secret
     48001: Code.WECHAT_REFUSED,  # the account may not use this interface
 }
+
+
+Params = Mapping[str, str]
+Body = Mapping[str, Any] | None
 
 
 class Transport:
@@ -75,12 +80,13 @@ class Transport:
     def call(
         self,
         path: str,
-        params: Mapping[str, str],
-        body: Mapping[str, Any] | None = None,
+        params: Params,
+        body: Body = None,
         *,
         expected: Collection[int] = (),
         idempotent: bool = True,
-    ) -> dict[str, Any]:
+        media: bool = False,
+    ) -> Any:
         """Call an interface, and once more if WeChat is busy or the connection is lost.
 
         Takes PATIENCE_SECONDS at the most.
@@ -89,14 +95,15 @@ class Transport:
         :param body: posted as JSON if there is one; otherwise the call is a GET.
         :param expected: errcodes that are an answer here, not a failure.
         :param idempotent: whether a call whose answer was lost may be made again.
-        :returns: the response; its `errcode`, where WeChat sends one, is the integer 0 or one of `expected`.
+        :param media: whether the response may be an image or the like.
+        :returns: a dict, whose `errcode`, where WeChat sends one, is 0 or one of `expected`; or bytes.
         :raises ApiError: by CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. An exception of
             requests holds the URL and so a secret: none of them goes further than this.
         """
         hide(params, body)
         for may_retry in (True, False):
             try:
-                errcode, answer = self._try(path, params, body, expected)
+                errcode, answer = self._try(path, params, body, expected, media)
             except requests.Timeout:
                 raise failure(path, Code.UPSTREAM_TIMEOUT, "no answer in time") from None
             except requests.ConnectionError as error:
@@ -112,17 +119,16 @@ class Transport:
             time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
-    def _try(
-        self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None, expected: Collection[int]
-    ) -> tuple[int, dict[str, Any]]:
+    def _try(self, path: str, params: Params, body: Body, expected: Collection[int], media: bool) -> tuple[int, Any]:
         started, result, outcome = time.perf_counter(), "invalid", "failure"
         for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # from 0: what begins with a burst has not risen
             metrics.WECHAT_CALLS.labels(path, way, outcome)
         try:
             # No traceparent goes along: whom we serve, and how, is none of WeChat's business.
             with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:
-                status, content = self._exchange(path, params, body)
-                answer = _parse(path, status, content)
+                status, content_type, content = self._exchange(path, params, body)
+                is_media = media and status == 200 and content_type.startswith(MEDIA_TYPES) and content[:1] != b"{"
+                answer = {} if is_media else _parse(path, status, content)
                 hide(*(value for name, value in answer.items() if name not in ("errcode", "errmsg")))
                 errcode = _normalize_errcode(path, answer)
                 span.set_attribute("wechat.errcode", errcode)
@@ -130,7 +136,7 @@ class Transport:
                 if errcode and errcode not in expected:
                     outcome = "caller" if _code(errcode).number < 500 else "failure"
                     span.set_status(StatusCode.ERROR)
-                return errcode, answer
+                return errcode, content if is_media else answer
         except requests.Timeout:
             result = "timeout"
             raise
@@ -141,7 +147,7 @@ class Transport:
             metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
             metrics.WECHAT_SECONDS.labels(path).observe(time.perf_counter() - started)
 
-    def _exchange(self, path: str, params: Mapping[str, str], body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+    def _exchange(self, path: str, params: Params, body: Body) -> tuple[int, str, bytes]:
         """Send a request and read the answer, which a timeout of requests alone lets trickle for ever."""
         deadline = time.monotonic() + ANSWER_SECONDS
         with self._http.request(
@@ -167,7 +173,7 @@ class Transport:
                 raise requests.Timeout from None
             except urllib3.exceptions.HTTPError:  # cut short: WeChat has done its part, so it is not asked again
                 raise requests.RequestException from None
-            return response.status_code, content
+            return response.status_code, response.headers.get("Content-Type", ""), content
 
 
 def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiError:
@@ -189,7 +195,7 @@ def unexpected_response(path: str, why: str, answer: Mapping[str, Any]) -> ApiEr
 
 
 def _parse(path: str, status: int, content: bytes) -> dict[str, Any]:
-    """Read the body as UTF-8 JSON, whatever the content type says."""
+    """Read the body as UTF-8 JSON, whatever its content type."""
     try:
         answer = json.loads(content.decode())
         if b"\\u" in content:  # a name may have been cut in the middle of an emoji, and half of one can be kept nowhere

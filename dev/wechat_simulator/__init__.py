@@ -40,7 +40,8 @@ What came of it:
     GET /simulator/secrets               -> {"secrets"}: all of it that nobody may find in a log
     GET /simulator/session_keys/OPENID   -> {"session_key"}: the one that counts now
     GET /simulator/access_token          -> {"access_token", "expires_in"}: the newest one, or nulls
-    GET /simulator/subscribe_messages    -> {"messages"}: what was sent, as it came
+    GET /simulator/subscribe_messages    -> {"messages"}: the subscribe messages as they were sent
+    GET /simulator/customer_messages     -> {"messages"}: the customer service messages as they were sent
 """
 
 from collections.abc import Mapping

@@ -138,6 +138,11 @@ def control(world: World) -> Blueprint:
         with world.lock:
             return {"messages": list(world.memory.subscribe_messages)}
 
+    @blueprint.get("/customer_messages")
+    def list_customer_messages() -> dict[str, Any]:
+        with world.lock:
+            return {"messages": list(world.memory.customer_messages)}
+
     @blueprint.get("/access_token")
     def get_access_token() -> dict[str, Any]:
         with world.lock:

@@ -14,6 +14,12 @@ from dev.wechat_simulator.world import World, new_session_key
 VISIT_SECONDS = 2 * 3600
 MAXIMUM_CONTENT = 2500
 SUGGEST_LABEL = {"risky": 20006, "review": 20012, "pass": 100}
+CUSTOMER_MESSAGE_SECONDS = 48 * 3600
+CUSTOMER_MESSAGE_TYPES = ("text", "image", "link", "miniprogrampage")
+IMAGE = bytes.fromhex(  # a grey JPEG of 8 by 8 pixels: tables of one code each, and two bits of data
+    f"ffd8 ffdb004300{'01' * 64} ffc0000b080008000801011100 ffc4001400{'01':0<32}00 ffc4001410{'01':0<32}00"
+    "ffda0008010100003f00 3f ffd9"
+)
 UNICODE_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u")
 
 
@@ -160,6 +166,46 @@ def server_api(world: World) -> Blueprint:
             memory.acceptances[to, template] -= 1
             memory.subscribe_messages.append(body)
         return answer(OK)
+
+    @blueprint.post("/cgi-bin/message/custom/send")
+    def send_customer_message() -> Response:
+        check_access_token()
+        body = posted()
+        to, kind = text(body, "touser"), text(body, "msgtype")
+        if kind not in CUSTOMER_MESSAGE_TYPES:
+            raise Refused(40008)
+        if not isinstance(body.get(kind), dict):
+            raise Refused(47001)
+        with world.lock:
+            seen = world.memory.seen.get(to)
+            if seen is None:
+                raise Refused(40003)
+            if world.now() - seen > CUSTOMER_MESSAGE_SECONDS:
+                raise Refused(45015)
+            world.memory.customer_messages.append(body)
+        return answer(OK)
+
+    @blueprint.post("/wxa/getwxacodeunlimit")
+    def getwxacodeunlimit() -> Response:
+        check_access_token()
+        body = posted()
+        if not 0 < len(text(body, "scene")) <= 32:
+            raise Refused(40169)
+        if not re.fullmatch(r"[A-Za-z0-9!#$&'()*+,/:;=?@._~-]+", text(body, "scene")):
+            raise Refused(40129)
+        if text(body, "page").startswith("/"):
+            raise Refused(41030)
+        return Response(IMAGE, content_type="image/jpeg")
+
+    @blueprint.post("/wxa/generate_urllink")
+    def generate_urllink() -> Response:
+        check_access_token()
+        body = posted()
+        if "?" in text(body, "path"):
+            raise Refused(40165)
+        if len(text(body, "query")) > 1024:
+            raise Refused(40212)
+        return answer({**OK, "url_link": f"https://wxaurl.cn/{secrets.token_urlsafe(8)}"})
 
     return blueprint
 

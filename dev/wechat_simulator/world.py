@@ -101,6 +101,7 @@ class Memory:
     acceptances: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many more messages an openid accepts of a template."""
     subscribe_messages: list[dict[str, Any]] = field(default_factory=list)
+    customer_messages: list[dict[str, Any]] = field(default_factory=list)
     browsing: Person | None = None
     web_codes: dict[str, WebCode] = field(default_factory=dict)
     web_access_tokens: dict[str, WebToken] = field(default_factory=dict)

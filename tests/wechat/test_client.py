@@ -6,11 +6,12 @@ import pytest
 from flask import Flask
 
 from errors import ApiError, Code
-from tests.harness import Simulator
+from tests.harness import Simulator, counted
 from wechat.client import Client, is_identifier, phone_number
 
 CHECKSESSION, PHONE = "/wxa/checksession", "/wxa/business/getuserphonenumber"
 CHECK, SEND, TOKEN = "/wxa/msg_sec_check", "/cgi-bin/message/subscribe/send", "/cgi-bin/stable_token"
+IMAGE = "/wxa/getwxacodeunlimit"
 PHONE_INFO = {"phoneNumber": "13812345678", "purePhoneNumber": "13812345678", "countryCode": "86"}
 
 
@@ -81,7 +82,9 @@ def test_malformed_login_response_is_502_and_its_field_names_are_logged(
 
 
 def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
-    monkeypatch.setattr(client._transport, "_exchange", lambda *_: (200, json.dumps(answer).encode()))
+    monkeypatch.setattr(
+        client._transport, "_exchange", lambda *_: (200, "application/json", json.dumps(answer).encode())
+    )
 
 
 def test_whether_a_session_key_still_holds_is_asked_of_wechat(client: Client, simulator: Simulator) -> None:
@@ -195,6 +198,78 @@ def test_a_subscribe_message_is_not_sent_twice_when_its_answer_is_lost(client: C
     simulator.fault("close", path=SEND)
     assert code_of(lambda: client.send_subscribe_message("o-alice", "T-paid", {})) is Code.UNAVAILABLE
     assert len(simulator.calls(SEND)) == 1
+
+
+def test_any_interface_can_be_called(client: Client, simulator: Simulator) -> None:
+    image = client.call(IMAGE, body={"scene": "id=7", "page": "pages/orders/index"})
+    assert image[:4] == b"\xff\xd8\xff\xdb"  # a JPEG, unchanged
+    assert image[-2:] == b"\xff\xd9"
+    link = client.call("/wxa/generate_urllink", body={"path": "/pages/orders/index", "query": "id=7"})
+    assert link["url_link"].startswith("https://wxaurl.cn/")
+    client.code_to_session(simulator.code(openid="o-alice"))
+    message = {"touser": "o-alice", "msgtype": "text", "text": {"content": "您的订单已发货"}}
+    assert client.call("/cgi-bin/message/custom/send", body=message, idempotent=False)["errcode"] == 0
+    assert simulator.customer_messages() == [message]
+    with_query = {"openid": "o-alice", "signature": "0", "sig_method": "hmac_sha256"}
+    assert client.call(CHECKSESSION, with_query, expected={87009})["errcode"] == 87009
+
+
+def test_token_is_replaced_once_for_an_image(client: Client, simulator: Simulator) -> None:
+    body = {"scene": "id=7"}
+    client.call(IMAGE, body=body)
+    simulator.drop_access_token()
+    assert isinstance(client.call(IMAGE, body=body), bytes)
+    assert len(simulator.calls(IMAGE)) == 3
+    simulator.fault("errcode", times=100, errcode=40001, path=IMAGE)
+    assert code_of(lambda: client.call(IMAGE, body=body)) is Code.UPSTREAM_INVALID
+    assert len(simulator.calls(IMAGE)) == 5
+
+
+def test_error_instead_of_an_image(client: Client, simulator: Simulator, log_lines: Any) -> None:
+    before = counted("wechat_calls_total", interface=IMAGE, errcode="41030", outcome="failure")
+    assert code_of(lambda: client.call(IMAGE, body={"scene": "id=7", "page": "/pages"})) is Code.UPSTREAM_INVALID
+    assert log_lines()[-1]["reason"].startswith("errcode 41030: invalid page, rid: ")
+    assert counted("wechat_calls_total", interface=IMAGE, errcode="41030", outcome="failure") == before + 1
+    for kind in ("http_500", "not_json"):
+        simulator.fault(kind, path=IMAGE)
+        assert code_of(lambda: client.call(IMAGE, body={"scene": "id=7"})) is Code.UPSTREAM_INVALID
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type", "content", "outcome"),
+    [
+        (200, "image/png", b"\x89PNG", b"\x89PNG"),
+        (200, "video/mp4", b"\xff", b"\xff"),
+        (200, "image/jpeg", b'{"errcode": 45009, "errmsg": "quota"}', Code.UNAVAILABLE),
+        (200, "image/jpeg", b'{"errcode": 0}', {"errcode": 0}),
+        (500, "image/png", b"\x89PNG", Code.UPSTREAM_INVALID),
+        (200, "text/html", b"\xff", Code.UPSTREAM_INVALID),
+        (200, "", b"\xff", Code.UPSTREAM_INVALID),
+    ],
+)
+def test_media_is_told_from_errors(
+    client: Client,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    content_type: str,
+    content: bytes,
+    outcome: Any,
+) -> None:
+    monkeypatch.setattr(client._access_token, "get", lambda **_: "token")
+    monkeypatch.setattr(client._transport, "_exchange", lambda *_: (status, content_type, content))
+    if isinstance(outcome, Code):
+        assert code_of(lambda: client.call(IMAGE)) is outcome
+    else:
+        assert client.call(IMAGE) == outcome
+    if isinstance(outcome, bytes):  # where only JSON will do
+        assert code_of(lambda: client.is_risky("text", "o-alice")) is Code.UPSTREAM_INVALID
+
+
+def test_too_large_an_image_is_an_error(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.call(IMAGE, body={"scene": "id=7"})
+    monkeypatch.setattr("wechat.transport.MAXIMUM_ANSWER_BYTES", 100)
+    assert code_of(lambda: client.call(IMAGE, body={"scene": "id=7"})) is Code.UPSTREAM_INVALID
 
 
 @pytest.mark.parametrize("errcode", [40001, 40014, 42001])

@@ -249,7 +249,9 @@ def test_no_credentials_of_the_machine_are_sent(tmp_path: Path, monkeypatch: pyt
 def test_half_an_emoji_in_an_answer_becomes_a_question_mark(
     transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, b'{"nickname": "a\\ud83d \\ud83d\\ude80"}'))
+    monkeypatch.setattr(
+        transport, "_exchange", lambda *_: (200, "application/json", b'{"nickname": "a\\ud83d \\ud83d\\ude80"}')
+    )
     assert transport.call("/", {})["nickname"] == "a? 🚀"
 
 
@@ -299,7 +301,7 @@ def test_a_failure_is_logged_and_neither_it_nor_the_log_holds_the_secret_or_the_
 def test_what_was_sent_and_what_was_answered_are_hidden_from_then_on(
     transport: Transport, log_lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, b'{"answered": "saffron"}'))
+    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, "application/json", b'{"answered": "saffron"}'))
     transport.call("/", {"asked": "marzipan"}, {"posted": "cinnamon"})
     logger = logging.getLogger("some.part")
     logger.error("it failed", exc_info=ValueError("neither marzipan nor cinnamon, but saffron"))
@@ -355,5 +357,5 @@ def test_unexpected_response_logs_field_names_but_no_values(caplog: pytest.LogCa
 
 @pytest.mark.parametrize("body", ["[]", "null", '{"errcode": "x"}', "[" * 100_000, '{"errcode": 1e999}', "\ufeff{}"])
 def test_json_that_is_no_answer_is_invalid(transport: Transport, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, body.encode()))
+    monkeypatch.setattr(transport, "_exchange", lambda *_: (200, "application/json", body.encode()))
     assert failure(transport, "0code").api_code is Code.UPSTREAM_INVALID
