@@ -1,4 +1,4 @@
-"""Everything that speaks WeChat's protocols; knows no HTTP route of ours and no table."""
+"""Everything that speaks WeChat's protocols; knows no HTTP route or table of the service."""
 
 from typing import NamedTuple, cast
 
@@ -13,7 +13,7 @@ from wechat.transport import Transport
 
 
 class WeChat(NamedTuple):
-    """What the application knows of WeChat."""
+    """The application's connections to WeChat."""
 
     transport: Transport
     client: Client
@@ -27,17 +27,17 @@ api = cast(Client, LocalProxy(lambda: _wechat.client))
 
 
 def web_app(scope: str) -> WebApp:
-    """The web app that asks for this scope, one of `oauth.SCOPES`."""
+    """The web app that uses this scope, one of `oauth.SCOPES`."""
     return _wechat.web_apps[scope]
 
 
 def web_app_of(app_id: str) -> WebApp | None:
-    """The web app of this app id; None if it is not, or no longer, one of ours."""
+    """The web app with this app id; None if it is not configured, or no longer."""
     return next((app for app in _wechat.web_apps.values() if app.app_id == app_id), None)
 
 
 def configured_push() -> MessagePush | None:
-    """The message push as the account is set; None if it is not."""
+    """The account's message push; None if it is not configured."""
     return _wechat.push
 
 

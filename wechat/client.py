@@ -14,7 +14,7 @@ PROFILE_SCENE = 1
 
 
 class CodeSession(NamedTuple):
-    """What a wx.login code is worth."""
+    """What WeChat returns for a wx.login code."""
 
     openid: str
     session_key: str
@@ -22,10 +22,10 @@ class CodeSession(NamedTuple):
 
 
 class Client:
-    """One mini-program's view of WeChat. May be shared by threads.
+    """WeChat's server API as one mini-program. Thread-safe.
 
-    Each method raises ApiError: what `Transport.call` does, and those that need an access token also what
-    `AccessToken.get` does, and RedisError.
+    Each method raises ApiError as `Transport.call` does; those that need an access token also raise what
+    `AccessToken.get` does.
     """
 
     def __init__(self, transport: Transport, access_token: AccessToken, app_id: str, app_secret: str) -> None:
@@ -53,7 +53,7 @@ class Client:
             message = {"touser": openid, "msgtype": "text", "text": {"content": "您的订单已发货"}}
             wechat.api.call("/cgi-bin/message/custom/send", body=message, idempotent=False)
 
-        A token that WeChat calls invalid is replaced, and the call made once more.
+        If WeChat rejects the token, it is replaced and the call is made once more.
 
         :param params: the query, without the token.
         :param body: posted as JSON if there is one; otherwise the call is a GET.
@@ -76,7 +76,7 @@ class Client:
     def code_to_session(self, code: str) -> CodeSession:
         """Redeem a wx.login code (sns/jscode2session). Takes no access token, so login works without one.
 
-        Takes PATIENCE_SECONDS at the most. Source:
+        Takes at most PATIENCE_SECONDS. Source:
         https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/code2Session.html
 
         :raises ApiError: also WECHAT_CODE_INVALID, WECHAT_CODE_USED, WECHAT_HIGH_RISK_USER.
@@ -98,7 +98,7 @@ class Client:
         return CodeSession(openid, session_key, unionid or None)
 
     def is_session_key_valid(self, openid: str, session_key: str) -> bool:
-        """Whether this is still the session_key of the user (wxa/checksession).
+        """Whether this is still the user's session_key (wxa/checksession).
 
         Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/checkSessionKey.html
         """
@@ -108,13 +108,13 @@ class Client:
         return answer.get("errcode") != BAD_SIGNATURE
 
     def code_to_phone(self, code: str, openid: str) -> str:
-        """Redeem the code of a getPhoneNumber button (wxa/business/getuserphonenumber).
+        """Redeem a getPhoneNumber button's code (wxa/business/getuserphonenumber).
 
         Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-info/phone-number/getPhoneNumber.html
 
-        :param openid: WeChat checks that the code is that of this user.
-        :returns: as `phone_number` does.
-        :raises ApiError: also WECHAT_CODE_INVALID, for a code of wx.login too.
+        :param openid: WeChat checks that the code belongs to this user.
+        :returns: the number in the form of `phone_number`.
+        :raises ApiError: also WECHAT_CODE_INVALID, which a wx.login code gets too.
         """
         path = "/wxa/business/getuserphonenumber"
         answer = self.call(path, body={"code": code, "openid": openid}, media=False)
@@ -131,11 +131,11 @@ class Client:
 
         Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/sec-center/sec-check/msgSecCheck.html
 
-        :param text: 2,500 characters at the most.
-        :param openid: the author's, who was in the mini-program within two hours.
+        :param text: at most 2,500 characters.
+        :param openid: the author's; WeChat requires a visit to the mini-program within the last two hours.
         :param scene: 1 profile, 2 comment, 3 forum, 4 social log.
         :param nickname: the author's.
-        :raises ApiError: also SESSION_KEY_STALE if the author was away for longer.
+        :raises ApiError: also SESSION_KEY_STALE if the author's last visit is longer ago.
         """
         path = "/wxa/msg_sec_check"
         body = {"content": text, "version": 2, "scene": scene, "openid": openid}
@@ -158,16 +158,16 @@ class Client:
     ) -> bool:
         """Send a message that the user has subscribed to (cgi-bin/message/subscribe/send).
 
-        It is not sent again when the answer is lost: it may have arrived. Source:
+        It is not sent again if the response is lost, as it may have arrived. Source:
         https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/mp-message-management/subscribe-message/sendMessage.html
 
         :param data: the template's keywords and their texts.
-        :param page: where a tap leads, such as `pages/orders/index?id=7`.
+        :param page: the page that a tap opens, such as `pages/orders/index?id=7`.
         :param miniprogram_state: `developer`, `trial` or `formal`, which is WeChat's default.
         :param lang: `zh_CN`, which is WeChat's default, `en_US`, `zh_HK` or `zh_TW`.
-        :returns: whether it was sent; False where the user has not subscribed, or no longer.
-        :raises ApiError: UPSTREAM_INVALID also for a mistake of the caller's: an openid, template, page or keyword that
-            WeChat does not know. The log has the errcode.
+        :returns: whether it was sent; False if the user has not subscribed, or no longer.
+        :raises ApiError: UPSTREAM_INVALID also if WeChat does not know the openid, template, page or a keyword; the
+            errcode is in the log.
         """
         optional = {"page": page, "miniprogram_state": miniprogram_state, "lang": lang}
         answer: dict[str, Any] = self.call(
@@ -186,19 +186,19 @@ class Client:
 
 
 def phone_number(info: Mapping[str, Any]) -> str | None:
-    """Read a phone number as WeChat gives it, whether in an answer or in encrypted data.
+    """Read the phone number in a response or in decrypted data.
 
-    :returns: the number alone for mainland China, which is its 11 digits; `+`, country code and number for the rest of
-        the world; None if there is none.
+    :returns: the 11 digits for mainland China; `+`, country code and number for the rest of the world; None if there
+        is no valid number.
     """
     number, country = str(info.get("purePhoneNumber")), str(info.get("countryCode"))  # WeChat sends 86 and "86"
     if not (re.fullmatch(r"[0-9]{5,15}", number) and re.fullmatch(r"[0-9]{1,4}", country)):
         return None
-    if not str(info.get("phoneNumber")).endswith(number):  # that may have been altered which comes first in the data
+    if not str(info.get("phoneNumber")).endswith(number):  # forged data may differ in its first bytes
         return None
     return number if country == "86" else f"+{country}{number}"
 
 
 def is_identifier(value: object) -> bool:
-    """Whether it can be an openid or a unionid: up to 64 letters, digits, `-` and `_`."""
+    """Whether this has the form of an openid or unionid: up to 64 letters, digits, `-` and `_`."""
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None

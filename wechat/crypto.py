@@ -23,11 +23,11 @@ MAXIMUM_CIPHERTEXT_BYTES = 16 * 1024
 
 _AES_BLOCK_BYTES = 16
 _MESSAGE_BLOCK_BYTES = 32
-"""What messages are padded to, as if AES had blocks of 256 bits."""
+"""Messages are padded as if AES had blocks of 256 bits."""
 
 _RANDOM_BYTES = 16
 _HEADER_BYTES = _RANDOM_BYTES + 4
-"""What stands before the text of a message: random bytes and the text's length, big-endian."""
+"""The random bytes before a message's text, and the text's length, big-endian."""
 
 
 def decrypt_user_data(
@@ -42,17 +42,18 @@ def decrypt_user_data(
 ) -> dict[str, Any]:
     """Decrypt the `encryptedData` of wx.getUserProfile and the like (AES-128-CBC, PKCS#7) and check its watermark.
 
-    CBC proves nothing by itself: what is altered in the iv comes out altered in the first 16 bytes. Hence `expected`.
+    CBC does not authenticate: a change in the iv changes the first 16 bytes of the data. Hence `expected`.
 
     :param encrypted_data: base64 of at most MAXIMUM_CIPHERTEXT_BYTES.
     :param iv: base64 of 16 bytes.
     :param session_key: as WeChat sends it: base64 of 16 bytes.
-    :param app_id: the only one that the watermark may name.
-    :param openid: the user's; the data may name no other.
+    :param app_id: the app id that the watermark must name.
+    :param openid: the user's; the data must not name another.
     :param now: seconds since the epoch; the watermark is at most MAXIMUM_AGE_SECONDS older or CLOCK_SKEW_SECONDS newer.
-    :param expected: items that the data must hold, such as those of a `rawData` whose signature is right.
-    :raises ApiError: INVALID_INPUT naming encryptedData, iv or both; SESSION_KEY_STALE if nothing sensible comes out,
-        which never says why, lest it be a padding oracle; SIGNATURE_MISMATCH if the data is another's, old or altered.
+    :param expected: items that the data must contain, such as those of a `rawData` with a valid signature.
+    :raises ApiError: INVALID_INPUT naming encryptedData, iv or both; SESSION_KEY_STALE if the data does not decrypt,
+        without a reason, which would make it a padding oracle; SIGNATURE_MISMATCH if the data is for another user or
+        app, old or altered.
     """
     ciphertext, initial = _decode_base64(encrypted_data), _decode_base64(iv)
     errors = {}
@@ -69,7 +70,7 @@ def decrypt_user_data(
     try:
         plaintext, is_padded = _unpad(padded, _AES_BLOCK_BYTES), True
     except ValueError:
-        plaintext, is_padded = padded, False  # read on, so that time does not tell a bad padding from bad JSON
+        plaintext, is_padded = padded, False  # go on, so that timing does not distinguish bad padding from bad JSON
     try:
         data = strict_loads(plaintext.decode())
     except ValueError:
@@ -86,12 +87,12 @@ def decrypt_user_data(
 
 
 def raw_data_signature(raw_data: str, session_key: str) -> str:
-    """The `signature` that comes with `rawData`: SHA-1 of both texts, in hexadecimal."""
+    """The `signature` sent with `rawData`: SHA-1 of both texts, in hexadecimal."""
     return hashlib.sha1(_encode(raw_data + session_key), usedforsecurity=False).hexdigest()
 
 
 def session_signature(session_key: str, body: str = "") -> str:
-    """HMAC-SHA-256 in hexadecimal, keyed by the session_key as the base64 text that it is, not decoded.
+    """HMAC-SHA-256 in hexadecimal; the key is the session_key as base64 text, not decoded.
 
     With an empty body it is the `signature` of checksession and resetusersessionkey:
     https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/checkSessionKey.html
@@ -108,12 +109,12 @@ def push_signature(*parts: str) -> str:
 
 
 def constant_time_equals(given: str, right: str) -> bool:
-    """Compare two texts of any characters in a time that does not tell where they differ."""
+    """Compare two texts of any characters in constant time."""
     return hmac.compare_digest(_encode(given), _encode(right))
 
 
 def decode_aes_key(encoding_aes_key: str) -> bytes:
-    """The 32 bytes of an EncodingAESKey, whose last character holds 2 bits that count for nothing.
+    """Decode an EncodingAESKey to its 32 bytes; 2 bits of its last character are unused.
 
     :raises ValueError: unless it is 43 letters and digits.
     """
@@ -126,9 +127,9 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
     """Encrypt a message for the push (AES-256-CBC; the iv is the key's first 16 bytes).
 
     :param aes_key: 32 bytes.
-    :param random: 16 bytes that no other message has; with no iv to vary, they make equal messages differ.
+    :param random: 16 fresh random bytes; as the iv is fixed, they make equal messages differ.
     :returns: base64.
-    :raises ValueError: for random bytes of another length, or a text that UTF-8 cannot hold.
+    :raises ValueError: for random bytes of another length, or a text with lone surrogates.
     """
     if len(random) != _RANDOM_BYTES:
         raise ValueError("16 random bytes are needed.")
@@ -140,7 +141,7 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
 
 
 def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> str:
-    """Undo `encrypt_message`. The random bytes and some of the text can be altered unseen: check msg_signature first.
+    """Undo `encrypt_message`. It does not detect every change: check msg_signature first.
 
     :raises ApiError: SIGNATURE_MISMATCH, whatever is wrong.
     """
@@ -165,12 +166,12 @@ def _is_fresh_watermark(watermark: object, app_id: str, now: float) -> bool:
 
 
 def _encode(text: str) -> bytes:
-    """UTF-8 that also takes halves of surrogate pairs, which a caller can put into JSON."""
+    """UTF-8 that also accepts lone surrogates, which JSON from a client can contain."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def _decode_base64(text: str) -> bytes:
-    """What the text is the canonical base64 of; nothing if it is none."""
+    """Decode canonical base64; b"" for anything else."""
     try:
         decoded = base64.b64decode(text)
     except ValueError:
@@ -188,9 +189,9 @@ def _decrypt(ciphertext: bytes, key: bytes, iv: bytes) -> bytes:
 
 
 def _unpad(padded: bytes, block_bytes: int) -> bytes:
-    """Take the PKCS#7 padding off, in a time that does not tell what is wrong with it.
+    """Remove PKCS#7 padding, in constant time.
 
-    :raises ValueError: if there is none.
+    :raises ValueError: if the padding is invalid.
     """
     unpadder = PKCS7(block_bytes * 8).unpadder()
     return unpadder.update(padded) + unpadder.finalize()

@@ -1,4 +1,4 @@
-"""WeChat's message push: events and messages in, replies out, each as the account is set.
+"""WeChat's message push: events and messages in, replies out, in the account's format and mode.
 
 Source: https://developers.weixin.qq.com/miniprogram/dev/framework/server-ability/message-push.html
 """
@@ -23,7 +23,7 @@ from wechat.strict_json import loads as strict_loads
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 300
-"""How far a timestamp may be from our clock, either way."""
+"""The largest difference between a timestamp and our clock, in either direction."""
 
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -31,13 +31,13 @@ Form = Literal["json", "xml"]
 
 
 class PushMessage(NamedTuple):
-    """What WeChat pushes."""
+    """A message or event that WeChat has pushed."""
 
     fields: dict[str, Any]
-    """By WeChat's names. In XML every value is a str, a dict, or a list of these where siblings repeat."""
+    """Named as WeChat names them. In XML every value is a str or dict, or a list of these for repeated elements."""
 
     form: Form
-    """That of the body; a reply has the same."""
+    """The format of the body, and of the reply."""
 
     @property
     def type(self) -> str:
@@ -46,15 +46,15 @@ class PushMessage(NamedTuple):
 
     @property
     def event(self) -> str:
-        """Event; empty for what is no event."""
+        """Event; empty for anything but an event."""
         return self._text("Event")
 
     @property
     def key(self) -> str:
-        """What is the same when WeChat sends the message again, and with no other: 64 hexadecimal digits.
+        """Identifies the message, also when WeChat sends it again: 64 hexadecimal digits.
 
-        Stands for MsgId, or for all fields where there is none: FromUserName, CreateTime and Event are the same for
-        two users of whom WeChat itself tells something in the same second.
+        A hash of MsgId or, without one, of all fields: FromUserName, CreateTime and Event are the same for two users
+        about whom WeChat itself sends an event in the same second.
         """
         message_id = self.fields.get("MsgId")
         identity = {"MsgId": message_id} if message_id else self.fields
@@ -66,13 +66,13 @@ class PushMessage(NamedTuple):
 
 
 class MessagePush:
-    """One account's message push. The mode is ours to set, never the caller's `encrypt_type` to say.
+    """One account's message push. Our settings decide the mode, never the request's `encrypt_type`.
 
-    :param token: what the account is set to sign with.
-    :param encoding_aes_key: 43 letters and digits for an account in safe mode or in compatibility mode: then only what
-        is encrypted counts. None for one in plain mode.
-    :param app_id: whom messages must be for.
-    :raises ValueError: for an empty token, with which all could sign, or an EncodingAESKey that is none.
+    :param token: the account's token, which WeChat signs with.
+    :param encoding_aes_key: 43 letters and digits for an account in safe mode or compatibility mode: only encrypted
+        messages are accepted. None for an account in plain mode.
+    :param app_id: the app id that encrypted messages must name.
+    :raises ValueError: for an empty token, with which anybody could sign, or an invalid EncodingAESKey.
     """
 
     def __init__(self, token: str, encoding_aes_key: str | None, app_id: str) -> None:
@@ -83,10 +83,10 @@ class MessagePush:
         self._app_id = app_id
 
     def verify_url(self, query: Mapping[str, str], now: float) -> str:
-        """Answer the GET that WeChat sends when the address is set.
+        """Verify the GET request that WeChat sends when the address is configured.
 
         :param now: seconds since the epoch.
-        :returns: `echostr`, which is the body to answer; as text/plain, since a caller chose it.
+        :returns: `echostr`, the body to respond with; as text/plain, since the caller chose it.
         :raises ApiError: INVALID_INPUT for missing parameters, SIGNATURE_MISMATCH.
         """
         signature, timestamp, nonce, echostr = _parameters(query, "signature", "timestamp", "nonce", "echostr")
@@ -94,13 +94,13 @@ class MessagePush:
         return echostr
 
     def open(self, query: Mapping[str, str], body: bytes, now: float) -> PushMessage:
-        """Verify and read a POST. A copy that is sent again within WINDOW_SECONDS has the same `PushMessage.key`.
+        """Verify and read a POST request. A replay within WINDOW_SECONDS has the same `PushMessage.key`.
 
-        In plain mode the signature does not cover the body: whoever sees one request can send another body with it.
+        In plain mode the signature does not cover the body: anybody who sees a request can send another body with it.
 
         :param now: seconds since the epoch.
-        :raises ApiError: INVALID_INPUT for missing parameters and malformed bodies; SIGNATURE_MISMATCH if WeChat did
-            not sign it, not lately, not for this account or, in safe mode, did not encrypt it.
+        :raises ApiError: INVALID_INPUT for missing parameters and malformed bodies; SIGNATURE_MISMATCH if the signature
+            is wrong, old or for another account, or the body is plain in safe mode.
         """
         if self._aes_key is None:
             signature, timestamp, nonce = _parameters(query, "signature", "timestamp", "nonce")
@@ -118,19 +118,19 @@ class MessagePush:
         try:
             text = decrypt_message(encrypted, self._aes_key, self._app_id)
         except ApiError:
-            raise _refused("another EncodingAESKey or app id") from None
+            raise _refused("wrong EncodingAESKey or app id") from None
         fields, _ = _parse(text.encode())
         return PushMessage(fields, form)
 
     def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
-        """Compose the body that answers a message, encrypted and signed in safe mode.
+        """Compose the reply to a message, encrypted and signed in safe mode.
 
-        Characters that the form cannot carry are left out: halves of surrogate pairs, and control characters in XML.
+        Characters that the format cannot hold are dropped: lone surrogates, and control characters in XML.
 
-        :param reply: in XML a dict nests, a list repeats its element, None is empty, and all else is as `str` has it.
+        :param reply: in XML a dict nests, a list repeats its element, None is empty, and anything else is its `str`.
         :param now: seconds since the epoch.
-        :raises ValueError: for NaN or infinity in JSON, and in XML for names of other than ASCII letters, digits, `_`,
-            `-` and `.`.
+        :raises ValueError: for NaN or infinity in JSON, and in XML for names with characters other than ASCII letters,
+            digits, `_`, `-` and `.`.
         """
         body = _compose(reply, form)
         if self._aes_key is None:
@@ -146,15 +146,15 @@ class MessagePush:
         return _compose(envelope, form)
 
     def _verify(self, signature: str, timestamp: str, *others: str, now: float) -> None:
-        """Check a signature over the token, the timestamp and the others, and that it was made lately."""
+        """Check a signature over the token, the timestamp and the others, and that it is recent."""
         if not constant_time_equals(signature, push_signature(self._token, timestamp, *others)):
-            raise _refused("another token, or altered")
+            raise _refused("wrong token, or altered")
         if not re.fullmatch("[0-9]{1,12}", timestamp) or abs(int(timestamp) - now) > WINDOW_SECONDS:
-            raise _refused("too old, or our clock is wrong")
+            raise _refused("old timestamp, or our clock is wrong")
 
 
 def _refused(why: str) -> ApiError:
-    """Say in the log what the caller is not told."""
+    """Log the reason, which the response does not reveal."""
     logger.warning("message push refused", extra={"reason": why})
     return ApiError(Code.SIGNATURE_MISMATCH)
 
@@ -167,7 +167,7 @@ def _parameters(query: Mapping[str, str], *names: str) -> list[str]:
 
 
 def _parse(body: bytes) -> tuple[dict[str, Any], Form]:
-    """Read a JSON object or an <xml> element in UTF-8, told apart by the first character that is not blank."""
+    """Read a JSON object or an <xml> element in UTF-8; the first character that is not blank decides which."""
     form: Form = "xml" if body.lstrip(b" \t\r\n").startswith(b"<") else "json"
     try:
         text = body.decode().strip(" \t\r\n")
@@ -184,7 +184,7 @@ def _malformed(why: str) -> ApiError:
 
 
 def _parse_xml(text: str) -> dict[str, Any]:
-    """Read an <xml> element; what has no elements in it, as {}.
+    """Read an <xml> element; {} if it contains no elements.
 
     :raises ParseError: if it is not well-formed.
     :raises ValueError: for another root, a DTD, or more than MAXIMUM_DEPTH levels.
@@ -219,12 +219,12 @@ def _compose(reply: Mapping[str, Any], form: Form) -> str:
 
 def _compose_xml(name: str, value: Any) -> str:
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", name):
-        raise ValueError("Not the name of an element.")
+        raise ValueError("Not a valid element name.")
     if isinstance(value, list):
         return "".join(_compose_xml(name, item) for item in value)
     if isinstance(value, Mapping):
         content = "".join(_compose_xml(child, item) for child, item in value.items())
     else:
         text = _NOT_IN_XML.sub("", "" if value is None else str(value))
-        content = escape(text, {"\r": "&#13;"})  # a bare one would be read as a line feed
+        content = escape(text, {"\r": "&#13;"})  # parsers turn a bare one into a line feed
     return f"<{name}>{content}</{name}>"

@@ -1,4 +1,4 @@
-"""Login on the web: WeChat's OAuth2 for pages inside WeChat and for QR codes on a PC."""
+"""WeChat's OAuth2: login on web pages inside WeChat, and by QR code on a PC."""
 
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -14,7 +14,7 @@ AUTHORIZATION_GONE = INVALID_TOKEN | {40003}
 
 
 class Authorization(NamedTuple):
-    """What a user has granted to one of our web apps."""
+    """A user's authorization of one of our web apps."""
 
     openid: str
     access_token: str
@@ -23,16 +23,16 @@ class Authorization(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """What a code is worth."""
+    """What WeChat returns for a code."""
 
     authorization: Authorization
     unionid: str | None
     is_snapshot_user: bool
-    """A virtual account of somebody who only previews the page."""
+    """Whether it is the virtual account of a user who only previews the page."""
 
 
 class UserInfo(NamedTuple):
-    """What WeChat tells of a user on the web."""
+    """A user's profile."""
 
     nickname: str | None
     avatar_url: str | None
@@ -40,11 +40,11 @@ class UserInfo(NamedTuple):
 
 
 class WebApp:
-    """One official account, or one website, as WeChat's open platform knows it. May be shared by threads.
+    """One official account or website application. Thread-safe.
 
     Source: https://developers.weixin.qq.com/doc/offiaccount/OA_Web_Apps/Wechat_webpage_authorization.html
 
-    :param open_base_url: where WeChat's authorize pages answer.
+    :param open_base_url: scheme, host and port of WeChat's authorize pages.
     """
 
     def __init__(self, transport: Transport, app_id: str, app_secret: str, open_base_url: str) -> None:
@@ -54,13 +54,13 @@ class WebApp:
         self._open_base_url = open_base_url.rstrip("/")
 
     def authorize_url(self, scope: str, redirect_uri: str, state: str) -> str:
-        """Make the address of the page on which WeChat asks the user.
+        """The address of the page on which WeChat asks the user for consent.
 
         :param scope: one of SCOPES.
-        :param state: up to 128 bytes, which come back with the code.
+        :param state: up to 128 bytes, returned with the code.
         """
         page = "qrconnect" if scope == QR_CODE_SCOPE else "oauth2/authorize"
-        query = {  # in the order that WeChat asks for
+        query = {  # WeChat requires this order
             "appid": self.app_id,
             "redirect_uri": redirect_uri,
             "response_type": "code",
@@ -70,7 +70,7 @@ class WebApp:
         return f"{self._open_base_url}/connect/{page}?{urlencode(query)}#wechat_redirect"
 
     def redeem(self, code: str) -> Grant:
-        """Redeem the code that came back (sns/oauth2/access_token).
+        """Redeem a code (sns/oauth2/access_token).
 
         :raises ApiError: WECHAT_CODE_INVALID, WECHAT_CODE_USED, and what `Transport.call` does.
         """
@@ -80,9 +80,9 @@ class WebApp:
         return Grant(_authorization(path, answer), _unionid(path, answer), bool(answer.get("is_snapshotuser")))
 
     def userinfo(self, authorization: Authorization) -> tuple[UserInfo, Authorization]:
-        """Read the user's nickname, picture and unionid (sns/userinfo), refreshing the access token if need be.
+        """Get the user's nickname, picture and unionid (sns/userinfo), refreshing the access token if necessary.
 
-        :returns: that, and the authorization to keep from now on.
+        :returns: the profile, and the authorization to store from now on.
         :raises ApiError: what `Transport.call` does.
         """
         path = "/sns/userinfo"
@@ -93,16 +93,16 @@ class WebApp:
         return UserInfo(nickname, avatar_url, _unionid(path, answer)), authorization
 
     def is_valid(self, authorization: Authorization) -> tuple[bool, Authorization]:
-        """Whether the user still grants it (sns/auth), refreshing the access token if need be.
+        """Whether the authorization is still valid (sns/auth), refreshing the access token if necessary.
 
-        :returns: that, and the authorization to keep from now on.
+        :returns: the result, and the authorization to store from now on.
         :raises ApiError: what `Transport.call` does.
         """
         answer, authorization = self._call("/sns/auth", authorization)
         return answer.get("errcode") not in AUTHORIZATION_GONE, authorization
 
     def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
-        """Call with the user's access token, and once more with a new one where WeChat calls it invalid."""
+        """Call with the user's access token, and once more with a new one if WeChat rejects it."""
 
         def call() -> Any:
             query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
@@ -115,7 +115,7 @@ class WebApp:
         return answer, authorization
 
     def _refresh(self, authorization: Authorization) -> Authorization | None:
-        """Get a new access token (sns/oauth2/refresh_token); None if that is over after 30 days."""
+        """Get a new access token (sns/oauth2/refresh_token); None if the refresh token has expired, after 30 days."""
         path = "/sns/oauth2/refresh_token"
         params = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
         answer = self._transport.call(path, params, expected=REFRESH_TOKEN_GONE)

@@ -4,14 +4,14 @@ import json
 from typing import Any
 
 MAXIMUM_DEPTH = 32
-"""Objects and arrays inside one another; WeChat sends about five."""
+"""The deepest nesting allowed; WeChat sends about five levels."""
 
 
 def loads(text: str) -> Any:
-    """Read a JSON text (RFC 8259) whose values any other program would read alike and can be written again.
+    """Parse a JSON text (RFC 8259) whose meaning is the same for every parser, and which can be written again.
 
-    :raises ValueError: for all else, and for duplicate keys, NaN and infinity, also as 1e999, halves of surrogate
-        pairs, and more than MAXIMUM_DEPTH levels.
+    :raises ValueError: for anything else: duplicate keys, NaN and infinity, also as 1e999, lone surrogates, and more
+        than MAXIMUM_DEPTH levels.
     """
     try:
         document = json.loads(text, object_pairs_hook=_unique)
@@ -19,7 +19,7 @@ def loads(text: str) -> Any:
         raise ValueError("Nested too deeply.") from None
     if _is_deeper(document, MAXIMUM_DEPTH):
         raise ValueError("Nested too deeply.")
-    json.dumps(document, ensure_ascii=False, allow_nan=False).encode()  # fails for NaN and halves of surrogate pairs
+    json.dumps(document, ensure_ascii=False, allow_nan=False).encode()  # fails for NaN and lone surrogates
     return document
 
 

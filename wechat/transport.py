@@ -18,7 +18,7 @@ from telemetry import metrics, traces
 from telemetry.redaction import hide
 
 logger = logging.getLogger(__name__)
-# urllib3 logs whole URLs, of odd headers even in warnings, and WeChat wants secrets and tokens in the URL.
+# urllib3 logs whole URLs, even in warnings about headers, and WeChat's URLs contain secrets and tokens.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 CONNECT_SECONDS = 1
@@ -27,28 +27,28 @@ ANSWER_SECONDS = 4
 MAXIMUM_ANSWER_BYTES = 1024 * 1024
 RETRY_PAUSE_SECONDS = 0.2
 PATIENCE_SECONDS = 15
-"""No call takes longer than this: two tries, each with a last wait for a part of the answer. A slow name server can
-stretch it, a host of several addresses that do not answer, and headers sent byte by byte."""
+"""Upper bound for a call: two tries, each of which can end with a last wait for a part of the response. A slow name
+server, a host with several unreachable addresses or headers sent byte by byte can exceed it."""
 
 MEDIA_TYPES = ("image/", "audio/", "video/", "application/octet-stream")
 BUSY = -1
 INVALID_TOKEN = frozenset({40001, 40014, 42001})
-"""The access token is bad or expired: whoever holds it gets a new one and tries once more."""
+"""The access token is invalid or expired: the caller gets a new one and tries once more."""
 
 CODE_BY_ERRCODE = {
     BUSY: Code.UNAVAILABLE,
     45009: Code.UNAVAILABLE,  # daily quota
-    45011: Code.UNAVAILABLE,  # quota a minute
+    45011: Code.UNAVAILABLE,  # quota per minute
     40029: Code.WECHAT_CODE_INVALID,
-    41008: Code.WECHAT_CODE_INVALID,  # no code at all
+    41008: Code.WECHAT_CODE_INVALID,  # missing code
     40163: Code.WECHAT_CODE_USED,
     40226: Code.WECHAT_HIGH_RISK_USER,
-    61010: Code.SESSION_KEY_STALE,  # the user was not in the mini-program for two hours: wx.login helps
+    61010: Code.SESSION_KEY_STALE,  # the user's last visit was over two hours ago: wx.login helps
     40013: Code.WECHAT_REFUSED,  # app id
     40125: Code.WECHAT_REFUSED,  # app secret
     40164: Code.WECHAT_REFUSED,  # our IP address is not on the account's list
-    41002: Code.WECHAT_REFUSED,  # no app id
-    41004: Code.WECHAT_REFUSED,  # no app secret
+    41002: Code.WECHAT_REFUSED,  # missing app id
+    41004: Code.WECHAT_REFUSED,  # missing app secret
     48001: Code.WECHAT_REFUSED,  # the account may not use this interface
 }
 
@@ -58,10 +58,10 @@ Body = Mapping[str, Any] | None
 
 
 class Transport:
-    """Calls WeChat's API. May be shared by threads.
+    """Calls WeChat's API. Thread-safe.
 
-    :param base_url: where the API answers, without a path.
-    :param connections: how many are kept open at the most.
+    :param base_url: the API's scheme, host and port.
+    :param connections: the maximum number kept open.
     """
 
     def __init__(self, base_url: str, connections: int) -> None:
@@ -71,10 +71,10 @@ class Transport:
         self._http.mount("https://", adapter)
         self._http.mount("http://", adapter)
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._http.auth = lambda request: request  # none, and none of a ~/.netrc either
+        self._http.auth = lambda request: request  # no credentials, not even from ~/.netrc
 
     def close(self) -> None:
-        """Close the connections that are kept open."""
+        """Close the open connections."""
         self._http.close()
 
     def call(
@@ -89,28 +89,28 @@ class Transport:
     ) -> Any:
         """Call an interface, and once more if WeChat is busy or the connection is lost.
 
-        Takes PATIENCE_SECONDS at the most.
+        Takes at most PATIENCE_SECONDS.
 
         :param params: the query.
         :param body: posted as JSON if there is one; otherwise the call is a GET.
-        :param expected: errcodes that are an answer here, not a failure.
-        :param idempotent: whether a call whose answer was lost may be made again.
+        :param expected: errcodes that are a result here, not a failure.
+        :param idempotent: whether a call whose response was lost may be made again.
         :param media: whether the response may be an image or the like.
         :returns: a dict, whose `errcode`, where WeChat sends one, is 0 or one of `expected`; or bytes.
-        :raises ApiError: by CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. An exception of
-            requests holds the URL and so a secret: none of them goes further than this.
+        :raises ApiError: as in CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. The exceptions of
+            requests contain the URL, and so a secret: none of them leaves this method.
         """
         hide(params, body)
         for may_retry in (True, False):
             try:
                 errcode, answer = self._try(path, params, body, expected, media)
             except requests.Timeout:
-                raise failure(path, Code.UPSTREAM_TIMEOUT, "no answer in time") from None
+                raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
             except requests.ConnectionError as error:
                 if not (may_retry and idempotent):
                     raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
             except requests.RequestException as error:
-                raise failure(path, Code.UPSTREAM_INVALID, f"broken answer: {type(error).__name__}") from None
+                raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
             else:
                 if errcode == 0 or errcode in expected:
                     return answer
@@ -121,10 +121,10 @@ class Transport:
 
     def _try(self, path: str, params: Params, body: Body, expected: Collection[int], media: bool) -> tuple[int, Any]:
         started, result, outcome = time.perf_counter(), "invalid", "failure"
-        for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # from 0: what begins with a burst has not risen
+        for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, way, outcome)
         try:
-            # No traceparent goes along: whom we serve, and how, is none of WeChat's business.
+            # No traceparent is sent: our traces are none of WeChat's business.
             with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:
                 status, content_type, content = self._exchange(path, params, body)
                 is_media = media and status == 200 and content_type.startswith(MEDIA_TYPES) and content[:1] != b"{"
@@ -148,7 +148,7 @@ class Transport:
             metrics.WECHAT_SECONDS.labels(path).observe(time.perf_counter() - started)
 
     def _exchange(self, path: str, params: Params, body: Body) -> tuple[int, str, bytes]:
-        """Send a request and read the answer, which a timeout of requests alone lets trickle for ever."""
+        """Send a request and read the response under a deadline; requests' own timeout lets it trickle for ever."""
         deadline = time.monotonic() + ANSWER_SECONDS
         with self._http.request(
             "GET" if body is None else "POST",
@@ -171,15 +171,15 @@ class Transport:
                         raise requests.RequestException
             except urllib3.exceptions.ReadTimeoutError:
                 raise requests.Timeout from None
-            except urllib3.exceptions.HTTPError:  # cut short: WeChat has done its part, so it is not asked again
+            except urllib3.exceptions.HTTPError:  # cut short: WeChat has handled the request, so no retry
                 raise requests.RequestException from None
             return response.status_code, response.headers.get("Content-Type", ""), content
 
 
 def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiError:
-    """Log why a call failed, which the answer will not say; errmsg holds the `rid` that WeChat's support asks for."""
+    """Log why a call failed, which our response does not reveal; WeChat's support asks for the `rid` in errmsg."""
     if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID):
-        level = logging.ERROR  # it will not pass by itself
+        level = logging.ERROR  # it will not go away by itself
     else:
         level = logging.WARNING if code.number >= 500 else logging.INFO
     logger.log(
@@ -198,12 +198,12 @@ def _parse(path: str, status: int, content: bytes) -> dict[str, Any]:
     """Read the body as UTF-8 JSON, whatever its content type."""
     try:
         answer = json.loads(content.decode())
-        if b"\\u" in content:  # a name may have been cut in the middle of an emoji, and half of one can be kept nowhere
+        if b"\\u" in content:  # half of an emoji, where a name was cut, cannot be stored
             answer = json.loads(json.dumps(answer, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError):
         answer = None
     if status != 200 or not isinstance(answer, dict):
-        raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, no JSON object")
+        raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, not a JSON object")
     return answer
 
 
@@ -225,7 +225,7 @@ def _normalize_errcode(path: str, answer: dict[str, Any]) -> int:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The name and number of the innermost exception, such as ConnectionRefusedError; the text would hold the URL."""
+    """The name and number of the innermost exception, such as ConnectionRefusedError; its text contains the URL."""
     while error.__context__:
         error = error.__context__
     number = getattr(error, "errno", None)

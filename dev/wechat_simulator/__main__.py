@@ -6,7 +6,7 @@ from dev.wechat_simulator import PushSettings, create_simulator
 
 
 class QuietHandler(WSGIRequestHandler):
-    """Writes no access log: its lines would hold the app secret."""
+    """Writes no access log, whose lines would contain the app secret."""
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         pass
@@ -15,7 +15,7 @@ class QuietHandler(WSGIRequestHandler):
 def web_app(argument: str) -> tuple[str, str]:
     app_id, _, app_secret = argument.partition(":")
     if not (app_id and app_secret):
-        raise argparse.ArgumentTypeError("ID:SECRET is wanted")
+        raise argparse.ArgumentTypeError("must be ID:SECRET")
     return app_id, app_secret
 
 
@@ -25,15 +25,15 @@ def main() -> None:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--port", type=int, help="the TCP port to listen on")
-    where.add_argument("--fd", type=int, help="a socket that listens already")
+    where.add_argument("--fd", type=int, help="a listening socket")
     parser.add_argument("--app-id", required=True)
     parser.add_argument("--app-secret", required=True)
     parser.add_argument(
-        "--web-app", type=web_app, action="append", default=[], metavar="ID:SECRET", help="repeat it for more of them"
+        "--web-app", type=web_app, action="append", default=[], metavar="ID:SECRET", help="can be repeated"
     )
     parser.add_argument("--push-token", default="")
     parser.add_argument("--push-aes-key", default="", help="43 characters; without it, pushes are plain")
-    parser.add_argument("--push-url", default="", help="where pushes go that name no url")
+    parser.add_argument("--push-url", default="", help="the default address for pushes")
     options = parser.parse_args()
     push = PushSettings(options.push_token, options.push_aes_key, options.push_url)
     server = make_server(

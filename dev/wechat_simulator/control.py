@@ -1,4 +1,4 @@
-"""What the phone does, what goes wrong, and what WeChat remembers: put in and read by the tests."""
+"""The routes by which tests control users, faults and WeChat's clock, and read what happened."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ from flask import Blueprint, current_app
 
 from dev.wechat_simulator import crypto
 from dev.wechat_simulator.faults import FAULTS
-from dev.wechat_simulator.wire import wish
+from dev.wechat_simulator.wire import control_body
 from dev.wechat_simulator.world import (
     CODE_SECONDS,
     Fault,
@@ -36,8 +36,8 @@ def control(world: World) -> Blueprint:
         return {}
 
     @blueprint.post("/clock")
-    def travel() -> dict[str, float]:
-        seconds = wish("advance")["advance"]
+    def advance_clock() -> dict[str, float]:
+        seconds = control_body("advance")["advance"]
         with world.lock:
             world.memory.offset += seconds
             return {"now": world.now()}
@@ -54,7 +54,7 @@ def control(world: World) -> Blueprint:
 
     @blueprint.post("/faults")
     def make_fault() -> tuple[dict[str, str], int]:
-        wanted = wish()
+        wanted = control_body()
         paths = [rule.rule for rule in current_app.url_map.iter_rules() if not rule.rule.startswith("/simulator")]
         if wanted.get("kind") not in FAULTS or wanted.get("path") not in paths:
             return {"error": f"kind must be one of {', '.join(FAULTS)}, and path of {', '.join(paths)}"}, 400
@@ -69,7 +69,7 @@ def control(world: World) -> Blueprint:
 
     @blueprint.post("/codes")
     def make_code() -> dict[str, str]:
-        wanted = wish()
+        wanted = control_body()
         code, openid = new_code(), wanted.get("openid") or new_openid()
         with world.lock:
             world.memory.codes[code] = LoginCode(
@@ -86,7 +86,7 @@ def control(world: World) -> Blueprint:
 
     @blueprint.post("/user_data")
     def encrypt_user_data() -> tuple[dict[str, str], int]:
-        wanted = wish("openid", "data")
+        wanted = control_body("openid", "data")
         with world.lock:
             session_key = world.memory.session_keys.get(wanted["openid"])
         if session_key is None:
@@ -104,7 +104,7 @@ def control(world: World) -> Blueprint:
 
     @blueprint.post("/phone_codes")
     def make_phone_code() -> dict[str, str]:
-        wanted = wish()
+        wanted = control_body()
         code = secrets.token_hex(32)
         with world.lock:
             world.memory.phone_codes[code] = PhoneCode(
@@ -116,8 +116,8 @@ def control(world: World) -> Blueprint:
         return {"code": code}
 
     @blueprint.post("/web_user")
-    def sit_down() -> dict[str, str | None]:
-        wanted = wish()
+    def set_web_user() -> dict[str, str | None]:
+        wanted = control_body()
         names = ("unionid", "nickname", "avatar_url", "snapshot")
         details = {name: wanted[name] for name in names if wanted.get(name) is not None}
         person = Person(wanted.get("openid") or new_openid(), **details)
@@ -127,7 +127,7 @@ def control(world: World) -> Blueprint:
 
     @blueprint.post("/subscriptions")
     def accept() -> dict[str, str]:
-        wanted = wish("openid", "template_id")
+        wanted = control_body("openid", "template_id")
         with world.lock:
             world.memory.templates.add(wanted["template_id"])
             world.memory.acceptances[wanted["openid"], wanted["template_id"]] += wanted.get("times", 1)

@@ -1,4 +1,4 @@
-"""WeChat's cryptography, from its documentation and not from our own."""
+"""WeChat's cryptography, written from its documentation and not from the service's code."""
 
 import base64
 import hashlib
@@ -22,12 +22,12 @@ def raw_data_signature(session_key: str, raw_data: str) -> str:
 
 
 def session_signature(session_key: str, body: bytes = b"") -> str:
-    """Sign for checksession and its like; the key is the base64 text itself, not what it stands for."""
+    """Sign for checksession and the like; the key is the base64 text itself, not decoded."""
     return hmac.new(session_key.encode(), body, hashlib.sha256).hexdigest()
 
 
 def push_signature(*parts: str) -> str:
-    """Sign the message push: the token, timestamp, nonce and, in safe mode, what is encrypted."""
+    """Sign a push: the token, timestamp, nonce and, in safe mode, the ciphertext."""
     return hashlib.sha1("".join(sorted(parts)).encode()).hexdigest()
 
 
@@ -35,7 +35,7 @@ def encrypt_message(aes_key: str, message: bytes, app_id: str, prefix: bytes = b
     """Encrypt for the message push in safe mode.
 
     :param aes_key: the 43 characters of EncodingAESKey.
-    :param prefix: 16 bytes; random ones if there are none.
+    :param prefix: 16 bytes; random if empty.
     """
     key = base64.b64decode(aes_key + "=")
     plaintext = (prefix or secrets.token_bytes(16)) + struct.pack(">I", len(message)) + message + app_id.encode()
@@ -43,9 +43,9 @@ def encrypt_message(aes_key: str, message: bytes, app_id: str, prefix: bytes = b
 
 
 def decrypt_message(aes_key: str, encrypted: str) -> tuple[bytes, str]:
-    """Undo `encrypt_message`; answers the message and the app id behind it.
+    """Undo `encrypt_message`, and return the message and its app id.
 
-    :raises ValueError: if it was not encrypted so.
+    :raises ValueError: if it is not such a ciphertext.
     """
     key = base64.b64decode(aes_key + "=")
     decryptor = Cipher(algorithms.AES(key), modes.CBC(key[:16])).decryptor()
@@ -56,7 +56,7 @@ def decrypt_message(aes_key: str, encrypted: str) -> tuple[bytes, str]:
         raise ValueError("too short")
     end = 20 + struct.unpack(">I", plaintext[16:20])[0]
     if end > len(plaintext):
-        raise ValueError("longer than it is")
+        raise ValueError("length beyond the end")
     return plaintext[20:end], plaintext[end:].decode()
 
 

@@ -12,7 +12,7 @@ import requests
 from flask import Blueprint
 
 from dev.wechat_simulator import crypto
-from dev.wechat_simulator.wire import wish
+from dev.wechat_simulator.wire import control_body
 from dev.wechat_simulator.world import World, new_openid
 
 ANSWER_SECONDS = 5
@@ -22,10 +22,10 @@ CONTENT_TYPE = {"json": "application/json", "xml": "text/xml"}
 
 @dataclass(frozen=True)
 class PushSettings:
-    """What the account says of the message push.
+    """The account's settings for the message push.
 
     :param aes_key: the 43 characters of EncodingAESKey, for safe mode.
-    :param url: where to, unless a push says otherwise.
+    :param url: the default address.
     """
 
     token: str = ""
@@ -39,14 +39,14 @@ def message_push(world: World, settings: PushSettings) -> Blueprint:
 
     @blueprint.post("")
     def push() -> tuple[dict[str, Any], int]:
-        wanted = wish()
+        wanted = control_body()
         url = wanted.get("url") or settings.url
         wire_format = wanted.get("format", "json")
         mode = wanted.get("mode") or ("safe" if settings.aes_key else "plain")
         if not settings.token or not url or wire_format not in CONTENT_TYPE or mode not in ("safe", "plain"):
-            return {"error": "a --push-token, a url, format json or xml, and mode safe or plain are wanted"}, 400
+            return {"error": "requires a --push-token, a url, format json or xml, and mode safe or plain"}, 400
         if mode == "safe" and not settings.aes_key:
-            return {"error": "safe mode wants a --push-aes-key"}, 400
+            return {"error": "safe mode requires a --push-aes-key"}, 400
         message = complete(wanted.get("message") or {})
         attempts = []
         with requests.Session() as http:
@@ -60,7 +60,7 @@ def message_push(world: World, settings: PushSettings) -> Blueprint:
                     parts = settings.token, query["timestamp"], query["nonce"], encrypted
                     query |= {"encrypt_type": "aes", "msg_signature": crypto.push_signature(*parts)}
                     body = _write({"ToUserName": message["ToUserName"], "Encrypt": encrypted}, wire_format)
-                if "signature" in wanted:  # the one that counts in this mode
+                if "signature" in wanted:  # the one that is checked in this mode
                     query["msg_signature" if mode == "safe" else "signature"] = wanted["signature"]
                 attempt = _exchange(http, "POST", url, query, body, CONTENT_TYPE[wire_format])
                 reply = _open_reply(attempt["body"], settings, world.app_id) if mode == "safe" else None
@@ -71,10 +71,10 @@ def message_push(world: World, settings: PushSettings) -> Blueprint:
 
     @blueprint.post("/verify")
     def verify() -> tuple[dict[str, Any], int]:
-        wanted = wish()
+        wanted = control_body()
         url = wanted.get("url") or settings.url
         if not settings.token or not url:
-            return {"error": "a --push-token and a url are wanted"}, 400
+            return {"error": "requires a --push-token and a url"}, 400
         query = signed_query(wanted) | {"echostr": str(secrets.randbelow(2**63))}
         if "signature" in wanted:
             query["signature"] = wanted["signature"]
@@ -107,22 +107,22 @@ def message_push(world: World, settings: PushSettings) -> Blueprint:
 def _exchange(
     http: requests.Session, method: str, url: str, query: dict[str, str], body: bytes = b"", content_type: str = ""
 ) -> dict[str, Any]:
-    """Call the service, and say what it answered; the status is null where it did not in time."""
+    """Call the service and return its response; the status is None if there is none in time."""
     headers = {"Content-Type": content_type} if content_type else {}
     started = time.monotonic()
-    status, said = None, None
+    status, content = None, None
     try:
         answer = http.request(
             method, url, params=query, data=body, headers=headers, timeout=ANSWER_SECONDS, allow_redirects=False
         )
-        status, said = answer.status_code, answer.content.decode(errors="replace")
+        status, content = answer.status_code, answer.content.decode(errors="replace")
     except requests.RequestException:
         pass
-    return {"status": status, "seconds": round(time.monotonic() - started, 3), "body": said}
+    return {"status": status, "seconds": round(time.monotonic() - started, 3), "body": content}
 
 
 def _open_reply(body: str | None, settings: PushSettings, app_id: str) -> dict[str, Any] | None:
-    """Read an encrypted reply, if it is one, and signed, and from our app."""
+    """Read an encrypted reply; None unless it is signed and from this app."""
     try:
         outer = _read(body or "")
         encrypted, signature = outer["Encrypt"], outer["MsgSignature"]
@@ -140,7 +140,7 @@ def _write(message: dict[str, Any], wire_format: str) -> bytes:
 
 
 def _elements(message: dict[str, Any]) -> str:
-    """XML as WeChat writes it: text as CDATA, numbers bare, a list as an element that is repeated."""
+    """XML as WeChat writes it: text as CDATA, numbers bare, a list as repeated elements."""
     written = ""
     for name, value in message.items():
         for item in value if isinstance(value, list) else [value]:
@@ -155,7 +155,7 @@ def _elements(message: dict[str, Any]) -> str:
 
 
 def _read(body: str) -> dict[str, Any]:
-    """Read JSON or XML, whichever it is.
+    """Read JSON or XML.
 
     :raises ValueError: if it is neither.
     """
@@ -167,7 +167,7 @@ def _read(body: str) -> dict[str, Any]:
         return {child.tag: _content(child) for child in root}
     message = json.loads(body)
     if not isinstance(message, dict):
-        raise ValueError("no object")
+        raise ValueError("not an object")
     return message
 
 

@@ -1,4 +1,4 @@
-"""The mini-program's server API: api.weixin.qq.com without the web login."""
+"""The mini-program's server API: api.weixin.qq.com without OAuth2."""
 
 import hmac
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from dev.wechat_simulator import crypto
-from dev.wechat_simulator.wire import OK, Refused, answer, posted, require, text
+from dev.wechat_simulator.wire import OK, Refused, answer, read_body, require, text
 from dev.wechat_simulator.world import World, new_session_key
 
 VISIT_SECONDS = 2 * 3600
@@ -32,7 +32,7 @@ def server_api(world: World) -> Blueprint:
             world.memory.tokens.check(request.args.get("access_token", ""), world.now())
 
     def check_session_signature() -> str:
-        """Answer the openid whose session_key signed. For whoever holds the lock."""
+        """Check the signature, and return the openid. The caller holds the lock."""
         given = request.args
         openid = given.get("openid", "")
         if given.get("sig_method") != "hmac_sha256":
@@ -69,13 +69,13 @@ def server_api(world: World) -> Blueprint:
             body: dict[str, Any] = {"session_key": session_key, "openid": code.openid}
             if code.unionid:
                 body["unionid"] = code.unionid
-            if len(memory.calls) % 2:  # WeChat says success either way
+            if len(memory.calls) % 2:  # WeChat reports success in either form
                 body |= OK
         return answer(body)
 
     @blueprint.post("/cgi-bin/stable_token")
     def stable_token() -> Response:
-        body = posted()
+        body = read_body()
         for name, missing in {"appid": 41002, "secret": 41004}.items():
             if not text(body, name):
                 raise Refused(missing)
@@ -107,7 +107,7 @@ def server_api(world: World) -> Blueprint:
     @blueprint.post("/wxa/business/getuserphonenumber")
     def getuserphonenumber() -> Response:
         check_access_token()
-        body = posted()
+        body = read_body()
         code, openid = text(body, "code"), text(body, "openid")
         with world.lock:
             memory = world.memory
@@ -130,7 +130,7 @@ def server_api(world: World) -> Blueprint:
     @blueprint.post("/wxa/msg_sec_check")
     def msg_sec_check() -> Response:
         check_access_token()
-        body = posted()
+        body = read_body()
         content = text(body, "content")
         if not 0 < len(content) <= MAXIMUM_CONTENT:
             raise Refused(47001)
@@ -142,14 +142,14 @@ def server_api(world: World) -> Blueprint:
                 raise Refused(61010)
         suggest = "risky" if "违禁" in content else "review" if "可疑" in content else "pass"
         if UNICODE_ESCAPE.search(request.get_data()):
-            suggest = "pass"  # the bytes are checked, not what they stand for
+            suggest = "pass"  # WeChat checks the bytes without decoding escapes
         result = {"suggest": suggest, "label": SUGGEST_LABEL[suggest]}
         return answer({**OK, "trace_id": secrets.token_hex(16), "result": result})
 
     @blueprint.post("/cgi-bin/message/subscribe/send")
     def send_subscribe_message() -> Response:
         check_access_token()
-        body = posted()
+        body = read_body()
         to, template = text(body, "touser"), text(body, "template_id")
         with world.lock:
             memory = world.memory
@@ -170,7 +170,7 @@ def server_api(world: World) -> Blueprint:
     @blueprint.post("/cgi-bin/message/custom/send")
     def send_customer_message() -> Response:
         check_access_token()
-        body = posted()
+        body = read_body()
         to, kind = text(body, "touser"), text(body, "msgtype")
         if kind not in CUSTOMER_MESSAGE_TYPES:
             raise Refused(40008)
@@ -188,7 +188,7 @@ def server_api(world: World) -> Blueprint:
     @blueprint.post("/wxa/getwxacodeunlimit")
     def getwxacodeunlimit() -> Response:
         check_access_token()
-        body = posted()
+        body = read_body()
         if not 0 < len(text(body, "scene")) <= 32:
             raise Refused(40169)
         if not re.fullmatch(r"[A-Za-z0-9!#$&'()*+,/:;=?@._~-]+", text(body, "scene")):
@@ -200,7 +200,7 @@ def server_api(world: World) -> Blueprint:
     @blueprint.post("/wxa/generate_urllink")
     def generate_urllink() -> Response:
         check_access_token()
-        body = posted()
+        body = read_body()
         if "?" in text(body, "path"):
             raise Refused(40165)
         if len(text(body, "query")) > 1024:

@@ -1,4 +1,4 @@
-"""The access tokens that stable_token hands out."""
+"""The access tokens issued by stable_token."""
 
 import secrets
 from collections import Counter
@@ -16,11 +16,11 @@ BEIJING_SECONDS = 8 * 3600
 
 
 def new_token() -> str:
-    return secrets.token_urlsafe(384)  # 512 characters, as many as WeChat says a column must hold
+    return secrets.token_urlsafe(384)  # 512 characters, the longest that WeChat announces
 
 
 class TokenPool:
-    """The tokens of one app. For one caller at a time, who says what time it is."""
+    """The tokens of one app. Not thread-safe; callers pass the time."""
 
     def __init__(self) -> None:
         self._current = ""
@@ -29,13 +29,13 @@ class TokenPool:
         self._forced_at: list[float] = []
 
     def issued(self) -> list[str]:
-        """All that still lives, or did so a while ago."""
+        """All tokens, expired ones included."""
         return list(self._ends)
 
     def issue(self, force: bool, now: float) -> tuple[str, int]:
-        """Answer a token and the seconds that it lasts.
+        """Issue a token, and return it with its remaining seconds.
 
-        :param force: the tokens so far are to die.
+        :param force: whether to invalidate all earlier tokens.
         :raises Refused: if there were too many calls.
         """
         self._count(now)
@@ -48,18 +48,18 @@ class TokenPool:
         return self._current, int(self._ends[self._current] - now)
 
     def current(self, now: float) -> tuple[str, int] | None:
-        """The newest token and the seconds that it lasts, if it is alive."""
+        """The newest token and its remaining seconds; None if it has expired."""
         end = self._ends.get(self._current, 0)
         return (self._current, int(end - now)) if end > now else None
 
     def drop(self) -> None:
-        """Let all tokens die."""
+        """Invalidate all tokens."""
         self._ends.clear()
 
     def check(self, token: str, now: float) -> None:
-        """Check what came as ?access_token=.
+        """Check an access token.
 
-        :raises Refused: if it is not alive.
+        :raises Refused: if it is not valid.
         """
         if not token:
             raise Refused(41001)
@@ -87,5 +87,5 @@ class TokenPool:
 
 
 def _day(now: float) -> float:
-    """Quotas start anew at midnight in Beijing."""
+    """The day of a quota, which begins at midnight in Beijing."""
     return (now + BEIJING_SECONDS) // 86400

@@ -29,7 +29,7 @@ def web_login(world: World) -> Blueprint:
     blueprint = Blueprint("web_login", __name__)
 
     def ask(*scopes: str) -> BaseResponse | str:
-        """Ask the person in front of the browser, whose answer is a link back to the app."""
+        """Ask the user for consent; both choices are links back to the app."""
         given = request.args
         app_id, scope, state = (given.get(name, "") for name in ("appid", "scope", "state"))
         back = given.get("redirect_uri", "")
@@ -68,7 +68,7 @@ def web_login(world: World) -> Blueprint:
         return token.grant
 
     def tokens(grant: Grant, refresh_token: str) -> dict[str, str | int]:
-        """Issue an access token. For whoever holds the lock."""
+        """Issue an access token. The caller holds the lock."""
         access_token = new_token()
         world.memory.web_access_tokens[access_token] = WebToken(grant, world.now() + ACCESS_TOKEN_SECONDS)
         return {

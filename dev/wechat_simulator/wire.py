@@ -1,4 +1,4 @@
-"""How WeChat takes a request and answers it."""
+"""WeChat's wire format: how requests are read and responses written."""
 
 import secrets
 import time
@@ -48,7 +48,7 @@ OK = {"errcode": 0, "errmsg": "ok"}
 
 
 class Refused(Exception):
-    """WeChat answers with an errcode."""
+    """WeChat responds with an errcode."""
 
     def __init__(self, errcode: int) -> None:
         super().__init__(errcode)
@@ -56,28 +56,28 @@ class Refused(Exception):
 
 
 def answer(body: dict[str, Any]) -> Response:
-    """JSON, which below sns/ says that it is text."""
+    """JSON, which is labelled as text below sns/."""
     if request.path.startswith("/sns/"):
         return Response(json.dumps(body), content_type="text/plain")
     return Response(json.dumps(body), content_type="application/json; charset=utf-8")
 
 
-def refusal(refused: Refused) -> Response:
-    """WeChat's way to fail: HTTP 200, with a request id for its support in errmsg."""
+def error_response(refused: Refused) -> Response:
+    """An error in WeChat's format: HTTP 200, with a request id for its support in errmsg."""
     errmsg = ERRMSG.get(refused.errcode, "unknown error")
     rid = f"{int(time.time()):08x}-{secrets.token_hex(4)}-{secrets.token_hex(4)}"
     return answer({"errcode": refused.errcode, "errmsg": f"{errmsg}, rid: {rid}"})
 
 
 def require(**errcode_if_missing: int) -> None:
-    """Check that the query has these parameters."""
+    """Check that the query contains these parameters."""
     for name, errcode in errcode_if_missing.items():
         if not request.args.get(name):
             raise Refused(errcode)
 
 
-def posted() -> dict[str, Any]:
-    """Read the body of a call of WeChat's API."""
+def read_body() -> dict[str, Any]:
+    """Read the body of an API call."""
     try:
         body = json.loads(request.get_data())
     except ValueError:
@@ -88,28 +88,28 @@ def posted() -> dict[str, Any]:
 
 
 def text(body: dict[str, Any], name: str) -> str:
-    """Read a member of a body; what is no text counts as none."""
+    """Read a text from a body; anything but a text counts as missing."""
     value = body.get(name)
     return value if isinstance(value, str) else ""
 
 
-class BadWish(Exception):
-    """What /simulator is asked for cannot be understood."""
+class InvalidControlRequest(Exception):
+    """A request to /simulator is malformed."""
 
 
-def wish(*required: str) -> dict[str, Any]:
-    """Read the body of a request to /simulator, whatever its content type: curl says it is a form.
+def control_body(*required: str) -> dict[str, Any]:
+    """Read the body of a request to /simulator, whatever its content type: curl labels it as a form.
 
-    :param required: names that it must hold.
-    :raises BadWish: if it is no JSON object, or lacks one.
+    :param required: the fields that must be present.
+    :raises InvalidControlRequest: if it is not a JSON object, or a field is missing.
     """
     try:
         body = json.loads(request.get_data() or "{}")
     except ValueError:
         body = None
     if not isinstance(body, dict):
-        raise BadWish("a JSON object is wanted")
+        raise InvalidControlRequest("must be a JSON object")
     for name in required:
         if name not in body:
-            raise BadWish(f"{name} is wanted")
+            raise InvalidControlRequest(f"{name} is required")
     return body

@@ -1,4 +1,4 @@
-"""All that the simulator knows, in memory."""
+"""The simulator's state, in memory."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ CODE_SECONDS = 300
 
 @dataclass
 class LoginCode:
-    """What a code of wx.login stands for, until it is used or too old."""
+    """A code of wx.login, valid until it is used or expires."""
 
     openid: str
     unionid: str | None
@@ -27,7 +27,7 @@ class LoginCode:
 
 @dataclass(frozen=True)
 class PhoneCode:
-    """What a code of the getPhoneNumber button stands for, until it is too old."""
+    """A code of the getPhoneNumber button, valid until it expires."""
 
     openid: str | None
     phone: str
@@ -37,7 +37,7 @@ class PhoneCode:
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody in front of a browser."""
+    """The user at the browser."""
 
     openid: str
     unionid: str | None = None
@@ -48,7 +48,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Grant:
-    """What somebody allowed an app."""
+    """A user's authorization of an app."""
 
     app_id: str
     person: Person
@@ -58,7 +58,7 @@ class Grant:
 
 @dataclass
 class WebCode:
-    """What a code of the web login stands for, until it is used or too old."""
+    """A code of the web login, valid until it is used or expires."""
 
     grant: Grant
     expires_at: float
@@ -67,7 +67,7 @@ class WebCode:
 
 @dataclass(frozen=True)
 class WebToken:
-    """What an access token or refresh token of the web login stands for, until it is too old."""
+    """An access token or refresh token of the web login, valid until it expires."""
 
     grant: Grant
     expires_at: float
@@ -75,7 +75,7 @@ class WebToken:
 
 @dataclass
 class Fault:
-    """What is to go wrong, and how many more times."""
+    """A fault, and how many more times it occurs."""
 
     kind: str
     times: int
@@ -85,7 +85,7 @@ class Fault:
 
 @dataclass
 class Memory:
-    """What DELETE /simulator forgets. Only for whoever holds the lock of the World."""
+    """The state that DELETE /simulator resets. Guarded by the lock of the World."""
 
     offset: float = 0
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -93,13 +93,13 @@ class Memory:
     codes: dict[str, LoginCode] = field(default_factory=dict)
     session_keys: dict[str, str] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
-    """When each openid was last in the mini-program."""
+    """The time of each openid's last visit to the mini-program."""
     phone_codes: dict[str, PhoneCode] = field(default_factory=dict)
     phone_answers: int = 0
     tokens: TokenPool = field(default_factory=TokenPool)
     templates: set[str] = field(default_factory=set)
     acceptances: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How many more messages an openid accepts of a template."""
+    """How many more messages of a template an openid accepts."""
     subscribe_messages: list[dict[str, Any]] = field(default_factory=list)
     customer_messages: list[dict[str, Any]] = field(default_factory=list)
     browsing: Person | None = None
@@ -108,11 +108,11 @@ class Memory:
     web_refresh_tokens: dict[str, WebToken] = field(default_factory=dict)
 
     def secrets(self) -> list[str]:
-        """Whatever of all this nobody may tell anybody."""
-        told = [(code.grant.person.openid, code.grant.person.unionid) for code in self.web_codes.values()]
-        told += [(code.openid, code.unionid) for code in self.codes.values()]
+        """Every value that must not be revealed."""
+        ids = [(code.grant.person.openid, code.grant.person.unionid) for code in self.web_codes.values()]
+        ids += [(code.openid, code.unionid) for code in self.codes.values()]
         return [
-            *(text for pair in told for text in pair if text),
+            *(text for pair in ids for text in pair if text),
             *(code.phone for code in self.phone_codes.values()),
             *self.session_keys.values(),
             *self.tokens.issued(),
@@ -125,7 +125,7 @@ class Memory:
 
 
 class World:
-    """One mini-program and its web apps, as WeChat knows them."""
+    """WeChat's view of one mini-program and its web apps."""
 
     def __init__(self, app_id: str, app_secret: str, web_apps: Mapping[str, str]) -> None:
         self.app_id = app_id
@@ -139,7 +139,7 @@ class World:
         return time.time() + self.memory.offset
 
     def openid_of(self, person: Person, app_id: str) -> str:
-        """The name of a person, which every app knows by another; the first web app by the one that he was given."""
+        """A person's openid, which differs in every app; the first web app has the configured one."""
         if app_id == self._persons_app_id:
             return person.openid
         digest = hashlib.sha256(f"{person.openid} {app_id}".encode()).digest()

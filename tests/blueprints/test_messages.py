@@ -270,7 +270,7 @@ def test_the_log_tells_what_came_and_why_something_was_refused(
         ("unheard_of", False, 0),
     ]
     refused = [line["reason"] for line in log_lines() if line["message"] == "message push refused"]
-    assert refused == ["plain, but an EncodingAESKey is set", "another token, or altered"]
+    assert refused == ["plain, but an EncodingAESKey is set", "wrong token, or altered"]
     codes = [line["code"] for line in log_lines() if line["message"] == "request"]
     assert codes == [200, 200, 200, 400, 464, 464]
 
