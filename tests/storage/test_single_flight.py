@@ -18,7 +18,7 @@ def ask(app: Flask, call: Any, patience: int = 5) -> Any:
         return single_flight("flight", call, patience=patience, remember=60)
 
 
-def test_all_who_ask_at_the_same_moment_share_one_call(app: Flask) -> None:
+def test_simultaneous_callers_share_one_call(app: Flask) -> None:
     calls = []
 
     def call() -> dict[str, int]:
@@ -32,7 +32,7 @@ def test_all_who_ask_at_the_same_moment_share_one_call(app: Flask) -> None:
     assert len(calls) == 1
 
 
-def test_all_who_wait_get_the_error_and_the_next_one_calls_again(app: Flask) -> None:
+def test_waiting_callers_share_the_error_and_the_next_one_calls_again(app: Flask) -> None:
     calls = []
 
     def call() -> None:
@@ -51,13 +51,13 @@ def test_all_who_wait_get_the_error_and_the_next_one_calls_again(app: Flask) -> 
     assert ask(app, lambda: "now it works") == "now it works"
 
 
-def test_one_who_asks_later_is_told_that_it_is_done(app: Flask) -> None:
+def test_a_later_caller_gets_already_done(app: Flask) -> None:
     assert ask(app, lambda: None) is None
     with pytest.raises(AlreadyDone):
         ask(app, lambda: None)
 
 
-def test_a_crash_of_the_caller_is_told_to_those_who_wait_and_the_next_one_calls_again(app: Flask) -> None:
+def test_waiting_callers_learn_of_a_crash_and_the_next_one_calls_again(app: Flask) -> None:
     started = threading.Event()
 
     def crash() -> None:
@@ -77,18 +77,16 @@ def test_a_crash_of_the_caller_is_told_to_those_who_wait_and_the_next_one_calls_
     assert ask(app, lambda: "now it works") == "now it works"
 
 
-def test_a_call_is_taken_for_dead_after_its_patience(app: Flask, redis: Redis) -> None:
+def test_the_lock_expires_after_the_patience(app: Flask, redis: Redis) -> None:
     assert 0 < ask(app, lambda: redis.ttl("flight:lock"), patience=5) <= 5
 
 
-def test_a_caller_that_was_killed_is_given_up_after_its_patience(app: Flask, redis: Redis) -> None:
+def test_a_killed_process_delays_others_only_until_the_lock_expires(app: Flask, redis: Redis) -> None:
     redis.set("flight:lock", "of-a-dead-process", px=300)
     assert ask(app, lambda: "mine") == "mine"
 
 
-def test_a_caller_that_hangs_is_not_waited_for_to_its_end(
-    app: Flask, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_process_is_not_waited_for(app: Flask, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.single_flight._FOLLOW_SECONDS", 0.2)
     redis.set("flight:lock", "of-a-hanging-process", ex=60)
     with pytest.raises(ApiError) as caught:
@@ -132,7 +130,7 @@ def fail() -> None:
     raise ApiError(Code.WECHAT_REFUSED)
 
 
-def test_what_waits_in_redis_to_be_read_is_encrypted(app: Flask, redis: Redis) -> None:
+def test_results_in_redis_are_encrypted_and_expire(app: Flask, redis: Redis) -> None:
     ask(app, lambda: "the-secret-outcome")
     values = [redis.get(key) for key in redis.scan_iter()]
     assert len(values) == 2

@@ -1,7 +1,11 @@
-"""The published known answers, and what the tests of the cryptography share."""
+"""The published known answers, and helpers for the tests of WeChat's protocols."""
 
 import json
+import random
+import string
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import settings
 from hypothesis import strategies as st
+from werkzeug import Request, Response
+from werkzeug.serving import make_server
 
 from errors import ApiError, Code
 
@@ -18,7 +24,7 @@ VECTORS = {
 
 PROPERTY = settings(deadline=None, max_examples=100, database=None)
 ANY_TEXT = st.text(st.characters())
-"""With halves of surrogate pairs."""
+"""Including lone surrogates."""
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -29,18 +35,24 @@ JSON_OBJECTS = st.dictionaries(st.text(), JSON, max_size=4)
 
 
 def refusal(call: Callable[..., Any], *args: Any, **named: Any) -> Code:
-    """The code that the call is refused with; no answer and no other exception will do."""
+    """The code of the ApiError that the call raises."""
     with pytest.raises(ApiError) as caught:
         call(*args, **named)
     return caught.value.api_code
 
 
 def outcome(call: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """What the call answers, or the code that it is refused with."""
+    """What the call returns, or the code of the ApiError that it raises."""
     try:
         return call(*args, **named)
     except ApiError as error:
         return error.api_code
+
+
+def any_text(chance: random.Random) -> str:
+    """Empty, short or long; Chinese, emoji, ASCII or all of them."""
+    alphabet = chance.choice(["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", string.printable, "a微😀\u202e<&]]>\"'\\"])
+    return "".join(chance.choices(alphabet, k=chance.choice([0, 1, 7, 50, 500])))
 
 
 def flipped(data: bytes, masks: tuple[int, ...] = (0x01, 0x02, 0x10, 0x80)) -> Iterator[bytes]:
@@ -63,3 +75,17 @@ def decrypt_cbc(ciphertext: bytes, key: bytes, iv: bytes) -> bytes:
 def pad(data: bytes, block: int) -> bytes:
     count = block - len(data) % block
     return data + bytes([count]) * count
+
+
+@contextmanager
+def server(view: Callable[[Request], Response]) -> Iterator[str]:
+    """Run a server with one view on a free port."""
+    server = make_server("127.0.0.1", 0, Request.application(view))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

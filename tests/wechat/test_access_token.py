@@ -27,7 +27,7 @@ def access_token(app: Flask, simulator: Simulator) -> AccessToken:
 
 
 def at_once(call: Callable[[], Any], times: int = 8) -> list[Any]:
-    """Make a call in several threads at the same moment; answers results and codes."""
+    """Make a call in several threads at the same moment, and return the results and codes."""
     barrier = threading.Barrier(times)
 
     def outcome(_: int) -> Any:
@@ -42,7 +42,7 @@ def at_once(call: Callable[[], Any], times: int = 8) -> list[Any]:
 
 
 def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes: Any) -> None:
-    """What each of the processes does: calls in eight threads from a cold start until it is told to stop."""
+    """Call in eight threads from a cold start until stopped, in each of the processes."""
     app = create_app(environ)
     client = app.extensions["wechat"].client
     codes: list[str] = []
@@ -63,7 +63,7 @@ def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes
 
 
 @pytest.mark.xdist_group("launch")
-def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once_when_it_is_invalid(
+def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once(
     app: Flask, environ: dict[str, str], simulator: Simulator
 ) -> None:
     app.extensions["wechat"].client.code_to_session(simulator.code(openid="o-alice"))
@@ -90,7 +90,7 @@ def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once_when
     assert set(codes) == {"done"}
 
 
-def test_refreshes_are_counted_by_what_came_of_them(access_token: AccessToken, simulator: Simulator) -> None:
+def test_refreshes_are_counted_by_outcome(access_token: AccessToken, simulator: Simulator) -> None:
     def counts() -> list[float]:
         return [counted("wechat_token_refreshes_total", outcome=outcome) for outcome in ("success", "failure")]
 
@@ -104,12 +104,12 @@ def test_refreshes_are_counted_by_what_came_of_them(access_token: AccessToken, s
     assert [now - then for now, then in zip(after, before, strict=True)] == [2, 1]
 
 
-def test_a_token_that_holds_is_used_by_all(access_token: AccessToken, simulator: Simulator) -> None:
+def test_a_valid_token_is_shared(access_token: AccessToken, simulator: Simulator) -> None:
     assert access_token.get() == access_token.get() == simulator.access_token()
     assert len(simulator.calls(PATH)) == 1
 
 
-def test_before_its_end_one_gets_a_new_token_while_the_others_use_the_old(
+def test_near_its_end_one_caller_refreshes_while_the_others_use_the_old_token(
     access_token: AccessToken, simulator: Simulator, redis: Redis
 ) -> None:
     old = access_token.get()
@@ -123,45 +123,31 @@ def test_before_its_end_one_gets_a_new_token_while_the_others_use_the_old(
     assert len(simulator.calls(PATH)) == 2
 
 
-def test_before_its_end_a_token_outlives_a_wechat_that_fails_and_is_not_asked_again_and_again(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
+@pytest.mark.parametrize("fails", [True, False])
+def test_near_its_end_a_token_is_used_while_wechat_fails_or_gives_no_other(
+    access_token: AccessToken, simulator: Simulator, redis: Redis, fails: bool
 ) -> None:
     old = access_token.get()
     redis.expire(KEY, 200)
-    simulator.fault("errcode", path=PATH, times=100, errcode=45009)
+    if fails:
+        simulator.fault("errcode", path=PATH, times=100, errcode=45009)
+    else:
+        simulator.travel(7200 - 302)  # two seconds before WeChat issues another
     assert [access_token.get() for _ in range(5)] == [old] * 5
     assert len(simulator.calls(PATH)) == 2
 
 
-def test_a_token_that_wechat_does_not_replace_yet_is_not_asked_for_again_and_again(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_simultaneous_callers_share_a_failure_until_the_pause_is_over(
+    access_token: AccessToken, simulator: Simulator, redis: Redis, is_refused: bool
 ) -> None:
-    old = access_token.get()
-    redis.expire(KEY, 200)
-    simulator.travel(7200 - 302)  # two seconds before WeChat gives out another
-    assert [access_token.get() for _ in range(5)] == [old] * 5
-    assert len(simulator.calls(PATH)) == 2
-
-
-def test_all_who_wait_from_cold_share_a_failure_and_the_next_after_a_pause_asks_again(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
-) -> None:
+    refused = access_token.get() if is_refused else None
     simulator.fault("errcode", path=PATH, times=100, errcode=40164)
-    assert at_once(access_token.get) == [Code.WECHAT_REFUSED] * 8
-    assert len(simulator.calls(PATH)) == 1
-    assert 0 < redis.pttl(f"{KEY}:pause") <= 3000
-    redis.delete(f"{KEY}:pause")
-    assert at_once(access_token.get) == [Code.WECHAT_REFUSED] * 8
-    assert len(simulator.calls(PATH)) == 2
-
-
-def test_all_whose_token_was_refused_share_the_failure_to_replace_it(
-    access_token: AccessToken, simulator: Simulator
-) -> None:
-    refused = access_token.get()
-    simulator.fault("errcode", path=PATH, times=100, errcode=40125)
-    assert at_once(lambda: access_token.get(refused=refused)) == [Code.WECHAT_REFUSED] * 8
-    assert len(simulator.calls(PATH)) == 2
+    for calls in (1, 2):
+        assert at_once(lambda: access_token.get(refused)) == [Code.WECHAT_REFUSED] * 8
+        assert len(simulator.calls(PATH)) == is_refused + calls
+        assert 0 < redis.pttl(f"{KEY}:pause") <= 3000
+        redis.delete(f"{KEY}:pause")
 
 
 def test_others_wait_for_a_refresh_of_two_slow_calls(
@@ -175,7 +161,7 @@ def test_others_wait_for_a_refresh_of_two_slow_calls(
     assert tokens == {simulator.access_token()} != {refused}
 
 
-def test_a_refused_token_is_replaced_and_not_a_newer_one(access_token: AccessToken, simulator: Simulator) -> None:
+def test_a_refused_token_is_replaced_but_a_newer_one_is_kept(access_token: AccessToken, simulator: Simulator) -> None:
     old = access_token.get()
     simulator.drop_access_token()
     new = access_token.get(refused=old)
@@ -184,7 +170,7 @@ def test_a_refused_token_is_replaced_and_not_a_newer_one(access_token: AccessTok
     assert len(simulator.calls(PATH)) == 2
 
 
-def test_a_token_that_wechat_refuses_and_goes_on_giving_out_is_replaced_by_force_once_in_30_seconds(
+def test_a_token_that_wechat_refuses_but_keeps_issuing_is_replaced_by_force_once_in_30_seconds(
     access_token: AccessToken, simulator: Simulator, redis: Redis
 ) -> None:
     first = access_token.get()
@@ -244,14 +230,14 @@ def test_a_redis_that_takes_no_writes_costs_wechat_no_call(
     assert simulator.calls(PATH) == []
 
 
-def test_a_process_that_died_while_it_asked_holds_nobody_up_for_long(
+def test_a_killed_process_delays_others_only_until_the_lock_expires(
     access_token: AccessToken, simulator: Simulator, redis: Redis
 ) -> None:
     redis.set(f"{KEY}:lock", "of-a-dead-process", px=300)
     assert access_token.get() == simulator.access_token()
 
 
-def test_one_who_asks_for_too_long_is_not_waited_for(
+def test_a_hanging_process_is_not_waited_for(
     access_token: AccessToken, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access_token_module, "WAIT_SECONDS", 0.2)
@@ -261,7 +247,7 @@ def test_one_who_asks_for_too_long_is_not_waited_for(
     assert caught.value.api_code is Code.UNAVAILABLE
 
 
-def test_the_lock_outlasts_a_call_and_is_given_back(
+def test_the_lock_outlasts_a_call_and_is_released(
     access_token: AccessToken, simulator: Simulator, redis: Redis
 ) -> None:
     simulator.fault("slow", path=PATH, seconds=0.5)
@@ -272,7 +258,7 @@ def test_the_lock_outlasts_a_call_and_is_given_back(
     assert not redis.exists(f"{KEY}:lock")
 
 
-def test_the_lock_outlasts_a_call_by_force_too(access_token: AccessToken, simulator: Simulator, redis: Redis) -> None:
+def test_the_lock_outlasts_a_forced_call_too(access_token: AccessToken, simulator: Simulator, redis: Redis) -> None:
     first = access_token.get()
     locked_for = []
 
@@ -287,13 +273,13 @@ def test_the_lock_outlasts_a_call_by_force_too(access_token: AccessToken, simula
     assert min(locked_for) > 15_000
 
 
-def test_the_token_is_kept_encrypted_for_as_long_as_it_lives(access_token: AccessToken, redis: Redis) -> None:
+def test_the_token_is_kept_encrypted_for_its_lifetime(access_token: AccessToken, redis: Redis) -> None:
     token = access_token.get()
     assert 7200 - 10 <= redis.ttl(KEY) <= 7200
     assert not any(token.encode() in (redis.dump(key) or b"") for key in redis.scan_iter())
 
 
-def test_a_token_under_a_key_that_is_not_ours_any_more_is_fetched_anew(
+def test_a_token_under_a_lost_encryption_key_is_fetched_again(
     access_token: AccessToken, simulator: Simulator, redis: Redis
 ) -> None:
     redis.set(KEY, "00000000.AAAA", ex=7200)
@@ -311,7 +297,7 @@ def test_a_token_under_a_key_that_is_not_ours_any_more_is_fetched_anew(
         {"access_token": "token", "expires_in": "7200"},
     ],
 )
-def test_an_answer_without_a_token_is_invalid(
+def test_a_response_without_a_token_is_invalid(
     access_token: AccessToken, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(access_token._transport, "call", lambda *_: answer)

@@ -27,14 +27,14 @@ def code_of(call: Callable[[], Any]) -> Code:
     return caught.value.api_code
 
 
-def test_a_code_is_worth_an_openid_and_a_session_key(client: Client, simulator: Simulator) -> None:
+def test_a_code_yields_an_openid_and_a_session_key(client: Client, simulator: Simulator) -> None:
     session = client.code_to_session(simulator.code(openid="o-alice", unionid="u-alice"))
     assert (session.openid, session.unionid) == ("o-alice", "u-alice")
     assert session.session_key == simulator.session_key("o-alice")
 
 
 @pytest.mark.parametrize("name", ["o-1,o-2", "", "o 1", "o" * 65, "ö", "o\n", None, 5])
-def test_what_cannot_be_an_openid_is_none(name: object) -> None:
+def test_invalid_openids(name: object) -> None:
     assert not is_identifier(name)
     assert is_identifier("oGZUI0egBJY1zhBYw2KhdUfwVJJE")
 
@@ -45,7 +45,7 @@ def test_login_takes_no_access_token(client: Client, simulator: Simulator) -> No
     assert (call["path"], call["parameters"]) == ("/sns/jscode2session", ["appid", "grant_type", "js_code", "secret"])
 
 
-def test_a_code_that_is_unknown_too_old_or_used_is_told_apart(client: Client, simulator: Simulator) -> None:
+def test_unknown_expired_and_used_codes_have_different_codes(client: Client, simulator: Simulator) -> None:
     assert code_of(lambda: client.code_to_session("0unknown")) is Code.WECHAT_CODE_INVALID
     assert code_of(lambda: client.code_to_session(simulator.code(expires_in=-1))) is Code.WECHAT_CODE_INVALID
     code = simulator.code()
@@ -53,7 +53,7 @@ def test_a_code_that_is_unknown_too_old_or_used_is_told_apart(client: Client, si
     assert code_of(lambda: client.code_to_session(code)) is Code.WECHAT_CODE_USED
 
 
-def test_a_wrong_app_id_or_secret_is_for_an_operator(make_app: Callable[..., Flask], simulator: Simulator) -> None:
+def test_a_wrong_app_id_or_secret_needs_an_operator(make_app: Callable[..., Flask], simulator: Simulator) -> None:
     for different in ({"WECHAT_APP_ID": "wx-other"}, {"WECHAT_APP_SECRET": "other"}):
         client = make_app(**different).extensions["wechat"].client
         assert code_of(lambda: client.code_to_session(simulator.code())) is Code.WECHAT_REFUSED  # noqa: B023
@@ -87,7 +87,7 @@ def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[st
     )
 
 
-def test_whether_a_session_key_still_holds_is_asked_of_wechat(client: Client, simulator: Simulator) -> None:
+def test_wechat_decides_whether_a_session_key_is_valid(client: Client, simulator: Simulator) -> None:
     first = client.code_to_session(simulator.code(openid="o-alice"))
     assert client.is_session_key_valid("o-alice", first.session_key)
     second = client.code_to_session(simulator.code(openid="o-alice"))
@@ -106,7 +106,7 @@ def test_whether_a_session_key_still_holds_is_asked_of_wechat(client: Client, si
         ({"phone": "2025550123", "country_code": "1"}, "+12025550123"),
     ],
 )
-def test_a_phone_code_is_worth_a_number(
+def test_a_phone_code_yields_a_number(
     client: Client, simulator: Simulator, wanted: dict[str, Any], number: str
 ) -> None:
     for _ in range(2):  # the country code comes as a string and as a number in turn
@@ -114,7 +114,7 @@ def test_a_phone_code_is_worth_a_number(
         assert client.code_to_phone(code, "o-alice") == number
 
 
-def test_a_phone_code_is_that_of_one_user_and_works_once(client: Client, simulator: Simulator) -> None:
+def test_a_phone_code_belongs_to_one_user_and_works_once(client: Client, simulator: Simulator) -> None:
     code = simulator.phone_code(openid="o-alice")
     assert code_of(lambda: client.code_to_phone(code, "o-bob")) is Code.WECHAT_CODE_INVALID
     assert client.code_to_phone(code, "o-alice")
@@ -140,7 +140,7 @@ def test_a_phone_code_is_that_of_one_user_and_works_once(client: Client, simulat
         ({"phoneNumber": "13987654321"}, None),
     ],
 )
-def test_a_phone_number_is_read_or_none(different: dict[str, Any], number: str | None) -> None:
+def test_phone_numbers(different: dict[str, Any], number: str | None) -> None:
     assert phone_number({**PHONE_INFO, **different}) == number
 
 
@@ -153,7 +153,7 @@ def test_a_phone_number_is_read_or_none(different: dict[str, Any], number: str |
         {"phone_info": {**PHONE_INFO, "watermark": {"appid": "wx-other"}}},
     ],
 )
-def test_an_answer_without_a_phone_number_of_ours_is_invalid(
+def test_a_response_without_a_phone_number_for_our_app_is_invalid(
     client: Client, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(client._access_token, "get", lambda **_: "token")
@@ -162,16 +162,16 @@ def test_an_answer_without_a_phone_number_of_ours_is_invalid(
 
 
 @pytest.mark.parametrize(("text", "risky"), [("你好", False), ("可疑", False), ("违禁", True)])
-def test_wechat_says_which_text_is_risky(client: Client, simulator: Simulator, text: str, risky: bool) -> None:
+def test_wechat_decides_which_text_is_risky(client: Client, simulator: Simulator, text: str, risky: bool) -> None:
     client.code_to_session(simulator.code(openid="o-alice"))
     assert client.is_risky(text, "o-alice", nickname="某人") is risky
 
 
-def test_the_author_of_a_text_must_have_been_in_the_mini_program_lately(client: Client, simulator: Simulator) -> None:
+def test_the_author_of_a_text_must_have_visited_recently(client: Client, simulator: Simulator) -> None:
     assert code_of(lambda: client.is_risky("text", "o-nobody")) is Code.SESSION_KEY_STALE
 
 
-def test_a_subscribe_message_is_sent_to_who_subscribed_and_43101_is_no_failure(
+def test_a_subscribe_message_needs_a_subscription_and_43101_is_not_a_failure(
     client: Client, simulator: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     client.code_to_session(simulator.code(openid="o-alice"))
@@ -187,12 +187,12 @@ def test_a_subscribe_message_is_sent_to_who_subscribed_and_43101_is_no_failure(
     assert not [record for record in caplog.records if record.name.startswith("wechat")]
 
 
-def test_a_subscribe_message_that_cannot_be_is_a_failure(client: Client, simulator: Simulator) -> None:
+def test_an_invalid_subscribe_message_is_a_failure(client: Client, simulator: Simulator) -> None:
     client.code_to_session(simulator.code(openid="o-alice"))
     assert code_of(lambda: client.send_subscribe_message("o-alice", "T-none", {})) is Code.UPSTREAM_INVALID
 
 
-def test_a_subscribe_message_is_not_sent_twice_when_its_answer_is_lost(client: Client, simulator: Simulator) -> None:
+def test_a_subscribe_message_is_not_sent_twice_if_the_response_is_lost(client: Client, simulator: Simulator) -> None:
     client.code_to_session(simulator.code(openid="o-alice"))
     simulator.accept("o-alice", "T-paid")
     simulator.fault("close", path=SEND)
@@ -273,7 +273,7 @@ def test_too_large_an_image_is_an_error(client: Client, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("errcode", [40001, 40014, 42001])
-def test_an_invalid_access_token_is_replaced_once_and_the_call_is_made_once_more(
+def test_an_invalid_access_token_is_replaced_and_the_call_repeated_once(
     client: Client, simulator: Simulator, errcode: int
 ) -> None:
     client.code_to_session(simulator.code(openid="o-alice"))
@@ -283,9 +283,7 @@ def test_an_invalid_access_token_is_replaced_once_and_the_call_is_made_once_more
     assert len(simulator.calls(CHECK)) == 3
 
 
-def test_a_wechat_that_always_calls_the_token_invalid_is_called_twice_a_request(
-    client: Client, simulator: Simulator
-) -> None:
+def test_a_token_that_wechat_always_rejects_costs_two_calls_per_request(client: Client, simulator: Simulator) -> None:
     simulator.fault("errcode", times=100, errcode=40001, path=CHECK)
     for number in range(1, 6):
         assert code_of(lambda: client.is_risky("text", "o-alice")) is Code.UPSTREAM_INVALID

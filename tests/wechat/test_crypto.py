@@ -18,6 +18,7 @@ from tests.wechat.harness import (
     JSON_OBJECTS,
     PROPERTY,
     VECTORS,
+    any_text,
     decrypt_cbc,
     encrypt_cbc,
     flipped,
@@ -91,7 +92,7 @@ def watermarked(**changes: Any) -> dict[str, Any]:
 
 
 def seal(plaintext: bytes, key: bytes = AES_KEY) -> str:
-    """Encrypt as a message what need not be one."""
+    """Encrypt any plaintext as a message."""
     return encode(encrypt_cbc(plaintext, key, key[:16]))
 
 
@@ -116,33 +117,27 @@ def test_the_demo_data_decrypts() -> None:
     assert encode(encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), KEY, IV)) == DEMO["encrypted_data"]
 
 
-def test_a_flipped_bit_of_the_ciphertext_is_refused() -> None:
+def test_a_flipped_bit_of_the_ciphertext_key_or_padding_is_refused() -> None:
     for ciphertext in flipped(CIPHERTEXT):
         assert refusal(decrypt, ciphertext) is Code.SESSION_KEY_STALE
-
-
-def test_a_flipped_bit_of_the_iv_is_refused_for_what_is_expected() -> None:
-    """By itself CBC lets those through that leave JSON, such as with another name for the openid."""
-    let_through = 0
-    for iv in flipped(IV, tuple(1 << bit for bit in range(8))):
-        code = refusal(decrypt, iv=iv, expected={"openId": OPENID})
-        assert code in (Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
-        let_through += isinstance(outcome(decrypt, iv=iv), dict)
-    assert let_through > 0
-
-
-def test_a_flipped_bit_of_the_key_is_refused() -> None:
     for key in flipped(KEY, tuple(1 << bit for bit in range(8))):
         assert refusal(decrypt, key=key) is Code.SESSION_KEY_STALE
-
-
-def test_a_flipped_bit_of_the_padding_is_refused() -> None:
     plaintext = DEMO["plaintext"].encode()
     padding = pad(plaintext, 16)[len(plaintext) :]
     assert len(padding) > 1
     for altered in flipped(padding, tuple(range(1, 256))):
         ciphertext = encrypt_cbc(plaintext + altered, KEY, IV)
         assert refusal(decrypt, ciphertext) is Code.SESSION_KEY_STALE
+
+
+def test_a_flipped_bit_of_the_iv_is_refused_by_expected() -> None:
+    """CBC itself accepts those that leave valid JSON, such as with another name for the openid."""
+    let_through = 0
+    for iv in flipped(IV, tuple(1 << bit for bit in range(8))):
+        code = refusal(decrypt, iv=iv, expected={"openId": OPENID})
+        assert code in (Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
+        let_through += isinstance(outcome(decrypt, iv=iv), dict)
+    assert let_through > 0
 
 
 def test_a_flipped_bit_of_the_app_id_is_refused() -> None:
@@ -174,7 +169,7 @@ def test_a_flipped_bit_of_the_app_id_is_refused() -> None:
         ({"encrypted_data": "?", "iv": "?"}, {"encryptedData", "iv"}),
     ],
 )
-def test_what_is_no_ciphertext_or_iv_is_named(changes: dict[str, str], fields: set[str]) -> None:
+def test_an_invalid_ciphertext_or_iv_is_named(changes: dict[str, str], fields: set[str]) -> None:
     given = {"encrypted_data": DEMO["encrypted_data"], "iv": DEMO["iv"]} | changes
     with pytest.raises(ApiError) as caught:
         decrypt_user_data(
@@ -193,24 +188,13 @@ def test_the_longest_ciphertext_decrypts() -> None:
 
 
 @pytest.mark.parametrize("session_key", ["", "?", "密", encode(KEY[:-1]), encode(KEY + KEY), "\ud800" * 24])
-def test_a_session_key_that_is_none_is_stale(session_key: str) -> None:
-    code = refusal(
-        decrypt_user_data,
-        DEMO["encrypted_data"],
-        DEMO["iv"],
-        session_key=session_key,
-        app_id=DEMO["appid"],
-        openid=OPENID,
-        now=NOW,
-    )
+def test_an_invalid_session_key_is_stale(session_key: str) -> None:
+    account = {"app_id": DEMO["appid"], "openid": OPENID, "now": NOW}
+    code = refusal(decrypt_user_data, DEMO["encrypted_data"], DEMO["iv"], session_key=session_key, **account)
     assert code is Code.SESSION_KEY_STALE
-
-
-@pytest.mark.parametrize("length", [24, 32])
-def test_a_session_key_of_a_longer_aes_is_stale(length: int) -> None:
-    key = bytes(length)
-    ciphertext = encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), key, IV)
-    assert refusal(decrypt, ciphertext, key=key) is Code.SESSION_KEY_STALE
+    for key in (bytes(24), bytes(32)):  # of a longer AES
+        ciphertext = encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), key, IV)
+        assert refusal(decrypt, ciphertext, key=key) is Code.SESSION_KEY_STALE
 
 
 @pytest.mark.parametrize(
@@ -229,11 +213,11 @@ def test_a_session_key_of_a_longer_aes_is_stale(length: int) -> None:
         b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}",
     ],
 )
-def test_what_is_no_json_object_is_a_stale_session_key(plaintext: bytes) -> None:
+def test_plaintext_other_than_a_json_object_is_a_stale_session_key(plaintext: bytes) -> None:
     assert refusal(decrypt_plaintext, plaintext) is Code.SESSION_KEY_STALE
 
 
-def test_bad_padding_cannot_be_told_from_bad_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_padding_is_indistinguishable_from_bad_json(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.dumps(watermarked()).encode()
     whole += b" " * (-len(whole) % 16)
     bad_json = whole[:-4].replace(b"}", b"{")
@@ -271,7 +255,7 @@ def test_bad_padding_cannot_be_told_from_bad_json(monkeypatch: pytest.MonkeyPatc
         watermarked() | {"openId": ""},
     ],
 )
-def test_data_that_is_anothers_or_without_a_watermark_is_refused(data: object) -> None:
+def test_data_of_another_user_or_app_or_without_watermark_is_refused(data: object) -> None:
     assert refusal(decrypt_data, data) is Code.SIGNATURE_MISMATCH
 
 
@@ -283,12 +267,12 @@ def test_the_watermark_must_be_recent() -> None:
     assert (MAXIMUM_AGE_SECONDS, CLOCK_SKEW_SECONDS) == (600, 60)
 
 
-def test_true_is_no_timestamp() -> None:
+def test_true_is_not_a_timestamp() -> None:
     assert decrypt_data(watermarked(timestamp=1), now=1) == watermarked(timestamp=1)
     assert refusal(decrypt_data, watermarked(timestamp=True), now=1) is Code.SIGNATURE_MISMATCH
 
 
-def test_data_without_an_openid_is_that_of_the_session_key() -> None:
+def test_data_may_lack_an_openid() -> None:
     assert decrypt_data(watermarked(), openid="o-anybody") == watermarked()
 
 
@@ -301,7 +285,7 @@ def test_data_other_than_expected_is_refused(expected: dict[str, Any]) -> None:
 
 @PROPERTY
 @given(JSON_OBJECTS, KEYS, KEYS)
-def test_any_object_comes_back(data: dict[str, Any], key: bytes, iv: bytes) -> None:
+def test_any_object_survives_encryption(data: dict[str, Any], key: bytes, iv: bytes) -> None:
     data = {**data, "openId": OPENID} | watermarked()
     ciphertext = encrypt_cbc(pad(json.dumps(data).encode(), 16), key, iv)
     assert decrypt(ciphertext, key=key, iv=iv, expected=data) == data
@@ -327,7 +311,7 @@ def test_any_plaintext_and_any_ciphertext_are_refused(plaintext: bytes, key: byt
     assert refusal(decrypt, blocks, key=key) in codes
 
 
-def test_user_data_is_read_as_wechatpy_reads_it() -> None:
+def test_user_data_decrypts_as_in_wechatpy() -> None:
     chance = random.Random(1)
     for _ in range(2000):
         key, iv = chance.randbytes(16), chance.randbytes(16)
@@ -338,19 +322,14 @@ def test_user_data_is_read_as_wechatpy_reads_it() -> None:
         assert decrypt(ciphertext, key=key, iv=iv, expected=data) == theirs == data
 
 
-def any_text(chance: random.Random) -> str:
-    """Empty, short or long; Chinese, emoji, ASCII or all of them."""
-    alphabet = chance.choice(["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", string.printable, "a微😀\x00\u202e<&]]>\"'\\"])
-    return "".join(chance.choices(alphabet, k=chance.choice([0, 1, 7, 50, 1000])))
-
-
 # Signatures
 
 
-def test_the_published_signatures_come_out() -> None:
+def test_the_published_signatures() -> None:
     raw_data, session = VECTORS["raw_data.official"], VECTORS["session_signature.post"]
     assert raw_data_signature(raw_data["raw_data"], raw_data["session_key"]) == raw_data["signature"]
     assert session_signature(session["session_key"], session["body"]) == session["signature"]
+    assert session_signature("key") == session_signature("key", "")
     for name in ("push.url_verify", "push.plain_mode"):
         vector = VECTORS[name]
         assert push_signature(vector["token"], vector["timestamp"], vector["nonce"]) == vector["signature"]
@@ -360,7 +339,7 @@ def test_the_published_signatures_come_out() -> None:
         assert push_signature(*parts) == vector.get("url_signature", push_signature(*parts))
 
 
-def test_a_flipped_bit_of_what_is_signed_shows() -> None:
+def test_a_flipped_bit_changes_the_signature() -> None:
     raw_data, session, push = (
         VECTORS[name] for name in ("raw_data.official", "session_signature.post", "push.safe_mode_json")
     )
@@ -380,13 +359,9 @@ def test_a_flipped_bit_of_what_is_signed_shows() -> None:
             assert push_signature(*parts.values()) != push["msg_signature"]
 
 
-def test_the_session_signature_is_of_the_empty_text_by_default() -> None:
-    assert session_signature("key") == session_signature("key", "")
-
-
 @PROPERTY
 @given(st.lists(st.text(), max_size=5), st.text(), st.text())
-def test_signatures_are_those_of_wechatpy_and_of_the_formula(parts: list[str], data: str, key: str) -> None:
+def test_signatures_match_wechatpy_and_the_formula(parts: list[str], data: str, key: str) -> None:
     signer = WeChatSigner()
     signer.add_data(*parts)
     assert push_signature(*parts) == push_signature(*reversed(parts)) == signer.signature
@@ -417,7 +392,7 @@ def test_the_published_messages_decrypt_and_encrypt(vector: dict[str, Any]) -> N
 @EACH_MESSAGE
 def test_a_flipped_bit_of_an_encrypted_message_is_refused_unless_cbc_hides_it(vector: dict[str, Any]) -> None:
     """A flip in the first block garbles only the random bytes, and alters as many bits in the second, of which the
-    last 12 bytes are text. That this is caught, msg_signature sees to: test_push.py has the test."""
+    last 12 bytes are text. msg_signature detects it: see test_message_push.py."""
     masks = (0x01, 0x02, 0x04, 0x80)
     for at, encrypted in enumerate(flipped(base64.b64decode(vector["encrypt"]), masks)):
         if 4 <= at // len(masks) < 16 and masks[at % len(masks)] < 0x80:
@@ -479,7 +454,7 @@ def test_a_message_for_another_app_id_is_refused(app_id: str) -> None:
         bytes(16) + b"\x00\x00\x00\x00" + APP_ID.encode() + b"\x00",
     ],
 )
-def test_what_is_no_message_is_refused(plaintext: bytes) -> None:
+def test_a_malformed_message_is_refused(plaintext: bytes) -> None:
     code = refusal(decrypt_message, seal(pad(plaintext, 32)), AES_KEY, APP_ID)
     assert code is Code.SIGNATURE_MISMATCH
 
@@ -498,14 +473,14 @@ def test_a_message_in_lenient_base64_or_half_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("random", [b"", bytes(15), bytes(17)])
-def test_random_bytes_of_another_length_are_a_mistake_of_ours(random: bytes) -> None:
+def test_random_bytes_of_another_length_are_a_value_error(random: bytes) -> None:
     with pytest.raises(ValueError, match="16"):
         encrypt_message("text", AES_KEY, APP_ID, random)
 
 
 @PROPERTY
 @given(st.text(), st.binary(min_size=32, max_size=32), st.text(), KEYS)
-def test_any_message_comes_back(text: str, key: bytes, app_id: str, random: bytes) -> None:
+def test_any_message_survives_encryption(text: str, key: bytes, app_id: str, random: bytes) -> None:
     assert decrypt_message(encrypt_message(text, key, app_id, random), key, app_id) == text
 
 
@@ -521,7 +496,7 @@ def test_any_text_and_any_plaintext_as_a_message_is_refused(
         assert code is Code.SIGNATURE_MISMATCH
 
 
-def test_messages_go_to_wechatpy_and_come_from_it() -> None:
+def test_messages_are_exchanged_with_wechatpy() -> None:
     chance = random.Random(2)
     for _ in range(2000):
         key, app_id, text = chance.randbytes(32), f"wx{chance.randrange(10**16)}", any_text(chance)
@@ -532,7 +507,7 @@ def test_messages_go_to_wechatpy_and_come_from_it() -> None:
 # EncodingAESKey
 
 
-def test_the_last_character_of_an_encoding_aes_key_has_two_bits_that_count_for_nothing() -> None:
+def test_two_bits_of_an_encoding_aes_key_are_unused() -> None:
     keys = [decode_aes_key("a" * 42 + last) for last in "ABCD"]
     assert keys == [base64.b64decode("a" * 42 + "A=")] * 4
     assert decode_aes_key("a" * 42 + "E") != keys[0]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from wechatpy.crypto import PrpCrypto, WeChatCrypto
 
 from errors import ApiError, Code
-from tests.wechat.harness import ANY_TEXT, JSON, JSON_OBJECTS, PROPERTY, VECTORS, flipped, outcome, refusal
+from tests.wechat.harness import ANY_TEXT, JSON, JSON_OBJECTS, PROPERTY, VECTORS, any_text, flipped, outcome, refusal
 from wechat import strict_json
 from wechat.crypto import decode_aes_key, encrypt_message, push_signature
 from wechat.message_push import WINDOW_SECONDS, Form, MessagePush, PushMessage
@@ -45,7 +45,7 @@ def safe() -> MessagePush:
 
 
 def sign(*encrypted: str, timestamp: object = NOW, nonce: str = "n", token: str = TOKEN) -> dict[str, str]:
-    """The query of a request that WeChat signs: with msg_signature if there is something encrypted to sign."""
+    """The query of a request signed by WeChat, with msg_signature for an encrypted body."""
     timestamp = str(timestamp)
     query = {"timestamp": timestamp, "nonce": nonce, "signature": push_signature(token, timestamp, nonce)}
     for text in encrypted:
@@ -62,7 +62,7 @@ def enclose(encrypted: object, **others: object) -> bytes:
 
 
 def open_encrypted(push: MessagePush, text: str, app_id: str = APP_ID, **signed: Any) -> PushMessage:
-    """Open what is signed right, whatever the text."""
+    """Open any text under a valid signature."""
     encrypted = encrypt(text, app_id)
     return push.open(sign(encrypted, **signed), enclose(encrypted), NOW)
 
@@ -94,22 +94,22 @@ SAFE_QUERY = {
 # Known answers
 
 
-def test_the_published_url_check_is_answered(plain: MessagePush, safe: MessagePush) -> None:
+def test_the_published_url_verification(plain: MessagePush, safe: MessagePush) -> None:
     for push in (plain, safe):
         assert push.verify_url(vector_query(URL), int(URL["timestamp"])) == URL["echostr"]
 
 
-def test_the_published_plain_message_opens(plain: MessagePush) -> None:
+def test_the_published_plain_message(plain: MessagePush) -> None:
     message = plain.open(vector_query(PLAIN), PLAIN["body"].encode(), int(PLAIN["timestamp"]))
     assert message == (json.loads(PLAIN["body"]), "json")
     assert (message.type, message.event) == ("event", "debug_demo")
 
 
-def test_the_published_encrypted_message_opens(safe: MessagePush) -> None:
+def test_the_published_encrypted_message(safe: MessagePush) -> None:
     assert safe.open(SAFE_QUERY, enclose(SAFE["encrypt"]), NOW) == (json.loads(SAFE["plaintext"]), "json")
 
 
-def test_the_published_reply_comes_out(safe: MessagePush, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_reply(safe: MessagePush, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "token_bytes", {16: REPLY["random"].encode()}.__getitem__)
     monkeypatch.setattr(secrets, "token_hex", lambda count: REPLY["nonce"])
     sealed = safe.seal(json.loads(REPLY["plaintext"]), "json", float(REPLY["timestamp"]) + 0.9)
@@ -141,13 +141,13 @@ def test_a_flipped_bit_of_any_signed_text_is_refused(plain: MessagePush, safe: M
             assert code is Code.SIGNATURE_MISMATCH
 
 
-def test_a_flipped_bit_of_the_ciphertext_is_refused_also_where_cbc_hides_it(safe: MessagePush) -> None:
+def test_a_flipped_bit_of_the_ciphertext_is_refused_even_if_cbc_hides_it(safe: MessagePush) -> None:
     for ciphertext in flipped(base64.b64decode(SAFE["encrypt"])):
         body = enclose(base64.b64encode(ciphertext).decode())
         assert refusal(safe.open, SAFE_QUERY, body, NOW) is Code.SIGNATURE_MISMATCH
 
 
-def test_other_random_bytes_are_another_signature(safe: MessagePush) -> None:
+def test_other_random_bytes_change_the_signature(safe: MessagePush) -> None:
     for prefix in flipped(SAFE["random"].encode()):
         body = enclose(encrypt_message(SAFE["plaintext"], AES_KEY, APP_ID, prefix))
         assert refusal(safe.open, SAFE_QUERY, body, NOW) is Code.SIGNATURE_MISMATCH
@@ -160,7 +160,7 @@ def test_another_token_or_aes_key_is_refused() -> None:
         assert code is Code.SIGNATURE_MISMATCH
 
 
-def test_the_last_character_of_the_aes_key_may_be_any_of_the_four_that_mean_the_same(safe: MessagePush) -> None:
+def test_the_aes_keys_with_other_unused_bits_are_equal(safe: MessagePush) -> None:
     for last, opens in zip("ABCDE", (True, True, True, True, False), strict=True):
         push = MessagePush(TOKEN, ENCODING_AES_KEY[:-1] + last, APP_ID)
         opened = outcome(push.open, SAFE_QUERY, enclose(SAFE["encrypt"]), NOW)
@@ -177,25 +177,25 @@ def test_in_safe_mode_the_plain_signature_proves_nothing(safe: MessagePush, encr
             assert refusal(safe.open, forged, sent, NOW) is Code.SIGNATURE_MISMATCH
 
 
-def test_a_plain_body_is_refused_in_safe_mode_whatever_is_signed(safe: MessagePush) -> None:
+def test_a_plain_body_is_refused_in_safe_mode_under_any_signature(safe: MessagePush) -> None:
     for query in (sign(""), SAFE_QUERY, {name: sign("")[name] for name in ("timestamp", "nonce", "msg_signature")}):
         for body in (PLAIN["body"].encode(), b"{}", b"<xml/>", b"<xml><Event>e</Event></xml>"):
             assert refusal(safe.open, query, body, NOW) is Code.SIGNATURE_MISMATCH
 
 
 @pytest.mark.parametrize("encrypted", [None, 1, [], {}, [encrypt("{}")]])
-def test_an_encrypt_that_is_no_text_is_refused(safe: MessagePush, encrypted: object) -> None:
+def test_an_encrypt_other_than_a_text_is_refused(safe: MessagePush, encrypted: object) -> None:
     query = sign(encrypt("{}"))
     assert refusal(safe.open, query, enclose(encrypted), NOW) is Code.SIGNATURE_MISMATCH
 
 
-def test_in_compatibility_mode_only_what_is_encrypted_is_read(safe: MessagePush) -> None:
+def test_in_compatibility_mode_only_the_encrypted_part_is_read(safe: MessagePush) -> None:
     encrypted = encrypt('{"MsgType":"event"}')
     body = enclose(encrypted, MsgType="text", Content="forged")
     assert safe.open(sign(encrypted), body, NOW) == ({"MsgType": "event"}, "json")
 
 
-def test_the_mode_is_not_the_callers_to_choose(plain: MessagePush, safe: MessagePush) -> None:
+def test_the_caller_cannot_choose_the_mode(plain: MessagePush, safe: MessagePush) -> None:
     encrypted = encrypt('{"MsgType":"event"}')
     without = {name: value for name, value in sign(encrypted).items() if name not in ("encrypt_type", "signature")}
     for query in (without, without | {"encrypt_type": "raw", "signature": "?"}):
@@ -210,7 +210,7 @@ def test_in_plain_mode_an_encrypted_body_is_refused(plain: MessagePush) -> None:
     assert open_plain(plain, enclose(encrypted, MsgType="text")).type == "text"
 
 
-def test_in_plain_mode_nothing_is_read_before_the_signature_is_right(plain: MessagePush) -> None:
+def test_in_plain_mode_the_signature_is_checked_before_the_body(plain: MessagePush) -> None:
     query = sign() | {"signature": "0" * 40}
     assert refusal(plain.open, query, b"?", NOW) is Code.SIGNATURE_MISMATCH
 
@@ -248,11 +248,11 @@ def test_a_timestamp_must_be_near_our_clock(plain: MessagePush, safe: MessagePus
         "1_714_112_445",
         "１７１４１１２４４５",
         "nan",
+        f"{NOW:013}",
         "9" * 5000,
-    ]
-    + [f"{NOW:013}"],
+    ],
 )
-def test_a_timestamp_is_12_digits_at_most(plain: MessagePush, timestamp: str) -> None:
+def test_a_timestamp_has_at_most_12_digits(plain: MessagePush, timestamp: str) -> None:
     assert refusal(plain.open, sign(timestamp=timestamp), b"{}", NOW) is Code.SIGNATURE_MISMATCH
     assert plain.open(sign(timestamp=f"{NOW:012}"), b"{}", NOW).fields == {}
 
@@ -266,7 +266,7 @@ def test_each_missing_parameter_is_named(plain: MessagePush, safe: MessagePush) 
     assert errors_of(safe, sign(), b"{}") == {"msg_signature": MISSING}
 
 
-def test_an_empty_token_or_a_wrong_aes_key_is_a_mistake_of_ours() -> None:
+def test_an_empty_token_or_invalid_aes_key_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="token"):
         MessagePush("", None, APP_ID)
     for key in ("", "A" * 42):  # an empty one must not mean plain mode
@@ -306,23 +306,6 @@ LAUGHS = "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 10))
 @pytest.mark.parametrize(
     "body",
     [
-        f"<!DOCTYPE xml [<!ENTITY a0 'ha'>{LAUGHS}]><xml><a>&a9;</a></xml>",
-        "<!DOCTYPE xml [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><xml><a>&a;</a></xml>",
-        "<!DOCTYPE xml [<!ENTITY % a SYSTEM 'http://127.0.0.1/a'>%a;]><xml/>",
-        "<!DOCTYPE xml SYSTEM 'http://127.0.0.1/a.dtd'><xml/>",
-        "<!DOCTYPE xml><xml/>",
-        "<xml><a>&undefined;</a></xml>",
-    ],
-)
-def test_a_dtd_and_entities_are_refused(plain: MessagePush, safe: MessagePush, body: str) -> None:
-    assert set(errors_of(plain, sign(), body.encode()) or ()) == {"body"}
-    assert set(errors_of(safe, sign(""), body.encode()) or ()) == {"body"}
-    assert refusal(open_encrypted, safe, body) is Code.INVALID_INPUT
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
         b"",
         b" ",
         b"success",
@@ -345,6 +328,12 @@ def test_a_dtd_and_entities_are_refused(plain: MessagePush, safe: MessagePush, b
         b"<xml>&#xd800;</xml>",
         b"<xml>" + b"<a>" * 33 + b"</a>" * 33 + b"</xml>",
         b"<a>" * 100_000 + b"</a>" * 100_000,
+        f"<!DOCTYPE xml [<!ENTITY a0 'ha'>{LAUGHS}]><xml><a>&a9;</a></xml>".encode(),
+        b"<!DOCTYPE xml [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><xml><a>&a;</a></xml>",
+        b"<!DOCTYPE xml [<!ENTITY % a SYSTEM 'http://127.0.0.1/a'>%a;]><xml/>",
+        b"<!DOCTYPE xml SYSTEM 'http://127.0.0.1/a.dtd'><xml/>",
+        b"<!DOCTYPE xml><xml/>",
+        b"<xml><a>&undefined;</a></xml>",
     ],
 )
 def test_a_malformed_body_is_named(plain: MessagePush, safe: MessagePush, body: bytes) -> None:
@@ -380,7 +369,7 @@ def test_the_form_is_that_of_the_outer_body(safe: MessagePush, outer: Form, inne
 # Messages
 
 
-def test_a_message_that_is_sent_again_has_the_same_key_and_no_other_has() -> None:
+def test_a_repeated_message_and_no_other_has_the_same_key() -> None:
     event = {"FromUserName": "o-wechat", "CreateTime": 1, "Event": "e", "OpenID": "o-a"}
     different = [
         {"MsgId": 1},
@@ -406,7 +395,7 @@ def test_a_message_that_is_sent_again_has_the_same_key_and_no_other_has() -> Non
 
 
 @pytest.mark.parametrize("value", [None, 1, ["event"], {"a": "b"}, ""])
-def test_an_odd_type_or_event_reads_as_none(value: object) -> None:
+def test_an_invalid_type_or_event_reads_as_empty(value: object) -> None:
     message = PushMessage({"MsgType": value, "Event": value}, "json")
     assert (message.type, message.event) == ("", "")
     assert (PushMessage({}, "json").type, PushMessage({}, "json").event) == ("", "")
@@ -416,7 +405,7 @@ def test_an_odd_type_or_event_reads_as_none(value: object) -> None:
 # Replies
 
 
-def test_a_reply_is_sealed_as_the_form_and_the_mode_are(plain: MessagePush, safe: MessagePush) -> None:
+def test_a_reply_has_the_format_and_mode_of_the_account(plain: MessagePush, safe: MessagePush) -> None:
     reply = {"ToUserName": "o-a", "CreateTime": NOW, "Content": "微信<&>😀", "Articles": {"item": [{"Url": "a"}, None]}}
     assert json.loads(plain.seal(reply, "json", NOW)) == reply
     assert "微信<&>😀" in plain.seal(reply, "json", NOW)  # as it is, in UTF-8
@@ -431,12 +420,12 @@ def test_a_reply_is_sealed_as_the_form_and_the_mode_are(plain: MessagePush, safe
     assert (root.tag, [child.tag for child in root]) == ("xml", list(sealed))
 
 
-def test_no_two_replies_are_sealed_alike(safe: MessagePush) -> None:
+def test_equal_replies_are_sealed_differently(safe: MessagePush) -> None:
     sealed = [json.loads(safe.seal({}, "json", NOW)) for _ in range(20)]
     assert len({reply["Nonce"] for reply in sealed}) == len({reply["Encrypt"] for reply in sealed}) == 20
 
 
-def test_characters_that_the_form_cannot_carry_are_left_out(plain: MessagePush, safe: MessagePush) -> None:
+def test_characters_that_the_format_cannot_hold_are_dropped(plain: MessagePush, safe: MessagePush) -> None:
     text = "a\x00\x0b\ufffe\ud800\r\n\t\x7f\U0001f600"
     assert open_plain(plain, plain.seal({"a": text}, "xml", NOW).encode()).fields == {"a": "a\r\n\t\x7f\U0001f600"}
     assert json.loads(plain.seal({"a": text}, "json", NOW)) == {"a": text.replace("\ud800", "")}
@@ -445,12 +434,12 @@ def test_characters_that_the_form_cannot_carry_are_left_out(plain: MessagePush, 
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a>", "1", "é", "\ud800", "a\n"])
-def test_what_is_no_name_in_xml_is_a_mistake_of_ours(plain: MessagePush, name: str) -> None:
+def test_an_invalid_xml_name_is_a_value_error(plain: MessagePush, name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         plain.seal({"a": [{name: 1}]}, "xml", NOW)
 
 
-def test_json_has_no_nan(plain: MessagePush) -> None:
+def test_nan_in_json_is_a_value_error(plain: MessagePush) -> None:
     with pytest.raises(ValueError, match="float"):
         plain.seal({"a": float("nan")}, "json", NOW)
 
@@ -490,7 +479,7 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
 
 @PROPERTY
 @given(JSON_OBJECTS, ANY_TEXT, st.text(min_size=1))
-def test_any_reply_in_json_comes_back(reply: dict[str, Any], nonce: str, token: str) -> None:
+def test_any_reply_in_json_can_be_opened(reply: dict[str, Any], nonce: str, token: str) -> None:
     plain, safe = MessagePush(token, None, APP_ID), MessagePush(token, ENCODING_AES_KEY, APP_ID)
     body = plain.seal(reply, "json", NOW).encode()
     assert strict_json.loads(body.decode()) == reply
@@ -500,7 +489,7 @@ def test_any_reply_in_json_comes_back(reply: dict[str, Any], nonce: str, token: 
 
 
 def reopen(safe: MessagePush, sealed: str, form: Form) -> PushMessage:
-    """Open a reply as if it were a message, which is signed and encrypted the same way."""
+    """Open a reply like a message, which is signed and encrypted in the same way."""
     if form == "json":
         fields = json.loads(sealed)
     else:
@@ -522,7 +511,7 @@ XML_VALUES = st.recursive(
 
 @PROPERTY
 @given(st.dictionaries(NAMES, once_or_repeated(XML_VALUES), max_size=4))
-def test_any_reply_in_xml_comes_back(reply: dict[str, Any]) -> None:
+def test_any_reply_in_xml_can_be_opened(reply: dict[str, Any]) -> None:
     safe = MessagePush(TOKEN, ENCODING_AES_KEY, APP_ID)
     plain = MessagePush(TOKEN, None, APP_ID)
     assert open_plain(plain, plain.seal(reply, "xml", NOW).encode()) == (reply, "xml")
@@ -544,16 +533,12 @@ def test_any_reply_can_be_sealed(reply: dict[str, Any], form: Form) -> None:
 # wechatpy
 
 
-def any_text(chance: random.Random) -> str:
-    """Empty, short or long; Chinese, emoji, ASCII or all of them; without \\r, which bare is a line feed to XML."""
-    alphabet = chance.choice(
-        ["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", string.ascii_letters + " \n\t", "a微😀\u202e<&]]>\"'\\"]
-    )
-    return "".join(chance.choices(alphabet, k=chance.choice([0, 1, 7, 50, 500])))
+NOT_IN_XML = dict.fromkeys([0, 11, 12, 13])
+"""The control characters of `any_text`, with \\r, which XML reads as a line feed."""
 
 
 def any_message(chance: random.Random) -> dict[str, str]:
-    return {"MsgType": "text", "MsgId": str(chance.getrandbits(64)), "Content": any_text(chance)}
+    return {"MsgType": "text", "MsgId": str(chance.getrandbits(64)), "Content": any_text(chance).translate(NOT_IN_XML)}
 
 
 def any_account(chance: random.Random) -> tuple[str, str, str]:
@@ -562,7 +547,7 @@ def any_account(chance: random.Random) -> tuple[str, str, str]:
     return token, key, f"wx{chance.getrandbits(64):016x}"
 
 
-def test_messages_of_wechatpy_open() -> None:
+def test_messages_from_wechatpy_can_be_opened() -> None:
     chance = random.Random(1)
     for _ in range(2000):
         token, key, app_id = any_account(chance)
@@ -581,7 +566,7 @@ def test_messages_of_wechatpy_open() -> None:
         assert push.open(query, enclose(encrypted), NOW) == (fields, "json")
 
 
-def test_wechatpy_reads_what_is_sealed() -> None:
+def test_wechatpy_can_open_replies() -> None:
     chance = random.Random(2)
     for _ in range(2000):
         token, key, app_id = any_account(chance)

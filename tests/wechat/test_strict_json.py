@@ -11,7 +11,7 @@ from wechat.strict_json import MAXIMUM_DEPTH
 
 @PROPERTY
 @given(JSON)
-def test_what_json_writes_is_read_back(document: object) -> None:
+def test_json_is_read_back(document: object) -> None:
     assert strict_json.loads(json.dumps(document)) == document
 
 
@@ -36,7 +36,7 @@ def test_what_json_writes_is_read_back(document: object) -> None:
         '{"a":' * 100_000,
     ],
 )
-def test_what_others_would_read_otherwise_or_not_at_all_is_refused(text: str) -> None:
+def test_ambiguous_or_invalid_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  json has many ways to say it
         strict_json.loads(text)
 
@@ -48,13 +48,13 @@ def test_the_depth_is_limited(opening: str, closing: str) -> None:
         strict_json.loads(opening * (MAXIMUM_DEPTH + 1) + "1" + closing * (MAXIMUM_DEPTH + 1))
 
 
-def test_a_whole_surrogate_pair_is_a_character() -> None:
+def test_a_surrogate_pair_is_a_character() -> None:
     assert strict_json.loads(r'"\ud83d\ude00"') == "😀"
 
 
 @PROPERTY
 @given(st.text(st.sampled_from('{}[]":,\\ud8019eE.-+ tfn\x00')) | st.text(st.characters()))
-def test_any_text_is_read_or_a_value_error(text: str) -> None:
+def test_any_text_is_read_or_raises_value_error(text: str) -> None:
     try:
         document = strict_json.loads(text)
     except ValueError:

@@ -1,0 +1,153 @@
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+from flask import Flask
+
+from errors import Code
+from tests.harness import APP_ID, WEB_APP_ID, Simulator
+from tests.wechat.harness import refusal
+from wechat.oauth import Authorization, Grant, WebApp
+
+TOKEN, REFRESH, USERINFO, AUTH = (
+    f"/sns/{name}" for name in ("oauth2/access_token", "oauth2/refresh_token", "userinfo", "auth")
+)
+BACK = "https://example.com/back?n=1"
+TOKENS = {"openid": "o-alice", "access_token": "a", "refresh_token": "r", "scope": "snsapi_userinfo"}
+AUTHORIZATION = Authorization(**TOKENS)
+
+
+@pytest.fixture
+def web_app(app: Flask) -> WebApp:
+    return app.extensions["wechat"].web_apps["snsapi_userinfo"]
+
+
+@pytest.fixture
+def log_in(web_app: WebApp, simulator: Simulator) -> Callable[..., Grant]:
+    """Let a user consent, and redeem the code."""
+
+    def redeem(scope: str = "snsapi_userinfo", **person: Any) -> Grant:
+        simulator.web_user(openid="o-alice", **person)
+        back = simulator.sign_in_on_the_web(web_app.authorize_url(scope, BACK, "state"))
+        query = dict(parse_qsl(urlsplit(back).query))
+        assert query == {"n": "1", "state": "state", "code": query["code"]}
+        return web_app.redeem(query["code"])
+
+    return redeem
+
+
+def respond(web_app: WebApp, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
+    monkeypatch.setattr(web_app._transport, "call", lambda *_, **__: answer)
+
+
+@pytest.mark.parametrize(
+    ("scope", "path", "app_id"),
+    [
+        ("snsapi_base", "/connect/oauth2/authorize", WEB_APP_ID),
+        ("snsapi_userinfo", "/connect/oauth2/authorize", WEB_APP_ID),
+        ("snsapi_login", "/connect/qrconnect", APP_ID),
+    ],
+)
+def test_authorize_url(app: Flask, simulator: Simulator, scope: str, path: str, app_id: str) -> None:
+    url = app.extensions["wechat"].web_apps[scope].authorize_url(scope, BACK, "s&1")
+    parts = urlsplit(url)
+    assert (f"{parts.scheme}://{parts.netloc}", parts.path) == (simulator.url, path)
+    assert parts.fragment == "wechat_redirect"
+    names = ("appid", "redirect_uri", "response_type", "scope", "state")  # in this order
+    assert parse_qsl(parts.query) == list(zip(names, (app_id, BACK, "code", scope, "s&1"), strict=True))
+
+
+def test_redeem(web_app: WebApp, log_in: Callable[..., Grant]) -> None:
+    grant = log_in(unionid="u-alice")
+    assert (grant.authorization.openid, grant.authorization.scope) == ("o-alice", "snsapi_userinfo")
+    assert (grant.unionid, grant.is_snapshot_user) == ("u-alice", False)
+    assert log_in("snsapi_base").unionid is None
+    assert log_in(snapshot=True).is_snapshot_user
+    assert refusal(web_app.redeem, "0unknown") is Code.WECHAT_CODE_INVALID
+
+
+def test_a_code_works_once(web_app: WebApp, simulator: Simulator) -> None:
+    back = simulator.sign_in_on_the_web(web_app.authorize_url("snsapi_base", BACK, "state"))
+    code = dict(parse_qsl(urlsplit(back).query))["code"]
+    web_app.redeem(code)
+    assert refusal(web_app.redeem, code) is Code.WECHAT_CODE_USED
+
+
+def test_userinfo(web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator) -> None:
+    authorization = log_in(nickname="爱丽丝", avatar_url="https://example.com/a.png", unionid="u-alice").authorization
+    profile, same = web_app.userinfo(authorization)
+    assert profile == ("爱丽丝", "https://example.com/a.png", "u-alice")
+    assert same == authorization
+    (call,) = simulator.calls(USERINFO)
+    assert call["parameters"] == ["access_token", "lang", "openid"]
+    assert web_app.userinfo(log_in(nickname="").authorization)[0].nickname is None
+    assert refusal(web_app.userinfo, log_in("snsapi_base").authorization) is Code.WECHAT_REFUSED
+
+
+@pytest.mark.parametrize("method", ["userinfo", "is_valid"])
+def test_an_expired_access_token_is_refreshed_once(
+    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, method: str
+) -> None:
+    path = {"userinfo": USERINFO, "is_valid": AUTH}[method]
+    old = log_in().authorization
+    simulator.travel(7201)
+    result, new = getattr(web_app, method)(old)
+    assert result
+    assert new == old._replace(access_token=new.access_token)
+    assert new.access_token != old.access_token
+    assert [len(simulator.calls(called)) for called in (path, REFRESH)] == [2, 1]
+    assert getattr(web_app, method)(new) == (result, new)
+
+
+def test_is_valid(web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator) -> None:
+    authorization = log_in().authorization
+    assert web_app.is_valid(authorization) == (True, authorization)
+    assert not web_app.is_valid(authorization._replace(openid="o-bob"))[0]
+    simulator.travel(31 * 86400)  # the refresh token has expired too
+    assert web_app.is_valid(authorization) == (False, authorization)
+    assert refusal(web_app.userinfo, authorization) is Code.UPSTREAM_INVALID
+
+
+@pytest.mark.parametrize("errcode", [40001, 40014, 42001])
+def test_a_token_that_wechat_keeps_rejecting_is_refreshed_once(
+    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, errcode: int
+) -> None:
+    simulator.fault("errcode", times=100, errcode=errcode, path=AUTH)
+    assert not web_app.is_valid(log_in().authorization)[0]
+    assert [len(simulator.calls(path)) for path in (AUTH, REFRESH)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("different", "reason"),
+    [
+        ({"openid": None}, "openid, tokens or scope"),
+        ({"openid": "o alice"}, "openid, tokens or scope"),
+        ({"access_token": 1}, "openid, tokens or scope"),
+        ({"access_token": "x" * 513}, "openid, tokens or scope"),
+        ({"refresh_token": ""}, "openid, tokens or scope"),
+        ({"scope": []}, "openid, tokens or scope"),
+        ({"unionid": 5}, "malformed unionid"),
+        ({"unionid": "u" * 65}, "malformed unionid"),
+    ],
+)
+def test_malformed_tokens_are_502_and_their_field_names_are_logged(
+    web_app: WebApp, monkeypatch: pytest.MonkeyPatch, log_lines: Any, different: dict[str, Any], reason: str
+) -> None:
+    answer = {**TOKENS, **different}
+    respond(web_app, monkeypatch, answer)
+    assert refusal(web_app.redeem, "0code") is Code.UPSTREAM_INVALID
+    line = log_lines()[-1]
+    assert line["interface"] == TOKEN
+    assert line["reason"].startswith(reason)
+    assert line["reason"].endswith(f"; fields received: {', '.join(sorted(answer))}")
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"openid": "o-bob"}, {"openid": ["o-alice"]}, {"openid": "o-alice", "unionid": 5}]
+)
+def test_a_malformed_profile_or_another_user_s_is_502(
+    web_app: WebApp, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    respond(web_app, monkeypatch, answer)
+    assert refusal(web_app.userinfo, AUTHORIZATION) is Code.UPSTREAM_INVALID
