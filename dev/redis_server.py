@@ -12,7 +12,7 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
-START_SECONDS = 10
+START_SECONDS = 30
 STOP_SECONDS = 5
 
 
@@ -36,10 +36,12 @@ class RedisServer:
     """A redis-server process that keeps an append-only file.
 
     :param data: the folder of that file.
+    :param wrapper: a command that runs the server's.
     """
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, wrapper: Sequence[str] = ()) -> None:
         self._data = data
+        self._wrapper = wrapper
         # Not beside the data: a socket's path may have about 100 characters, and a clone may lie deeper than that.
         self._socket_folder = tempfile.TemporaryDirectory(prefix="kuaishang-")
         self.socket = f"{self._socket_folder.name}/redis.sock"
@@ -63,7 +65,7 @@ class RedisServer:
             "logfile": "redis.log",
         }
         self.process = subprocess.Popen(
-            [executable(), *(word for name, value in options.items() for word in (f"--{name}", value))],
+            [*self._wrapper, executable(), *(word for name, value in options.items() for word in (f"--{name}", value))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is the launcher's to handle

@@ -10,7 +10,7 @@ import logging
 import secrets
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from tests.harness import (
     WEB_APP_SECRET,
     Service,
     Simulator,
+    bound_to_this_process,
     migrate,
 )
 from tests.otlp_receiver import OtlpReceiver
@@ -98,21 +99,19 @@ def _has_to_do_with_a_database(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.close()
+    with closing(RedisServer(tmp_path_factory.mktemp("redis"), bound_to_this_process())) as server:
+        server.start()
+        yield server
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of this test alone, which may stop it or make it hang."""
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    yield server
-    if server.process:
-        server.process.send_signal(signal.SIGCONT)
-    server.close()
+    with closing(RedisServer(tmp_path / "redis", bound_to_this_process())) as server:
+        server.start()
+        yield server
+        if server.process:
+            server.process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture(scope="session")
@@ -147,10 +146,10 @@ def own_databases(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[Datab
 
 
 def _databases(config: pytest.Config, folder: Path) -> Iterator[Databases]:
-    databases = {"sqlite": SQLiteFiles, "mariadb": MariaDB}[config.getoption("database")](folder)
-    databases.start()
-    yield databases
-    databases.close()
+    kind = {"sqlite": SQLiteFiles, "mariadb": MariaDB}[config.getoption("database")]
+    with closing(kind(folder)) as databases:
+        databases.start()
+        yield databases
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,21 @@ import html
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import requests
+from alembic import command
+from alembic.config import Config
 
 from dev.run import free_port
 from telemetry import metrics
@@ -33,19 +39,28 @@ PERSON = {
 PUSH_TOKEN, PUSH_AES_KEY = "apushtokennobodymaysee", "aPushAesKeyNobodyMaySee012345678901234567ab"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 15) -> Any:
-    """Poll until the condition holds, and answer what it answered."""
+WAIT_SECONDS = 60
+"""How long to wait for what happens at once on a quiet machine."""
+
+
+def bound_to_this_process(number: signal.Signals = signal.SIGKILL) -> list[str]:
+    """Words before a command, so that its process gets this signal when ours dies, however it dies. Only on Linux."""
+    return ["setpriv", "--pdeathsig", number.name.removeprefix("SIG")] if shutil.which("setpriv") else []
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
+    """Poll until the condition holds, and return its value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         outcome = condition()
         if outcome:
             return outcome
-        time.sleep(0.05)
-    raise AssertionError(f"not so within {seconds} s")
+        time.sleep(0.02)
+    raise AssertionError(f"condition not met within {seconds} s")
 
 
 def suspend(process: subprocess.Popen[Any]) -> None:
-    """Let a process hang. Its threads may go on for some milliseconds after the signal, so wait until they stand."""
+    """Make a process hang. Its threads may go on for some milliseconds after the signal, so wait until they stop."""
     suspended = psutil.Process(process.pid)
     suspended.suspend()
     wait_until(lambda: suspended.status() == psutil.STATUS_STOPPED)
@@ -59,17 +74,44 @@ def answers(url: str) -> bool:
 
 
 class Process:
-    """A program of ours in its own process, its output in a file, and its errors in another beside it."""
+    """A Python program in its own process, with its output in a file and its errors in another file beside it.
+
+    It is killed if it does not start or stop in time, and dies with this process.
+    """
 
     def __init__(self, command: list[str], env: dict[str, str], output: Path) -> None:
+        words = [*bound_to_this_process(), sys.executable, "-m", *command]
         with output.open("ab") as stdout, output.with_suffix(".errors").open("ab") as stderr:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=stdout, stderr=stderr
-            )
+            self.popen = subprocess.Popen(words, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)
+
+    def wait_for(self, url: str) -> None:
+        """Wait until it answers at this URL."""
+        try:
+            wait_until(lambda: answers(url) or self.popen.poll() is not None)
+            assert self.popen.poll() is None, "ended instead of starting"
+        except BaseException:
+            self.kill()
+            raise
 
     def stop(self) -> None:
-        self.popen.terminate()
-        self.popen.wait(30)
+        try:
+            self.popen.terminate()
+            self.popen.wait(WAIT_SECONDS)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End it and its children, as a crash of the machine would."""
+        if self.popen.poll() is not None:
+            return
+        process = psutil.Process(self.popen.pid)
+        family = [process, *process.children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.popen.wait()
+        psutil.wait_procs(family)
 
 
 class Simulator:
@@ -82,7 +124,7 @@ class Simulator:
         command += ["--web-app", f"{WEB_APP_ID}:{WEB_APP_SECRET}"]
         command += ["--push-token", PUSH_TOKEN, "--push-aes-key", PUSH_AES_KEY]
         self.process = Process(command, dict(os.environ), output)
-        wait_until(lambda: answers(f"{self.url}/simulator/calls"))
+        self.process.wait_for(f"{self.url}/simulator/calls")
 
     def code(self, **wanted: Any) -> str:
         return self._post("codes", **wanted)["code"]
@@ -174,18 +216,13 @@ class Service:
 
     def start(self) -> None:
         self.process = Process(["gunicorn", f"{self.module}:app"], self.environ, self.output)
-        wait_until(lambda: answers(f"{self.url}/livez"))
+        self.process.wait_for(f"{self.url}/livez")
 
     def stop(self) -> None:
         self.process.stop()
 
     def kill(self) -> None:
-        """End it with all its processes, as a crash of the machine would."""
-        family = [psutil.Process(self.process.popen.pid), *self.workers()]
-        for process in family:
-            process.kill()
-        self.process.popen.wait()
-        psutil.wait_procs(family)
+        self.process.kill()
 
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.popen.pid).children()
@@ -210,10 +247,11 @@ class Service:
         return self.call("GET", "/users/me", token)
 
 
-def migrate(database_url: str, *command: str, root: Path = ROOT) -> None:
-    """Run alembic with this command, or else `upgrade head`, in the project of this folder."""
-    words = [sys.executable, "-m", "alembic", *(command or ("upgrade", "head"))]
-    subprocess.run(words, cwd=root, env={**os.environ, "DATABASE_URL": database_url}, check=True)
+def migrate(database_url: str, direction: str = "upgrade", revision: str = "head") -> None:
+    """Do as `alembic upgrade head` does, without the second that a process of its own takes."""
+    config = Config(toml_file=ROOT / "pyproject.toml")
+    with patch.dict(os.environ, DATABASE_URL=database_url):
+        getattr(command, direction)(config, revision)
 
 
 def counted(metric: str, **labels: str) -> float:

@@ -130,7 +130,7 @@ def remarks(url: str) -> Counter[str | None]:
 def test_a_request_that_a_killed_worker_had_in_hand_leaves_no_half_an_order(
     start_service: StartService, simulator: Simulator, environ: dict[str, str]
 ) -> None:
-    service = start_service("tests.slow_order")
+    service = start_service("tests.apps.slow_order")
     token = service.log_in(simulator)
     headers = {**bearer(token), "Idempotency-Key": "tap"}
     url = f"{service.url}/api/v1/orders"

@@ -266,7 +266,7 @@ def test_what_never_becomes_a_request_is_refused_in_the_envelope_with_the_trace_
 def test_a_crash_after_flask_has_answered_is_500_in_the_envelope_with_the_trace_id_of_its_stack(
     start_service: StartService,
 ) -> None:
-    service = start_service("tests.faulty_route", WEB_CONCURRENCY="1")
+    service = start_service("tests.apps.faulty_route", WEB_CONCURRENCY="1")
     answer = answered_by_gunicorn(service, f"GET /faulty/body?{QUERY} HTTP/1.1\r\nHost: x\r\n")
     assert answer.status_code == 500
     assert answer.json() == {"code": 500, "message": Code.INTERNAL_ERROR.message.chinese, "data": None}
@@ -294,7 +294,7 @@ def test_gunicorn_answers_in_its_own_way_where_ours_fails(
 
 
 def test_what_python_would_print_on_stderr_is_a_line_of_its_own(start_service: StartService) -> None:
-    service = start_service("tests.faulty_route")
+    service = start_service("tests.apps.faulty_route")
     for way, message, level in (
         ("thread", "uncaught in a thread", "CRITICAL"),
         ("finalizer", "ignored", "ERROR"),
@@ -477,7 +477,7 @@ def push_text(simulator: Simulator, service: Service, seconds: float) -> dict[st
 def test_wechat_has_its_success_at_once_however_long_a_handler_takes(
     start_service: StartService, simulator: Simulator, redis: Redis
 ) -> None:
-    service = start_service("tests.slow_handler")
+    service = start_service("tests.apps.slow_handler")
     answer = push_text(simulator, service, 10)
     assert (answer["status"], answer["body"]) == (200, "success")
     assert answer["seconds"] < 1
@@ -488,7 +488,7 @@ def test_wechat_has_its_success_at_once_however_long_a_handler_takes(
 def test_messages_in_hand_are_finished_at_a_stop(
     start_service: StartService, simulator: Simulator, redis: Redis
 ) -> None:
-    service = start_service("tests.slow_handler", WEB_CONCURRENCY="1")
+    service = start_service("tests.apps.slow_handler", WEB_CONCURRENCY="1")
     for _ in range(12):  # more than are handled at once
         assert push_text(simulator, service, 0.7)["status"] == 200
     service.stop()

@@ -147,7 +147,7 @@ class Stage:
         self.log_reader = subprocess.Popen(["sh", "-c", 'exec cat <>"$0" >"$1"', pipe, folder / "lines"])
         exits.callback(self.log_reader.wait)
         exits.callback(self.log_reader.kill)
-        self.service = Service({**environ, "LOG_LEVEL": "INFO"}, pipe, "tests.faulty_route")
+        self.service = Service({**environ, "LOG_LEVEL": "INFO"}, pipe, "tests.apps.faulty_route")
         exits.callback(self.service.stop)
         self.simulator = simulator
         self.prometheus = Prometheus(self.service, folder / "prometheus")

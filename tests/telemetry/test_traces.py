@@ -275,7 +275,7 @@ def test_a_service_that_calls_another_one_of_ours_stands_above_it(
     start_traced: StartService, collector: OtlpReceiver
 ) -> None:
     below = start_traced()
-    relay = start_traced("tests.relay", RELAY_TO=f"{below.url}/readyz")
+    relay = start_traced("tests.apps.relay", RELAY_TO=f"{below.url}/readyz")
     answer = requests.get(f"{relay.url}/relay", headers={"traceparent": TRACEPARENT}, timeout=10)
     assert answer.json() == {"status": 200}
     relay.stop()
@@ -387,19 +387,19 @@ def test_sending_spans_is_no_part_of_a_trace_and_says_nothing_of_us(
 def test_work_in_the_background_is_part_of_the_trace(
     start_traced: StartService, collector: OtlpReceiver, simulator: Simulator, redis: Redis
 ) -> None:
-    service = start_traced("tests.slow_handler")
+    service = start_traced("tests.apps.slow_handler")
     for content in ("0", PERSON["phone"] + "x"):  # the handler takes it for a number of seconds
         message = {"MsgType": "text", "Content": content}
         (answer,) = simulator.push(message, url=f"{service.url}/api/v1/wechat/messages")
         assert answer["status"] == 200
     service.stop()
-    work = [span for span in collector.spans() if span.name == "background tests.slow_handler.take_a_while"]
+    work = [span for span in collector.spans() if span.name == "background tests.apps.slow_handler.take_a_while"]
     assert sorted((span.failed, span.description) for span in work) == [(False, ""), (True, "ValueError")]
     for span in work:
         whole = collector.spans(span.trace_id)
         (server,) = [other for other in whole if other.kind == "SERVER"]
         assert (server.name, server.span_id) == ("POST /api/v1/wechat/messages", span.parent_id)
-        assert span.attributes["code.function.name"] == "tests.slow_handler.take_a_while"
+        assert span.attributes["code.function.name"] == "tests.apps.slow_handler.take_a_while"
     (well,) = [span for span in work if not span.failed]
     assert [span.name for span in collector.spans() if span.parent_id == well.span_id] == ["RPUSH"]
     assert redis.llen("handled") == 1
@@ -446,7 +446,7 @@ def test_each_worker_sends_its_own_spans_also_if_gunicorn_has_preloaded_the_serv
 def test_at_a_graceful_stop_all_that_is_in_hand_is_finished_and_sent(
     start_traced: StartService, collector: OtlpReceiver, simulator: Simulator
 ) -> None:
-    service = start_traced("tests.slow_handler", OTEL_BSP_SCHEDULE_DELAY="60000")
+    service = start_traced("tests.apps.slow_handler", OTEL_BSP_SCHEDULE_DELAY="60000")
     message = {"MsgType": "text", "Content": "1"}
     simulator.push(message, url=f"{service.url}/api/v1/wechat/messages")
     simulator.fault("slow", seconds=1)
@@ -457,7 +457,7 @@ def test_at_a_graceful_stop_all_that_is_in_hand_is_finished_and_sent(
         service.stop()
         assert login.result().status_code == 200
     names = {span.name for span in collector.spans()}
-    assert {"background tests.slow_handler.take_a_while", "RPUSH", f"POST {LOGIN}", "GET /livez"} <= names
+    assert {"background tests.apps.slow_handler.take_a_while", "RPUSH", f"POST {LOGIN}", "GET /livez"} <= names
 
 
 def test_a_collector_that_hangs_costs_nobody_anything(start_traced: StartService, collector: OtlpReceiver) -> None:

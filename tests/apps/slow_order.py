@@ -1,4 +1,4 @@
-"""The service, halting in the middle of an order with the remark `slow`: `gunicorn tests.slow_order:app`."""
+"""The service, halting in the middle of an order with the remark `slow`: `gunicorn tests.apps.slow_order:app`."""
 
 import logging
 import time

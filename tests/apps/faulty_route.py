@@ -1,4 +1,4 @@
-"""The service with routes that misbehave, and no dependency is to blame: `gunicorn tests.faulty_route:app`."""
+"""The service with routes that misbehave, and no dependency is to blame: `gunicorn tests.apps.faulty_route:app`."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""The service with a handler that takes as many seconds as the text message says: `gunicorn tests.slow_handler:app`."""
+"""The service with a handler that takes as many seconds as its message says: `gunicorn tests.apps.slow_handler:app`."""
 
 import time
 from typing import Any
