@@ -229,7 +229,7 @@ def listen(name: str, value: str) -> socket.socket:
         listener.listen()
     except (ValueError, OverflowError):
         listener.close()
-        raise fail(f"{name}={value} is no port number") from None
+        raise fail(f"{name}={value} is not a port number") from None
     except OSError as error:
         listener.close()
         raise fail(f"port {value} cannot be used ({error.strerror}); set {name} to another one") from None

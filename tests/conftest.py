@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if only_on and only_on.args[0] != database:
             item.add_marker(pytest.mark.skip(reason=f"is about {only_on.args[0]}"))
         # These look at the clock while they run.
-        for fixture in {"start_service", "launch"}.intersection(getattr(item, "fixturenames", ())):
+        for fixture in {"start_service", "launch", "everyday"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(fixture))
 
 

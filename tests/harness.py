@@ -76,13 +76,20 @@ def answers(url: str) -> bool:
 class Process:
     """A Python program in its own process, with its output in a file and its errors in another file beside it.
 
-    It is killed if it does not start or stop in time, and dies with this process.
+    It is killed if it does not start or stop in time, and gets a signal when this process dies.
     """
 
-    def __init__(self, command: list[str], env: dict[str, str], output: Path) -> None:
-        words = [*bound_to_this_process(), sys.executable, "-m", *command]
+    def __init__(
+        self,
+        command: list[str],
+        env: dict[str, str],
+        output: Path,
+        root: Path = ROOT,
+        last_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        words = [*bound_to_this_process(last_signal), sys.executable, "-m", *command]
         with output.open("ab") as stdout, output.with_suffix(".errors").open("ab") as stderr:
-            self.popen = subprocess.Popen(words, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)
+            self.popen = subprocess.Popen(words, cwd=root, env=env, stdout=stdout, stderr=stderr)
 
     def wait_for(self, url: str) -> None:
         """Wait until it answers at this URL."""

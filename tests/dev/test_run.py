@@ -1,4 +1,4 @@
-"""`make run`, as somebody at a keyboard sees it."""
+"""`make run`, as a developer at a keyboard sees it."""
 
 import io
 import json
@@ -23,338 +23,308 @@ import requests
 
 from dev import run
 from dev.run import banner, free_port
-from tests.harness import ROOT, suspend, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, bound_to_this_process, suspend, wait_until
+
+PROXY = {"http_proxy": "http://127.0.0.1:9"}
 
 
-class Launched:
-    """A launcher with a folder, a port and a simulator's port of its own."""
+class Launched(Process):
+    """A launcher with a folder and a port of its own."""
 
     def __init__(self, var: Path, output: Path, root: Path = ROOT, **env: str) -> None:
         self.var = var
-        self.port = env.get("PORT") or str(free_port("PORT", "0"))
         self.output = output
-        with output.open("wb") as stdout, output.with_suffix(".errors").open("wb") as stderr:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "dev.run", "--var", str(var)],
-                cwd=root,
-                env={"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env},
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
-
-    def said(self) -> str:
-        return self.printed() + self.output.with_suffix(".errors").read_text()
+        self.port = env.get("PORT") or str(free_port("PORT", "0"))
+        self.url = f"http://127.0.0.1:{self.port}"
+        env = {"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env}
+        super().__init__(["dev.run", "--var", str(var)], env, output, root, signal.SIGTERM)
 
     def printed(self) -> str:
-        """On stdout alone."""
+        return self.on_stdout() + self.output.with_suffix(".errors").read_text()
+
+    def on_stdout(self) -> str:
         return self.output.read_text()
 
-    def kept(self) -> list[str]:
-        return (self.var / "log" / f"{self.port}.jsonl").read_text().splitlines()
+    def kept(self) -> str:
+        """The log file."""
+        return (self.var / "log" / f"{self.port}.jsonl").read_text()
 
     def ready(self) -> "Launched":
-        wait_until(lambda: "Ctrl-C stops everything" in self.said() or self.popen.poll() is not None, 40)
-        assert self.popen.poll() is None, self.said()
+        wait_until(lambda: "Ctrl-C stops everything" in self.printed() or self.popen.poll() is not None)
+        assert self.popen.poll() is None, self.printed()
         return self
 
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.popen.pid).children(recursive=True)
+    def simulator_url(self) -> str:
+        return re.findall(r"WeChat +(http://\S+)", self.printed())[0]
+
+    def log_in(self) -> dict[str, str]:
+        """Log in as a new user, and return the headers that say so."""
+        code = requests.post(f"{self.simulator_url()}/simulator/codes", timeout=WAIT_SECONDS).json()["code"]
+        login = requests.post(f"{self.url}/api/v1/auth/wechat", json={"code": code}, timeout=WAIT_SECONDS)
+        return bearer(login.json()["data"]["token"])
+
+    def me(self, headers: dict[str, str]) -> dict[str, str]:
+        return requests.get(f"{self.url}/api/v1/users/me", headers=headers, timeout=WAIT_SECONDS).json()["data"]
+
+    def request_trace_id(self) -> str:
+        """Send a request, and return its trace id."""
+        return requests.get(f"{self.url}/version", timeout=WAIT_SECONDS).headers["X-Trace-Id"]
+
+    def family(self, word: str = "") -> list[psutil.Process]:
+        """The processes that it started and whose command holds this word."""
+        processes = psutil.Process(self.popen.pid).children(recursive=True)
+        return [process for process in processes if word in " ".join(process.cmdline())]
 
     def end(self) -> None:
         if self.popen.poll() is None:
-            self.popen.terminate()
-        self.popen.wait(30)
+            self.stop()
+
+    def end_by(self, number: signal.Signals) -> None:
+        """Send a signal; nothing is left of what it started, and nothing failed."""
+        family = self.family()
+        self.popen.send_signal(number)
+        assert self.popen.wait(WAIT_SECONDS) == 0
+        assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
+        for port in re.findall(r"http://127\.0\.0\.1:(\d+)\n", self.printed()):
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", int(port))) != 0
+        assert re.findall("Traceback|exceptionType=", self.printed()) == []
+
+    def fails_with_one_line(self) -> str:
+        """Wait for its end, and return all that it printed."""
+        assert self.popen.wait(WAIT_SECONDS) == 1
+        (line,) = self.printed().splitlines()
+        return line
+
+
+Launch = Callable[..., Launched]
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+def launch(tmp_path: Path) -> Iterator[Launch]:
     with ExitStack() as stack:
         count = iter(range(10))
 
-        def start(var: str = "var", **env: str) -> Launched:
-            launched = Launched(tmp_path / var, tmp_path / f"said-{next(count)}", **env)
+        def start(var: str = "var", root: Path = ROOT, **env: str) -> Launched:
+            launched = Launched(tmp_path / var, tmp_path / f"output-{next(count)}", root, **env)
             stack.callback(launched.end)
             return launched
 
         yield start
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_the_pasted_login_works_and_a_signal_stops_everything(
-    launch: Callable[..., Launched], number: signal.Signals
-) -> None:
-    launched = launch(SIMULATOR_PORT=str(free_port("SIMULATOR_PORT", "0"))).ready()
-    pasted = launched.said().partition("in another terminal:")[2].split("\n{")[0]
-    shell = subprocess.run(
-        ["bash", "-euc", pasted], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, timeout=30
-    )
+@pytest.fixture(scope="module")
+def everyday(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """With nothing configured, on a machine that reaches the internet through a proxy."""
+    folder = tmp_path_factory.mktemp("run")
+    launched = Launched(folder / "var", folder / "output", **PROXY)
+    try:
+        yield launched.ready()
+        launched.end_by(signal.SIGTERM)
+    finally:
+        launched.kill()
+
+
+def test_the_printed_login_works(everyday: Launched) -> None:
+    pasted = everyday.printed().partition("in another terminal:")[2].split("\n{")[0]
+    assert "\nexport no_proxy=127.0.0.1\n" in pasted
+    env = {"PATH": os.environ["PATH"], **PROXY}
+    shell = subprocess.run(["bash", "-euc", pasted], capture_output=True, text=True, env=env, timeout=WAIT_SECONDS)
     login, me = shell.stdout.splitlines()
     assert '"code":200' in login
     assert '"token":"' in login
     assert '"code":200' in me
     assert '"role":"user"' in me
 
-    family = launched.family()
-    names = " ".join(" ".join(process.cmdline()) for process in family)
-    assert all(part in names for part in ("redis-server", "dev.wechat_simulator", "gunicorn"))
-    launched.popen.send_signal(number)
-    assert launched.popen.wait(20) == 0
-    assert psutil.wait_procs(family, timeout=1)[1] == []
-    for port in re.findall(r"http://127\.0\.0\.1:(\d+)\n", launched.said()):
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", int(port))) != 0
-    assert re.findall("Traceback|exceptionType=", launched.said()) == []
+
+def test_the_service_and_the_simulator_know_each_other(everyday: Launched) -> None:
+    simulator_url = everyday.simulator_url()
+    assert requests.post(f"{simulator_url}/simulator/push/verify", timeout=WAIT_SECONDS).json()["verified"]
+    message = {"message": {"MsgType": "text"}}
+    pushed = requests.post(f"{simulator_url}/simulator/push", json=message, timeout=WAIT_SECONDS).json()
+    assert [answer["body"] for answer in pushed["answers"]] == ["success"]
+    (web_login,) = re.findall(r"Web login +(http://\S+)", everyday.printed())
+    away = requests.get(web_login, timeout=WAIT_SECONDS, allow_redirects=False)
+    assert away.headers["Location"].startswith(f"{simulator_url}/connect/qrconnect?")
 
 
-def test_the_service_and_the_simulator_are_pointed_at_each_other(launch: Callable[..., Launched]) -> None:
-    launched = launch().ready()
-    simulator_url = re.search(r"WeChat +(http://\S+)", launched.said())
-    web_login = re.search(r"Web login +(http://\S+)", launched.said())
-    assert simulator_url
-    assert web_login
-    assert requests.post(f"{simulator_url[1]}/simulator/push/verify", timeout=5).json()["verified"]
-    pushed = requests.post(f"{simulator_url[1]}/simulator/push", json={"message": {"MsgType": "text"}}, timeout=20)
-    assert [answer["body"] for answer in pushed.json()["answers"]] == ["success"]
-    away = requests.get(web_login[1], timeout=5, allow_redirects=False)
-    assert away.headers["Location"].startswith(f"{simulator_url[1]}/connect/qrconnect?")
+def test_stand_ins_run_and_a_stop_is_not_delayed(everyday: Launched) -> None:
+    assert all(everyday.family(part) for part in ("redis-server", "dev.wechat_simulator"))
+    assert everyday.family("gunicorn")[0].environ()["DRAIN_SECONDS"] == "0"
 
 
-def test_sessions_users_and_secrets_outlive_a_restart(launch: Callable[..., Launched], tmp_path: Path) -> None:
-    launched = launch().ready()
-    url, simulator_url = re.findall(r"(?:API|WeChat) +(http://\S+)", launched.said())
-    code = requests.post(f"{simulator_url}/simulator/codes", timeout=5).json()["code"]
-    login = requests.post(f"{url}/api/v1/auth/wechat", json={"code": code}, timeout=5).json()["data"]
-    launched.end()
-    assert (tmp_path / "var" / "secrets.env").stat().st_mode & 0o777 == 0o600
-    url = f"http://127.0.0.1:{launch().ready().port}"
-    headers = {"Authorization": f"Bearer {login['token']}"}
-    assert requests.get(f"{url}/api/v1/users/me", headers=headers, timeout=5).json()["data"] == login["user"]
+def test_log_lines_are_printed_for_people_and_kept_unchanged(everyday: Launched) -> None:
+    trace_id = everyday.request_trace_id()
+    wait_until(lambda: trace_id in everyday.kept() and trace_id[:8] in everyday.printed())
+    (line,) = [json.loads(line) for line in everyday.kept().splitlines() if trace_id in line]
+    assert (line["message"], line["status"]) == ("request", 200)
+    (shown,) = [row for row in everyday.printed().splitlines() if trace_id[:8] in row]
+    assert re.fullmatch(
+        rf"\d\d:\d\d:\d\d\.\d{{3}} INFO    {trace_id[:8]} request method=GET route=/version status=200 .*", shown
+    )
 
 
-def test_what_the_environment_sets_is_used_and_several_run_side_by_side(
-    launch: Callable[..., Launched], environ: dict[str, str]
-) -> None:
-    stores = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL")}
-    one, other = launch(**stores), launch(**stores)
-    for launched in (one.ready(), other.ready()):
-        assert not any("redis-server" in " ".join(process.cmdline()) for process in launched.family())
-        assert requests.get(f"http://127.0.0.1:{launched.port}/readyz", timeout=5).status_code == 200
-    account = {name: value for name, value in environ.items() if name.startswith("WECHAT_")}
-    third = launch(**stores, **account).ready()
-    assert not any("simulator" in " ".join(process.cmdline()) for process in third.family())
-    assert "in another terminal" not in third.said()
-
-
-def test_a_folder_in_use_and_a_port_that_is_taken_get_one_clear_line(launch: Callable[..., Launched]) -> None:
-    launched = launch().ready()
-    second = launch()
-    assert second.popen.wait(20) == 1
-    assert second.said().splitlines() == [second.said().strip()]
-    assert "is in use" in second.said()
-    both = str(free_port("PORT", "0"))
-    for taken, port in (
-        (launch("other-var", PORT=launched.port), launched.port),
-        (launch("third-var", SIMULATOR_PORT=launched.port), launched.port),
-        (launch("fourth-var", PORT=both, SIMULATOR_PORT=both), both),
-    ):
-        assert taken.popen.wait(20) == 1
-        assert taken.said().splitlines() == [taken.said().strip()]
-        assert f"port {port} cannot be used" in taken.said()
-
-
-@pytest.mark.parametrize("port", ["eighty", "-1", "70000", "80.5"])
-def test_what_is_no_port_gets_one_clear_line(launch: Callable[..., Launched], port: str) -> None:
-    launched = launch(PORT=port)
-    assert launched.popen.wait(20) == 1
-    assert launched.said().strip() == f"make run: PORT={port} is no port number"
-
-
-def test_half_an_account_is_not_taken_for_none(launch: Callable[..., Launched]) -> None:
-    launched = launch(WECHAT_API_BASE_URL="https://api.weixin.qq.com")
-    assert launched.popen.wait(20) == 1
-    assert launched.said().count("\n") == 1
-    assert "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not" in launched.said()
-
-
-def test_a_proxy_to_the_internet_is_not_asked_for_what_is_on_this_machine(launch: Callable[..., Launched]) -> None:
-    launched = launch(http_proxy="http://127.0.0.1:9").ready()
-    assert "\nexport no_proxy=127.0.0.1\n" in launched.said()
-    (simulator_url,) = re.findall(r"WeChat +(http://\S+)", launched.said())
-    code = requests.post(f"{simulator_url}/simulator/codes", timeout=5).json()["code"]
-    login = requests.post(f"http://127.0.0.1:{launched.port}/api/v1/auth/wechat", json={"code": code}, timeout=5)
-    assert login.status_code == 200
-
-
-def test_data_stays_locked_for_as_long_as_its_redis_runs(launch: Callable[..., Launched]) -> None:
-    launched = launch().ready()
-    left_behind = launched.family()
-    launched.popen.kill()
-    launched.popen.wait()
+def test_a_launcher_that_hangs_delays_no_request(everyday: Launched) -> None:
+    everyday.request_trace_id()
+    suspend(everyday.popen)
     try:
-        second = launch()
-        assert second.popen.wait(20) == 1
-        assert "is in use" in second.said()
+        with requests.Session() as session:  # far more lines than the pipe holds
+            url = f"{everyday.url}/version"
+            ids = [session.get(url, timeout=WAIT_SECONDS).headers["X-Trace-Id"] for _ in range(500)]
+    finally:
+        everyday.popen.send_signal(signal.SIGCONT)
+    wait_until(lambda: ids[-1] in everyday.kept())
+    assert [trace_id for trace_id in ids if trace_id not in everyday.kept()] == []
+
+
+def test_a_taken_port_is_reported_in_one_line(everyday: Launched, launch: Launch) -> None:
+    for taken in (launch(PORT=everyday.port), launch("other", SIMULATOR_PORT=everyday.port)):
+        assert f"port {everyday.port} cannot be used" in taken.fails_with_one_line()
+
+
+@pytest.mark.parametrize("port", ["-1", "70000", "80.5", "eighty"])
+def test_an_invalid_port_is_named(port: str) -> None:
+    with pytest.raises(SystemExit, match=f"PORT={port} is not a port number"):
+        free_port("PORT", port)
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"PORT": "eighty"}, "make run: PORT=eighty is not a port number"),
+        ({"LOG_FORMAT": "xml"}, "make run: LOG_FORMAT=xml is neither text nor json"),
+        ({"WECHAT_API_BASE_URL": "https://api.weixin.qq.com"}, "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not"),
+        ({"DATABASE_URL": "sqlite:////no/such/folder/x.db"}, "the database cannot be migrated"),
+    ],
+)
+def test_invalid_settings_are_reported_in_one_line(launch: Launch, env: dict[str, str], line: str) -> None:
+    assert line in launch(**env).fails_with_one_line()
+
+
+def test_data_is_locked_while_its_redis_runs_and_survives_a_crash(launch: Launch) -> None:
+    crashed = launch().ready()
+    headers = crashed.log_in()
+    me = crashed.me(headers)
+    left_behind = crashed.family()
+    crashed.popen.kill()
+    crashed.popen.wait()
+    try:
+        assert "is in use" in launch().fails_with_one_line()
     finally:
         for process in left_behind:
             process.kill()
         psutil.wait_procs(left_behind)
-    launch().ready()
+    assert (crashed.var / "secrets.env").stat().st_mode & 0o777 == 0o600
+    again = launch().ready()
+    assert again.me(headers) == me
+    again.end_by(signal.SIGINT)
 
 
-def test_a_database_that_cannot_be_reached_gets_one_clear_line(launch: Callable[..., Launched], tmp_path: Path) -> None:
-    launched = launch(DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder.db")
-    assert launched.popen.wait(20) == 1
-    assert launched.said().count("\n") == 1
-    assert "cannot be migrated" in launched.said()
+def test_settings_of_the_environment_are_used_and_several_run_side_by_side(
+    launch: Launch, environ: dict[str, str]
+) -> None:
+    """One has stores of its own, the other everything and prints JSON."""
+    stores = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL")}
+    account = {name: value for name, value in environ.items() if name.startswith("WECHAT_")}
+    chosen = {"ENCRYPTION_KEYS": environ["ENCRYPTION_KEYS"], "DRAIN_SECONDS": "1", "LOG_FORMAT": "json"}
+    one, other = both = [it.ready() for it in (launch(**stores), launch(**stores, **account, **chosen))]
+    assert not one.family("redis-server")
+    assert not other.family("redis-server")
+    assert one.family("simulator")
+    assert not other.family("simulator")
+    assert "in another terminal" not in other.printed()
+    used = other.family("gunicorn")[0].environ()
+    kept = dict(line.split("=", 1) for line in (other.var / "secrets.env").read_text().splitlines())
+    assert {name: used[name] for name in chosen} == chosen
+    assert used["SECRET_KEY"] == kept["SECRET_KEY"]
+    ids = [launched.request_trace_id() for launched in both]
+    one.end_by(signal.SIGHUP)
+    other.end_by(signal.SIGQUIT)
+    assert [[trace_id in it.kept() for trace_id in ids] for it in both] == [[True, False], [False, True]]
+    assert "{" not in one.on_stdout()
+    assert other.on_stdout() == other.kept()
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The project once more, in a folder where its code may be changed."""
-    ignore = shutil.ignore_patterns(".git", ".venv", "var", "__pycache__", ".*_cache")
+    """A copy of the project, whose code may be changed."""
+    ignore = shutil.ignore_patterns(".git", ".venv", "var", ".*_cache")
     return Path(shutil.copytree(ROOT, tmp_path / "clone", ignore=ignore))
 
 
-@pytest.mark.parametrize("mistake", ["this is no python", "import no_such_module"])
-def test_changed_code_is_reloaded_and_a_mistake_is_survived(
-    tmp_path: Path, clone: Path, environ: dict[str, str], mistake: str
+def test_changed_code_is_reloaded_and_mistakes_are_survived(
+    launch: Launch, clone: Path, environ: dict[str, str]
 ) -> None:
-    launched = Launched(tmp_path / "var", tmp_path / "said", root=clone, **environ)
+    launched = launch(root=clone, **environ).ready()
+    (clone / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
+    os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
+    settings, health = clone / "settings.py", clone / "blueprints" / "health.py"
+    original = health.read_text()
+
+    settings.write_text(settings.read_text().replace("VERSION = ", "VERSION = 'patched' + "))
+    wait_until(lambda: "patched" in read_version(launched))
+    for number, mistake in enumerate(("this is no python", "import no_such_module"), 1):
+        health.write_text(f"{original}\n{mistake}\n")
+        wait_until(lambda: launched.printed().count("It starts again when a file changes.") == number)  # noqa: B023
+        assert not read_version(launched)
+        health.write_text(original)
+        wait_until(lambda: "patched" in read_version(launched))
+
+
+def read_version(launched: Launched) -> str:
+    """The response; empty if there is none."""
     try:
-        launched.ready()
-        url = f"http://127.0.0.1:{launched.port}/version"
-        source = clone / "settings.py"
-        (clone / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
-        os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
-        original = source.read_text()
-
-        source.write_text(original.replace("VERSION = ", "VERSION = 'patched' + "))
-        wait_until(lambda: "patched" in read(url), 20)
-        source.write_text(original)
-        source = clone / "blueprints" / "health.py"
-        original = source.read_text()
-        source.write_text(f"{original}\n{mistake}\n")
-        wait_until(lambda: not read(url), 20)
-        assert launched.popen.poll() is None
-        source.write_text(original)
-        wait_until(lambda: '"version"' in read(url) and "patched" not in read(url), 20)
-    finally:
-        launched.end()
-
-
-def read(url: str) -> str:
-    """What is answered there; nothing if nobody does."""
-    try:
-        return requests.get(url, timeout=5).text
+        return requests.get(f"{launched.url}/version", timeout=WAIT_SECONDS).text
     except requests.RequestException:
         return ""
 
 
 def test_passwords_are_not_printed() -> None:
-    said = banner(
+    printed = banner(
         "http://x",
         None,
         "redis://user:pass@word@host:6379/0",
         "mysql://user:word@host/kuaishang?password=word",
         Path("x"),
     )
-    assert "redis://host:6379/0" in said
-    assert "mysql://host/kuaishang" in said
-    assert "word" not in said
+    assert "redis://host:6379/0" in printed
+    assert "mysql://host/kuaishang" in printed
+    assert "word" not in printed
 
 
-def test_the_secrets_of_the_environment_come_before_those_that_are_kept(
-    launch: Callable[..., Launched], environ: dict[str, str], tmp_path: Path
-) -> None:
-    launched = launch(ENCRYPTION_KEYS=environ["ENCRYPTION_KEYS"]).ready()
-    (service,) = [process for process in launched.family() if "gunicorn" in " ".join(process.cmdline())][:1]
-    kept = dict(line.split("=", 1) for line in (tmp_path / "var" / "secrets.env").read_text().splitlines())
-    assert service.environ()["ENCRYPTION_KEYS"] == environ["ENCRYPTION_KEYS"]
-    assert service.environ()["SECRET_KEY"] == kept["SECRET_KEY"]
-
-
-@pytest.mark.parametrize("chosen", [{}, {"DRAIN_SECONDS": "2"}])
-def test_a_stop_is_not_announced_unless_somebody_wants_it_so(
-    launch: Callable[..., Launched], chosen: dict[str, str]
-) -> None:
-    family = launch(**chosen).ready().family()
-    service = next(process for process in family if "gunicorn" in " ".join(process.cmdline()))
-    assert service.environ()["DRAIN_SECONDS"] == chosen.get("DRAIN_SECONDS", "0")
-
-
-def test_log_lines_are_printed_readable_and_kept_as_they_are(launch: Callable[..., Launched]) -> None:
-    launched = launch().ready()
-    trace_id = requests.get(f"http://127.0.0.1:{launched.port}/version", timeout=5).headers["X-Trace-Id"]
-    wait_until(lambda: trace_id in "".join(launched.kept()))
-    (line,) = [json.loads(line) for line in launched.kept() if trace_id in line]
-    assert (line["message"], line["status"]) == ("request", 200)
-    launched.end()
-    (shown,) = [row for row in launched.said().splitlines() if trace_id[:8] in row]
-    assert re.fullmatch(
-        rf"\d\d:\d\d:\d\d\.\d{{3}} INFO    {trace_id[:8]} request method=GET route=/version status=200 .*", shown
-    )
-
-
-def test_an_unknown_format_gets_one_clear_line(launch: Callable[..., Launched]) -> None:
-    launched = launch(LOG_FORMAT="xml")
-    assert launched.popen.wait(20) == 1
-    assert launched.said() == "make run: LOG_FORMAT=xml is neither text nor json\n"
-
-
-@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
-def test_a_terminal_shows_colours_unless_they_are_declined(
-    tmp_path: Path, environ: dict[str, str], env: dict[str, str]
-) -> None:
+def test_a_terminal_shows_colours(tmp_path: Path, environ: dict[str, str]) -> None:
     master, slave = pty.openpty()
-    said = bytearray()
+    shown = bytearray()
 
-    def seen(words: bytes) -> bool:
+    def is_shown(words: bytes) -> bool:
         if select.select([master], [], [], 0)[0]:
-            said.extend(os.read(master, 65536))
-        return words in said
+            shown.extend(os.read(master, 65536))
+        return words in shown
 
     with os.fdopen(slave, "wb", buffering=0) as terminal, os.fdopen(master):
         port = str(free_port("PORT", "0"))
-        launcher = subprocess.Popen(
-            [sys.executable, "-m", "dev.run", "--var", str(tmp_path / "var")],
-            cwd=ROOT,
-            env={"PATH": os.environ["PATH"], **environ, "PORT": port, **env},
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-        )
+        launcher = start(tmp_path / "var", {**environ, "PORT": port}, terminal)
         try:
-            wait_until(lambda: seen(b"Ctrl-C stops everything"), 40)
-            requests.get(f"http://127.0.0.1:{port}/version", timeout=5)
-            wait_until(lambda: seen(b"/version"), 10)
+            wait_until(lambda: is_shown(b"Ctrl-C stops everything"))
+            requests.get(f"http://127.0.0.1:{port}/version", timeout=WAIT_SECONDS)
+            wait_until(lambda: is_shown(b"/version"))
+            assert b"\x1b[32mINFO" in shown
         finally:
             launcher.terminate()
-            launcher.wait(30)
-    assert (b"\x1b[32mINFO" in said) is (not env)
-    assert (b"\x1b" in said) is (not env)
+            wait_until(lambda: is_shown(b"never shown") or launcher.poll() is not None)
 
 
-def test_two_launchers_keep_their_lines_apart_and_one_prints_those_of_production(
-    launch: Callable[..., Launched], environ: dict[str, str]
-) -> None:
-    stores = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL")}
-    both = [launched.ready() for launched in [launch(**stores), launch(**stores, LOG_FORMAT="json")]]
-    ids = [requests.get(f"http://127.0.0.1:{it.port}/version", timeout=5).headers["X-Trace-Id"] for it in both]
-    for launched in both:
-        launched.end()
-    assert [[trace_id in "".join(launched.kept()) for trace_id in ids] for launched in both] == [
-        [True, False],
-        [False, True],
-    ]
-    assert "{" not in both[0].printed()
-    assert both[1].printed().splitlines() == both[1].kept()
+def start(var: Path, env: dict[str, str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """Start a launcher whose output goes where a `Launched` has a file."""
+    command = [*bound_to_this_process(signal.SIGTERM), sys.executable, "-m", "dev.run", "--var", str(var)]
+    env = {"PATH": os.environ["PATH"], "WEB_CONCURRENCY": "1", **env}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
 
 
 def test_no_line_is_lost_or_mixed_with_others_at_a_reload_or_at_the_end(
-    tmp_path: Path, clone: Path, environ: dict[str, str]
+    launch: Launch, clone: Path, environ: dict[str, str]
 ) -> None:
-    """Each start takes its leave with more than a pipe holds, and in the middle of a line."""
+    """Each start ends with more than a pipe holds, and in the middle of a line."""
     last_words = """
 import atexit, logging, os, sys
 def say_goodbye():
@@ -367,86 +337,61 @@ atexit.register(say_goodbye)
 """
     source = clone / "wsgi.py"
     source.write_text(last_words + source.read_text())
-    launcher = clone / "dev" / "run.py"  # a second to take leave in is little on a busy machine
-    launcher.write_text(launcher.read_text().replace('"--graceful-timeout", "1"', '"--graceful-timeout", "4"'))
-    launched = Launched(tmp_path / "var", tmp_path / "said", root=clone, **{**environ, "WEB_CONCURRENCY": "1"})
-    url = f"http://127.0.0.1:{launched.port}/version"
+    launcher = clone / "dev" / "run.py"  # on a busy machine an orderly end takes longer than it is given
+    patient = launcher.read_text().replace("STOP_SECONDS = 5", "STOP_SECONDS = 60")
+    launcher.write_text(patient.replace('"--graceful-timeout", "1"', '"--graceful-timeout", "60"'))
+    launched = launch(root=clone, **environ).ready()
     ids, starts = [], 3
-    try:
-        launched.ready()
-        for start in range(starts):
-            ids += [requests.get(url, timeout=5).headers["X-Trace-Id"] for _ in range(20)]
-            if start < starts - 1:
-                gunicorn = [it for it in launched.family() if "gunicorn" in " ".join(it.cmdline())]
-                os.utime(clone / "errors.py")
-                assert psutil.wait_procs(gunicorn, timeout=20)[1] == []
-                wait_until(lambda: read(url), 20)
-    finally:
-        launched.end()
-    kept, said = launched.kept(), launched.said().splitlines()
-    for lines in (kept, said):
-        assert [trace_id for trace_id in ids if trace_id[:8] not in "\n".join(lines)] == []
-        goodbyes = [match for line in lines if (match := re.search(r"goodbye (\d+) x{100}(?:\"}|)$", line))]
+    for start in range(starts):
+        ids += [launched.request_trace_id() for _ in range(20)]
+        if start < starts - 1:
+            gunicorn = launched.family("gunicorn")
+            os.utime(clone / "errors.py")
+            assert psutil.wait_procs(gunicorn, timeout=WAIT_SECONDS)[1] == []
+            wait_until(lambda: read_version(launched))
+    launched.end()
+    for text in (launched.kept(), launched.printed()):
+        assert [trace_id for trace_id in ids if trace_id[:8] not in text] == []
+        goodbyes = [match for line in text.splitlines() if (match := re.search(r"goodbye (\d+) x{100}(?:\"}|)$", line))]
         assert [int(match[1]) for match in goodbyes] == list(range(2000)) * starts
-    assert [line for line in kept if not line.startswith("{")] == ["in the middle of a"] * starts
-    assert said.count("in the middle of a") == starts
+        assert text.splitlines().count("in the middle of a") == starts
+    assert {line for line in launched.kept().splitlines() if not line.startswith("{")} == {"in the middle of a"}
 
 
-def test_a_part_has_stopped_when_its_last_words_are_read() -> None:
+def test_stop_waits_until_the_last_lines_are_read() -> None:
     read = []
 
     def read_late(lines: IO[bytes]) -> None:
-        time.sleep(0.5)
+        time.sleep(0.2)
         with lines:
             read.append(lines.read())
 
     part = run.Part("a poem", ["this"], dict(os.environ), read=read_late)
     part.start()
     assert part.process
-    part.process.wait(10)
+    part.process.wait(WAIT_SECONDS)
     part.stop()
     assert b"Namespaces are one honking great idea" in read[0]
 
 
-def test_a_launcher_that_stands_still_holds_up_no_request(launch: Callable[..., Launched]) -> None:
-    launched = launch().ready()
-    url = f"http://127.0.0.1:{launched.port}/version"
-    requests.get(url, timeout=5)
-    suspend(launched.popen)
-    try:
-        with requests.Session() as session:  # far more lines than the pipe holds
-            ids = [session.get(url, timeout=5).headers["X-Trace-Id"] for _ in range(1000)]
-    finally:
-        launched.popen.send_signal(signal.SIGCONT)
-    wait_until(lambda: ids[-1] in "".join(launched.kept()))
-    kept = "".join(launched.kept())
-    assert [trace_id for trace_id in ids if trace_id not in kept] == []
-
-
-def test_lines_are_kept_where_nobody_reads_them_any_more(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_lines_are_kept_after_whoever_read_them_is_gone(tmp_path: Path, environ: dict[str, str]) -> None:
     port = str(free_port("PORT", "0"))
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "dev.run", "--var", str(tmp_path)],
-        cwd=ROOT,
-        env={"PATH": os.environ["PATH"], **environ, "PORT": port},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    launcher = start(tmp_path, {**environ, "PORT": port}, subprocess.PIPE)
     try:
         assert launcher.stdout
         assert launcher.stderr
         with launcher.stdout, launcher.stderr:
             next(line for line in launcher.stderr if b"Ctrl-C stops everything" in line)
-        ids = [requests.get(f"http://127.0.0.1:{port}/version", timeout=5).headers["X-Trace-Id"] for _ in range(5)]
+        url = f"http://127.0.0.1:{port}/version"
+        ids = [requests.get(url, timeout=WAIT_SECONDS).headers["X-Trace-Id"] for _ in range(5)]
         kept = tmp_path / "log" / f"{port}.jsonl"
         wait_until(lambda: all(trace_id in kept.read_text() for trace_id in ids))
     finally:
         launcher.terminate()
-        launcher.wait(30)
+        launcher.wait(WAIT_SECONDS)
 
 
-def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LOG_BYTES", 1000)
     kept = run.log_file(tmp_path / "log" / "8000.jsonl")
     lines = [f'{{"message": "{number:04}"}}\n'.encode() for number in range(1000)] + [b"\xff\n"]
