@@ -1,6 +1,7 @@
 """What the tests run against: a private Redis, the WeChat simulator over HTTP, a migrated database, and the service.
 
-`--database=mariadb` puts MariaDB in SQLite's place, and runs only the tests that have to do with a database.
+`--database=mariadb` puts MariaDB in SQLite's place, and runs only the tests that prove something about it: those of
+storage and blueprints that need a database, those with `own_databases`, and those marked `database`.
 """
 
 import base64
@@ -19,6 +20,8 @@ from flask import Flask, Response
 from flask.testing import FlaskClient
 from redis import Redis
 
+import concurrency
+import wechat
 from dev.redis_server import RedisServer
 from service import create_app
 from telemetry import redaction
@@ -67,34 +70,41 @@ class Journal:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--database", choices=("sqlite", "mariadb"), default="sqlite", help="which one the tests run on")
+    parser.addoption(
+        "--database", choices=("sqlite", "mariadb"), default="sqlite", help="the database to run the tests on"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "only_on(database): this test is about one of them, and skipped on the other")
+    config.addinivalue_line("markers", "only_on(database): this test is about one database, and skipped on the other")
+    config.addinivalue_line("markers", "database: this test runs on each database, outside of the folders that do")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose what runs on this database, and one after the other what starts many processes."""
+    """Select the tests for this database, and keep together those that start many processes."""
     database = config.getoption("database")
     if database == "mariadb":
-        others = [item for item in items if not _has_to_do_with_a_database(item)]
+        others = [item for item in items if not _is_about_the_database(item)]
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if _has_to_do_with_a_database(item)]
+        items[:] = [item for item in items if _is_about_the_database(item)]
     for item in items:
         only_on = item.get_closest_marker("only_on")
         if only_on and only_on.args[0] != database:
-            item.add_marker(pytest.mark.skip(reason=f"is about {only_on.args[0]}"))
-        # These look at the clock while they run.
-        for fixture in {"start_service", "launch", "everyday"}.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(fixture))
+            item.add_marker(pytest.mark.skip(reason=f"only for {only_on.args[0]}"))
+        # Those that share services, and those that start many, run in one process, one after the other.
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "shared_services" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("shared_services"))
+        elif fixtures & {"start_service", "launch", "everyday"}:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-def _has_to_do_with_a_database(item: pytest.Item) -> bool:
-    """`make run`, which tests/dev is about, has SQLite's files for its own; WeChat's protocols know no table."""
-    if {"dev", "wechat"}.intersection(item.path.relative_to(ROOT).parts):
-        return False
-    return not {"databases", "own_databases"}.isdisjoint(getattr(item, "fixturenames", ()))
+def _is_about_the_database(item: pytest.Item) -> bool:
+    marked = item.get_closest_marker("database") or item.get_closest_marker("only_on")
+    folder = item.path.parent
+    in_a_folder = folder in (ROOT / "tests/storage", ROOT / "tests/blueprints")
+    fixtures = set(getattr(item, "fixturenames", ()))
+    return bool(marked or "own_databases" in fixtures or (in_a_folder and "databases" in fixtures))
 
 
 @pytest.fixture(scope="session")
@@ -202,9 +212,26 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
         yield make
 
 
+@pytest.fixture(scope="session")
+def shared_app(environ: dict[str, str]) -> Flask:
+    app = create_app(environ)
+    app.after_request(lambda response: app.extensions["journal"].read_token(response))
+    return app
+
+
 @pytest.fixture
-def app(make_app: Callable[..., Flask]) -> Flask:
-    return make_app()
+def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
+    """One application for all tests, as making one takes longer than most of them; `make_app` makes more.
+
+    What it remembers outside of Redis and the database is made anew.
+    """
+    shared_app.extensions["journal"] = journal
+    concurrency.init_app(shared_app)
+    wechat.init_app(shared_app)
+    yield shared_app
+    shared_app.extensions["background"].close()
+    shared_app.extensions["fan_out"].close()
+    shared_app.extensions["wechat"].transport.close()
 
 
 @pytest.fixture
@@ -276,7 +303,29 @@ def start_service(
         def start(module: str = "wsgi", **different: str) -> Service:
             service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}", module)
             journal.services.append(service)
-            stack.callback(service.stop)
+            stack.callback(service.kill)  # an orderly stop takes almost as long as the start
             return service
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def shared_services(
+    environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Service]]:
+    folder = tmp_path_factory.mktemp("services")
+    with ExitStack() as stack:
+        one = Service(environ, folder / "one")
+        stack.callback(one.stop)
+        other = Service(environ, folder / "other")
+        stack.callback(other.stop)
+        yield one, other
+
+
+@pytest.fixture
+def services(shared_services: tuple[Service, Service], redis: Redis, journal: Journal) -> tuple[Service, Service]:
+    """Two instances with the usual settings. Other tests use them too: leave them running."""
+    for service in shared_services:
+        service.clear_log()
+        journal.services.append(service)
+    return shared_services

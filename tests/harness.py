@@ -219,6 +219,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.environ['PORT']}"
         self.output = output
         self.tokens: list[str] = []
+        self._log_start = 0
         self.start()
 
     def start(self) -> None:
@@ -234,12 +235,18 @@ class Service:
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.popen.pid).children()
 
+    def clear_log(self) -> None:
+        """Let `log` and `log_lines` begin with what is written from now on."""
+        self._log_start = self.output.stat().st_size
+
     def log(self) -> str:
-        return self.output.read_text() + self.output.with_suffix(".errors").read_text()
+        return self._log() + self.output.with_suffix(".errors").read_text()
 
     def log_lines(self) -> list[dict[str, Any]]:
-        whole_lines = self.output.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in whole_lines.splitlines()]
+        return [json.loads(line) for line in self._log().rpartition("\n")[0].splitlines()]
+
+    def _log(self) -> str:
+        return self.output.read_bytes()[self._log_start :].decode()
 
     def log_in(self, simulator: Simulator, **wanted: Any) -> str:
         answer = requests.post(f"{self.url}/api/v1/auth/wechat", json={"code": simulator.code(**wanted)}, timeout=20)
@@ -264,6 +271,14 @@ def migrate(database_url: str, direction: str = "upgrade", revision: str = "head
 def counted(metric: str, **labels: str) -> float:
     """What a metric of the application in this process stands at."""
     return metrics.REGISTRY.get_sample_value(f"kuaishang_{metric}", labels) or 0
+
+
+def until_available(request: Callable[[], requests.Response]) -> requests.Response:
+    """Send a request again for as long as a busy machine answers 503, as its clients do."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (answer := request()).status_code == 503 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return answer
 
 
 def bearer(token: str) -> dict[str, str]:

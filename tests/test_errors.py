@@ -14,8 +14,10 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture
-def failing(app: Flask) -> FlaskClient:
+def failing(make_app: Callable[..., Flask]) -> FlaskClient:
     """A client of the application with routes that fail in ways of their own."""
+
+    app = make_app()
 
     def crash() -> None:
         raise RuntimeError("the secret reason")
@@ -28,7 +30,9 @@ def failing(app: Flask) -> FlaskClient:
     return app.test_client(use_cookies=False)
 
 
-def test_an_error_may_say_more_than_its_code_does(app: Flask) -> None:
+def test_an_error_may_say_more_than_its_code_does(make_app: Callable[..., Flask]) -> None:
+    app = make_app()
+
     def fail() -> None:
         raise ApiError(Code.FORBIDDEN, message=Message("用户未同意", "The user did not consent"))
 

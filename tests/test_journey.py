@@ -1,24 +1,24 @@
 """What a user goes through, from the first login to the last logout, on two instances of the service."""
 
-from collections.abc import Callable
-
+import pytest
 import requests
 
-from tests.harness import Service, Simulator, wait_until
+from tests.harness import WAIT_SECONDS, Service, Simulator, wait_until
 
 
 class Browser(requests.Session):
-    """A browser, which takes 127.0.0.1 for as secure as HTTPS, and stops before each redirect."""
+    """A browser that sends secure cookies to 127.0.0.1 too, and follows no redirect."""
 
     def get(self, url: str) -> requests.Response:
-        answer = super().get(url, timeout=10, allow_redirects=False)
+        answer = super().get(url, timeout=WAIT_SECONDS, allow_redirects=False)
         for cookie in self.cookies:
             cookie.secure = False
         return answer
 
 
-def test_a_user_goes_all_the_way_on_two_instances(start_service: Callable[..., Service], simulator: Simulator) -> None:
-    one, other = start_service(), start_service()
+@pytest.mark.database
+def test_a_user_goes_all_the_way_on_two_instances(services: tuple[Service, Service], simulator: Simulator) -> None:
+    one, other = services
     openid, unionid = "o-journey", "u-journey"
 
     # The mini-program: login, phone number by code, profile as WeChat encrypts it.
@@ -33,7 +33,7 @@ def test_a_user_goes_all_the_way_on_two_instances(start_service: Callable[..., S
     assert (me["phone"], me["nickname"]) == ("138****5678", "阿上")
     assert one.call("GET", "/auth/wechat", token).json()["data"] == {"valid": True}
 
-    # The web: the same person, begun on one instance and come back to the other.
+    # The web: the same person, who starts on one instance and returns to the other.
     browser = Browser()
     simulator.web_user(openid="o-journey-web", unionid=unionid)
     away = browser.get(f"{one.url}/api/v1/auth/wechat/authorize?return_to=/api/v1/users/me&scope=snsapi_userinfo")
@@ -43,9 +43,9 @@ def test_a_user_goes_all_the_way_on_two_instances(start_service: Callable[..., S
     assert browser.get(landed).json()["data"] == me
     assert browser.get(f"{one.url}/api/v1/auth/wechat").json()["data"] == {"valid": True}
 
-    # A push: he takes back what he told us; it comes to both instances and is handled once.
+    # A push: the user revokes the phone number; it reaches both instances and is handled once.
     event = {"MsgType": "event", "Event": "user_authorization_revoke", "OpenID": openid, "CreateTime": 1714037059}
-    event |= {"FromUserName": "o-wechat", "RevokeInfo": "8"}  # the phone number
+    event |= {"FromUserName": "o-wechat", "RevokeInfo": "8"}
     for service in (one, other):
         (answer,) = simulator.push(event, url=f"{service.url}/api/v1/wechat/messages")
         assert (answer["status"], answer["body"]) == (200, "success")
@@ -60,7 +60,7 @@ def test_a_user_goes_all_the_way_on_two_instances(start_service: Callable[..., S
     )
     assert len(erased) == 1
 
-    # Log out everywhere: the token and the cookie are worth nothing on either.
+    # Log out everywhere: neither the token nor the cookie is valid on either instance.
     assert other.call("DELETE", "/auth/sessions", token).status_code == 200
     for service in (one, other):
         assert service.read_me(token).status_code == 401

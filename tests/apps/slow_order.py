@@ -1,4 +1,4 @@
-"""The service, halting in the middle of an order with the remark `slow`: `gunicorn tests.apps.slow_order:app`."""
+"""The service, pausing before an order with the remark `slow` is complete: `gunicorn tests.apps.slow_order:app`."""
 
 import logging
 import time
@@ -12,13 +12,13 @@ __all__ = ["app"]
 sum_up = Order.sum_up
 
 
-def stop_for_a_while(order: Order) -> None:
+def sum_up_slowly(order: Order) -> None:
     sum_up(order)
     if order.remark == "slow":
         database.session.add(order)
         database.session.flush()
-        logging.getLogger(__name__).info("half made")
+        logging.getLogger(__name__).info("order is incomplete")
         time.sleep(20)
 
 
-Order.sum_up = stop_for_a_while  # type: ignore[method-assign]
+Order.sum_up = sum_up_slowly  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """Every answer is as openapi.json says, and openapi.json is as the code says."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,7 +54,8 @@ def test_the_document_lists_every_code(client: FlaskClient) -> None:
         )
 
 
-def test_the_policy_runs_before_the_hooks_of_the_group_itself(app: Flask) -> None:
+def test_the_policy_runs_before_the_hooks_of_the_group_itself(make_app: Callable[..., Flask]) -> None:
+    app = make_app()
     group = Blueprint("group", __name__)
     group.before_request(lambda: pytest.fail("reached without a session"))
     group.route("/", endpoint="view")(lambda: None)

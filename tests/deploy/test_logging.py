@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 from flask import Flask
-from flask.testing import FlaskClient
 
 from blueprints import message_handlers
 from telemetry.fields import FIELDS
@@ -89,8 +88,11 @@ def fits(value: object, kind: str) -> bool:
 
 
 def test_what_the_service_really_writes_is_mapped(
-    app: Flask, client: FlaskClient, simulator: Simulator, log_lines: Lines, monkeypatch: pytest.MonkeyPatch
+    make_app: Callable[..., Flask], simulator: Simulator, log_lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    app = make_app()
+    client = app.test_client(use_cookies=False)
+
     def fail(message: dict[str, Any]) -> None:
         raise ValueError(message["MsgType"])
 

@@ -152,7 +152,10 @@ def test_mysql_and_mariadb_are_spoken_by_pymysql(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_a_request_has_one_session_and_it_is_closed_whatever_happens(app: Flask, crash: bool) -> None:
+def test_a_request_has_one_session_and_it_is_closed_whatever_happens(
+    make_app: Callable[..., Flask], crash: bool
+) -> None:
+    app = make_app()
     seen: list[object] = []
 
     def view() -> dict[str, str]:

@@ -20,8 +20,9 @@ LIFETIME, ABSOLUTE = 3600, 86400
 
 
 @pytest.fixture
-def browser(app: Flask) -> FlaskClient:
-    """A client of the application with one more route, which writes to the session; it keeps cookies over HTTPS."""
+def browser(make_app: Callable[..., Flask]) -> FlaskClient:
+    """A client of an application with one more route, which writes to the session; it keeps cookies over HTTPS."""
+    app = make_app()
 
     def remember() -> dict[str, Any]:
         session["remembered"] = session.get("remembered", 0) + 1
@@ -62,8 +63,10 @@ def test_a_token_holds_256_random_bits_and_redis_only_its_hash(redis: Redis, tok
 
 
 def test_a_token_is_hidden_from_the_moment_it_exists_whatever_it_looks_like(
-    app: Flask, log_lines: Any, monkeypatch: pytest.MonkeyPatch
+    make_app: Callable[..., Flask], log_lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    app = make_app()
+
     @app.post("/log-in-and-fail")
     def fail() -> None:
         raise RuntimeError(f"it was {sessions.log_in(7)}")
@@ -262,7 +265,10 @@ def test_logging_out_everywhere_ends_all_sessions_of_the_user_and_of_nobody_else
     assert redis.keys(f"user:{logins[0]['user']['id']}:*") == []
 
 
-def test_a_slow_request_does_not_bring_a_revoked_session_back(app: Flask, redis: Redis, simulator: Simulator) -> None:
+def test_a_slow_request_does_not_bring_a_revoked_session_back(
+    make_app: Callable[..., Flask], redis: Redis, simulator: Simulator
+) -> None:
+    app = make_app()
     client = app.test_client(use_cookies=False)
 
     def slow() -> dict[str, Any]:
