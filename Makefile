@@ -22,12 +22,14 @@ run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 
 trace: $(INSTALLED) ## print all lines of a trace, the failing span first (ID=… from X-Trace-Id; LOGS="files or folders", or - for stdin)
 	@$(VENV)/bin/python -m dev.trace
 
-# On MariaDB ARGS may well choose nothing, which pytest says with a 5.
-test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB where it is installed (ARGS="-k login" for a part, "-n 0 --pdb" to debug)
-	@$(PYTEST) $(ARGS)
-	@if PATH="$$PATH:/usr/sbin" command -v mariadbd >/dev/null; then \
-	  $(PYTEST) --database=mariadb $(ARGS) || [ $$? = 5 ]; \
-	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi
+# Both halves run, also if the first one fails. On MariaDB ARGS may select no test, for which pytest exits with 5.
+test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS="-k login" for a part, "-n 0 --pdb" to debug)
+	@trap 'exit 130' INT; failed=0; \
+	$(PYTEST) $(ARGS) || failed=1; \
+	if PATH="$$PATH:/usr/sbin" command -v mariadbd >/dev/null; then \
+	  $(PYTEST) --database=mariadb $(ARGS) || [ $$? = 5 ] || failed=1; \
+	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
+	exit $$failed
 
 lint: $(INSTALLED) ## check style and types
 	$(VENV)/bin/ruff check .

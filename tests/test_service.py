@@ -19,71 +19,28 @@ import pytest
 import requests
 from redis import Redis
 from requests.structures import CaseInsensitiveDict
-from sqlalchemy import func, select
 
 import settings
 from dev.redis_server import RedisServer
 from errors import Code
 from settings import Settings
-from storage.database import engine_for
-from storage.models import User
 from telemetry import logs
 from telemetry.fields import FIELDS
-from tests.databases import Databases, MariaDB
-from tests.harness import APP_SECRET, METRICS_TOKEN, ROOT, Service, Simulator, bearer, migrate, suspend, wait_until
+from tests.databases import MariaDB
+from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Service, Simulator, bearer, migrate, suspend, wait_until
 
 StartService = Callable[..., Service]
+Services = tuple[Service, Service]
 LOGIN = "/api/v1/auth/wechat"
 
 
-def test_fifty_first_logins_of_one_openid_make_one_user_and_fifty_sessions(
-    start_service: StartService, simulator: Simulator, environ: dict[str, str]
-) -> None:
-    service = start_service()
-    with ThreadPoolExecutor(50) as pool:
-        tokens = list(pool.map(lambda _: service.log_in(simulator, openid="o-fifty-at-once"), range(50)))
-        readings = list(pool.map(service.read_me, tokens))
-    assert len(set(tokens)) == 50
-    assert {reading.status_code for reading in readings} == {200}
-    assert len({reading.json()["data"]["id"] for reading in readings}) == 1
-    engine = engine_for(environ["DATABASE_URL"])
-    with engine.connect() as connection:
-        rows = connection.scalar(select(func.count()).where(User.openid == "o-fifty-at-once"))
-    engine.dispose()
-    assert rows == 1
-
-
-def test_many_new_users_who_log_in_at_the_same_moment_all_get_in(
-    start_service: StartService, simulator: Simulator
-) -> None:
-    service = start_service()
+@pytest.mark.database
+def test_many_new_users_who_log_in_at_the_same_moment_all_get_in(services: Services, simulator: Simulator) -> None:
+    service = services[0]
     codes = [simulator.code(openid=f"o-new-{number}") for number in range(96)]
     with ThreadPoolExecutor(24) as pool:
         answers = pool.map(lambda code: requests.post(service.url + LOGIN, json={"code": code}, timeout=20), codes)
         assert [answer.status_code for answer in answers] == [200] * 96
-
-
-def test_a_double_tap_on_two_service_processes_shares_one_call(
-    start_service: StartService, simulator: Simulator
-) -> None:
-    services = [start_service(), start_service()]
-    code = simulator.code()
-    simulator.fault("slow", seconds=1)
-    with ThreadPoolExecutor(2) as pool:
-        answers = list(
-            pool.map(lambda service: requests.post(service.url + LOGIN, json={"code": code}, timeout=10), services)
-        )
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert answers[0].text == answers[1].text
-    assert len(simulator.calls()) == 1
-
-
-def test_two_service_processes_share_sessions(start_service: StartService, simulator: Simulator) -> None:
-    one, other = start_service(), start_service()
-    token = one.log_in(simulator)
-    assert other.read_me(token).status_code == 200
-    requests.delete(f"{other.url}/api/v1/auth/session", headers=bearer(token), timeout=5).raise_for_status()
-    assert one.read_me(token).status_code == 401
 
 
 def test_sessions_survive_a_restart_of_the_service_and_of_redis(
@@ -99,47 +56,49 @@ def test_sessions_survive_a_restart_of_the_service_and_of_redis(
     assert service.read_me(token).status_code == 200
 
 
-@pytest.mark.parametrize("how", ["stopped", "hanging"])
-def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself(
-    start_service: StartService, simulator: Simulator, own_redis: RedisServer, how: str
-) -> None:
-    service = start_service(REDIS_URL=own_redis.url)
-    token, code = service.log_in(simulator), simulator.code()
-    if how == "stopped":
-        own_redis.stop()
-    else:
-        suspend(own_redis.process)
-    for call in (
-        lambda: service.read_me(token),
-        lambda: requests.post(service.url + LOGIN, json={"code": code}, timeout=5),
-        lambda: requests.get(f"{service.url}/readyz", timeout=5),
-    ):
+def fastest(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and outcome of the fastest of some calls: a busy machine delays a call, and hastens none."""
+    outcomes = []
+    for _ in range(3):
         started = time.monotonic()
-        answer = call()
-        assert time.monotonic() - started < 1
-        assert (answer.status_code, answer.json()["code"]) == (503, 503)
-        assert "Retry-After" in answer.headers
-        assert len(answer.headers["X-Trace-Id"]) == 32
-    assert requests.get(f"{service.url}/livez", headers=bearer(token), timeout=5).status_code == 200
-    if how == "stopped":
-        own_redis.start()
-    else:
-        own_redis.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: service.read_me(token).status_code == 200, seconds=5)
-    assert '"stack"' not in service.log()
+        outcome = call()
+        outcomes.append((time.monotonic() - started, outcome))
+    return min(outcomes, key=lambda outcome: outcome[0])
 
 
-def test_requests_wait_side_by_side_for_a_redis_that_hangs(
+def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself(
     start_service: StartService, simulator: Simulator, own_redis: RedisServer
 ) -> None:
     service = start_service(REDIS_URL=own_redis.url, WEB_CONCURRENCY="1")
-    token = service.log_in(simulator)
+    token, code = service.log_in(simulator), simulator.code()
+
+    def assert_unavailable() -> None:
+        for call in (
+            lambda: service.read_me(token),
+            lambda: requests.post(service.url + LOGIN, json={"code": code}, timeout=WAIT_SECONDS),
+            lambda: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS),
+        ):
+            seconds, answer = fastest(call)
+            assert seconds < 1
+            assert (answer.status_code, answer.json()["code"]) == (503, 503)
+            assert "Retry-After" in answer.headers
+            assert len(answer.headers["X-Trace-Id"]) == 32
+        answer = requests.get(f"{service.url}/livez", headers=bearer(token), timeout=WAIT_SECONDS)
+        assert answer.status_code == 200
+
+    own_redis.stop()
+    assert_unavailable()
+    own_redis.start()
+    wait_until(lambda: service.read_me(token).status_code == 200)
     suspend(own_redis.process)
-    started = time.monotonic()
+    assert_unavailable()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: service.read_me(token), range(8)))
-    assert time.monotonic() - started < 2  # one after the other it would take more than 3
+        seconds, answers = fastest(lambda: list(pool.map(lambda _: service.read_me(token), range(8))))
+    assert seconds < 2  # one after the other they would take more than 3
     assert {answer.status_code for answer in answers} == {503}
+    own_redis.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: service.read_me(token).status_code == 200)
+    assert '"stack"' not in service.log()
 
 
 @pytest.mark.only_on("mariadb")
@@ -152,18 +111,20 @@ def test_without_mariadb_answers_are_503_within_seconds_and_it_recovers_by_itsel
     token = service.log_in(simulator)
     with ThreadPoolExecutor(16) as pool:  # a connection in each place of the pools
         assert set(pool.map(lambda _: service.read_me(token).status_code, range(64))) == {200}
+        seconds = []
         for _ in range(2):
             own_databases.kill()
             started = time.monotonic()
             answers = list(pool.map(lambda _: service.read_me(token), range(32)))
-            answers.append(requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5))
-            answers.append(requests.get(f"{service.url}/readyz", timeout=5))
-            assert time.monotonic() - started < 3
+            answers.append(requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=WAIT_SECONDS))
+            answers.append(requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS))
+            seconds.append(time.monotonic() - started)
             assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(503, 503)}
             assert all("Retry-After" in answer.headers for answer in answers)
             own_databases.start()
             answers = list(pool.map(lambda _: service.read_me(token), range(32)))
             assert {answer.status_code for answer in answers} == {200}  # from the first one on
+        assert min(seconds) < 3
         own_databases.kill()
         own_databases.start()  # before anybody has noticed
         assert set(pool.map(lambda _: service.read_me(token).status_code, range(32))) == {200}
@@ -175,15 +136,21 @@ def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(
     start_service: StartService, simulator: Simulator, own_redis: RedisServer
 ) -> None:
     service = start_service(REDIS_URL=own_redis.url)
-    simulator.fault("slow", seconds=2)
-    code = simulator.code()
-    started = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
-        wait_until(simulator.calls)
-        suspend(own_redis.process)
-        answer = login.result()
-    assert time.monotonic() - started < 3
+
+    def lose_redis() -> requests.Response:
+        simulator.forget()
+        simulator.fault("slow", seconds=1)
+        body = {"code": simulator.code()}
+        with ThreadPoolExecutor(1) as pool:
+            login = pool.submit(requests.post, service.url + LOGIN, json=body, timeout=WAIT_SECONDS)
+            wait_until(simulator.calls)
+            suspend(own_redis.process)
+            answer = login.result()
+        own_redis.process.send_signal(signal.SIGCONT)
+        return answer
+
+    seconds, answer = fastest(lose_redis)
+    assert seconds < 2
     assert (answer.status_code, answer.json()["code"]) == (503, 503)
     assert "token" not in answer.text
     assert '"stack"' not in service.log()
@@ -191,9 +158,9 @@ def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(
 
 def test_stdout_holds_json_lines_of_one_shape_gunicorn_s_too_and_nothing_else(start_service: StartService) -> None:
     service = start_service(LOG_LEVEL="INFO")
-    trace_id = requests.get(f"{service.url}/version", timeout=5).headers["X-Trace-Id"]
+    trace_id = requests.get(f"{service.url}/version", timeout=WAIT_SECONDS).headers["X-Trace-Id"]
     wait_until(lambda: trace_id in service.log())  # it may be in the queue of the one that is killed
-    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=WAIT_SECONDS) as connection:
         connection.sendall(b"GET /?token=hunter2&phone=13812345678 HTTP/9.9\r\n\r\n")
         connection.recv(1000)
     wait_until(lambda: "Invalid request" in service.log())
@@ -232,7 +199,7 @@ REFUSED = {
 
 def answered_by_gunicorn(service: Service, head: str) -> requests.Response:
     """Send this much of a request, and see that gunicorn closes after an answer of the length that it says."""
-    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=WAIT_SECONDS) as connection:
         connection.sendall(f"{head}\r\n".encode())
         raw = HTTPResponse(connection)
         raw.begin()
@@ -270,7 +237,7 @@ def test_a_crash_after_flask_has_answered_is_500_in_the_envelope_with_the_trace_
     answer = answered_by_gunicorn(service, f"GET /faulty/body?{QUERY} HTTP/1.1\r\nHost: x\r\n")
     assert answer.status_code == 500
     assert answer.json() == {"code": 500, "message": Code.INTERNAL_ERROR.message.chinese, "data": None}
-    assert requests.get(f"{service.url}/livez", timeout=5).status_code == 200
+    assert requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS).status_code == 200
     service.stop()
     (line,) = [line for line in service.log_lines() if "stack" in line]
     assert (line["traceId"], line["exceptionType"]) == (answer.headers["X-Trace-Id"], "ZeroDivisionError")
@@ -282,7 +249,7 @@ def test_gunicorn_answers_in_its_own_way_where_ours_fails(
     start_service: StartService, broken: str, traced: bool
 ) -> None:
     service = start_service("tests.broken_refusal", BROKEN=broken, WEB_CONCURRENCY="1")
-    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=WAIT_SECONDS) as connection:
         connection.sendall(b"GET / HTTP/9.9\r\n\r\n")
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/html\r\n")
@@ -300,7 +267,7 @@ def test_what_python_would_print_on_stderr_is_a_line_of_its_own(start_service: S
         ("finalizer", "ignored", "ERROR"),
         ("warning", "UserWarning", "WARNING"),
     ):
-        assert requests.get(f"{service.url}/faulty/{way}", timeout=5).status_code == 200
+        assert requests.get(f"{service.url}/faulty/{way}", timeout=WAIT_SECONDS).status_code == 200
         wait_until(lambda message=message: message in service.log())
         (line,) = [line for line in service.log_lines() if message in line["message"]]
         assert line["level"] == level
@@ -311,7 +278,7 @@ def test_what_python_would_print_on_stderr_is_a_line_of_its_own(start_service: S
 
 def test_only_lines_of_the_wanted_level_are_written(start_service: StartService) -> None:
     quiet = start_service(LOG_LEVEL="ERROR")
-    requests.get(f"{quiet.url}/version", timeout=5)
+    requests.get(f"{quiet.url}/version", timeout=WAIT_SECONDS)
     quiet.stop()
     assert quiet.log_lines() == []
 
@@ -320,12 +287,13 @@ def test_only_lines_of_the_wanted_level_are_written(start_service: StartService)
 def test_without_a_reader_of_its_lines_it_goes_on_serving_and_stops(environ: dict[str, str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "output")
     reader = os.open(tmp_path / "output", os.O_RDONLY | os.O_NONBLOCK)
-    service = Service({**environ, "WEB_CONCURRENCY": "1"}, tmp_path / "output")
+    service = Service({**environ, "WEB_CONCURRENCY": "1"}, tmp_path / "output", "tests.apps.faulty_route")
     try:
         with requests.Session() as session:
-            for _ in range(logs.CAPACITY // 2 + 500):  # two lines each, of which the pipe takes some hundred
-                assert session.get(f"{service.url}/livez", timeout=5).status_code == 200
-            metrics = session.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=5).text
+            for _ in range(2):  # the pipe takes some hundred lines
+                url = f"{service.url}/faulty/chatty/{logs.CAPACITY}"
+                assert session.get(url, timeout=WAIT_SECONDS).status_code == 200
+            metrics = session.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS).text
         assert re.search(r"^kuaishang_log_lines_dropped_total [1-9]", metrics, re.MULTILINE)
     finally:
         service.stop()
@@ -365,51 +333,19 @@ def test_a_killed_worker_costs_no_session_and_the_next_request_is_served(
     assert service.read_me(token).status_code == 200
 
 
-def test_after_a_login_no_token_session_key_or_secret_is_at_rest_or_in_the_logs(
-    start_service: StartService, simulator: Simulator, redis: Redis, own_databases: Databases
-) -> None:
-    database_url = own_databases.create()
-    migrate(database_url)
-    service = start_service(DATABASE_URL=database_url, LOG_LEVEL="DEBUG")
-    code = simulator.code(openid="o-alice")
-    answer = requests.post(service.url + LOGIN, json={"code": code}, timeout=5).json()
-    token = answer["data"]["token"]
-    requests.post(service.url + LOGIN, json={"code": code}, timeout=5)
-    simulator.fault("close", times=2)
-    requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=5)
-    assert service.read_me(token).status_code == 200
-    session_key = simulator.session_key("o-alice")
-    service.stop()
-    own_databases.stop()
-
-    at_rest = own_databases.at_rest() + b"".join(key + contents(redis, key) for key in redis.scan_iter())
-    assert b"o-alice" in at_rest  # the search does find what is there
-    for secret in (token, session_key, code):
-        assert secret.encode() not in at_rest
-        assert secret not in service.log()
-        assert secret not in answer["message"]
-    assert session_key not in str(answer)
-    secrets = [APP_SECRET, *(service.environ[name] for name in ("SECRET_KEY", "ENCRYPTION_KEYS"))]
-    assert not any(secret in service.log() or secret.encode() in at_rest for secret in secrets)
-
-
-def contents(redis: Redis, key: bytes) -> bytes:
-    return redis.get(key) if redis.type(key) == b"string" else b"".join(redis.zrange(key, 0, -1))
-
-
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_oversized_body_is_refused_in_the_envelope(start_service: StartService, chunked: bool) -> None:
-    service = start_service()
+def test_an_oversized_body_is_refused_in_the_envelope(services: Services, chunked: bool) -> None:
+    service = services[0]
     body = b" " * 8_000_000
     data = iter([body]) if chunked else body
-    answer = requests.post(service.url + LOGIN, data=data, headers={"Content-Type": "application/json"}, timeout=10)
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(service.url + LOGIN, data=data, headers=headers, timeout=WAIT_SECONDS)
     assert (answer.status_code, answer.json()["code"]) == (413, 413)
-    assert requests.get(f"{service.url}/livez", timeout=5).status_code == 200
+    assert requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS).status_code == 200
 
 
-def test_a_body_that_is_not_as_its_headers_say_is_400(start_service: StartService) -> None:
-    service = start_service()
-    with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=10) as connection:
+def test_a_body_that_is_not_as_its_headers_say_is_400(services: Services) -> None:
+    with socket.create_connection(("127.0.0.1", int(services[0].environ["PORT"])), timeout=WAIT_SECONDS) as connection:
         head = "POST /api/auth/wechat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(f"{head}ZZZ\r\nx".encode())
         answer = connection.makefile("rb").read().decode()
@@ -418,15 +354,14 @@ def test_a_body_that_is_not_as_its_headers_say_is_400(start_service: StartServic
     assert "X-Trace-Id" in answer
 
 
-def test_a_client_that_sends_its_body_slowly_holds_up_nobody_elses_order(
-    start_service: StartService, simulator: Simulator
-) -> None:
-    service = start_service()
+@pytest.mark.database
+def test_a_client_that_sends_its_body_slowly_delays_no_other_order(services: Services, simulator: Simulator) -> None:
+    service = services[0]
     token = service.log_in(simulator)
     order = {"items": [{"sku": "tea", "name": "茶", "quantity": 1, "unit_price": 1}]}
     head = f"POST /api/v1/orders HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 500\r\n"
     for key in ("", "Idempotency-Key: slow\r\n"):
-        with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=10) as slow:
+        with socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), timeout=WAIT_SECONDS) as slow:
             slow.sendall(f"{head}{key}\r\n{{".encode())
             time.sleep(0.5)
             assert service.call("POST", "/orders", token, json=order).status_code == 201
@@ -461,47 +396,28 @@ def test_any_other_server_is_told_the_same(tmp_path: Path) -> None:
     assert "Traceback" not in started.stderr
 
 
-def test_no_stand_in_starts_in_production(start_service: StartService) -> None:
-    service = start_service()
-    family = [psutil.Process(service.process.popen.pid), *service.workers()]
+def test_no_stand_in_starts_in_production(services: Services) -> None:
+    family = psutil.Process(services[0].process.popen.pid).children(recursive=True)
     assert all("gunicorn" in " ".join(process.cmdline()) for process in family)
 
 
-def push_text(simulator: Simulator, service: Service, seconds: float) -> dict[str, Any]:
-    """Push a message whose handler takes this long, and answer what WeChat was told."""
-    message = {"MsgType": "text", "Content": str(seconds)}
-    (answer,) = simulator.push(message, url=f"{service.url}/api/v1/wechat/messages")
-    return answer
-
-
-def test_wechat_has_its_success_at_once_however_long_a_handler_takes(
-    start_service: StartService, simulator: Simulator, redis: Redis
-) -> None:
-    service = start_service("tests.apps.slow_handler")
-    answer = push_text(simulator, service, 10)
-    assert (answer["status"], answer["body"]) == (200, "success")
-    assert answer["seconds"] < 1
-    assert redis.lrange("handled", 0, -1) == []
-    service.kill()  # nobody waits the ten seconds
-
-
-def test_messages_in_hand_are_finished_at_a_stop(
+def test_a_stop_finishes_requests_and_messages_that_have_begun(
     start_service: StartService, simulator: Simulator, redis: Redis
 ) -> None:
     service = start_service("tests.apps.slow_handler", WEB_CONCURRENCY="1")
+    message = {"MsgType": "text", "Content": "3"}
     for _ in range(12):  # more than are handled at once
-        assert push_text(simulator, service, 0.7)["status"] == 200
-    service.stop()
-    assert redis.llen("handled") == 12
-    assert service.process.popen.returncode == 0
-
-
-def test_requests_in_hand_are_finished_at_a_stop(start_service: StartService, simulator: Simulator) -> None:
-    service = start_service()
+        (answer,) = simulator.push(message, url=f"{service.url}/api/v1/wechat/messages")
+        assert (answer["status"], answer["body"]) == (200, "success")
+        handled = redis.llen("handled")
+    assert handled < 12  # WeChat does not wait for the handlers
+    simulator.forget()
     simulator.fault("slow", seconds=1.5)
-    code = simulator.code()
     with ThreadPoolExecutor(1) as pool:
-        login = pool.submit(requests.post, service.url + LOGIN, json={"code": code}, timeout=10)
-        wait_until(lambda: simulator.calls())
+        body = {"code": simulator.code()}
+        login = pool.submit(requests.post, service.url + LOGIN, json=body, timeout=WAIT_SECONDS)
+        wait_until(simulator.calls)
         service.stop()
         assert login.result().status_code == 200
+    assert redis.llen("handled") == 12
+    assert service.process.popen.returncode == 0
