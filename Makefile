@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadgroup
 
 export PORT SIMULATOR_PORT LOG_FORMAT
-# As they were typed: whatever is pasted here, neither make nor the shell acts on it.
+# Taken literally, so that neither make nor the shell interprets pasted text.
 override ID := $(value ID)
 override LOGS := $(value LOGS)
 export ID LOGS
@@ -36,7 +36,7 @@ lint: $(INSTALLED) ## check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(INSTALLED) ## put the code into shape
+format: $(INSTALLED) ## fix style and formatting
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
@@ -49,7 +49,7 @@ requirements: $(INSTALLED) ## compile requirements*.in to pinned, hashed require
 openapi: $(INSTALLED) ## write openapi.json from the code
 	$(VENV)/bin/python -m dev.openapi
 
-clean: ## remove the virtual environment, what the tools left, and the data under var/
+clean: ## remove the virtual environment, caches, and the data under var/
 	rm -rf $(VENV) var .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

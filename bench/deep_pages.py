@@ -1,6 +1,6 @@
-"""Page 1 and page 4,000 of a list of 100,000 orders of one user.
+"""Compares page 1 and page 4,000 of a list of 100,000 orders of one user.
 
-Prints the median times of both, by page number and by `after`, and ends with a status that is not 0 if a deep page
+Prints the median times of both, by page number and by `after`, and exits with a status other than 0 if a deep page
 takes more than twice as long as the first.
 """
 
@@ -26,7 +26,7 @@ FACTOR = 2
 
 
 def fill(user_id: int) -> None:
-    """Give the user ORDERS orders of two items each, and others as many around them."""
+    """Insert ORDERS orders of two items each for the user, and as many of nobody between them."""
     moment = now()
     for start in range(0, 2 * ORDERS, 10_000):
         ids = range(start + 1, start + 10_001)
@@ -39,7 +39,7 @@ def fill(user_id: int) -> None:
 
 
 def median_of(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Time the calls in turn, so that what disturbs the machine disturbs all of them alike."""
+    """Time the calls in turn, so that other load on the machine affects all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -81,7 +81,7 @@ def read(client: FlaskClient, token: str, query: str) -> None:
     answer = client.get(f"/api/v1/orders?page_size={PAGE_SIZE}&{query}", headers=bearer(token))
     page = answer.get_json()["data"]
     if (len(page["items"]), page["total"]) != (PAGE_SIZE, ORDERS):
-        raise RuntimeError(f"not the page that was wanted: {answer.text[:200]}")
+        raise RuntimeError(f"unexpected page: {answer.text[:200]}")
 
 
 if __name__ == "__main__":

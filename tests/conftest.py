@@ -1,4 +1,4 @@
-"""What the tests run against: a private Redis, the WeChat simulator over HTTP, a migrated database, and the service.
+"""The fixtures: a private Redis, the WeChat simulator over HTTP, a migrated database, and the service.
 
 `--database=mariadb` puts MariaDB in SQLite's place, and runs only the tests that prove something about it: those of
 storage and blueprints that need a database, those with `own_databases`, and those marked `database`.
@@ -80,6 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "database: this test runs on each database, outside of the folders that do")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Select the tests for this database, and keep together those that start many processes."""
     database = config.getoption("database")
@@ -116,7 +117,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A Redis of this test alone, which may stop it or make it hang."""
+    """A Redis for this test alone, which may stop it or make it hang."""
     with closing(RedisServer(tmp_path / "redis", bound_to_this_process())) as server:
         server.start()
         yield server
@@ -133,14 +134,14 @@ def shared_simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simul
 
 @pytest.fixture
 def simulator(shared_simulator: Simulator) -> Simulator:
-    """The simulator, with no code, fault or call in its memory."""
+    """The simulator, without codes, faults or calls of earlier tests."""
     shared_simulator.forget()
     return shared_simulator
 
 
 @pytest.fixture(scope="session")
 def databases(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
-    """Where to make a database of the kind that the tests run on; in the end nothing personal is in its files."""
+    """Creates databases of the kind that the tests run on; at the end no personal data is in its files."""
     databases = None
     for databases in _databases(pytestconfig, tmp_path_factory.mktemp("databases")):
         yield databases
@@ -180,7 +181,7 @@ def environ(redis_server: RedisServer, shared_simulator: Simulator, databases: D
         "DATABASE_URL": database_url,
         "SECRET_KEY": secrets.token_hex(32),
         "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
-        "DRAIN_SECONDS": "0",  # no load balancer has to notice a stop
+        "DRAIN_SECONDS": "0",  # there is no load balancer to notice a stop
         "METRICS_TOKEN": METRICS_TOKEN,
         "LOG_LEVEL": "DEBUG",  # for `journal`
     }
@@ -196,7 +197,7 @@ def redis(redis_server: RedisServer) -> Iterator[Redis]:
 
 @pytest.fixture
 def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterator[Callable[..., Flask]]:
-    """Make the application, as often as wanted, with settings that differ from the usual as named."""
+    """Create applications, with these settings changed from the usual ones."""
     with ExitStack() as stack:
 
         def make(**different: str) -> Flask:
@@ -236,13 +237,13 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
 
 @pytest.fixture
 def client(app: Flask) -> FlaskClient:
-    """Calls the application in this process, keeping no cookies, as wx.request does."""
+    """A client of the application in this process, without cookies, as wx.request has none."""
     return app.test_client(use_cookies=False)
 
 
 @pytest.fixture
 def token(client: FlaskClient, simulator: Simulator) -> str:
-    """The token of somebody who has just logged in for the first time."""
+    """The token of a new user who has just logged in."""
     return client.post("/api/v1/auth/wechat", json={"code": simulator.code()}).get_json()["data"]["token"]
 
 
@@ -297,7 +298,7 @@ def collector(journal: Journal) -> Iterator[OtlpReceiver]:
 def start_service(
     environ: dict[str, str], redis: Redis, tmp_path: Path, journal: Journal
 ) -> Iterator[Callable[..., Service]]:
-    """Start the service, as often as wanted, with settings that differ from the usual as named."""
+    """Start services, with these settings changed from the usual ones."""
     with ExitStack() as stack:
 
         def start(module: str = "wsgi", **different: str) -> Service:
@@ -316,9 +317,9 @@ def shared_services(
     folder = tmp_path_factory.mktemp("services")
     with ExitStack() as stack:
         one = Service(environ, folder / "one")
-        stack.callback(one.stop)
+        stack.callback(one.kill)
         other = Service(environ, folder / "other")
-        stack.callback(other.stop)
+        stack.callback(other.kill)
         yield one, other
 
 

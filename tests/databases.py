@@ -1,4 +1,4 @@
-"""Where the tests' databases lie: files of SQLite's, or a private MariaDB that may be killed and started again."""
+"""The databases of the tests: SQLite files, or a private MariaDB that may be killed and restarted."""
 
 import atexit
 import os
@@ -21,7 +21,7 @@ LOG_FILE_SIZE = "8M"
 
 
 def executable(name: str) -> str:
-    """A program of MariaDB's; Debian keeps the server where an ordinary user's PATH does not lead.
+    """Return the path of a MariaDB program; Debian has the server outside of an ordinary user's PATH.
 
     :raises FileNotFoundError: if it is not installed.
     """
@@ -50,7 +50,7 @@ def _common_options(data: Path) -> list[str]:
 
 
 class SQLiteFiles:
-    """Databases that are files in this folder."""
+    """SQLite databases in this folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,33 +59,33 @@ class SQLiteFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def stop(self) -> None:
-        """Nothing runs."""
+        """There is no process."""
 
     close = stop
 
     def create(self) -> str:
-        """Make room for an empty database, and answer its URL."""
+        """Return the URL of a new, empty database."""
         return f"sqlite:///{self.folder / f'{secrets.token_hex(4)}.db'}"
 
     def at_rest(self) -> bytes:
-        """All that the databases have in their files."""
+        """Return the contents of all files."""
         return _contents(self.folder)
 
 
 class MariaDB:
-    """A mariadbd process with its data in this folder, on a socket that nobody else can open, and on no port."""
+    """A mariadbd process with its data in this folder, on a socket that only this user can open, and on no port."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Not beside the data: a socket's path may have about 100 characters.
+        # Not beside the data: the path of a socket has at most about 100 characters.
         self._socket_folder = tempfile.TemporaryDirectory(prefix="kuaishang-")
         self.socket = f"{self._socket_folder.name}/mariadb.sock"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server, on the data that are there or else on none, and wait until it answers.
+        """Start the server, with the existing data if any, and wait until it responds.
 
-        :raises RuntimeError: if it does not answer in time.
+        :raises RuntimeError: if it does not respond in time.
         """
         common = _common_options(self.folder / "data")
         log = self.folder / "mariadb.log"
@@ -98,8 +98,7 @@ class MariaDB:
         options = {
             "socket": self.socket,
             "log-error": str(log),
-            # What a commit has written outlives the server that is killed; nothing here has to outlive the machine,
-            # so nobody waits for the disk.
+            # A commit survives a killed server. It need not survive the machine, so nothing waits for the disk.
             "innodb-flush-log-at-trx-commit": "1",
             "innodb-flush-method": "nosync",
             "innodb-log-file-size": LOG_FILE_SIZE,
@@ -116,21 +115,21 @@ class MariaDB:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             if self._listens():
-                self._execute("DO 1")  # before it answers, it does not hear that it is to stop
+                self._execute("DO 1")  # before it responds, it ignores a SIGTERM
                 return
             time.sleep(0.02)
         self.kill()
         raise RuntimeError(f"mariadbd did not start; see {log}")
 
     def _listens(self) -> bool:
-        # Not with PyMySQL, which leaves the socket open over which it could not connect.
+        # Not with PyMySQL, which leaves its socket open if it cannot connect.
         with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self.socket)
             return True
         return False
 
     def stop(self) -> None:
-        """Stop the server; all that it was told is in its files when this returns."""
+        """Stop the server; all writes are in its files when this returns."""
         if self.process:
             self.process.terminate()
             try:
@@ -139,7 +138,7 @@ class MariaDB:
                 self.kill()
 
     def kill(self) -> None:
-        """End the server as a crash would, in the middle of whatever it is doing."""
+        """Kill the server, as a crash would."""
         if self.process:
             self.process.kill()
             self.process.wait()
@@ -151,13 +150,13 @@ class MariaDB:
         self._socket_folder.cleanup()
 
     def create(self) -> str:
-        """Make an empty database, and answer its URL."""
+        """Create an empty database, and return its URL."""
         name = f"kuaishang_{secrets.token_hex(4)}"
         self._execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
         return f"mysql://root@localhost/{name}?unix_socket={self.socket}"
 
     def at_rest(self) -> bytes:
-        """All that the server, which must be stopped, has in its files."""
+        """Return the contents of all files; stop the server first."""
         return _contents(self.folder)
 
     def _execute(self, statement: str) -> None:

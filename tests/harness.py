@@ -1,4 +1,4 @@
-"""The programs that the tests run against, each a process of its own, and the ways to steer them."""
+"""The programs that the tests run against, each in a process of its own, and how to control them."""
 
 import html
 import json
@@ -34,7 +34,7 @@ PERSON = {
     "email": "ouyang@example.com",
     "bank_card": "6222020200112230123",
 }
-"""What may be nowhere in full: not in a log line, not in an answer that does not say so, not in the database."""
+"""Must not appear in full in a log line, in the database, or in a response unless documented."""
 
 PUSH_TOKEN, PUSH_AES_KEY = "apushtokennobodymaysee", "aPushAesKeyNobodyMaySee012345678901234567ab"
 
@@ -122,7 +122,7 @@ class Process:
 
 
 class Simulator:
-    """The WeChat simulator, and the ways to steer it."""
+    """The WeChat simulator and its controls."""
 
     def __init__(self, output: Path) -> None:
         port = free_port("the simulator's port", "0")
@@ -152,12 +152,12 @@ class Simulator:
         return self._get("customer_messages")["messages"]
 
     def web_user(self, **wanted: Any) -> dict[str, str | None]:
-        """Sit down in front of the browser; answers the openid and unionid."""
+        """Set who uses the browser; returns the openid and unionid."""
         return self._post("web_user", **wanted)
 
     def sign_in_on_the_web(self, authorize_url: str, agree: bool = True) -> str:
-        """Open WeChat's page and answer where the person's choice leads, without going there."""
-        page = requests.get(authorize_url, allow_redirects=False, timeout=5)
+        """Open WeChat's page and return the URL that the choice leads to, without following it."""
+        page = requests.get(authorize_url, allow_redirects=False, timeout=WAIT_SECONDS)
         if page.status_code == 302:
             return page.headers["Location"]
         link = re.search(rf'<a id="{"agree" if agree else "decline"}" href="([^"]*)"', page.text)
@@ -171,10 +171,10 @@ class Simulator:
         return self._get("access_token")["access_token"]
 
     def drop_access_token(self) -> None:
-        requests.delete(f"{self.url}/simulator/access_token", timeout=5).raise_for_status()
+        requests.delete(f"{self.url}/simulator/access_token", timeout=WAIT_SECONDS).raise_for_status()
 
     def push(self, message: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
-        """Push a message to the service; answers what it said to each attempt."""
+        """Push a message to the service; returns its response to each attempt."""
         return self._post("push", message=message, **wanted)["answers"]
 
     def verify_push(self, **wanted: Any) -> dict[str, Any]:
@@ -193,16 +193,16 @@ class Simulator:
         return [call for call in self._get("calls")["calls"] if path in (None, call["path"])]
 
     def forget(self) -> None:
-        requests.delete(f"{self.url}/simulator", timeout=5).raise_for_status()
+        requests.delete(f"{self.url}/simulator", timeout=WAIT_SECONDS).raise_for_status()
 
     def _get(self, control: str) -> dict[str, Any]:
-        answer = requests.get(f"{self.url}/simulator/{control}", timeout=5)
+        answer = requests.get(f"{self.url}/simulator/{control}", timeout=WAIT_SECONDS)
         answer.raise_for_status()
         return answer.json()
 
     def _post(self, control: str, **wanted: Any) -> dict[str, Any]:
-        # A push waits for its answer three times for 5 s.
-        answer = requests.post(f"{self.url}/simulator/{control}", json=wanted, timeout=20)
+        # A push waits three times, up to 5 s each.
+        answer = requests.post(f"{self.url}/simulator/{control}", json=wanted, timeout=WAIT_SECONDS)
         answer.raise_for_status()
         return answer.json()
 
@@ -249,7 +249,9 @@ class Service:
         return self.output.read_bytes()[self._log_start :].decode()
 
     def log_in(self, simulator: Simulator, **wanted: Any) -> str:
-        answer = requests.post(f"{self.url}/api/v1/auth/wechat", json={"code": simulator.code(**wanted)}, timeout=20)
+        answer = requests.post(
+            f"{self.url}/api/v1/auth/wechat", json={"code": simulator.code(**wanted)}, timeout=WAIT_SECONDS
+        )
         assert answer.status_code == 200, answer.text
         self.tokens.append(answer.json()["data"]["token"])
         return self.tokens[-1]
@@ -269,7 +271,7 @@ def migrate(database_url: str, direction: str = "upgrade", revision: str = "head
 
 
 def counted(metric: str, **labels: str) -> float:
-    """What a metric of the application in this process stands at."""
+    """Return the value of a metric of the application in this process."""
     return metrics.REGISTRY.get_sample_value(f"kuaishang_{metric}", labels) or 0
 
 

@@ -1,4 +1,4 @@
-"""What a user goes through, from the first login to the last logout, on two instances of the service."""
+"""A user from the first login to the last logout, on two instances of the service."""
 
 import pytest
 import requests
@@ -17,7 +17,7 @@ class Browser(requests.Session):
 
 
 @pytest.mark.database
-def test_a_user_goes_all_the_way_on_two_instances(services: tuple[Service, Service], simulator: Simulator) -> None:
+def test_the_journey_of_a_user_on_two_instances(services: tuple[Service, Service], simulator: Simulator) -> None:
     one, other = services
     openid, unionid = "o-journey", "u-journey"
 

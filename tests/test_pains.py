@@ -1,4 +1,4 @@
-"""The twelve things that hurt users of other WeChat back ends most, and not those of this one: a test for each."""
+"""The twelve most common problems of WeChat back ends, which this one does not have: a test for each."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -72,9 +72,7 @@ def test_2_data_decrypts_after_another_login_replaced_the_key(client: FlaskClien
     assert put_phone(client, phone, **stale).get_json()["code"] == 463  # which says what to do
 
 
-def test_3_a_token_that_is_always_called_invalid_is_not_retried_for_ever(
-    client: FlaskClient, simulator: Simulator
-) -> None:
+def test_3_a_token_that_is_always_rejected_is_not_retried_for_ever(client: FlaskClient, simulator: Simulator) -> None:
     alice = log_in(client, simulator, openid="o-alice")
     simulator.fault("errcode", times=1000, path=GET_PHONE, errcode=40001)
     assert put_phone(client, alice, code="any").get_json()["code"] == 502
@@ -114,7 +112,7 @@ def test_6_a_push_that_is_not_signed_by_wechat_is_refused(
         assert {answer["status"] for answer in simulator.push(event, url=url, **forged)} == {400}, forged
 
 
-def test_7_a_login_code_sent_as_the_phone_code_is_told_apart(client: FlaskClient, simulator: Simulator) -> None:
+def test_7_a_login_code_sent_as_the_phone_code_is_recognised(client: FlaskClient, simulator: Simulator) -> None:
     alice = log_in(client, simulator, openid="o-alice")
     answer = put_phone(client, alice, code=simulator.code(openid="o-alice")).get_json()
     assert answer["code"] == 460

@@ -1,4 +1,4 @@
-"""What the READMEs and the changelog say is so."""
+"""The READMEs and the changelog match the code."""
 
 import re
 from pathlib import Path
@@ -17,13 +17,13 @@ README = pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["english", "
 
 
 def table(readme: Path, header: str) -> list[list[str]]:
-    """The rows of the table in the section of this number of the header."""
+    """Return the rows of the table with this header."""
     rows = readme.read_text().partition(f"| {header} |")[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 @README
-def test_the_settings_table_is_that_of_settings_py(readme: Path) -> None:
+def test_the_settings_table_matches_settings_py(readme: Path) -> None:
     required = {"README.md": "required", "README.zh-CN.md": "必需"}[readme.name]
     rows = table(readme, {"README.md": "name", "README.zh-CN.md": "名称"}[readme.name])
     assert [row[:2] for row in rows if row[0] not in ("`LOG_FORMAT`", "`SIMULATOR_PORT`")] == [
@@ -36,14 +36,14 @@ def test_the_settings_table_is_that_of_settings_py(readme: Path) -> None:
 
 
 @README
-def test_the_code_table_is_that_of_errors_py(readme: Path) -> None:
+def test_the_code_table_matches_errors_py(readme: Path) -> None:
     rows = table(readme, {"README.md": "code", "README.zh-CN.md": "业务码"}[readme.name])
     message = {"README.md": "english", "README.zh-CN.md": "chinese"}[readme.name]
     assert rows == [[str(code.number), str(code.status), getattr(code.message, message)] for code in Code]
 
 
 @README
-def test_each_dependency_has_one_line_and_no_other_has(readme: Path) -> None:
+def test_each_dependency_has_one_line(readme: Path) -> None:
     chosen = {
         line.partition("[")[0]
         for name in ("requirements.in", "requirements-dev.in")
@@ -55,13 +55,13 @@ def test_each_dependency_has_one_line_and_no_other_has(readme: Path) -> None:
 
 
 @README
-def test_the_login_is_the_one_that_make_run_prints(readme: Path) -> None:
+def test_the_login_matches_the_output_of_make_run(readme: Path) -> None:
     printed = login_to_paste("http://127.0.0.1:8000", "http://127.0.0.1:8001")
     assert "\n".join(f"    {line}" for line in printed.splitlines()) in readme.read_text()
 
 
 @README
-def test_the_map_names_every_part_and_nothing_that_is_not_there(readme: Path) -> None:
+def test_the_map_names_every_module_and_no_other(readme: Path) -> None:
     section = re.split(r"^## ", readme.read_text(), flags=re.MULTILINE)[4]
     named = set(re.findall(r"\b[\w.]+\.py\b", section))
     there = {path.name for part in ("*.py", "*/*.py") for path in ROOT.glob(part) if path.parent.name != "tests"}

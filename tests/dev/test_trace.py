@@ -17,7 +17,7 @@ import requests
 from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, wait_until
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
-HEADING = "\n\nThe whole story\n"
+HEADING = "\n\nAll lines\n"
 
 
 def make(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def line(second: float, message: str, level: str = "INFO", span: str = "a", **fi
 
 
 def story(*lines: str) -> tuple[str, str]:
-    """What is above the heading, and what is below it."""
+    """Return the output above the heading and below it."""
     done = run(TRACE_ID, "-", stdin="".join(lines))
     assert done.returncode == 0, done.stderr
     above, heading, below = done.stdout.partition(HEADING)
@@ -61,7 +61,7 @@ def story(*lines: str) -> tuple[str, str]:
 
 
 def messages(shown: str) -> list[str]:
-    """What the lines at the left edge say after time, level, instance and span."""
+    """Return the messages of the lines that are not indented."""
     return [row.split()[4] for row in shown.splitlines() if row[:2].isdigit()]
 
 
@@ -73,7 +73,7 @@ def messages(shown: str) -> list[str]:
         ({"kind": "errcode", "errcode": 45009}, True),
     ],
 )
-def test_one_traceparent_through_two_instances_is_one_story(
+def test_lines_of_two_instances_with_one_traceparent_are_merged(
     services: tuple[Service, Service],
     start_service: Callable[..., Service],
     simulator: Simulator,
@@ -107,7 +107,7 @@ def test_one_traceparent_through_two_instances_is_one_story(
     title, *failing = above.splitlines()
     assert title.startswith(f"Trace {trace_id}, ")
     (cause,) = [line for line in theirs if line["message"] == "WeChat call failed"]
-    assert f"The failing span {cause['spanId']}" in failing
+    assert f"Failing span {cause['spanId']}" in failing
     assert "interface=/sns/jscode2session" in above
     assert ours[-1]["instance"] not in "\n".join(failing)
     rows = [row for row in below.splitlines() if not row.startswith(" ")]
@@ -115,7 +115,7 @@ def test_one_traceparent_through_two_instances_is_one_story(
     assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
 
 
-def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> None:
+def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:
     above, below = story(
         line(3, "crashed", "ERROR", "b", exceptionType="ValueError", stack="Traceback:\nValueError: bad"),
         line(4, "request", "ERROR", "b", instance="two:8000"),
@@ -139,7 +139,7 @@ def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> 
 @pytest.mark.parametrize(
     ("lines", "cause"),
     [
-        # The caller fails because of whom it called.
+        # The caller fails because of the callee.
         (
             [
                 line(2, "crashed", "ERROR", "b", parentSpanId="a" * 16, instance="two:1", exceptionType="E"),
@@ -147,7 +147,7 @@ def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> 
             ],
             "b",
         ),
-        # The clock of the called one is late.
+        # The callee's clock is late.
         (
             [
                 line(2, "callee failed", "ERROR", "a", exceptionType="E"),
@@ -157,7 +157,7 @@ def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> 
             ],
             "c",
         ),
-        # What it began here, and what fails later, is another matter.
+        # A background failure that comes later is not the cause.
         (
             [
                 line(2, "crashed", "ERROR", "a", exceptionType="E"),
@@ -165,7 +165,7 @@ def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> 
             ],
             "a",
         ),
-        # The line of a request alone does not say why.
+        # The line of a request alone has no reason.
         (
             [
                 line(1, "request", "ERROR", "a"),
@@ -174,7 +174,7 @@ def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> 
             ],
             "b",
         ),
-        # A failure that was survived is none.
+        # A failure that was handled is not one.
         (
             [
                 line(1, "WeChat call failed", "WARNING", "a", interface="/cgi-bin/stable_token"),
@@ -185,14 +185,14 @@ def test_the_failing_span_comes_first_with_its_stack_and_then_all_in_order() -> 
         ),
     ],
 )
-def test_the_failing_span_is_the_one_that_is_the_cause(lines: list[str], cause: str) -> None:
+def test_the_failing_span_is_the_cause(lines: list[str], cause: str) -> None:
     above, _ = story(*lines)
-    assert f"The failing span {cause * 16}\n" in above
+    assert f"Failing span {cause * 16}\n" in above
 
 
-def test_where_none_failed_it_says_so() -> None:
+def test_a_trace_without_a_failed_span() -> None:
     above, below = story(line(1, "request", "INFO"))
-    assert above.endswith("No span of it failed.")
+    assert above.endswith("No span failed.")
     assert messages(below) == ["request"]
 
 
@@ -215,27 +215,27 @@ def test_where_none_failed_it_says_so() -> None:
         f"traceId={TRACE_ID}",
     ],
 )
-def test_a_trace_id_is_understood_however_it_is_written(given: str) -> None:
+def test_a_trace_id_is_accepted_in_any_form(given: str) -> None:
     done = run(given, "-", stdin=line(1, "request"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Trace {TRACE_ID}")
 
 
-def test_without_an_id_it_says_what_is_wanted() -> None:
+def test_a_missing_id_is_reported() -> None:
     done = run("", "-")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "Give ID=" in done.stderr
+    assert "set ID=" in done.stderr
 
 
 @pytest.mark.parametrize("given", ["4bf92f3", "00-4bf92f3", "no trace id", f"{TRACE_ID}0", "4bf92f3g", "*"])
-def test_what_is_no_trace_id_gets_one_clear_line(given: str) -> None:
+def test_an_invalid_id_is_reported_in_one_line(given: str) -> None:
     done = run(given, "-", stdin=line(1, "request"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert f"ID={given} is no trace id" in done.stderr
+    assert f"ID={given} is not a trace id" in done.stderr
 
 
-def test_a_beginning_of_several_lists_them() -> None:
+def test_an_ambiguous_id_lists_the_traces() -> None:
     other = TRACE_ID[:16] + "f" * 16
     lines = line(2, "request", "ERROR", traceId=other, method="GET", route="/livez") + line(1, "request")
     done = run(TRACE_ID[:12], "-", stdin=lines)
@@ -246,22 +246,22 @@ def test_a_beginning_of_several_lists_them() -> None:
     assert run(other, "-", stdin=lines).stdout.startswith(f"Trace {other}")
 
 
-def test_what_is_not_found_says_where_it_was_looked_for(tmp_path: Path) -> None:
+def test_an_unknown_trace_names_the_logs_searched(tmp_path: Path) -> None:
     (tmp_path / "8000.jsonl").write_text(line(1, "request"))
     done = run("0" * 32, tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"make trace: no line of trace {'0' * 32} in {tmp_path}\n"
+    assert done.stderr == f"make trace: no lines of trace {'0' * 32} in {tmp_path}\n"
     assert "in var/log\n" in run(secrets.token_hex(16)).stderr
 
 
-def test_logs_that_are_not_there_get_one_clear_line(tmp_path: Path) -> None:
+def test_missing_logs_are_reported_in_one_line(tmp_path: Path) -> None:
     done = run(TRACE_ID, tmp_path / "nowhere")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"LOGS={tmp_path}/nowhere cannot be read" in done.stderr
 
 
-def test_folders_are_read_with_what_was_rotated_and_each_file_once(tmp_path: Path) -> None:
+def test_folders_are_read_with_rotated_files_and_each_file_once(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
     for number, name in enumerate(["8000.jsonl.10.gz", "8000.jsonl.2", "8000.jsonl.1", "8000.jsonl"]):
@@ -272,17 +272,17 @@ def test_folders_are_read_with_what_was_rotated_and_each_file_once(tmp_path: Pat
     assert messages(done.stdout.partition(HEADING)[2]) == ["before", "0", "0b", "1", "1b", "2", "2b", "3", "3b"]
 
 
-def test_what_stands_before_a_line_is_passed_over() -> None:
+def test_a_prefix_of_a_line_is_ignored() -> None:
     _, below = story(f"[pod/kuaishang-0/web] {line(2, 'second')}", f"2026-11-23T10:00:01Z stdout F {line(1, 'first')}")
     assert messages(below) == ["first", "second"]
 
 
-def test_what_is_around_a_line_in_dockers_files_is_passed_over() -> None:
+def test_lines_in_dockers_format_are_read() -> None:
     _, below = story(*(json.dumps({"log": line(1, "request"), "stream": "stdout"}) + "\n" for _ in range(2)))
     assert messages(below) == ["request", "request"]
 
 
-def test_a_packed_file_that_is_cut_off_gets_one_clear_line(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "8000.jsonl.1.gz").write_bytes(gzip.compress(line(1, "request").encode())[:-10])
     done = run(TRACE_ID, tmp_path)
     assert done.returncode == 2
@@ -290,18 +290,18 @@ def test_a_packed_file_that_is_cut_off_gets_one_clear_line(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("odd", [None, 5, [1], {"a": []}, ""])
-def test_no_line_is_too_odd(odd: object) -> None:
+def test_malformed_lines_are_printed_unchanged(odd: object) -> None:
     fields = dict.fromkeys(["timestamp", "level", "message", "instance", "spanId", "parentSpanId", "stack"], odd)
     strange = json.dumps({**fields, "traceId": TRACE_ID})
     _, below = story(strange + "\n", line(1, "fine", "ERROR"), f'{{"traceId": ["{TRACE_ID}"]}}\n')
     assert "fine" in below
 
 
-def test_make_and_the_shell_act_on_nothing_that_is_pasted(tmp_path: Path) -> None:
+def test_make_and_the_shell_do_not_interpret_pasted_text(tmp_path: Path) -> None:
     made = tmp_path / "made"
     for pasted in (f"$(shell touch {made})", f"`touch {made}`", f"$(touch {made})", f"'; touch {made}; '", "$$x#"):
         done = make(f"ID={pasted}", f"LOGS={pasted}")
-        assert f"ID={pasted} is no trace id" in done.stderr
+        assert f"ID={pasted} is not a trace id" in done.stderr
         assert "LOGS=" in make(f"ID={TRACE_ID}", f"LOGS={pasted}").stderr
     assert not made.exists()
     piped = make(f"ID={TRACE_ID}", "LOGS=-", stdin=line(1, "request"))
