@@ -1,5 +1,6 @@
 """Every write stores what it answers, and every change of something versioned asks for its version."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,8 +83,8 @@ class NicknameSchema(Schema):
 
 
 @pytest.fixture(params=[("arguments", "response"), ("response", "arguments")], ids="_".join)
-def group(request: pytest.FixtureRequest, app: Flask) -> None:
-    """A group with a POST and a PUT that change the caller's nickname, its decorators in either order."""
+def grouped(request: pytest.FixtureRequest, make_app: Callable[..., Flask]) -> Flask:
+    """An application with a POST and a PUT that change the caller's nickname, their decorators in either order."""
     group = Blueprint("group", __name__)
     decorators = {"arguments": group.arguments(NicknameSchema), "response": group.response(200, NicknameSchema)}
 
@@ -92,24 +93,24 @@ def group(request: pytest.FixtureRequest, app: Flask) -> None:
         user.nickname = body["nickname"]
         return user
 
+    app = make_app()
     for name in reversed(request.param):
         view = decorators[name](view)
     group.route("", methods=["POST", "PUT"])(view)
     api = app.extensions["flask-smorest"]["apis"][""]["ext_obj"]
     api.register_blueprint(group, url_prefix="/api/v1/group", auth=signed_in)
+    return app
 
 
-@pytest.mark.usefixtures("group")
-def test_a_post_commits_and_can_be_repeated(app: Flask, simulator: Simulator) -> None:
-    alice = Caller(app, simulator)
+def test_a_post_commits_and_can_be_repeated(grouped: Flask, simulator: Simulator) -> None:
+    alice = Caller(grouped, simulator)
     first = alice.post("/group", {"nickname": "小红"}, Idempotency_Key="once")
     assert data_of(first) == data_of(alice.post("/group", {"nickname": "小红"}, Idempotency_Key="once"))
     assert data_of(alice.get("/users/me"))["nickname"] == "小红"
     assert code_of(alice.post("/group", {"nickname": "小明"}, Idempotency_Key="once")) == (409, 465)
 
 
-@pytest.mark.usefixtures("group")
-def test_a_put_that_does_not_check_the_version_fails_and_stores_nothing(app: Flask, simulator: Simulator) -> None:
-    alice = Caller(app, simulator)
+def test_a_put_that_does_not_check_the_version_fails_and_stores_nothing(grouped: Flask, simulator: Simulator) -> None:
+    alice = Caller(grouped, simulator)
     assert alice.call("PUT", "/group", {"nickname": "小红"}, If_Match="*").status_code == 500
     assert data_of(alice.get("/users/me"))["nickname"] is None
