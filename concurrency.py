@@ -47,14 +47,14 @@ class Background:
         """
         if self.pending >= self._backlog:
             metrics.BACKGROUND.labels("refused").inc()
-            logger.error("background work rejected", extra={"inHand": self.pending})
+            logger.error("background work rejected", extra={"pending": self.pending})
             raise ApiError(Code.UNAVAILABLE)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
         """Run a function soon, in an application context of its own. A failure is logged and counted in `failures`."""
         with self._lock:
             self.pending += 1
-        metrics.BACKGROUND_IN_HAND.inc()
+        metrics.BACKGROUND_PENDING.inc()
         self._pool.submit(copy_context().run, self._run, function, args)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -73,7 +73,7 @@ class Background:
                 span.set_status(StatusCode.ERROR)
             finally:
                 metrics.BACKGROUND.labels(outcome).inc()
-                metrics.BACKGROUND_IN_HAND.dec()
+                metrics.BACKGROUND_PENDING.dec()
                 with self._lock:
                     self.pending -= 1
 

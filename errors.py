@@ -124,11 +124,6 @@ def envelope(code: Code, data: Any, message: Message | None = None) -> dict[str,
     return {"code": code.number, "message": str(message or code.message), "data": data}
 
 
-def envelope_of_refusal(status: int) -> dict[str, Any]:
-    """What gunicorn answers without Flask, with this HTTP status; the code is 400 where the table has none for it."""
-    return envelope(_CODE_BY_STATUS.get(status, Code.INVALID_INPUT), None)
-
-
 class ApiError(HTTPException):
     """Stop the request and respond with this code.
 

@@ -12,7 +12,7 @@ from concurrency import fan_out
 from errors import ApiError, Code
 from storage import database
 from storage.redis_client import redis
-from telemetry import instance_directory, metrics
+from telemetry import metrics, multiprocess
 
 CHECK_SECONDS = 0.7
 """How long Redis and the database may take; with everything around it, a probe takes less than a second."""
@@ -65,7 +65,7 @@ def live() -> None:
 @blueprint.fails(Code.UNAVAILABLE)
 def ready() -> dict[str, str]:
     """Whether Redis and the database respond; `data.errors` names what does not, or says that a stop has begun"""
-    g.stopping = instance_directory.is_stopping()  # not a fault, so not logged as an error
+    g.stopping = multiprocess.is_stopping()  # not a fault, so not logged as an error
     down = {"instance": ["Stopping."]} if g.stopping else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)

@@ -18,7 +18,6 @@ from blueprints.parsing import read_body
 from concurrency import background
 from errors import ApiError, Code
 from storage.redis_client import redis
-from telemetry.redaction import hide
 from wechat.message_push import MessagePush, PushMessage
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,6 @@ def receive() -> Response:
         return _text("success")
     push = _push()
     message = push.open(request.args, body, time.time())
-    hide(*(value for name, value in message.fields.items() if name not in ("MsgType", "Event")))
     background.ensure_capacity()
     response = _reply(push, message) or _text("success")
     key = f"message:{message.key}"

@@ -6,7 +6,7 @@ from blueprints.api import Blueprint
 from blueprints.health import failing_dependencies
 from blueprints.policies import METRICS_TOKEN_WRONG
 from errors import Code, Message
-from telemetry.exposition import exposition
+from telemetry.multiprocess import exposition
 
 blueprint = Blueprint("metrics", __name__, description="指标 Metrics")
 

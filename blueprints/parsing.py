@@ -10,7 +10,6 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, IntegerConverter, Map
 
 from errors import ApiError, Code
-from telemetry.redaction import hide
 
 MAXIMUM_ID = 2**63 - 1
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
@@ -34,7 +33,6 @@ class JsonParser(FlaskParser):
                 json.dumps(document, ensure_ascii=False).encode()  # no database stores half a surrogate pair
         except (ValueError, RecursionError):
             raise ApiError(Code.INVALID_INPUT, errors={"body": ["Not valid JSON in UTF-8."]}) from None
-        hide(document)
         return document
 
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **kwargs: Any) -> NoReturn:

@@ -15,8 +15,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flask import current_app
 from werkzeug.local import LocalProxy
 
-from telemetry.redaction import hide
-
 _NONCE_BYTES = 12
 
 
@@ -43,7 +41,6 @@ class Cipher:
             characters, 347 make 509.
         :raises UnicodeEncodeError: if the text holds half a surrogate pair.
         """
-        hide(text)
         nonce = os.urandom(_NONCE_BYTES)
         sealed = AESGCM(self._keys[self.key_id]).encrypt(nonce, text.encode(), context.encode())
         return f"{self.key_id}.{base64.b64encode(nonce + sealed).decode()}"
@@ -60,7 +57,6 @@ class Cipher:
             text = key.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
         except (KeyError, ValueError, binascii.Error, InvalidTag):
             raise DecryptionError("The value does not decrypt here.") from None
-        hide(text)
         return text
 
     def blind_index(self, text: str, context: str) -> str:

@@ -13,7 +13,6 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
-    event,
     false,
 )
 from sqlalchemy.dialects import mysql
@@ -22,7 +21,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 from storage.encrypted import Encrypted, encrypted_fields
-from telemetry.redaction import hide
 
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite increments only a plain INTEGER
 
@@ -51,12 +49,6 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     pass
-
-
-@event.listens_for(Base, "load", propagate=True)
-def _hide(row: Base, context: object) -> None:
-    """No line may show what people told of themselves, nor by what WeChat knows them."""
-    hide(*(vars(row).get(name) for name in ("openid", "unionid", "nickname", "avatar_url", "remark")))
 
 
 class Versioned:

@@ -1,45 +1,22 @@
-"""What a log line may hold, in the order in which it is written; `deploy/logging` maps the same for Elasticsearch.
+"""The fields of a log line, in their order and by their Elasticsearch type; `deploy/logging` maps the same.
 
-A field that is not named here stays out of the line, which names it under `undeclared`. To log something new, add it.
+A field that is not declared here stays out of the line, which names it under `undeclared`.
 """
 
-FIELDS = {
-    "timestamp": "date",  # RFC 3339, UTC, milliseconds
-    "level": "keyword",
-    "service": "keyword",
-    "traceId": "keyword",
-    "message": "text",
-    "spanId": "keyword",
-    "parentSpanId": "keyword",
-    "method": "keyword",
-    "route": "keyword",  # the template
-    "status": "integer",
-    "code": "integer",
-    "durationMs": "float",
-    "userId": "long",
-    "instance": "keyword",
-    "version": "keyword",
-    "logger": "keyword",
-    "pid": "integer",
-    "exceptionType": "keyword",
-    "exceptionMessage": "text",
-    "stack": "text",
-    "reason": "text",
-    "interface": "keyword",  # of WeChat's
-    "errcode": "integer",
-    "expiresIn": "integer",
-    "forced": "boolean",
-    "function": "keyword",
-    "failures": "integer",
-    "inHand": "integer",
-    "type": "keyword",
-    "event": "keyword",
-    "repeat": "boolean",
-    "handlers": "integer",
-    "columns": "keyword",
-    "aboutUserId": "long",
-    "mergedUserId": "long",
-    "dropped": "integer",
-    "undeclared": "keyword",
-}
-"""Each field's type in Elasticsearch's words."""
+SERVICE = "kuaishang"
+"""The field `service` of every line, and the `service.name` of every span."""
+
+_BY_TYPE = (
+    ("date", "timestamp"),  # RFC 3339, UTC
+    ("keyword", "level service traceId"),
+    ("text", "message"),
+    ("keyword", "spanId parentSpanId method route interface type event function columns"),  # route: the template
+    ("integer", "status code errcode expiresIn failures pending handlers"),
+    ("float", "durationMs"),
+    ("boolean", "forced repeat"),
+    ("long", "userId aboutUserId mergedUserId"),
+    ("text", "reason exceptionMessage stack"),
+    ("keyword", "exceptionType undeclared instance version logger"),
+    ("integer", "pid"),
+)
+FIELDS = {name: kind for kind, names in _BY_TYPE for name in names.split()}

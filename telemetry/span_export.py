@@ -1,13 +1,16 @@
-"""Spans on their way to a collector, over OTLP/HTTP. Loaded only where one is named.
+"""Exports spans to a collector over OTLP/HTTP. Loaded only if one is set.
 
-What libraries say of a command, a statement or an exception may hold personal data: nothing leaves but ATTRIBUTES, and
-names that are put together here.
+What libraries record of a command, a statement or an exception may hold personal data: nothing is exported but
+ATTRIBUTES, and names that are put together here.
+
+Read against opentelemetry-sdk 1.45.1: BatchSpanProcessor._batch_processor, as only its shutdown takes a timeout.
 """
 
 import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from opentelemetry import trace
@@ -17,49 +20,33 @@ from opentelemetry.instrumentation.sqlalchemy.engine import EngineTracer
 from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import SpanContext, Status, StatusCode
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from redis import Redis
 from sqlalchemy import Dialect, Engine, event
 
-from telemetry.logs import SERVICE
+from telemetry.fields import SERVICE
 
 REDIS, SQL = "opentelemetry.instrumentation.redis", "opentelemetry.instrumentation.sqlalchemy"
 STOP_SECONDS = 3
 """How long the end of the process waits for a collector."""
 ATTRIBUTES = frozenset(
-    {
-        "http.request.method",
-        "http.route",  # the template
-        "http.response.status_code",
-        "error.type",
-        "wechat.interface",
-        "wechat.errcode",
-        "code.function.name",
-        # Some under two names: OTEL_SEMCONV_STABILITY_OPT_IN chooses the one that the libraries use.
-        "db.system",
-        "db.system.name",
-        "db.redis.pipeline_length",
-        "net.peer.name",
-        "net.peer.port",
-        "server.address",
-        "server.port",
-    }
+    # http.route is the template. Some have two names: OTEL_SEMCONV_STABILITY_OPT_IN chooses which the libraries use.
+    "http.request.method http.route http.response.status_code error.type wechat.interface wechat.errcode "  # noqa: SIM905
+    "code.function.name db.system db.system.name db.redis.pipeline_length net.peer.name net.peer.port server.address "
+    "server.port".split()
 )
-"""What a span may tell. None of them holds anything that a caller has sent."""
+"""The attributes that are exported. None of them holds anything that a caller has sent."""
 
 _COMMANDS = re.compile(r"[A-Z]+(?:[ ._-][A-Z]+)*")
-_VERB = re.compile(r"\s*([A-Z]+)\b")
-_TABLE = re.compile(r"\b(?:FROM|INTO|UPDATE)\s+`?([a-z_]+)\b")
+_VERB_AND_TABLE = re.compile(r"\s*(?=([A-Z]+)\b)(?:[^'\"]*?\b(?:FROM|INTO|UPDATE)\s+`?([a-z_]+)\b)?")
 
-# It shows a malformed OTEL_EXPORTER_OTLP_HEADERS in full.
+# They show a malformed OTEL_EXPORTER_OTLP_HEADERS in full, and each retry; giving up is an error.
 logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
-# It tells each of its new tries; that it gave up, it tells as an error.
 logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
 
 
 def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
-    """Make what records spans, and sends them in a thread; at the end of the process, those that are left.
+    """Make the provider that records spans and sends them in a thread; at the end of the process, the rest of them.
 
     :param endpoint: the URL of the collector, without /v1/traces.
     :param instance: becomes service.instance.id, as `version` service.version, unless OTEL_RESOURCE_ATTRIBUTES has one.
@@ -71,14 +58,12 @@ def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
     return made
 
 
-def instrument_redis(client: Redis, tracers: trace.TracerProvider) -> None:
-    RedisInstrumentor.instrument_client(client, tracers)
-
-
-def instrument_sql(engine: Engine, tracers: trace.TracerProvider) -> None:
+def instrument(redis: Redis, engine: Engine, tracers: trace.TracerProvider) -> None:
+    """Make a span of each command of this client, and of each statement and new connection of this engine."""
+    RedisInstrumentor.instrument_client(redis, tracers)
     tracer = tracers.get_tracer(SQL)
     usage = NoOpMeter(SQL).create_up_down_counter("db.client.connections.usage")
-    # Not by SQLAlchemyInstrumentor, which refuses SQLAlchemy 2.1, and needs greenlet for engines that nobody has here.
+    # Not by SQLAlchemyInstrumentor, which refuses SQLAlchemy 2.1 and needs greenlet for async engines.
     EngineTracer(tracer, engine, usage)  # type: ignore[no-untyped-call]
 
     @event.listens_for(engine, "do_connect")
@@ -90,58 +75,49 @@ def instrument_sql(engine: Engine, tracers: trace.TracerProvider) -> None:
 
 class _Processor(BatchSpanProcessor):
     def shutdown(self) -> None:
-        # OpenTelemetry's own waits for 30 s, and gunicorn for 25 until it kills.
+        # OpenTelemetry's own waits for 30 s, and gunicorn kills earlier.
         self._batch_processor.shutdown(timeout_millis=STOP_SECONDS * 1000)
 
 
-class Exporter(SpanExporter):
-    """Sends what may leave of spans.
+class Exporter(OTLPSpanExporter):
+    """Exports the permitted part of spans.
 
     :param endpoint: where they are posted to.
-    :param resource: who sends them. That which spans bring is not used: after a fork, the SDK puts a random
-        service.instance.id into it.
+    :param resource: the sender. Not that of the spans: after a fork, the SDK puts a random service.instance.id there.
     """
 
     def __init__(self, endpoint: str, resource: Resource) -> None:
-        self._endpoint = endpoint
-        self._resource = resource
-        self._otlp = OTLPSpanExporter(endpoint)
-        self._pid = os.getpid()
+        super().__init__(endpoint)
+        self.resource = resource
+        # Two processes must not share a connection.
+        os.register_at_fork(after_in_child=partial(super().__init__, endpoint))
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        if self._pid != os.getpid():
-            # Forked: two processes must not speak over one connection.
-            self._otlp, self._pid = OTLPSpanExporter(self._endpoint), os.getpid()
-        return self._otlp.export([self._fit_to_leave(span) for span in spans])
+        return super().export([self._permitted(span) for span in spans])
 
-    def shutdown(self) -> None:
-        self._otlp.shutdown()  # type: ignore[no-untyped-call]
-
-    def _fit_to_leave(self, span: ReadableSpan) -> ReadableSpan:
+    def _permitted(self, span: ReadableSpan) -> ReadableSpan:
         attributes = {key: value for key, value in (span.attributes or {}).items() if key in ATTRIBUTES}
-        for told in span.events:
-            if told.attributes and "exception.type" in told.attributes:
-                attributes.setdefault("error.type", told.attributes["exception.type"])
-        status = Status(span.status.status_code)
-        if not status.is_ok and "error.type" in attributes:
-            status = Status(StatusCode.ERROR, str(attributes["error.type"]))
-        context = span.get_span_context()
+        for happened in span.events:
+            if happened.attributes and "exception.type" in happened.attributes:
+                attributes.setdefault("error.type", happened.attributes["exception.type"])
+        error = attributes.get("error.type")
+        ids = span.get_span_context()
         return ReadableSpan(
             name=_name(span),
-            context=context and SpanContext(context.trace_id, context.span_id, False, context.trace_flags),
+            context=ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags),
             parent=span.parent,
-            resource=self._resource,
+            resource=self.resource,
             attributes=attributes,
             kind=span.kind,
             instrumentation_scope=span.instrumentation_scope,
-            status=status,
+            status=trace.Status(span.status.status_code, str(error) if error and not span.status.is_ok else None),
             start_time=span.start_time,
             end_time=span.end_time,
         )
 
 
 def _name(span: ReadableSpan) -> str:
-    """Ours are constants; of a library's, the commands for Redis, and the verb and the table for SQL."""
+    """Return our constant, a library's Redis commands, or the verb and the table of its SQL statement."""
     scope = span.instrumentation_scope.name if span.instrumentation_scope else ""
     if scope == SERVICE:
         return span.name
@@ -150,7 +126,5 @@ def _name(span: ReadableSpan) -> str:
     if scope != SQL:
         return "unknown"
     attributes = span.attributes or {}
-    statement = str(attributes.get("db.statement") or attributes.get("db.query.text") or "")
-    syntax = re.split("['\"]", statement, maxsplit=1)[0]  # what comes after a quote may be data
-    words = [found[1] for pattern in (_VERB, _TABLE) if (found := pattern.search(syntax))]
-    return " ".join(words) or "connect"
+    statement = _VERB_AND_TABLE.match(str(attributes.get("db.statement") or attributes.get("db.query.text") or ""))
+    return " ".join(filter(None, statement.groups())) if statement else "connect"

@@ -24,7 +24,6 @@ import concurrency
 import wechat
 from dev.redis_server import RedisServer
 from service import create_app
-from telemetry import redaction
 from telemetry.logs import JsonLineFormatter
 from tests.databases import Databases, MariaDB, SQLiteFiles
 from tests.harness import (
@@ -259,7 +258,6 @@ def _no_lines_on_stdout() -> Iterator[None]:
 def journal(request: pytest.FixtureRequest) -> Iterator[Journal]:
     """All that is logged meanwhile, at any level; in the end no secret that was used is in it."""
     journal = Journal()
-    in_hand = redaction.begin()  # and not what another test had
     handler = logging.StreamHandler(journal.in_process)
     handler.setFormatter(JsonLineFormatter("here:8000", "0"))
     root = logging.getLogger()
@@ -269,7 +267,6 @@ def journal(request: pytest.FixtureRequest) -> Iterator[Journal]:
     yield journal
     root.setLevel(level)
     root.removeHandler(handler)
-    redaction.end(in_hand)
     if "environ" in request.fixturenames:
         simulator = request.getfixturevalue("shared_simulator")
         journal.secrets |= {*PERSON.values(), *SECRETS, *simulator.secrets()}

@@ -26,7 +26,7 @@ def test_work_has_an_application_context_and_the_trace_id_of_its_request(small: 
         database.ping()
         seen.append((argument, current_app.name, ids()[0]))
 
-    request = RequestSpan("GET", "/", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    request = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     small.submit(work, "argument")
     request.end(200)
     small.close()
@@ -40,7 +40,7 @@ def test_a_failure_is_logged_with_its_trace_id_and_counted_and_the_next_one_runs
     def fail() -> None:
         raise RuntimeError("the reason")
 
-    request = RequestSpan("GET", "/", Headers({"traceparent": f"00-{'b' * 32}-{'b' * 16}-01"}))
+    request = RequestSpan("GET", Headers({"traceparent": f"00-{'b' * 32}-{'b' * 16}-01"}))
     with app.app_context():
         background.submit(fail)
         background.submit(done.set)
@@ -79,7 +79,7 @@ def test_the_backlog_is_bounded_and_two_functions_run_at_a_time(small: Backgroun
 def test_work_is_counted_while_pending_and_by_outcome(small: Background) -> None:
     def counts() -> list[float]:
         outcomes = [counted("background_work_total", outcome=outcome) for outcome in ("success", "failure", "refused")]
-        return [counted("background_work_in_hand"), *outcomes]
+        return [counted("background_work_pending"), *outcomes]
 
     before, gate = counts(), threading.Event()
     for work in (lambda: gate.wait(WAIT_SECONDS), lambda: gate.wait(WAIT_SECONDS), lambda: 1 / 0):
@@ -118,7 +118,7 @@ def test_functions_run_concurrently_in_contexts_of_their_own_with_the_trace_id_o
         database.ping()
         return g._get_current_object(), ids()[0]
 
-    span = RequestSpan("GET", "/", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    span = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     with app.app_context():
         outcomes = fan_out.run({"one": work, "other": lambda: work()}, WAIT_SECONDS)
         contexts = [*(context for context, _ in outcomes.values()), g._get_current_object()]

@@ -18,13 +18,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dev.redis_server import RedisServer
 from storage.database import STATEMENT_SECONDS
-from telemetry.instance_directory import PREFIX
 from tests.databases import MariaDB
 from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, answers, bearer, migrate, suspend, wait_until
 
 StartService = Callable[..., Service]
 Sample = tuple[str, ...]
 LOGIN = "/api/v1/auth/wechat"
+PREFIX = "kuaishang-"
 STOPPING = {"errors": {"instance": ["Stopping."]}}
 PLATFORM_SECONDS = 30
 """How long platforms wait between SIGTERM and SIGKILL, most of them."""
@@ -115,7 +115,9 @@ class Load:
                 self.failed += not answered
 
 
-def test_every_scrape_is_right_while_workers_are_killed_and_the_dead_leave_nothing(start_service: StartService) -> None:
+def test_every_scrape_is_right_while_workers_are_killed_and_their_gauges_go(
+    start_service: StartService,
+) -> None:
     service = start_service(WEB_CONCURRENCY="4")
     wait_until(lambda: starts(service) == 4)
     directory = directory_of(service)
@@ -143,7 +145,7 @@ def test_every_scrape_is_right_while_workers_are_killed_and_the_dead_leave_nothi
     assert last[WORKER_STARTS] == 4 + 4 * 2
     assert last[WORKER_DEATHS] == 4 * 2
     pids = {str(worker.pid) for worker in service.workers()}
-    assert {path.stem.rpartition("_")[2] for path in directory.glob("*.db")} <= {*pids, "retired"}
+    assert {path.stem.rpartition("_")[2] for path in directory.glob("gauge_*.db")} <= pids
     assert '"stack"' not in service.log()
 
 
@@ -167,7 +169,7 @@ def test_a_reload_keeps_what_was_counted_and_stays_ready(start_service: StartSer
     assert after[START_TIME] == before[START_TIME]
     assert abs(after[START_TIME] - psutil.Process(service.process.popen.pid).create_time()) < PLATFORM_SECONDS
     pids = {str(worker.pid) for worker in service.workers()}
-    assert {path.stem.rpartition("_")[2] for path in directory.glob("*.db")} <= {*pids, "retired"}
+    assert {path.stem.rpartition("_")[2] for path in directory.glob("gauge_*.db")} <= pids
 
 
 def test_deaths_are_counted_however_workers_die_and_no_worker_that_was_dismissed(start_service: StartService) -> None:

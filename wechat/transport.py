@@ -15,7 +15,6 @@ from requests.adapters import HTTPAdapter
 
 from errors import ApiError, Code
 from telemetry import metrics, traces
-from telemetry.redaction import hide
 
 logger = logging.getLogger(__name__)
 # urllib3 logs whole URLs, even in warnings about headers, and WeChat's URLs contain secrets and tokens.
@@ -100,7 +99,6 @@ class Transport:
         :raises ApiError: as in CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. The exceptions of
             requests contain the URL, and so a secret: none of them leaves this method.
         """
-        hide(params, body)
         for may_retry in (True, False):
             try:
                 errcode, answer = self._try(path, params, body, expected, media)
@@ -129,7 +127,6 @@ class Transport:
                 status, content_type, content = self._exchange(path, params, body)
                 is_media = media and status == 200 and content_type.startswith(MEDIA_TYPES) and content[:1] != b"{"
                 answer = {} if is_media else _parse(path, status, content)
-                hide(*(value for name, value in answer.items() if name not in ("errcode", "errmsg")))
                 errcode = _normalize_errcode(path, answer)
                 span.set_attribute("wechat.errcode", errcode)
                 result, outcome = str(errcode), "ok"

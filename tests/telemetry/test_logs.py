@@ -1,4 +1,4 @@
-import io
+import fcntl
 import json
 import logging
 import os
@@ -8,25 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from werkzeug.datastructures import Headers
 
+from telemetry import logs
 from telemetry.fields import FIELDS
-from telemetry.logs import (
-    BATCH_LINES,
-    CAPACITY,
-    FLUSH_SECONDS,
-    STACK_CHARACTERS,
-    JsonLineFormatter,
-    QueuedHandler,
-    RequestRecord,
-)
-from telemetry.redaction import HIDDEN, hide
+from telemetry.logs import CAPACITY, FLUSH_SECONDS, STACK_CHARACTERS, JsonLineFormatter, LineHandler
+from telemetry.redaction import HIDDEN
 from telemetry.traces import RequestSpan
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT, counted, wait_until
 
 Lines = Callable[[], list[dict[str, Any]]]
 TRACE_ID, PARENT_ID = "a" * 32, "b" * 16
@@ -34,21 +27,21 @@ TRACE_ID, PARENT_ID = "a" * 32, "b" * 16
 logger = logging.getLogger("some.part")
 
 
-def test_a_line_has_the_fields_of_the_house_first_and_in_order(log_lines: Lines) -> None:
-    span = RequestSpan("GET", "/livez", Headers({"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}))
-    logger.warning("ready after %d s: 快上", 3, extra={"reason": "redis"})
+def test_a_line_has_the_declared_fields_in_order(log_lines: Lines) -> None:
+    span = RequestSpan("GET", Headers({"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}))
+    logger.warning("ready after %d s", 3, extra={"reason": "redis"})
     span.end(200)
     (line,) = log_lines()
-    assert list(line)[:6] == ["timestamp", "level", "service", "traceId", "message", "spanId"]
-    assert set(line) < set(FIELDS)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
+    assert list(line) == [name for name in FIELDS if name in line]
+    assert list(line)[:5] == ["timestamp", "level", "service", "traceId", "message"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", line.pop("timestamp"))
     assert re.fullmatch("[0-9a-f]{16}", line["spanId"])
     assert line.pop("spanId") != PARENT_ID
     assert line == {
         "level": "WARNING",
         "service": "kuaishang",
         "traceId": TRACE_ID,
-        "message": "ready after 3 s: 快上",
+        "message": "ready after 3 s",
         "reason": "redis",
         "instance": "here:8000",
         "version": "0",
@@ -72,9 +65,10 @@ def test_a_line_break_stays_inside_its_line(log_lines: Lines) -> None:
 
 
 def test_an_exception_has_its_type_its_message_and_its_stack_as_fields(log_lines: Lines) -> None:
+    secret = "9f86d081884c7d659a2feaa0c55ad015"
     try:
         try:
-            raise KeyError("the cause")
+            raise KeyError(f"the cause of {secret}")
         except KeyError as cause:
             raise ValueError("the effect") from cause
     except ValueError:
@@ -82,9 +76,38 @@ def test_an_exception_has_its_type_its_message_and_its_stack_as_fields(log_lines
     (line,) = log_lines()
     assert line["message"] == "it failed"
     assert (line["exceptionType"], line["exceptionMessage"]) == ("ValueError", "the effect")
+    frame = r'  File "[^"]+", line \d+, in test_an_exception_has.*\n    raise ValueError\("the effect"\) from cause\n'
     assert re.search(
-        r"KeyError: 'the cause'\n.*raise ValueError\(.*ValueError: the effect\n$", line["stack"], re.DOTALL
+        rf"KeyError: 'the cause of {HIDDEN}'\n.*{frame}.*ValueError: the effect\n$", line["stack"], re.DOTALL
     )
+
+
+class Raises(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("hunter2")
+
+
+MANY_CAUSES: BaseException = ValueError("the first")
+for _ in range(2000):
+    MANY_CAUSES, cause = ValueError("the last"), MANY_CAUSES
+    MANY_CAUSES.__cause__ = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (Raises(), "<exception str() failed>"),
+        (ExceptionGroup("some", [ValueError("the first"), KeyError("the second")]), "KeyError: 'the second'"),
+        (MANY_CAUSES, "ValueError: the last"),
+    ],
+    ids=["raises", "is a group", "has many causes"],
+)
+def test_the_line_of_any_exception_is_written(log_lines: Lines, error: BaseException, shown: str) -> None:
+    logger.error("it failed", exc_info=error)
+    (line,) = log_lines()
+    assert shown in line["stack"]
+    assert len(line["stack"]) <= STACK_CHARACTERS
+    assert "hunter2" not in str(line)
 
 
 @pytest.mark.parametrize(
@@ -102,194 +125,117 @@ def test_a_field_that_is_not_declared_or_of_another_type_is_named_and_not_writte
     assert name not in line
 
 
-def test_arguments_that_do_not_fit_cost_the_arguments_and_not_the_line() -> None:
-    handler = logging.StreamHandler(io.StringIO())
-    handler.setFormatter(JsonLineFormatter("here", "0"))
-    line = json.loads(handler.format(logging.makeLogRecord({"msg": "%d of %d", "args": ("hunter2",)})))
-    assert line["message"] == "%d of %d (TypeError in its arguments)"
-
-
-def test_a_line_that_cannot_be_written_says_where_and_the_next_one_comes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with (tmp_path / "lines").open("wb") as file:
-        handler = QueuedHandler(JsonLineFormatter("here", "0"), lambda: None, file.fileno())
-        handler.handle(logging.makeLogRecord({"name": "\ud800", "args": ("hunter2",), "pathname": "/a/place.py"}))
-        handler.handle(RequestRecord("\ud800", logging.INFO, ("", ""), {}))
-        handler.handle(RequestRecord("access", logging.INFO, ("", ""), {}))
-        handler.close()
-    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
-    assert [line["message"] for line in lines] == ["a line cannot be written"] * 2 + ["request"]
-    assert lines[0]["reason"] == "UnicodeEncodeError at place.py:0"
-    assert "hunter2" not in str(lines) + str(capfd.readouterr())
-
-
-@pytest.mark.parametrize("broken", ["raises", "is a group", "has notes", "has many causes", "has no frames"])
-def test_whatever_an_exception_is_like_its_line_is_written(log_lines: Lines, broken: str) -> None:
-    class Raises(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("hunter2")
-
-    error: Exception = {
-        "raises": Raises(),
-        "is a group": ExceptionGroup("some", [ValueError("the first"), KeyError("the second")]),
-        "has notes": ValueError("the message"),
-        "has many causes": ValueError("the last"),
-        "has no frames": SyntaxError("invalid syntax", ("users.py", 2, 5, "def broken(: # a broken line")),
-    }[broken]
-    said = {
-        "raises": "(RuntimeError in its __str__)",
-        "is a group": "  ValueError: the first\n  KeyError: 'the second'\n",
-        "has notes": "and a note",
-        "has many causes": "ValueError: the last",
-        "has no frames": f'File "users.py", line 2\n    def broken(: # {HIDDEN}',
-    }[broken]
-    hide("a broken line")
-    error.add_note("and a note")
-    cause: BaseException = error
-    for number in range(2000 if broken == "has many causes" else 0):
-        cause.__cause__ = ValueError(str(number))
-        cause = cause.__cause__
-    logger.error("it failed", exc_info=error)
-    (line,) = log_lines()
-    assert said in line["stack"]
-    assert len(line["stack"]) <= STACK_CHARACTERS
-    assert "hunter2" not in str(line)
-
-
 class Pipe:
-    """A handler that writes to a pipe, which nobody reads unless told so."""
+    """A handler that writes to a pipe, which nobody reads until `read`."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
-        self.dropped = 0
-        self.handler = QueuedHandler(JsonLineFormatter("here", "0"), self._drop, self.writer)
+        self.handler = LineHandler(JsonLineFormatter("here", "0"))
 
-    def _drop(self) -> None:
-        self.dropped += 1
+    def log(self, message: str, **attributes: Any) -> None:
+        self.handler.handle(logging.makeLogRecord({"msg": message, **attributes}))
 
-    def log(self, message: str) -> None:
-        self.handler.handle(logging.makeLogRecord({"msg": message}))
-
-    def read_while_it_closes(self, before: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-        """All that is written by then.
-
-        :param before: what is done while somebody reads already.
-        """
+    def read(self) -> list[dict[str, Any]]:
+        """Read all that is written until a flush."""
         with ThreadPoolExecutor(1) as pool, os.fdopen(self.reader, encoding="utf-8") as stream:
             lines = pool.submit(lambda: [json.loads(line) for line in stream])
-            before()
-            self.handler.close()
+            self.handler.flush()
             os.close(self.writer)
             return lines.result()
 
 
 @pytest.fixture
-def pipe() -> Iterator[Pipe]:
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
     pipe = Pipe()
+    monkeypatch.setattr(logs, "STDOUT", pipe.writer)
     yield pipe
-    pipe.handler.close()
+    for descriptor in (pipe.reader, pipe.writer):
+        with suppress(OSError):
+            os.close(descriptor)
+    time.sleep(3 * logs.GATHER_SECONDS)  # until its thread has noticed
 
 
-def test_without_a_reader_nobody_waits_and_what_is_dropped_is_counted_and_told(pipe: Pipe) -> None:
-    sent = CAPACITY + 5000
+def test_without_a_reader_nobody_waits_and_dropped_lines_are_counted(pipe: Pipe) -> None:
+    before = counted("log_lines_dropped_total")
+    sent = 2 * CAPACITY + 3000  # one part waits in the queue, one with the thread
+    started = time.monotonic()
     for number in range(sent):
         pipe.log(f"line number {number}")
-    assert 0 < pipe.dropped < 5000  # some had found room in the pipe
-
-    def log_one_more() -> None:
-        wait_until(lambda: pipe.handler._queue.empty())
-        pipe.log("and one more")
-
-    lines = pipe.read_while_it_closes(log_one_more)
-    told = sum(line["dropped"] for line in lines if line["message"] == "log lines were dropped")
-    assert told == pipe.dropped
-    assert sum(line["message"].startswith("line number") for line in lines) == sent - pipe.dropped
-    assert [line["message"] for line in lines if line["message"].startswith("and")] == ["and one more"]
+        if number == CAPACITY // 2:
+            time.sleep(3 * logs.GATHER_SECONDS)
+    assert time.monotonic() - started < 10
+    dropped = counted("log_lines_dropped_total") - before
+    assert dropped >= 2000
+    assert len(pipe.read()) == sent - dropped
 
 
-def test_long_lines_may_wait_in_smaller_number(pipe: Pipe) -> None:
-    for _ in range(CAPACITY // 10 + BATCH_LINES + 200):  # the thread has a batch in hand, and the pipe a few lines
-        pipe.log("word " * 1000)
-    assert 0 < pipe.dropped < BATCH_LINES + 200
-    pipe.log("a short one")
-    lines = pipe.read_while_it_closes()
-    assert "a short one" in [line["message"] for line in lines]
-    assert sum(line.get("dropped", 0) for line in lines) == pipe.dropped
-
-
-def test_what_is_queued_is_written_at_the_end(pipe: Pipe) -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_queued_lines_are_written_at_the_end(pipe: Pipe, blocking: bool) -> None:
+    os.set_blocking(pipe.writer, blocking)
     for number in range(1000):
-        pipe.log(f"line number {number}")
-    lines = pipe.read_while_it_closes()
-    assert [line["message"] for line in lines] == [f"line number {number}" for number in range(1000)]
+        pipe.log(f"line number {number}, which is long enough to fill a pipe together with all the others")
+    assert [line["message"].split(",")[0] for line in pipe.read()] == [
+        f"line number {number}" for number in range(1000)
+    ]
 
 
-def test_the_end_does_not_wait_for_a_reader_for_ever(pipe: Pipe) -> None:
+def test_the_end_waits_only_so_long_for_a_reader_and_counts_what_is_lost(pipe: Pipe) -> None:
+    before = counted("log_lines_dropped_total")
     for _ in range(2000):
-        pipe.log("a line that is long enough to fill a pipe with not too many others like it")
+        pipe.log("a line that is long enough to fill a pipe together with all the others")
+    time.sleep(3 * logs.GATHER_SECONDS)
+    for _ in range(1000):
+        pipe.log("a line that is lost")
     started = time.monotonic()
-    pipe.handler.close()
-    assert time.monotonic() - started < 5
-    os.close(pipe.reader)
-
-
-def test_the_end_waits_once_for_a_reader_that_reads_nothing_and_counts_what_is_lost(pipe: Pipe) -> None:
-    sent = 3 * BATCH_LINES
-    for number in range(sent):
-        pipe.log(f"line number {number}")
-    started = time.monotonic()
-    pipe.handler.close()
-    assert sent - BATCH_LINES < pipe.dropped <= sent  # a pipe holds some hundred
-    pipe.handler.close()  # as the logging module does at the end of the process
-    assert FLUSH_SECONDS <= time.monotonic() - started < 2 * FLUSH_SECONDS
-    os.close(pipe.reader)
-    pipe.handler._thread.join(5)
-    os.close(pipe.writer)
+    pipe.handler.flush()
+    assert time.monotonic() - started <= FLUSH_SECONDS + 0.5
+    assert counted("log_lines_dropped_total") - before >= 1000
 
 
 def test_lines_for_a_reader_that_is_gone_count_as_dropped(pipe: Pipe) -> None:
+    before = counted("log_lines_dropped_total")
     os.close(pipe.reader)
     pipe.log("for nobody")
-    wait_until(lambda: pipe.dropped == 1)
+    wait_until(lambda: counted("log_lines_dropped_total") == before + 1)
 
 
-def test_a_descriptor_that_does_not_block_gets_all_lines_too(pipe: Pipe) -> None:
-    os.set_blocking(pipe.writer, False)
-    for _ in range(3000):
-        pipe.log("a line that is long enough to fill a pipe with not too many others like it")
-    lines = pipe.read_while_it_closes()
-    assert len(lines) == 3000
+def test_of_a_line_that_cannot_be_formatted_the_place_is_logged(
+    pipe: Pipe, log_lines: Lines, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipe.log("%d of %d", args=("hunter2",), filename="place.py", lineno=7)
+    pipe.log("the next one")
+    assert [line["message"] for line in pipe.read()] == ["the next one"]
+    (line,) = log_lines()
+    assert (line["message"], line["reason"]) == ("a line cannot be formatted", "place.py:7")
+    assert "hunter2" not in str(capfd.readouterr())
 
 
 def test_long_lines_of_several_processes_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("telemetry.logs.FLUSH_SECONDS", 30)  # they wait for the reader, and then for one another
     reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    monkeypatch.setattr(logs, "STDOUT", writer)
+    monkeypatch.setattr(logs, "FLUSH_SECONDS", 60)  # they wait for the reader, and then for one another
+    handler = LineHandler(JsonLineFormatter("here", "0"))
     children = []
     for name in "abcd":
         child = os.fork()
         if not child:
             try:
-                handler = QueuedHandler(JsonLineFormatter("here", "0"), lambda: None, writer)
-                error = _error_with_a_long_message(name)
+                handler.start()  # `configure` registers that
                 for _ in range(50):
-                    handler.handle(logging.makeLogRecord({"msg": name * 15, "exc_info": error}))
-                handler.close()
+                    error = ValueError(f"{name * 9} " * 2000)
+                    handler.handle(logging.makeLogRecord({"msg": name * 15, "exc_info": (ValueError, error, None)}))
+                handler.flush()
             finally:
                 os._exit(0)
         children.append(child)
     os.close(writer)
-    time.sleep(1)  # until each has more to write than the pipe takes
     with os.fdopen(reader, encoding="utf-8") as stream:
         lines = [json.loads(line) for line in stream]
     for child in children:
         os.waitpid(child, 0)
     assert len(lines) == 200
     assert all(set(line["exceptionMessage"]) == {line["message"][0], " ", HIDDEN} for line in lines)
-
-
-def _error_with_a_long_message(word: str) -> tuple[Any, ...]:
-    return ValueError, ValueError(f"{word * 9} " * 2000), None
 
 
 def test_the_exception_that_ends_a_process_is_a_line_and_not_on_stderr() -> None:
@@ -301,21 +247,20 @@ def test_the_exception_that_ends_a_process_is_a_line_and_not_on_stderr() -> None
     assert "stack" in line
 
 
-def test_a_handler_goes_on_in_a_forked_process() -> None:
-    """As gunicorn's does, of which the master has one."""
-    reader, writer = os.pipe()
-    handler = QueuedHandler(JsonLineFormatter("here", "0"), lambda: None, writer)
-    child = os.fork()
-    if not child:
-        try:
-            handler.start()  # configure() registers that for the one that it makes
-            handler.handle(logging.makeLogRecord({"msg": "from the child"}))
-            handler.close()
-        finally:
-            os._exit(0)
+FORK = """
+import logging, os
+from telemetry import logs
+logs.configure("INFO", "here", "0")
+logging.info("before")
+child = os.fork()
+logging.info("after")
+if child:
     os.waitpid(child, 0)
-    handler.handle(logging.makeLogRecord({"msg": "from the parent"}))
-    handler.close()
-    os.close(writer)
-    with os.fdopen(reader, encoding="utf-8") as stream:
-        assert [json.loads(line)["message"] for line in stream] == ["from the child", "from the parent"]
+"""
+
+
+def test_a_forked_process_writes_its_own_lines_and_none_of_its_parents() -> None:
+    ended = subprocess.run([sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert sorted(line["message"] for line in lines) == ["after", "after", "before"]
+    assert len({line["pid"] for line in lines if line["message"] == "after"}) == 2

@@ -53,7 +53,7 @@ TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
     ],
 )
 def test_a_valid_traceparent_is_continued(traceparent: str, flags: str) -> None:
-    span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": traceparent}))
+    span = traces.RequestSpan("GET", Headers({"traceparent": traceparent}))
     trace_id, span_id = traces.ids()
     assert (trace_id, span.trace_id, span.parent_id) == (TRACE, TRACE, CALLER)
     assert span_id != CALLER
@@ -94,7 +94,7 @@ def test_a_valid_traceparent_is_continued(traceparent: str, flags: str) -> None:
     ],
 )
 def test_any_other_traceparent_begins_a_new_trace(traceparent: str) -> None:
-    span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": traceparent, "tracestate": "a=1"}))
+    span = traces.RequestSpan("GET", Headers({"traceparent": traceparent, "tracestate": "a=1"}))
     assert span.parent_id is None
     assert re.fullmatch("(?!0{32})[0-9a-f]{32}", span.trace_id)
     assert span.trace_id != TRACE
@@ -108,7 +108,7 @@ def test_any_other_traceparent_begins_a_new_trace(traceparent: str) -> None:
     | st.from_regex("[0-9a-fx]{2}-[0-9a-fF]{31,33}-[0-9a-f]{15,17}-[0-9a-f]{1,3}(-.*)?", fullmatch=True)
 )
 def test_whatever_comes_a_trace_has_an_id_and_goes_on_only_if_that_is_valid(traceparent: str) -> None:
-    span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": re.sub("[\r\n]", "", traceparent)}))
+    span = traces.RequestSpan("GET", Headers({"traceparent": re.sub("[\r\n]", "", traceparent)}))
     sent = re.fullmatch(
         r"[ \t]*(?!ff)([0-9a-f]{2})-(?!0+-)([0-9a-f]{32})-(?!0+-)([0-9a-f]{16})-[0-9a-f]{2}(-[^,]*)?[ \t]*",
         re.sub("[\r\n]", "", traceparent),
@@ -125,7 +125,7 @@ def test_the_tracestate_goes_along_if_it_is_valid(journal: Any) -> None:
         ("13812345678 is no member", {}),
         ("a=1," * 200, {}),
     ]:
-        span = traces.RequestSpan("GET", "/livez", Headers({"traceparent": TRACEPARENT, "tracestate": tracestate}))
+        span = traces.RequestSpan("GET", Headers({"traceparent": TRACEPARENT, "tracestate": tracestate}))
         headers = traces.outgoing_headers()
         span.end(200)
         assert headers.pop("traceparent")
@@ -136,7 +136,7 @@ def test_the_tracestate_goes_along_if_it_is_valid(journal: Any) -> None:
 def test_without_a_caller_each_request_begins_a_trace_that_others_may_record() -> None:
     sent = []
     for _ in range(2):
-        span = traces.RequestSpan("GET", "/livez", Headers())
+        span = traces.RequestSpan("GET", Headers())
         sent.append(traces.outgoing_headers()["traceparent"])
         span.end(200)
     assert all(re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", traceparent) for traceparent in sent)
@@ -568,16 +568,15 @@ def test_spans_of_libraries_lose_all_that_might_be_personal(
 ) -> None:
     personal = PERSON["phone"]
     provider = span_export.provider(collector.url, "here:8000", "0")
+    engine = engine_for(own_databases.create())
     with Redis.from_url(redis_server.url) as client:
-        span_export.instrument_redis(client, provider)
+        span_export.instrument(client, engine, provider)
         client.set(personal, personal)
         client.pipeline().get(personal).rpush(personal, personal).execute(raise_on_error=False)
         with pytest.raises(ResponseError, match=personal):
             client.execute_command(personal)
         client.execute_command(f"GET {personal}")
 
-    engine = engine_for(own_databases.create())
-    span_export.instrument_sql(engine, provider)
     inserted = f"INSERT INTO notes VALUES ('{personal} FROM {personal}')"
     for statement in (
         "CREATE TABLE notes (note VARCHAR(99) UNIQUE)",
