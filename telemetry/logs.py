@@ -47,6 +47,15 @@ def bind(user_id: int) -> None:
     request_fields.set({**request_fields.get(), "userId": user_id})
 
 
+def _context() -> dict[str, Any]:
+    """Return the fields that only the thread that logs knows."""
+    trace_id, span_id = traces.ids()
+    fields = {**request_fields.get(), "traceId": trace_id, "spanId": span_id}
+    if parent_id := traces.parent_id():
+        fields["parentSpanId"] = parent_id
+    return fields
+
+
 class JsonLineFormatter(MsgspecFormatter):
     """Formats a record as a line with the declared fields.
 
@@ -56,24 +65,20 @@ class JsonLineFormatter(MsgspecFormatter):
 
     def __init__(self, instance: str, version: str) -> None:
         super().__init__(static_fields={"service": SERVICE, "instance": instance, "version": version})
+        self.reserved_attrs.add("context")
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-        log_data.update(request_fields.get())
+        log_data.update(vars(record).get("context") or _context())
         for name in vars(record).keys() - self.reserved_attrs:
             self._add_extra(log_data, name, getattr(record, name))
-        trace_id, span_id = traces.ids()
         log_data.update(
             self.static_fields,
             timestamp=datetime.fromtimestamp(record.created, UTC),
             level=record.levelname,
-            traceId=trace_id,
             message=scrub(record.message),
-            spanId=span_id,
             logger=record.name,
             pid=os.getpid(),
         )
-        if parent_id := traces.parent_id():
-            log_data["parentSpanId"] = parent_id
         if record.exc_info and (error := record.exc_info[1]):
             module, name = type(error).__module__, type(error).__qualname__
             log_data["exceptionType"] = name if module == "builtins" else f"{module}.{name}"
@@ -111,11 +116,15 @@ class LineHandler(QueueHandler):
 
     def start(self) -> None:
         """Begin with an empty queue and a new thread; threads do not survive a fork."""
-        self.queue: Queue[str] = Queue(CAPACITY)
-        LineWriter(self.queue).start()
+        self.queue: Queue[str | logging.LogRecord] = Queue(CAPACITY)
+        LineWriter(self.queue, self).start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        return self.format(record)
+    def prepare(self, record: logging.LogRecord) -> str | logging.LogRecord:
+        """Leave a constant message to the writer, which formats one after the other in a fraction of the time."""
+        if record.args or record.exc_info or not isinstance(record.msg, str):
+            return self.format(record)
+        record.context = _context()
+        return record
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Count a line that finds the queue full; of one that cannot be formatted, log the place."""
@@ -135,20 +144,30 @@ class LineHandler(QueueHandler):
 class LineWriter(QueueListener):
     """Writes lines to stdout, in a thread."""
 
-    queue: Queue[str]
+    queue: Queue[str | logging.LogRecord]
 
-    def handle(self, record: str) -> None:  # type: ignore[override]
+    def handle(self, record: str | logging.LogRecord) -> None:
         """Write this line and those that come within GATHER_SECONDS."""
         time.sleep(GATHER_SECONDS)
         lines = [record]
         while len(lines) < CAPACITY and not self.queue.empty():
             lines.append(self.queue.get())
         try:
-            _write("".join(f"{line}\n" for line in lines).encode())
+            _write("".join(map(self._text, lines)).encode())
         except OSError:  # nobody reads any more
             metrics.LINES_DROPPED.inc(len(lines))
         for _ in lines[1:]:  # QueueListener does it for the first
             self.queue.task_done()
+
+    def _text(self, line: str | logging.LogRecord) -> str:
+        if isinstance(line, str):
+            return f"{line}\n"
+        (handler,) = self.handlers
+        try:
+            return f"{handler.format(line)}\n"
+        except Exception:  # noqa: BLE001  the thread must go on
+            handler.handleError(line)
+            return ""
 
 
 def _write(data: bytes) -> None:
@@ -173,6 +192,8 @@ def configure(level: str, instance: str, version: str) -> None:
     handler = LineHandler(JsonLineFormatter(instance, version))
     os.register_at_fork(after_in_child=handler.start)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # No line has these, and each costs a little of every line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(True)
     sys.excepthook = lambda kind, error, trace: logger.critical("uncaught", exc_info=(kind, error, trace))
     sys.unraisablehook = lambda args: logger.error("ignored", exc_info=args.exc_value)

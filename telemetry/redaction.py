@@ -19,6 +19,7 @@ _secrets: set[str] = set()
 _hosts: set[str] = set()
 """Those of the settings: the host names of cloud databases look like tokens."""
 
+_SECRET_NAME = re.compile(r"(?i:secret|keys?$|token|openids|pass|pwd)")
 _PATTERNS = (
     (r"(?<=://)[^\s/@'\"]{0,500}@", f"{HIDDEN}@"),  # user and password of a URL
     (r"\?[^\s'\"<>=]{0,200}=[^\s'\"<>]*", f"?{HIDDEN}"),  # the query of a URL
@@ -44,16 +45,14 @@ _SHOWN_RUN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){2}|/?[a-z0-9_.-]{1,24}(?:/
 def hide_settings(config: Mapping[str, Any]) -> None:
     """Hide the secrets of these settings from now on."""
     for name, value in config.items():
-        if value and re.search(r"SECRET|KEYS?$|TOKEN|OPENIDS", name):
+        if value and _SECRET_NAME.search(name):
             for secret in value if isinstance(value, list) else re.split(" *, *", str(value)):
                 _secrets.add(base64.b64encode(secret).decode() if isinstance(secret, bytes) else secret)
         elif isinstance(value, str) and "://" in value:
             url = urlsplit(value)
             _hosts.add(url.hostname or "")
             _secrets.add(unquote(url.password or ""))
-            _secrets.update(
-                value for key, value in parse_qsl(url.query) if re.search("pass|pwd|secret|token", key.lower())
-            )
+            _secrets.update(secret for key, secret in parse_qsl(url.query) if _SECRET_NAME.search(key))
     _secrets.update([quote(secret) for secret in _secrets])
     _secrets.discard("")
     scrub.cache_clear()
