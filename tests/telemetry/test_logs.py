@@ -249,9 +249,10 @@ def test_the_exception_that_ends_a_process_is_a_line_and_not_on_stderr() -> None
 
 
 FORK = """
-import logging, os
+import logging, os, warnings
 from telemetry import logs
 logs.configure("INFO", "here", "0")
+warnings.simplefilter("ignore")  # from Python 3.12 on a fork beside threads is warned of
 logging.info("before")
 child = os.fork()
 logging.info("after")
