@@ -79,9 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "database: this test runs on each database, outside of the folders that do")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests for this database, and keep together those that start many processes."""
+    """Select the tests for this database."""
     database = config.getoption("database")
     if database == "mariadb":
         others = [item for item in items if not _is_about_the_database(item)]
@@ -91,12 +90,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         only_on = item.get_closest_marker("only_on")
         if only_on and only_on.args[0] != database:
             item.add_marker(pytest.mark.skip(reason=f"only for {only_on.args[0]}"))
-        # Those that share services, and those that start many, run in one process, one after the other.
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if "shared_services" in fixtures:
-            item.add_marker(pytest.mark.xdist_group("shared_services"))
-        elif fixtures & {"start_service", "launch", "everyday"}:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def _is_about_the_database(item: pytest.Item) -> bool:

@@ -30,7 +30,7 @@ def test_make_test_runs_both_halves(tmp_path: Path, sqlite: int, mariadb: int, p
     }
     command = ["make", f"VENV={tmp_path}", f"--assume-old={tmp_path}/installed", "test", "ARGS=-k login"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert [line.partition("loadgroup ")[2] for line in done.stdout.splitlines()] == [
+    assert [line.partition("loadfile ")[2] for line in done.stdout.splitlines()] == [
         "-k login",
         "--database=mariadb -k login",
     ]

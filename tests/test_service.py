@@ -242,7 +242,6 @@ def test_only_lines_of_the_wanted_level_are_written(start_service: StartService)
     assert quiet.log_lines() == []
 
 
-@pytest.mark.xdist_group("start_service")  # it would take the time of those that look at the clock
 def test_without_a_reader_of_its_lines_it_goes_on_serving_and_stops(environ: dict[str, str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "output")
     reader = os.open(tmp_path / "output", os.O_RDONLY | os.O_NONBLOCK)
