@@ -2,7 +2,7 @@
 
 `flask.g` holds for one request: `user_id`, who is signed in (policies); `row`, what the view returned, and
 `version_checked`, whether its If-Match was compared (api); `code`, the business code of an error (errors);
-`stopping`, whether /readyz rejects only because of a stop (health); `database_session` and `after_commit` (database).
+`database_session` and `after_commit` (database).
 """
 
 from flask import Flask

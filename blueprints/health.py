@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flask import current_app, g
+from flask import current_app
 from marshmallow import Schema, fields
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
@@ -65,8 +65,7 @@ def live() -> None:
 @blueprint.fails(Code.UNAVAILABLE)
 def ready() -> dict[str, str]:
     """Whether Redis and the database respond; `data.errors` names what does not, or says that a stop has begun"""
-    g.stopping = multiprocess.is_stopping()  # not a fault, so not logged as an error
-    down = {"instance": ["Stopping."]} if g.stopping else failing_dependencies()
+    down = {"instance": ["Stopping."]} if multiprocess.is_stopping() else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)
     return {"redis": "up", "database": "up"}

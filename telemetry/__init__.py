@@ -2,7 +2,7 @@
 
 from flask import Flask
 
-from telemetry import access_log, logs, metrics, multiprocess, redaction, traces
+from telemetry import access_log, logs, metrics, redaction, traces
 
 
 def init_app(app: Flask) -> None:
@@ -10,7 +10,5 @@ def init_app(app: Flask) -> None:
     redaction.hide_settings(app.config)
     logs.configure(app.config["LOG_LEVEL"], app.config["INSTANCE"], app.config["VERSION"])
     metrics.BUILD.labels(app.config["VERSION"]).set(1)
-    if not multiprocess.is_shared():  # else it started when gunicorn's master did
-        metrics.START_TIME.set_to_current_time()
     traces.init_app(app)
     access_log.init_app(app)

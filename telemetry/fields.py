@@ -11,12 +11,10 @@ _BY_TYPE = (
     ("keyword", "level service traceId"),
     ("text", "message"),
     ("keyword", "spanId parentSpanId method route interface type event function columns"),  # route: the template
-    ("integer", "status code errcode expiresIn failures pending handlers"),
+    ("long", "status code errcode expiresIn failures pending handlers pid userId aboutUserId mergedUserId"),
     ("float", "durationMs"),
     ("boolean", "forced repeat"),
-    ("long", "userId aboutUserId mergedUserId"),
     ("text", "reason exceptionMessage stack"),
     ("keyword", "exceptionType undeclared instance version logger"),
-    ("integer", "pid"),
 )
 FIELDS = {name: kind for kind, names in _BY_TYPE for name in names.split()}

@@ -11,7 +11,6 @@ import select
 import sys
 import threading
 import time
-from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
@@ -35,25 +34,18 @@ FLUSH_SECONDS = 2
 STACK_CHARACTERS = 10_000
 
 logger = logging.getLogger(__name__)
+# They quote callers' headers, a malformed OTEL_EXPORTER_OTLP_HEADERS, and each retry; giving up is an error.
+for name in ("opentelemetry.trace", "opentelemetry.util.re", "opentelemetry.exporter"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 request_fields: ContextVar[dict[str, Any]] = ContextVar("request_fields", default={})  # noqa: B039  never written to
 """The fields of every line of a request: method, route, and the user once known."""
 
-_NUMBERS: dict[str, tuple[type, ...]] = {"integer": (int,), "long": (int,), "float": (int, float), "boolean": (bool,)}
-_MAXIMA = {"integer": 2**31 - 1, "long": 2**63 - 1}
+_NUMBERS: dict[str, tuple[type, ...]] = {"long": (int,), "float": (int, float), "boolean": (bool,)}
 
 
 def bind(user_id: int) -> None:
     """Name the user in all further lines of this request and of the work that it begins."""
     request_fields.set({**request_fields.get(), "userId": user_id})
-
-
-def _context() -> dict[str, Any]:
-    """Return the fields that only the thread that logs knows."""
-    trace_id, span_id = traces.ids()
-    fields = {**request_fields.get(), "traceId": trace_id, "spanId": span_id}
-    if parent_id := traces.parent_id():
-        fields["parentSpanId"] = parent_id
-    return fields
 
 
 class JsonLineFormatter(MsgspecFormatter):
@@ -68,7 +60,7 @@ class JsonLineFormatter(MsgspecFormatter):
         self.reserved_attrs.add("context")
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-        log_data.update(vars(record).get("context") or _context())
+        log_data.update(vars(record).get("context") or request_fields.get() | traces.current_ids())
         for name in vars(record).keys() - self.reserved_attrs:
             self._add_extra(log_data, name, getattr(record, name))
         log_data.update(
@@ -80,18 +72,17 @@ class JsonLineFormatter(MsgspecFormatter):
             pid=os.getpid(),
         )
         if record.exc_info and (error := record.exc_info[1]):
-            module, name = type(error).__module__, type(error).__qualname__
-            log_data["exceptionType"] = name if module == "builtins" else f"{module}.{name}"
+            kind = type(error)
+            log_data["exceptionType"] = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
             log_data["exceptionMessage"] = scrub(str(TracebackException.from_exception(error)))  # also if it has none
             log_data["stack"] = message_dict["exc_info"]
 
     def _add_extra(self, log_data: dict[str, Any], name: str, value: Any) -> None:
         kind = FIELDS.get(name, "")
-        if kind in ("keyword", "text") and isinstance(value, str):
-            log_data[name] = scrub(value)
-        elif kind == "keyword" and isinstance(value, list | tuple):
-            log_data[name] = [scrub(str(part)) for part in value]
-        elif type(value) in _NUMBERS.get(kind, ()) and abs(value) <= _MAXIMA.get(kind, abs(value)):
+        values = value if isinstance(value, list | tuple) else [value]
+        if kind in ("keyword", "text") and all(isinstance(one, str) for one in values):
+            log_data[name] = scrub(value) if isinstance(value, str) else [scrub(one) for one in values]
+        elif type(value) in _NUMBERS.get(kind, ()):
             log_data[name] = value
         elif value is not None:
             log_data.setdefault("undeclared", []).append(scrub(name))
@@ -106,32 +97,65 @@ class JsonLineFormatter(MsgspecFormatter):
         return "".join(part if part.startswith('  File "') else scrub(part) for part in parts)[-STACK_CHARACTERS:]
 
 
+def _handle_error(_: logging.Handler, record: logging.LogRecord) -> None:
+    """Count a line that finds the queue full or no reader; of one that cannot be formatted, log the place."""
+    if isinstance(sys.exc_info()[1], Full | OSError):
+        metrics.LINES_DROPPED.inc()
+    else:  # logging's own prints the record with all its arguments
+        logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
+
+
+class LineWriter(logging.Handler):
+    """Formats a record and writes the line to stdout."""
+
+    handleError = _handle_error  # noqa: N815
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = f"{self.format(record)}\n".encode()
+            fcntl.lockf(STDOUT, fcntl.LOCK_EX)  # the processes of an instance share a pipe, which mixes long writes
+            try:
+                while line:
+                    select.select([], [STDOUT], [])  # the pipe may be one that does not block
+                    line = line[os.write(STDOUT, line) :]
+            finally:
+                fcntl.lockf(STDOUT, fcntl.LOCK_UN)
+        except Exception:  # noqa: BLE001  the thread must go on
+            self.handleError(record)
+
+
+class GatheringListener(QueueListener):
+    """Takes records from the queue in a thread that wakes up every GATHER_SECONDS."""
+
+    queue: Queue[logging.LogRecord]
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        if self.queue.empty():
+            time.sleep(GATHER_SECONDS)
+        return super().dequeue(block)
+
+
 class LineHandler(QueueHandler):
-    """Puts lines into a queue, from which a LineWriter takes them."""
+    """Puts records into a queue, from which a thread gives them to a LineWriter."""
+
+    handleError = _handle_error  # noqa: N815
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__(Queue())
-        self.setFormatter(formatter)
+        self._writer = LineWriter()
+        self._writer.setFormatter(formatter)
         self.start()
 
     def start(self) -> None:
         """Begin with an empty queue and a new thread; threads do not survive a fork."""
-        self.queue: Queue[str | logging.LogRecord] = Queue(CAPACITY)
-        LineWriter(self.queue, self).start()
+        self.queue: Queue[logging.LogRecord] = Queue(CAPACITY)
+        GatheringListener(self.queue, self._writer).start()
 
-    def prepare(self, record: logging.LogRecord) -> str | logging.LogRecord:
-        """Leave a constant message to the writer, which formats one after the other in a fraction of the time."""
-        if record.args or record.exc_info or not isinstance(record.msg, str):
-            return self.format(record)
-        record.context = _context()
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Keep what may change until the record is formatted: the arguments and the context."""
+        record.msg, record.args = record.getMessage(), ()
+        record.context = request_fields.get() | traces.current_ids()
         return record
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Count a line that finds the queue full; of one that cannot be formatted, log the place."""
-        if isinstance(sys.exc_info()[1], Full):
-            metrics.LINES_DROPPED.inc()
-        else:  # logging's own prints the record with all its arguments
-            logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
 
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""
@@ -139,47 +163,6 @@ class LineHandler(QueueHandler):
         while self.queue.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
         metrics.LINES_DROPPED.inc(self.queue.unfinished_tasks)
-
-
-class LineWriter(QueueListener):
-    """Writes lines to stdout, in a thread."""
-
-    queue: Queue[str | logging.LogRecord]
-
-    def handle(self, record: str | logging.LogRecord) -> None:
-        """Write this line and those that come within GATHER_SECONDS."""
-        time.sleep(GATHER_SECONDS)
-        lines = [record]
-        while len(lines) < CAPACITY and not self.queue.empty():
-            lines.append(self.queue.get())
-        try:
-            _write("".join(map(self._text, lines)).encode())
-        except OSError:  # nobody reads any more
-            metrics.LINES_DROPPED.inc(len(lines))
-        for _ in lines[1:]:  # QueueListener does it for the first
-            self.queue.task_done()
-
-    def _text(self, line: str | logging.LogRecord) -> str:
-        if isinstance(line, str):
-            return f"{line}\n"
-        (handler,) = self.handlers
-        try:
-            return f"{handler.format(line)}\n"
-        except Exception:  # noqa: BLE001  the thread must go on
-            handler.handleError(line)
-            return ""
-
-
-def _write(data: bytes) -> None:
-    with suppress(OSError):  # the processes of an instance share a pipe, which mixes long writes
-        fcntl.lockf(STDOUT, fcntl.LOCK_EX)
-    try:
-        while data:
-            select.select([], [STDOUT], [])  # the pipe may be one that does not block
-            data = data[os.write(STDOUT, data) :]
-    finally:
-        with suppress(OSError):
-            fcntl.lockf(STDOUT, fcntl.LOCK_UN)
 
 
 def configure(level: str, instance: str, version: str) -> None:
@@ -192,8 +175,6 @@ def configure(level: str, instance: str, version: str) -> None:
     handler = LineHandler(JsonLineFormatter(instance, version))
     os.register_at_fork(after_in_child=handler.start)
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # No line has these, and each costs a little of every line.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(True)
     sys.excepthook = lambda kind, error, trace: logger.critical("uncaught", exc_info=(kind, error, trace))
     sys.unraisablehook = lambda args: logger.error("ignored", exc_info=args.exc_value)

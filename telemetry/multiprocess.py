@@ -37,8 +37,7 @@ class Instance(Collector):
         for path in glob(f"{os.environ[VARIABLE]}/*.db"):
             with suppress(FileNotFoundError):  # a gauge of a worker that has just died
                 files += [path] if os.path.getsize(path) else []  # empty: a worker has just begun it
-        metrics: Iterable[Metric] = MultiProcessCollector.merge(files)
-        return metrics
+        return MultiProcessCollector.merge(files)  # type: ignore[no-any-return]
 
 
 def exposition(accept: str) -> tuple[bytes, str]:

@@ -36,8 +36,8 @@ _PATTERNS = (
     (r"[^\x00-\x7f]+", HIDDEN),  # and as it is: code and libraries speak English
 )
 _RUN = re.compile(r"[A-Za-z0-9+/_=-]{16,}")
-_DIGITS = re.compile(r"\d{8,}|\d(?:[ -]?\d){9,}")  # phone, identity card and bank card, also in groups
-_DATE = re.compile(r"20\d\d-[01]\d-[0-3]\d(?: [0-2]\d)?")
+# Phone, identity card and bank card, also in groups; not a date.
+_DIGITS = re.compile(r"\d{8,}|(?!20\d\d-[01]\d-[0-3]\d\b)\d(?:[ -]?\d){9,}")
 # WeChat's rid, which its support asks for, and the path of a file or an interface.
 _SHOWN_RUN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){2}|/?[a-z0-9_.-]{1,24}(?:/[a-z0-9_.-]{1,24})+/?")
 
@@ -67,7 +67,7 @@ def scrub(text: str) -> str:
             text = re.sub(re.escape(secret) if len(secret) >= 8 else rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     for pattern, replacement in _PATTERNS:
         text = re.sub(pattern, replacement, text)
-    text = _DIGITS.sub(lambda match: match[0] if _DATE.fullmatch(match[0]) else HIDDEN, _RUN.sub(_hide_run, text))
+    text = _DIGITS.sub(HIDDEN, _RUN.sub(_hide_run, text))
     return text if len(text) <= TEXT_CHARACTERS else f"{text[:TEXT_CHARACTERS]}{HIDDEN}"
 
 

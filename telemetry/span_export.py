@@ -6,12 +6,10 @@ ATTRIBUTES, and names that are put together here.
 Read against opentelemetry-sdk 1.45.1: BatchSpanProcessor._batch_processor, as only its shutdown takes a timeout.
 """
 
-import logging
 import os
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -22,11 +20,11 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from redis import Redis
-from sqlalchemy import Dialect, Engine, event
+from sqlalchemy import Engine
 
 from telemetry.fields import SERVICE
 
-REDIS, SQL = "opentelemetry.instrumentation.redis", "opentelemetry.instrumentation.sqlalchemy"
+SQL = "opentelemetry.instrumentation.sqlalchemy"
 STOP_SECONDS = 3
 """How long the end of the process waits for a collector."""
 ATTRIBUTES = frozenset(
@@ -37,12 +35,8 @@ ATTRIBUTES = frozenset(
 )
 """The attributes that are exported. None of them holds anything that a caller has sent."""
 
-_COMMANDS = re.compile(r"[A-Z]+(?:[ ._-][A-Z]+)*")
-_VERB_AND_TABLE = re.compile(r"\s*(?=([A-Z]+)\b)(?:[^'\"]*?\b(?:FROM|INTO|UPDATE)\s+`?([a-z_]+)\b)?")
-
-# They show a malformed OTEL_EXPORTER_OTLP_HEADERS in full, and each retry; giving up is an error.
-logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
-logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+_VERBS = re.compile(r"^[A-Z]+(?:[ ._-][A-Z]+)*\b")
+_TABLE = re.compile(r"^[^'\"]*?\b(?:FROM|INTO|UPDATE)\s+`?([a-z_]+)\b")  # not in quotes, which may hold data
 
 
 def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
@@ -59,18 +53,11 @@ def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
 
 
 def instrument(redis: Redis, engine: Engine, tracers: trace.TracerProvider) -> None:
-    """Make a span of each command of this client, and of each statement and new connection of this engine."""
+    """Make a span of each command of this client, and of each statement of this engine."""
     RedisInstrumentor.instrument_client(redis, tracers)
-    tracer = tracers.get_tracer(SQL)
     usage = NoOpMeter(SQL).create_up_down_counter("db.client.connections.usage")
     # Not by SQLAlchemyInstrumentor, which refuses SQLAlchemy 2.1 and needs greenlet for async engines.
-    EngineTracer(tracer, engine, usage)  # type: ignore[no-untyped-call]
-
-    @event.listens_for(engine, "do_connect")
-    def connect(dialect: Dialect, _: object, args: Any, options: Any) -> Any:
-        kind, attributes = trace.SpanKind.CLIENT, {"db.system": dialect.name}
-        with tracer.start_as_current_span("connect", kind=kind, attributes=attributes):
-            return dialect.connect(*args, **options)
+    EngineTracer(tracers.get_tracer(SQL), engine, usage)  # type: ignore[no-untyped-call]
 
 
 class _Processor(BatchSpanProcessor):
@@ -118,13 +105,8 @@ class Exporter(OTLPSpanExporter):
 
 def _name(span: ReadableSpan) -> str:
     """Return our constant, a library's Redis commands, or the verb and the table of its SQL statement."""
-    scope = span.instrumentation_scope.name if span.instrumentation_scope else ""
-    if scope == SERVICE:
+    if span.instrumentation_scope and span.instrumentation_scope.name == SERVICE:
         return span.name
-    if scope == REDIS:
-        return span.name if _COMMANDS.fullmatch(span.name) else "redis"
-    if scope != SQL:
-        return "unknown"
     attributes = span.attributes or {}
-    statement = _VERB_AND_TABLE.match(str(attributes.get("db.statement") or attributes.get("db.query.text") or ""))
-    return " ".join(filter(None, statement.groups())) if statement else "connect"
+    statement = str(attributes.get("db.statement") or attributes.get("db.query.text") or "")
+    return " ".join([*_VERBS.findall(span.name), *_TABLE.findall(statement)]) or "unknown"

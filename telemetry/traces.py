@@ -4,9 +4,9 @@ Spans are recorded if OTEL_EXPORTER_OTLP_ENDPOINT names a collector; otherwise a
 https://www.w3.org/TR/trace-context/
 """
 
-import logging
 import random
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from typing import Any
 
 from flask import Flask
 from opentelemetry import trace
@@ -20,20 +20,16 @@ from werkzeug.datastructures import Headers
 
 from telemetry.fields import SERVICE
 
-# Its lines quote the headers that callers send.
-logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
-
 _W3C = TraceContextTextMapPropagator()
-_NO_SPAN = nullcontext(trace.INVALID_SPAN)
 
 _provider: trace.TracerProvider | None = None
-_tracer: trace.Tracer | None = None
+_tracer: trace.Tracer = trace.NoOpTracer()
 
 
 def init_app(app: Flask) -> None:
     """Send spans to OTEL_EXPORTER_OTLP_ENDPOINT; nothing is loaded for it if that is empty."""
     global _provider, _tracer
-    _provider = _tracer = None
+    _provider, _tracer = None, trace.NoOpTracer()
     endpoint = app.config["OTEL_EXPORTER_OTLP_ENDPOINT"]
     if endpoint:
         from telemetry import span_export
@@ -45,23 +41,22 @@ def init_app(app: Flask) -> None:
 
 
 def instrument(redis: Redis, engine: Engine) -> None:
-    """Make a span of each command of this client, and of each statement and new connection of this engine."""
+    """Make a span of each command of this client, and of each statement of this engine."""
     if _provider:
         from telemetry import span_export
 
         span_export.instrument(redis, engine, _provider)
 
 
-def ids() -> tuple[str | None, str | None]:
-    """Return the current trace id and span id, 32 and 16 hex digits; None outside of a trace."""
-    current = trace.get_current_span().get_span_context()
-    return _hex(current) if current.is_valid else (None, None)
-
-
-def parent_id() -> str | None:
-    """Return the id of the span around the current one; None if there is none, or spans are not recorded."""
-    parent: SpanContext | None = getattr(trace.get_current_span(), "parent", None)
-    return trace.format_span_id(parent.span_id) if parent else None
+def current_ids() -> dict[str, Any]:
+    """Return the trace id, the span id and, if spans are recorded, that of the span above, as the fields of a line."""
+    current = trace.get_current_span()
+    ids = current.get_span_context()
+    if not ids.is_valid:
+        return {"traceId": None}
+    fields = {"traceId": trace.format_trace_id(ids.trace_id), "spanId": trace.format_span_id(ids.span_id)}
+    parent: SpanContext | None = getattr(current, "parent", None)
+    return fields | ({"parentSpanId": trace.format_span_id(parent.span_id)} if parent else {})
 
 
 def outgoing_headers() -> dict[str, str]:
@@ -77,7 +72,7 @@ def span(name: str, kind: SpanKind = SpanKind.INTERNAL, attributes: Attributes =
     :param name: is exported as it is, so it must be a constant.
     :param attributes: `span_export.ATTRIBUTES` lists those that are exported.
     """
-    return _tracer.start_as_current_span(name, kind=kind, attributes=attributes) if _tracer else _NO_SPAN
+    return _tracer.start_as_current_span(name, kind=kind, attributes=attributes)
 
 
 class RequestSpan:
@@ -86,7 +81,7 @@ class RequestSpan:
     :param method: `OTHER` for one that HTTP does not know.
     :param headers: those of the request; a valid `traceparent` is continued.
 
-    `trace_id`, `span_id`, and `parent_id`, the span of the caller if there is one, are 32 and 16 hex digits.
+    `trace_id`, and `parent_id`, the span of the caller if there is one, are 32 and 16 hex digits.
     """
 
     def __init__(self, method: str, headers: Headers) -> None:
@@ -95,10 +90,10 @@ class RequestSpan:
         # https://opentelemetry.io/docs/specs/semconv/http/http-spans/ has its own names for unknown methods.
         self._verb, known = ("HTTP", "_OTHER") if method == "OTHER" else (method, method)
         self._span: Span = trace.NonRecordingSpan(_new_ids(caller))
-        if _tracer:
+        if _provider:
             above = trace.set_span_in_context(trace.NonRecordingSpan(caller), Context())
             self._span = _tracer.start_span(self._verb, above, SpanKind.SERVER, {"http.request.method": known})
-        self.trace_id, self.span_id = _hex(self._span.get_span_context())
+        self.trace_id = trace.format_trace_id(self._span.get_span_context().trace_id)
         self._token = attach(trace.set_span_in_context(self._span, Context()))
 
     def set_route(self, route: str) -> None:
@@ -114,10 +109,6 @@ class RequestSpan:
             self._span.set_attribute("error.type", str(status))
             self._span.set_status(trace.StatusCode.ERROR)
         self._span.end()
-
-
-def _hex(ids: SpanContext) -> tuple[str, str]:
-    return trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id)
 
 
 def _caller(headers: Headers) -> SpanContext:

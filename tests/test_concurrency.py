@@ -8,7 +8,7 @@ from werkzeug.datastructures import Headers
 from concurrency import Background, FanOut, background, fan_out
 from errors import ApiError, Code
 from storage import database
-from telemetry.traces import RequestSpan, ids
+from telemetry.traces import RequestSpan, current_ids
 from tests.harness import WAIT_SECONDS, counted, wait_until
 
 
@@ -24,7 +24,7 @@ def test_work_has_an_application_context_and_the_trace_id_of_its_request(small: 
 
     def work(argument: str) -> None:
         database.ping()
-        seen.append((argument, current_app.name, ids()[0]))
+        seen.append((argument, current_app.name, current_ids()["traceId"]))
 
     request = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     small.submit(work, "argument")
@@ -116,7 +116,7 @@ def test_functions_run_concurrently_in_contexts_of_their_own_with_the_trace_id_o
     def work() -> Any:
         together.wait(WAIT_SECONDS)
         database.ping()
-        return g._get_current_object(), ids()[0]
+        return g._get_current_object(), current_ids()["traceId"]
 
     span = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     with app.app_context():

@@ -82,7 +82,7 @@ def fits(value: object, kind: str) -> bool:
         return False
     if kind == "date":
         return isinstance(value, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", value))
-    if kind == "integer":
+    if kind == "long":
         return isinstance(value, int) and -(2**31) <= value < 2**31
     return value is None or isinstance(value, PYTHON_TYPES[kind])
 
