@@ -4,11 +4,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, cast
 
 from flask import Flask, current_app
-from opentelemetry.trace import StatusCode
 from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code
@@ -36,7 +36,6 @@ class Background:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="background")
         self._lock = threading.Lock()
         self.pending = 0
-        self.failures = 0
 
     def ensure_capacity(self) -> None:
         """Make sure that there is room for more work.
@@ -46,12 +45,12 @@ class Background:
         :raises ApiError: UNAVAILABLE if too much is pending.
         """
         if self.pending >= self._backlog:
-            metrics.BACKGROUND.labels("refused").inc()
+            metrics.BACKGROUND.labels("rejected").inc()
             logger.error("background work rejected", extra={"pending": self.pending})
             raise ApiError(Code.UNAVAILABLE)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
-        """Run a function soon, in an application context of its own. A failure is logged and counted in `failures`."""
+        """Run a function soon, in an application context of its own. A failure is logged and counted."""
         with self._lock:
             self.pending += 1
         metrics.BACKGROUND_PENDING.inc()
@@ -60,17 +59,14 @@ class Background:
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         name = f"{function.__module__}.{getattr(function, '__qualname__', '?')}"
         outcome = "failure"
-        with traces.span(f"background {name}", attributes={"code.function.name": name}) as span:
+        with suppress(Exception), traces.span(f"background {name}", attributes={"code.function.name": name}):
             try:
                 with self._app.app_context():
                     function(*args)
                 outcome = "success"
-            except Exception as error:
-                with self._lock:
-                    self.failures += 1
-                logger.exception("background work failed", extra={"function": name, "failures": self.failures})
-                span.record_exception(error)
-                span.set_status(StatusCode.ERROR)
+            except Exception:
+                logger.exception("background work failed", extra={"function": name})
+                raise  # which fails the span
             finally:
                 metrics.BACKGROUND.labels(outcome).inc()
                 metrics.BACKGROUND_PENDING.dec()

@@ -11,6 +11,8 @@ import sqlalchemy
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
+DATABASE_PATTERN = r"sqlite:///(?!:memory:).|(mysql|mariadb)(\+pymysql)?://."
+YEAR_SECONDS = 366 * 86400
 
 
 class SettingsError(SystemExit):
@@ -51,8 +53,8 @@ def _url(pattern: str, parse: Callable[[str], object], error: str) -> Callable[[
     return validator
 
 
-def _seconds(default: int, text: str) -> fields.Integer:
-    return fields.Integer(load_default=default, validate=validate.Range(60, 366 * 86400), metadata=_help(text))
+def _required(text: str, check: Callable[[str], Any] | None = None) -> fields.String:
+    return fields.String(required=True, validate=check, metadata=_help(text))
 
 
 def _site(default: str, text: str) -> fields.Url:
@@ -69,8 +71,8 @@ def _switch(text: str) -> fields.Boolean:
     return fields.Boolean(load_default=False, metadata=_help(text))
 
 
-def _count(default: int, maximum: int, text: str) -> fields.Integer:
-    return fields.Integer(load_default=default, validate=validate.Range(1, maximum), metadata=_help(text))
+def _integer(default: int, minimum: int, maximum: int, text: str) -> fields.Integer:
+    return fields.Integer(load_default=default, validate=validate.Range(minimum, maximum), metadata=_help(text))
 
 
 class Settings(Schema):
@@ -79,10 +81,8 @@ class Settings(Schema):
     class Meta:
         unknown = EXCLUDE  # the environment has variables that are not ours
 
-    WECHAT_APP_ID = fields.String(required=True, metadata=_help("The mini-program's app id, from mp.weixin.qq.com."))
-    WECHAT_APP_SECRET = fields.String(
-        required=True, metadata=_help("The mini-program's app secret, from the same page.")
-    )
+    WECHAT_APP_ID = _required("The mini-program's app id, from mp.weixin.qq.com.")
+    WECHAT_APP_SECRET = _required("The mini-program's app secret, from the same page.")
     WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Base URL of WeChat's server API.")
     WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Base URL of WeChat's web login pages.")
     WECHAT_ACCOUNT_APP_ID = _optional(
@@ -108,26 +108,16 @@ class Settings(Schema):
         "Whether X-WX-OPENID identifies the user: safe only if the service is reachable through WeChat cloud run alone."
     )
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
-    REDIS_URL = fields.String(
-        required=True,
-        validate=_url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Must be a redis:// or unix:// URL."),
-        metadata=_help("The Redis that all instances share, such as redis://:password@host:6379/0."),
+    REDIS_URL = _required(
+        "The Redis that all instances share, such as redis://:password@host:6379/0.",
+        _url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Must be a redis:// or unix:// URL."),
     )
-    DATABASE_URL = fields.String(
-        required=True,
-        validate=_url(
-            r"sqlite:///(?!:memory:).|(mysql|mariadb)(\+pymysql)?://.",
-            sqlalchemy.make_url,
-            "Must be a sqlite:///path or mysql:// URL.",
-        ),
-        metadata=_help(
-            "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db."
-        ),
+    DATABASE_URL = _required(
+        "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db.",
+        _url(DATABASE_PATTERN, sqlalchemy.make_url, "Must be a sqlite:///path or mysql:// URL."),
     )
-    SECRET_KEY = fields.String(
-        required=True,
-        validate=validate.Length(min=32),
-        metadata=_help("Flask's signing key, 32 characters or more: openssl rand -base64 32"),
+    SECRET_KEY = _required(
+        "Flask's signing key, 32 characters or more: openssl rand -base64 32", validate.Length(min=32)
     )
     ENCRYPTION_KEYS = EncryptionKeys(
         required=True,
@@ -140,15 +130,15 @@ class Settings(Schema):
         "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
         "Must be openids, separated by commas.",
     )
-    SESSION_LIFETIME = _seconds(3600, "Seconds after which an unused session ends, 60 or more.")
-    SESSION_ABSOLUTE_LIFETIME = _seconds(86400, "Seconds after which a session ends even if it is used, 60 or more.")
-    PORT = _count(8000, 65535, "The TCP port to listen on.")
-    WEB_CONCURRENCY = _count(2, 256, "Worker processes, 1 to 256.")
-    WEB_THREADS = _count(16, 256, "Threads per worker, 1 to 256: the requests that one process serves at once.")
-    DRAIN_SECONDS = fields.Integer(
-        load_default=3,
-        validate=validate.Range(0, 12),
-        metadata=_help("Seconds for which a stopping service still serves while /readyz answers 503, 0 to 12."),
+    SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
+    SESSION_ABSOLUTE_LIFETIME = _integer(
+        86400, 60, YEAR_SECONDS, "Seconds after which a session ends even if it is used, 60 or more."
+    )
+    PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
+    WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
+    WEB_THREADS = _integer(16, 1, 256, "Threads per worker, 1 to 256: the requests that one process serves at once.")
+    DRAIN_SECONDS = _integer(
+        3, 0, 12, "Seconds for which a stopping service still serves while /readyz answers 503, 0 to 12."
     )
     METRICS_TOKEN = _optional(
         "Bearer token Prometheus must send to /metrics, 16 characters or more; without it /metrics is 404.",
@@ -167,13 +157,11 @@ class Settings(Schema):
 
     @validates_schema
     def _belong_together(self, settings: dict[str, Any], **kwargs: Any) -> None:
-        pairs = {
-            "WECHAT_ACCOUNT_APP_ID": "WECHAT_ACCOUNT_APP_SECRET",
-            "WECHAT_WEBSITE_APP_ID": "WECHAT_WEBSITE_APP_SECRET",
-        }
         needs = {
-            **pairs,
-            **{secret: name for name, secret in pairs.items()},
+            "WECHAT_ACCOUNT_APP_ID": "WECHAT_ACCOUNT_APP_SECRET",
+            "WECHAT_ACCOUNT_APP_SECRET": "WECHAT_ACCOUNT_APP_ID",
+            "WECHAT_WEBSITE_APP_ID": "WECHAT_WEBSITE_APP_SECRET",
+            "WECHAT_WEBSITE_APP_SECRET": "WECHAT_WEBSITE_APP_ID",
             "WECHAT_PUSH_AES_KEY": "WECHAT_PUSH_TOKEN",
         }
         for name, other in needs.items():

@@ -11,7 +11,7 @@ _BY_TYPE = (
     ("keyword", "level service traceId"),
     ("text", "message"),
     ("keyword", "spanId parentSpanId method route interface type event function columns"),  # route: the template
-    ("long", "status code errcode expiresIn failures pending handlers pid userId aboutUserId mergedUserId"),
+    ("long", "status code errcode expiresIn pending handlers pid userId aboutUserId mergedUserId"),
     ("float", "durationMs"),
     ("boolean", "forced repeat"),
     ("text", "reason exceptionMessage stack"),

@@ -19,7 +19,7 @@ _latest = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_
 _seconds = partial(Histogram, namespace="kuaishang", registry=REGISTRY, buckets=_SECONDS)
 
 REQUESTS = _counter("http_requests", "Requests served.", ("route", "method", "status", "code"))
-REQUEST_SECONDS = _seconds("http_request_duration_seconds", "Duration, without the wait for a thread.", ("route", "method"))
+REQUEST_SECONDS = _seconds("http_request_duration_seconds", "Without the wait for a thread.", ("route", "method"))
 REQUESTS_IN_FLIGHT = _sum("http_requests_in_flight", "Requests being served.")
 # errcode: WeChat's number, or timeout, unreachable or invalid; outcome caller: their code or data was rejected.
 WECHAT_CALLS = _counter("wechat_calls", "Each try; ok, caller or failure.", ("interface", "errcode", "outcome"))

@@ -121,5 +121,5 @@ def test_what_the_service_really_writes_is_mapped(
     assert "undeclared" not in seen
     assert [(line, name) for line in lines for name, value in line.items() if not fits(value, FIELDS[name])] == []
     assert seen >= {"spanId", "parentSpanId", "route", "status", "code", "durationMs", "userId", "instance", "version"}
-    assert seen >= {"exceptionType", "exceptionMessage", "stack", "interface", "reason", "function", "failures"}
+    assert seen >= {"exceptionType", "exceptionMessage", "stack", "interface", "reason", "function"}
     assert seen >= {"type", "event", "repeat", "handlers", "columns", "aboutUserId", "expiresIn", "forced"}
