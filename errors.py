@@ -38,12 +38,7 @@ class Code(Enum):
     """
 
     SUCCESS = 200, 200, "操作成功", "Success"
-    INVALID_INPUT = (
-        400,
-        400,
-        "请求参数有误，详见 data.errors",
-        "Malformed or invalid input; data.errors names the fields",
-    )
+    INVALID_INPUT = 400, 400, "请求参数有误，详见 data.errors", "Invalid input; data.errors names the fields"
     UNAUTHORIZED = 401, 401, "未登录或登录已过期，请重新登录", "Not logged in, or the session has expired: log in again"
     FORBIDDEN = 403, 403, "没有权限", "Forbidden"
     NOT_FOUND = 404, 404, "资源不存在", "Not found"
@@ -54,27 +49,12 @@ class Code(Enum):
     UNSUPPORTED_MEDIA_TYPE = 415, 415, "请求体必须是 JSON", "The request body must be JSON"
     PRECONDITION_REQUIRED = 428, 428, "缺少 If-Match 请求头", "The If-Match header is required"
     TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
-    WECHAT_CODE_INVALID = (
-        460,
-        400,
-        "code 无效或过期，请重新调用 wx.login",
-        "Code invalid or expired: call wx.login again",
-    )
+    WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Code invalid or expired: call wx.login"
     WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code already used: call wx.login again"
     WECHAT_HIGH_RISK_USER = 462, 403, "微信判定该用户为高风险用户", "WeChat classifies this user as high-risk"
-    SESSION_KEY_STALE = (
-        463,
-        401,
-        "session_key 已失效，请重新登录再提交",
-        "session_key is stale: log in, then send again",
-    )
+    SESSION_KEY_STALE = 463, 401, "session_key 已失效，请重新登录再提交", "session_key is stale: log in, send again"
     SIGNATURE_MISMATCH = 464, 400, "签名或水印校验失败", "Signature or watermark mismatch"
-    IDEMPOTENCY_KEY_REUSED = (
-        465,
-        409,
-        "该 Idempotency-Key 已用于另一请求",
-        "Idempotency-Key already used with another request",
-    )
+    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 Idempotency-Key 已用于另一请求", "Idempotency-Key used with another request"
     CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查", "Rejected by WeChat's content check"
     INTERNAL_ERROR = 500, 500, "服务器内部错误", "Internal error"
     UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "Unexpected response from WeChat"

@@ -112,11 +112,12 @@ def get_wechat_session() -> dict[str, bool]:
 @sessions.response(200, transaction=False, if_match=False)
 def log_out() -> None:
     """Log out"""
-    stored_sessions.log_out()
+    session.clear()
 
 
 @sessions.route("/sessions", methods=["DELETE"])
 @sessions.response(200, transaction=False, if_match=False)
 def log_out_everywhere() -> None:
     """Log out on every device"""
-    stored_sessions.log_out_everywhere(g.user_id)
+    stored_sessions.revoke_sessions(g.user_id)
+    session.clear()

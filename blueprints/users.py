@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import click
-from flask import current_app, g, url_for
+from flask import current_app, g, session, url_for
 from marshmallow import Schema, fields, validate
 
 import wechat
@@ -177,7 +177,7 @@ def delete_user(user_id: str) -> None:
     database.in_transaction(delete)
     audit("user deleted", deleted)
     if deleted == g.user_id:
-        stored_sessions.log_out()
+        session.clear()
     stored_sessions.revoke_sessions(deleted)
 
 

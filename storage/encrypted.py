@@ -1,6 +1,6 @@
 """Encrypted columns: a model attribute that is plain text in Python and encrypted in the database."""
 
-from typing import Any, Self, overload
+from typing import Any
 
 from sqlalchemy import ColumnElement
 from sqlalchemy.orm import DeclarativeBase
@@ -27,11 +27,7 @@ class Encrypted:
         self.columns = [f"{name}_encrypted", f"{name}_index"][: 1 + self._searchable]
         """The names of the columns that hold it, the encrypted one first."""
 
-    @overload
-    def __get__(self, row: None, model: type[DeclarativeBase]) -> Self: ...
-    @overload
-    def __get__(self, row: DeclarativeBase, model: type[DeclarativeBase]) -> str | None: ...
-    def __get__(self, row: DeclarativeBase | None, model: type[DeclarativeBase]) -> Self | str | None:
+    def __get__(self, row: DeclarativeBase | None, model: type[DeclarativeBase]) -> Any:
         return self if row is None else self.open(row)
 
     def __set__(self, row: DeclarativeBase, text: str | None) -> None:

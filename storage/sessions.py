@@ -179,20 +179,6 @@ def log_in(user_id: int, **facts: Any) -> str:
     return current.sid
 
 
-def log_out() -> None:
-    """End the current request's session."""
-    session.clear()
-
-
-def log_out_everywhere(user_id: int) -> None:
-    """End all sessions of this user, the current one included, and forget the session_keys.
-
-    :raises redis.exceptions.RedisError: if Redis is away; calling it again ends the rest.
-    """
-    revoke_sessions(user_id)
-    session.clear()
-
-
 def revoke_sessions(user_id: int) -> None:
     """End all sessions of a user, and forget the session_keys. Works outside of a request.
 
