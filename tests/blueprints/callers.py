@@ -1,6 +1,7 @@
-"""People who call the application in this process."""
+"""Users who call the application in this process."""
 
 import re
+import secrets
 from typing import Any
 
 from flask import Flask
@@ -14,18 +15,28 @@ API = "/api/v1"
 
 
 class Caller:
-    """Somebody who is logged in."""
+    """A user who is logged in; a new one unless an openid is given."""
 
-    def __init__(self, app: Flask, simulator: Simulator, openid: str | None = None, role: str = "user") -> None:
-        self.app, self.client = app, app.test_client(use_cookies=False)
-        code = simulator.code(**({"openid": openid} if openid else {}))
-        login = self.client.post(f"{API}/auth/wechat", json={"code": code}).get_json()["data"]
+    def __init__(self, app: Flask, simulator: Simulator, openid: str | None = None, **values: Any) -> None:
+        self.app, self.simulator = app, simulator
+        self.client = app.test_client(use_cookies=False)
+        self.openid = openid or f"o-{secrets.token_hex(8)}"
+        self.log_in()
+        if values:
+            self.store(**values)
+
+    def log_in(self) -> None:
+        login = data_of(log_in(self.app, self.simulator, self.openid))
         self.id: int = login["user"]["id"]
         self.headers = bearer(login["token"])
-        if role != "user":
-            with app.app_context():
-                database.session.get_one(User, self.id).role = role
-                database.session.commit()
+
+    def store(self, **values: Any) -> None:
+        """Change the row of the user in the database."""
+        with self.app.app_context():
+            user = database.session.get_one(User, self.id)
+            for name, value in values.items():
+                setattr(user, name, value)
+            database.session.commit()
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> TestResponse:
         """Call `path` below the API; a header's name has `_` for `-`."""
@@ -39,23 +50,31 @@ class Caller:
         return self.call("POST", path, body, **headers)
 
     def put(self, path: str, body: Any) -> TestResponse:
-        """Change what is there now."""
+        """Change the current version."""
         return self.call("PUT", path, body, If_Match=self.etag(path))
 
     def delete(self, path: str) -> TestResponse:
-        """Delete what is there now."""
+        """Delete the current version."""
         return self.call("DELETE", path, If_Match=self.etag(path))
 
     def etag(self, path: str) -> str:
         return self.get(path).headers.get("ETag", '"none"')
 
+    def me(self) -> dict[str, Any]:
+        return data_of(self.get("/users/me"))
+
     def order(self, **different: Any) -> dict[str, Any]:
-        """Order something, and answer the order."""
+        """Create an order, and return it."""
         return data_of(self.post("/orders", {**ORDER, **different}), 201)
 
 
 ITEM = {"sku": "tea-1", "name": "龙井茶", "quantity": 2, "unit_price": 1250}
 ORDER = {"remark": "少糖", "items": [ITEM, {"sku": "cup", "name": "杯子", "quantity": 1, "unit_price": 500}]}
+
+
+def log_in(app: Flask, simulator: Simulator, openid: str, **wanted: Any) -> TestResponse:
+    code = simulator.code(openid=openid, **wanted)
+    return app.test_client(use_cookies=False).post(f"{API}/auth/wechat", json={"code": code})
 
 
 def operations(app: Flask) -> list[tuple[str, str]]:
@@ -69,6 +88,12 @@ def operations(app: Flask) -> list[tuple[str, str]]:
 
 def code_of(answer: TestResponse) -> tuple[int, int]:
     return answer.status_code, answer.get_json()["code"]
+
+
+def invalid_fields(answer: TestResponse) -> set[str]:
+    """The fields that a 400 names."""
+    assert code_of(answer) == (400, 400), answer.text
+    return set(answer.get_json()["data"]["errors"])
 
 
 def data_of(answer: TestResponse, status: int = 200) -> Any:

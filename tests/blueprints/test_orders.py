@@ -1,18 +1,14 @@
-import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import pytest
 from flask import Flask
-from redis import Redis
 from sqlalchemy import event, func, select, update
 from sqlalchemy.orm.exc import StaleDataError
 
 from blueprints.orders import STATUS_TRANSITIONS
 from storage import database
-from storage.models import IdempotencyKey, Order, OrderItem, now
+from storage.models import Order, OrderItem
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of
 from tests.harness import Simulator
 
@@ -287,89 +283,6 @@ def test_items_added_at_once_are_all_there_and_counted(alice: Caller) -> None:
 # Idempotency keys
 
 
-def count(app: Flask, alice: Caller) -> int:
-    with app.app_context():
-        return database.session.scalar(select(func.count()).where(Order.user_id == alice.id)) or 0
-
-
-def test_the_same_key_and_body_give_the_first_answer_again_byte_for_byte(
-    alice: Caller, app: Flask, make_app: Callable[..., Flask]
-) -> None:
-    first = alice.post(ORDERS, ORDER, Idempotency_Key="tap-1")
-    alice.put(f"{ORDERS}/{first.get_json()['data']['id']}", {"remark": "changed since"})
-    alice.client = make_app().test_client(use_cookies=False)  # another instance
-    again = alice.post(ORDERS, ORDER, Idempotency_Key="tap-1")
-    assert (again.status_code, again.data) == (201, first.data)
-    for header in ("ETag", "Location", "Content-Type"):
-        assert again.headers[header] == first.headers[header]
-    assert count(app, alice) == 1
-    assert alice.post(ORDERS, ORDER, Idempotency_Key="tap-2").data != first.data
-    assert count(app, alice) == 2
-
-
-def test_a_key_with_another_request_gets_465(alice: Caller, app: Flask) -> None:
-    order = data_of(alice.post(ORDERS, ORDER, Idempotency_Key="tap"), 201)
-    assert code_of(alice.post(ORDERS, {**ORDER, "remark": "other"}, Idempotency_Key="tap")) == (409, 465)
-    assert code_of(alice.post(f"{ORDERS}/{order['id']}/items", ITEM, Idempotency_Key="tap")) == (409, 465)
-    assert count(app, alice) == 1
-    paths = [f"{ORDERS}/{alice.order()['id']}/items" for _ in range(2)]
-    assert alice.post(paths[0], ITEM, Idempotency_Key="item").status_code == 201
-    assert code_of(alice.post(paths[1], ITEM, Idempotency_Key="item")) == (409, 465)
-
-
-def test_a_key_is_that_of_one_user(alice: Caller, app: Flask, simulator: Simulator) -> None:
-    bob = Caller(app, simulator)
-    answers = [caller.post(ORDERS, ORDER, Idempotency_Key="tap") for caller in (alice, bob)]
-    assert [data_of(answer, 201)["user_id"] for answer in answers] == [alice.id, bob.id]
-
-
-def test_items_and_keys_go_together_too(alice: Caller) -> None:
-    path = f"{ORDERS}/{alice.order()['id']}"
-    answers = [alice.post(f"{path}/items", ITEM, Idempotency_Key="tap") for _ in range(3)]
-    assert len({answer.data for answer in answers}) == 1
-    assert len(data_of(alice.get(path))["items"]) == 3
-
-
-def test_many_with_one_key_at_once_make_one_order_and_get_equal_answers(alice: Caller, app: Flask) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: alice.post(ORDERS, ORDER, Idempotency_Key="tap"), range(100)))
-    assert {answer.status_code for answer in answers} == {201}
-    assert len({answer.data for answer in answers}) == 1
-    assert count(app, alice) == 1
-
-
-def test_a_key_can_be_used_again_after_a_failure(alice: Caller, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert code_of(alice.post(ORDERS, {"items": []}, Idempotency_Key="tap")) == (400, 400)
-    monkeypatch.setattr(Order, "sum_up", lambda order: 1 / 0)
-    assert alice.post(ORDERS, ORDER, Idempotency_Key="tap").status_code == 500
-    monkeypatch.undo()
-    assert count(app, alice) == 0
-    assert alice.post(ORDERS, ORDER, Idempotency_Key="tap").status_code == 201
-
-
-def test_a_key_is_forgotten_after_a_day(alice: Caller, app: Flask) -> None:
-    def age(hours: float) -> None:
-        with app.app_context():
-            moment = now() - timedelta(hours=hours)
-            database.session.execute(update(IdempotencyKey).values(created_at=moment))
-            database.session.commit()
-
-    first = alice.post(ORDERS, ORDER, Idempotency_Key="tap")
-    age(23.9)
-    assert alice.post(ORDERS, ORDER, Idempotency_Key="tap").data == first.data
-    age(24.1)
-    assert alice.post(ORDERS, {**ORDER, "remark": "other"}, Idempotency_Key="tap").status_code == 201
-    with app.app_context():
-        assert database.session.scalar(select(func.count()).where(IdempotencyKey.user_id == alice.id)) == 1
-
-
-@pytest.mark.parametrize("key", ["", "has space", "x" * 256, "é"])
-def test_a_key_that_cannot_be_is_400(alice: Caller, key: str) -> None:
-    answer = alice.post(ORDERS, ORDER, Idempotency_Key=key)
-    assert code_of(answer) == (400, 400)
-    assert set(answer.get_json()["data"]["errors"]) == {"Idempotency-Key"}
-
-
 def test_a_transaction_that_loses_a_race_for_ever_is_503(
     alice: Caller, app: Flask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,26 +296,3 @@ def test_a_transaction_that_loses_a_race_for_ever_is_503(
     assert code_of(alice.post(ORDERS, ORDER)) == (503, 503)
     assert len(tries) == 5
     assert app.extensions["database"].pool.checkedout() == 0
-
-
-def test_who_is_deleted_in_the_middle_of_a_request_makes_nothing(alice: Caller, app: Flask, redis: Redis) -> None:
-    kept = {key: redis.get(key) for key in redis.scan_iter("session:*")}
-    alice.delete("/users/me")
-    for key, value in kept.items():
-        redis.set(key, value)  # a request that had read the session before
-    assert alice.post(ORDERS, ORDER).status_code == 401
-    assert alice.post(ORDERS, ORDER, Idempotency_Key="tap").status_code in (401, 409)
-    assert count(app, alice) == 0
-
-
-def test_the_version_counts_what_two_see_and_write_at_the_same_moment(alice: Caller, app: Flask) -> None:
-    order_id = alice.order()["id"]
-    with app.app_context():
-        mine = database.session.get_one(Order, order_id)
-        with app.app_context():
-            database.session.get_one(Order, order_id).remark = "theirs"
-            database.session.commit()
-        mine.remark = "mine"
-        with pytest.raises(StaleDataError):
-            database.session.commit()
-    assert json.loads(alice.get(f"{ORDERS}/{order_id}").data)["data"]["remark"] == "theirs"

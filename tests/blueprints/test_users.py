@@ -11,7 +11,7 @@ from redis import Redis
 from sqlalchemy import select
 
 from storage import database, ownership
-from storage.models import IdempotencyKey, Identity, Order, User
+from storage.models import Identity, Order, User
 from tests.blueprints.callers import Caller, code_of, data_of
 from tests.harness import APP_ID, Simulator, bearer
 
@@ -97,12 +97,6 @@ def test_a_user_is_made_before_the_first_login_and_is_the_one_who_then_logs_in(
         assert code_of(admin.post("/users", body)) == (400, 400), body
 
 
-def test_making_a_user_takes_an_idempotency_key(admin: Caller) -> None:
-    answers = [admin.post("/users", {"openid": "o-made-once"}, Idempotency_Key="tap") for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [201, 201]
-    assert answers[0].data == answers[1].data
-
-
 def test_a_change_of_role_takes_effect_on_sessions_that_are_open(admin: Caller, alice: Caller) -> None:
     assert code_of(alice.get("/users")) == (403, 403)
     assert data_of(admin.put(f"/users/{alice.id}", {"role": "admin"}))["role"] == "admin"
@@ -119,22 +113,6 @@ def test_who_is_named_in_the_settings_is_an_administrator_from_the_next_login_on
         data_of(Caller(app, simulator, openid=openid).get("/users/me"))["role"] for openid in ("o-deputy", "o-bos")
     ]
     assert roles == ["admin", "user"]
-
-
-def test_an_answer_is_not_given_again_to_who_may_not_ask_any_more(admin: Caller, app: Flask) -> None:
-    assert admin.post("/users", {"openid": "o-again"}, Idempotency_Key="tap").status_code == 201
-    with app.app_context():
-        database.session.get_one(User, admin.id).role = "user"
-        database.session.commit()
-    assert code_of(admin.post("/users", {"openid": "o-again"}, Idempotency_Key="tap")) == (403, 403)
-
-
-def test_an_answer_that_tells_of_somebody_goes_with_him(admin: Caller, app: Flask) -> None:
-    made = data_of(admin.post("/users", {"openid": "o-told", "nickname": "阿旧"}, Idempotency_Key="tap"), 201)
-    data_of(admin.delete(f"/users/{made['id']}"))
-    with app.app_context():
-        kept = select(IdempotencyKey).where(IdempotencyKey.user_id == admin.id)
-        assert database.session.scalars(kept).all() == []
 
 
 def test_an_etag_is_that_of_one_user_in_one_language(alice: Caller, app: Flask, simulator: Simulator) -> None:

@@ -18,8 +18,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.schema import CreateTable
 
 from storage import database
-from storage.cipher import DecryptionError
-from storage.models import PERSONAL_FIELDS, Base, User, now
+from storage.models import Base, User, now
 from tests.databases import Databases, MariaDB
 from tests.harness import PERSON, ROOT, migrate
 
@@ -277,97 +276,12 @@ def test_many_inserts_of_one_row_at_once_make_one_row(app: Flask) -> None:
         assert len(database.session.scalars(select(User).where(User.openid == "o-crowd")).all()) == 1
 
 
-def test_the_id_of_a_deleted_user_is_not_given_out_again(app: Flask) -> None:
-    with app.app_context():
-        first, second = User(app_id="wx1", openid="o-leaves"), User(app_id="wx1", openid="o-comes")
-        database.session.add(first)
-        database.session.commit()
-        database.session.delete(first)
-        database.session.commit()
-        database.session.add(second)
-        database.session.commit()
-        assert second.id > first.id
-
-
 def test_mysql_tells_openids_apart_by_case_and_leaves_a_row_that_exists() -> None:
     dialect = database.engine_for("mysql://localhost/kuaishang").dialect
     table = CreateTable(User.__table__).compile(dialect=dialect)
     assert "openid VARCHAR(64) COLLATE utf8mb4_bin NOT NULL" in str(table)
     insert = database.insert_statement("mysql", User, {"app_id": "wx1", "openid": "o-once"}).compile(dialect=dialect)
     assert str(insert).endswith("ON DUPLICATE KEY UPDATE app_id = users.app_id, openid = users.openid")
-
-
-def test_the_personal_fields_are_these() -> None:
-    assert tuple(PERSON) == PERSONAL_FIELDS
-
-
-@pytest.mark.parametrize("name", PERSONAL_FIELDS)
-def test_what_is_personal_can_be_set_before_the_row_is_stored_and_taken_away_again(app: Flask, name: str) -> None:
-    with app.app_context():
-        user = User(app_id="wx1", openid=f"o-new-{name}", **{name: PERSON[name]})
-        assert [getattr(user, field) for field in PERSONAL_FIELDS if field != name] == [None] * 4
-        database.session.add(user)
-        database.session.commit()
-        database.session.refresh(user)
-        assert getattr(user, name) == PERSON[name]
-        setattr(user, name, None)
-        assert getattr(user, name) is None
-        assert getattr(user, f"{name}_encrypted") is None
-        assert getattr(user, f"{name}_index") is None
-
-
-@pytest.mark.parametrize("name", PERSONAL_FIELDS)
-def test_what_is_personal_is_stored_encrypted_for_its_row_and_column_alone(app: Flask, name: str) -> None:
-    other = "phone" if name != "phone" else "email"
-    with app.app_context():
-        user, another = User(app_id="wx1", openid="o-has"), User(app_id="wx1", openid="o-has-not")
-        setattr(user, name, PERSON[name])
-        sealed = getattr(user, f"{name}_encrypted")
-        assert not any(PERSON[name] in str(value) for value in vars(user).values())
-        for row, field in ((another, name), (user, other), (User(app_id="wx2", openid="o-has"), name)):
-            setattr(row, f"{field}_encrypted", sealed)
-            with pytest.raises(DecryptionError):
-                getattr(row, field)
-        assert getattr(user, name) == PERSON[name]
-
-
-@pytest.mark.parametrize("name", PERSONAL_FIELDS)
-def test_users_are_found_by_exactly_what_they_have_in_that_column(app: Flask, name: str) -> None:
-    text = f"{PERSON[name]} of the search"
-    with app.app_context():
-        users = [User(app_id="wx1", openid=f"o-{name}-{number}") for number in range(3)]
-        setattr(users[0], name, text)
-        setattr(users[1], name, text)
-        setattr(users[2], name, f"{text} ")
-        for field in PERSONAL_FIELDS:
-            if field != name:
-                setattr(users[2], field, text)
-        database.session.add_all(users)
-        database.session.commit()
-        found = database.session.scalars(select(User).where(getattr(User, name).equals(text)))
-        assert set(found) == set(users[:2])
-
-
-def test_a_row_without_app_id_and_openid_encrypts_nothing(app: Flask) -> None:
-    with app.app_context(), pytest.raises(ValueError, match="must be set first"):
-        User(phone="13812345678", app_id="wx1", openid="o-late")
-
-
-@pytest.mark.parametrize(
-    ("name", "longest"),
-    [
-        ("phone", "0" * 155),
-        ("real_name", "𠮷" * 64),
-        ("id_card", "0" * 155),
-        ("email", "x" * 347),
-        ("bank_card", "0" * 155),
-    ],
-)
-def test_the_longest_values_fit_their_columns(app: Flask, name: str, longest: str) -> None:
-    with app.app_context():
-        user = User(app_id="wx1", openid="o-long", **{name: longest})
-    for column in (f"{name}_encrypted", f"{name}_index"):
-        assert len(getattr(user, column)) <= User.__table__.c[column].type.length
 
 
 def test_personal_data_is_migrated_in_place_down_and_up_again(tmp_path: Path) -> None:

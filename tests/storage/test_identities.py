@@ -174,18 +174,6 @@ def test_a_transaction_that_lost_a_race_is_begun_again_and_no_other(
             get_or_create_user(MINI, name, None)
 
 
-def test_what_a_user_granted_is_kept_encrypted_for_its_row_alone(name: str) -> None:
-    for number in (1, 2):
-        get_or_create_user(WEB, f"{name}-{number}", None)
-    first, second = (database.session.get_one(Identity, (WEB, f"{name}-{number}")) for number in (1, 2))
-    first.authorization = "the-refresh-token"
-    second.authorization_encrypted = first.authorization_encrypted
-    assert "the-refresh-token" not in str(first.authorization_encrypted)
-    assert first.authorization == "the-refresh-token"
-    with pytest.raises(ValueError, match="does not decrypt"):
-        _ = second.authorization
-
-
 def test_an_identity_goes_with_its_user(name: str) -> None:
     database.session.delete(get_or_create_user(MINI, name, None))
     database.session.commit()

@@ -1,0 +1,125 @@
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from flask import Flask, Request
+from sqlalchemy import select, update
+
+from blueprints.parsing import read_body
+from storage import database
+from storage.models import IdempotencyKey, Order, now
+from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields
+from tests.harness import Simulator
+
+
+def stored_keys(app: Flask, user: Caller) -> dict[str, int | None]:
+    """The idempotency keys of a user, each with the id of the user whom its response is about."""
+    with app.app_context():
+        keys = database.session.scalars(select(IdempotencyKey).where(IdempotencyKey.user_id == user.id))
+        return {key.key: key.about_user_id for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/orders", ORDER), ("/orders/{}/items", ITEM), ("/users", {"openid": "o-once", "nickname": "阿一"})],
+)
+def test_a_repeat_on_another_instance_gets_the_first_response_byte_for_byte(
+    admin: Caller, make_app: Callable[..., Flask], path: str, body: object
+) -> None:
+    order = admin.order()
+    path = path.format(order["id"])
+    first = admin.post(path, body, Idempotency_Key="tap")
+    created = first.headers["Location"].removeprefix("/api/v1")
+    admin.put(created, {"nickname": "阿二"} if path == "/users" else {"quantity": 9} if "items" in path else {})
+    admin.client = make_app().test_client(use_cookies=False)
+    again = admin.post(path, body, Idempotency_Key="tap")
+    assert (first.status_code, again.status_code, again.data) == (201, 201, first.data)
+    for header in ("ETag", "Location", "Content-Type"):
+        assert again.headers[header] == first.headers[header]
+    orders = data_of(admin.get(f"/orders?user_id={admin.id}"))["items"]
+    assert [len(found["items"]) for found in orders] == {"/orders": [2, 2], "/users": [2]}.get(path, [3])
+
+
+def test_another_request_under_the_same_key_gets_465(alice: Caller) -> None:
+    order, other = alice.order(), alice.order()
+    path = f"/orders/{order['id']}/items"
+    assert alice.post(path, ITEM, Idempotency_Key="tap").status_code == 201
+    for different, body in (
+        (path, {**ITEM, "quantity": 1}),
+        (f"/orders/{other['id']}/items", ITEM),
+        ("/orders", ORDER),
+    ):
+        assert code_of(alice.post(different, body, Idempotency_Key="tap")) == (409, 465), different
+    assert data_of(alice.get("/orders"))["total"] == 2
+
+
+def test_a_key_belongs_to_one_user(alice: Caller, app: Flask, simulator: Simulator) -> None:
+    answers = [user.post("/orders", ORDER, Idempotency_Key="tap") for user in (alice, Caller(app, simulator))]
+    assert data_of(answers[0], 201)["id"] != data_of(answers[1], 201)["id"]
+
+
+def test_simultaneous_requests_under_one_key_create_one_order(alice: Caller) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: alice.post("/orders", ORDER, Idempotency_Key="tap"), range(100)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.data for answer in answers}) == 1
+    assert data_of(alice.get("/orders"))["total"] == 1
+
+
+def test_a_failure_does_not_use_up_the_key(alice: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert code_of(alice.post("/orders", {"items": []}, Idempotency_Key="tap")) == (400, 400)
+    monkeypatch.setattr(Order, "sum_up", lambda order: 1 / 0)
+    assert alice.post("/orders", ORDER, Idempotency_Key="tap").status_code == 500
+    monkeypatch.undo()
+    assert alice.post("/orders", ORDER, Idempotency_Key="tap").status_code == 201
+    assert data_of(alice.get("/orders"))["total"] == 1
+
+
+def test_a_key_expires_after_a_day(alice: Caller, app: Flask) -> None:
+    def age(hours: float) -> None:
+        with app.app_context():
+            database.session.execute(update(IdempotencyKey).values(created_at=now() - timedelta(hours=hours)))
+            database.session.commit()
+
+    first = alice.post("/orders", ORDER, Idempotency_Key="tap")
+    age(23.9)
+    assert alice.post("/orders", ORDER, Idempotency_Key="tap").data == first.data
+    age(24.1)
+    assert alice.post("/orders", {"items": [ITEM]}, Idempotency_Key="another").status_code == 201
+    assert stored_keys(app, alice) == {"another": alice.id}
+    assert alice.post("/orders", {"items": [ITEM]}, Idempotency_Key="tap").status_code == 201
+
+
+@pytest.mark.parametrize("key", ["", "has space", "x" * 256, "é"])
+def test_a_malformed_key_is_400(alice: Caller, key: str) -> None:
+    assert invalid_fields(alice.post("/orders", ORDER, Idempotency_Key=key)) == {"Idempotency-Key"}
+
+
+def test_a_response_is_not_replayed_to_an_administrator_of_the_past(admin: Caller) -> None:
+    assert admin.post("/users", {"openid": "o-again"}, Idempotency_Key="tap").status_code == 201
+    admin.store(role="user")
+    assert code_of(admin.post("/users", {"openid": "o-again"}, Idempotency_Key="tap")) == (403, 403)
+
+
+def test_a_response_is_deleted_with_the_user_it_is_about(admin: Caller, alice: Caller, app: Flask) -> None:
+    items = f"/orders/{alice.order()['id']}/items"
+    user = data_of(admin.post("/users", {"openid": "o-short-lived"}, Idempotency_Key="user"), 201)
+    data_of(admin.post(items, ITEM, Idempotency_Key="item"), 201)
+    data_of(admin.post("/orders", ORDER, Idempotency_Key="order"), 201)
+    assert stored_keys(app, admin) == {"user": user["id"], "item": alice.id, "order": admin.id}
+    data_of(admin.delete(f"/users/{user['id']}"))
+    data_of(alice.delete("/users/me"))
+    assert stored_keys(app, admin) == {"order": admin.id}
+
+
+def test_a_user_deleted_during_the_request_creates_nothing(
+    alice: Caller, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete_then_read(request: Request) -> bytes:
+        data_of(alice.delete("/users/me"))
+        return read_body(request)
+
+    monkeypatch.setattr("blueprints.idempotency.read_body", delete_then_read)
+    assert code_of(alice.post("/orders", ORDER, Idempotency_Key="tap")) == (401, 401)
+    assert stored_keys(app, alice) == {}
