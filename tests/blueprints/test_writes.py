@@ -1,4 +1,4 @@
-"""Every write stores what it answers, and every change of something versioned asks for its version."""
+"""Every write commits before it responds, and every change of a versioned row requires its current version."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from flask import Flask, g
 from marshmallow import Schema, fields
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from blueprints.api import Blueprint
 from blueprints.policies import signed_in
 from storage import database
-from storage.models import Base, User
+from storage.models import Base, Order, User
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, operations
 from tests.harness import PERSON, Simulator
 
@@ -22,7 +22,7 @@ NOT_IN_THE_DATABASE = {
     "DELETE /api/v1/auth/sessions",
     "POST /api/v1/wechat/messages",
 }
-"""What writes to Redis alone, or leaves its writes to work that runs after the response."""
+"""These write to Redis alone, or leave their writes to work that runs after the response."""
 
 WITHOUT_IF_MATCH = {
     "DELETE /api/v1/auth/session",
@@ -56,7 +56,15 @@ def stored(app: Flask) -> list[Any]:
         return [connection.execute(select(table)).all() for table in Base.metadata.sorted_tables]
 
 
-def test_every_write_commits_and_asks_for_the_version(app: Flask, simulator: Simulator) -> None:
+def make_new_versions(app: Flask) -> None:
+    """Change the version of each row, as writers do who come first."""
+    with app.app_context():
+        for model in (User, Order):
+            database.session.execute(update(model).values(version=model.version + 1))
+        database.session.commit()
+
+
+def test_every_write_commits_and_requires_the_current_version(app: Flask, simulator: Simulator) -> None:
     writes = {f"{method} {path}" for method, path in operations(app) if method not in ("GET", "HEAD")}
     assert writes >= NOT_IN_THE_DATABASE | WITHOUT_IF_MATCH
     for route in sorted(writes - NOT_IN_THE_DATABASE):
@@ -64,18 +72,21 @@ def test_every_write_commits_and_asks_for_the_version(app: Flask, simulator: Sim
         order = caller.order()
         ids = {"user_id": caller.id, "order_id": order["id"], "item_id": order["items"][0]["id"]}
         examples = bodies(simulator, "oCaller")
-        assert route in examples, f"say in bodies() what {route} takes"
+        assert route in examples, f"add a body for {route} to bodies()"
         method, path = route.format(**ids).replace("/api/v1", "").split()
-        before = stored(app)
+        headers = {}
         if method in ("PUT", "DELETE") and route not in WITHOUT_IF_MATCH:
-            assert caller.call(method, path, examples[route]).status_code == 428, route
-            assert caller.call(method, path, examples[route], If_Match='"another"').status_code == 412, route
+            stale = caller.etag(path)
+            make_new_versions(app)
+            before, headers = stored(app), {"If_Match": caller.etag(path)}
+            assert code_of(caller.call(method, path, examples[route])) == (428, 428), route
+            for etag in (stale, '"another"', f"W/{headers['If_Match']}"):
+                assert code_of(caller.call(method, path, examples[route], If_Match=etag)) == (412, 412), (route, etag)
             assert stored(app) == before, route
-            answer = caller.call(method, path, examples[route], If_Match=caller.etag(path))
-        else:
-            answer = caller.call(method, path, examples[route])
+        before = stored(app)
+        answer = caller.call(method, path, examples[route], **headers)
         assert answer.status_code in (200, 201), (route, answer.text)
-        assert stored(app) != before, f"{route} answers {answer.status_code} and stores nothing"
+        assert stored(app) != before, f"{route} responds with {answer.status_code} and stores nothing"
 
 
 class NicknameSchema(Schema):
@@ -102,15 +113,14 @@ def grouped(request: pytest.FixtureRequest, make_app: Callable[..., Flask]) -> F
     return app
 
 
-def test_a_post_commits_and_can_be_repeated(grouped: Flask, simulator: Simulator) -> None:
+def test_a_post_of_any_blueprint_commits_and_takes_an_idempotency_key(grouped: Flask, simulator: Simulator) -> None:
     alice = Caller(grouped, simulator)
-    first = alice.post("/group", {"nickname": "小红"}, Idempotency_Key="once")
-    assert data_of(first) == data_of(alice.post("/group", {"nickname": "小红"}, Idempotency_Key="once"))
-    assert data_of(alice.get("/users/me"))["nickname"] == "小红"
+    assert data_of(alice.post("/group", {"nickname": "小红"}, Idempotency_Key="once")) == {"nickname": "小红"}
+    assert alice.me()["nickname"] == "小红"
     assert code_of(alice.post("/group", {"nickname": "小明"}, Idempotency_Key="once")) == (409, 465)
 
 
-def test_a_put_that_does_not_check_the_version_fails_and_stores_nothing(grouped: Flask, simulator: Simulator) -> None:
+def test_a_put_that_does_not_call_require_match_is_500_and_stores_nothing(grouped: Flask, simulator: Simulator) -> None:
     alice = Caller(grouped, simulator)
     assert alice.call("PUT", "/group", {"nickname": "小红"}, If_Match="*").status_code == 500
-    assert data_of(alice.get("/users/me"))["nickname"] is None
+    assert alice.me()["nickname"] is None
