@@ -94,14 +94,16 @@ def test_an_account_deleted_without_a_block_can_return(
     assert log_in(app, simulator, mallory.openid).status_code == 200
 
 
+@pytest.mark.parametrize("blocked", [0, 1], ids=["older", "newer"])
 def test_merging_with_a_blocked_user_lifts_no_block(
-    app: Flask, simulator: Simulator, admin: Caller, mallory: Caller
+    app: Flask, simulator: Simulator, admin: Caller, blocked: int
 ) -> None:
-    older, unionid = f"{mallory.openid}-older", f"u-{mallory.openid}"
-    log_in(app, simulator, older, unionid=unionid)
-    block(admin, mallory)
-    log_in(app, simulator, mallory.openid, unionid=unionid)
-    assert log_in(app, simulator, older, unionid=unionid).get_json() == BLOCKED
+    users = [Caller(app, simulator) for _ in range(2)]
+    block(admin, users[blocked])
+    for user in (users[1 - blocked], *users):  # the last two are one user
+        answer = log_in(app, simulator, user.openid, unionid=f"u-{users[0].openid}")
+    assert answer.get_json() == BLOCKED
+    assert [log_in(app, simulator, user.openid).get_json() for user in users] == [BLOCKED] * 2
 
 
 def test_only_administrators_block_and_never_themselves(admin: Caller, alice: Caller) -> None:

@@ -12,14 +12,14 @@ import settings
 from service import create_app
 from telemetry.metrics import REGISTRY
 from tests.databases import Databases
-from tests.harness import bearer, migrate
+from tests.harness import WAIT_SECONDS, bearer, migrate
 
 
 def up(dependency: str) -> float | None:
     return REGISTRY.get_sample_value("kuaishang_dependency_up", {"dependency": dependency})
 
 
-def test_the_probes_answer(client: FlaskClient) -> None:
+def test_the_probes_respond(client: FlaskClient) -> None:
     assert client.get("/livez").get_json()["data"] == {}
     assert client.get("/readyz").get_json()["data"] == {"redis": "up", "database": "up"}
     assert (up("redis"), up("database")) == (1, 1)
@@ -27,7 +27,7 @@ def test_the_probes_answer(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("away", ["redis", "database"])
-def test_readiness_names_what_is_down_and_liveness_touches_nothing(
+def test_readiness_names_a_failing_dependency_and_liveness_checks_none(
     environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
 ) -> None:
     nowhere = {"redis": f"unix://{tmp_path}/nobody.sock", "database": f"sqlite:///{tmp_path}/no/such/folder.db"}
@@ -47,7 +47,7 @@ def test_readiness_names_what_is_down_and_liveness_touches_nothing(
 
 
 @pytest.mark.parametrize("revision", [None, "0003"])
-def test_a_database_that_is_not_migrated_as_far_as_the_code_is_not_ready_until_it_is(
+def test_a_database_without_the_latest_migration_is_not_ready(
     make_app: Callable[..., Flask], databases: Databases, revision: str | None
 ) -> None:
     url = databases.create()
@@ -62,16 +62,14 @@ def test_a_database_that_is_not_migrated_as_far_as_the_code_is_not_ready_until_i
     assert up("database") == 1
 
 
-def test_a_check_that_takes_longer_than_a_second_is_not_waited_for(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_that_takes_longer_than_a_second_fails(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    monkeypatch.setattr(Redis, "ping", lambda self: over.wait(1.5))  # and then all is well
+    monkeypatch.setattr(Redis, "ping", lambda self: over.wait(WAIT_SECONDS))  # and then succeeds
     answer = client.get("/readyz")
     over.set()
     assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"redis": ["Does not respond."]}})
 
 
-def test_a_mistake_in_a_check_is_not_taken_for_an_outage(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_check_is_500(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.database.ping", lambda: {}["mistake"])
     assert client.get("/readyz").status_code == 500

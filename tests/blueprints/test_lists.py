@@ -1,4 +1,4 @@
-"""Every list is served by an index, however it is filtered, sorted and turned over."""
+"""Every list is served by an index, however it is filtered, sorted and paged."""
 
 import re
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def admin(app: Flask, simulator: Simulator) -> Caller:
 
 
 def analyze() -> None:
-    """Let the database count what it has, before it decides which index is worth it."""
+    """Let the database count its rows, before it chooses an index."""
     if database.session.get_bind().dialect.name == "mysql":
         database.session.execute(text("ANALYZE TABLE orders, users"))
         database.session.commit()
@@ -48,16 +48,16 @@ def analyze() -> None:
 
 @contextmanager
 def plans(app: Flask) -> Iterator[list[tuple[str, str]]]:
-    """The statements that read users or orders meanwhile, each with how the database says it goes about it."""
+    """The statements that read users or orders, each with the query plan of the database."""
     engine, found = app.extensions["database"], []
 
-    def explain(connection: Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+    def explain(connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         if statement.startswith("SELECT") and ".id IN (" not in statement and "order_items" not in statement:
-            asked = connection.connection.cursor()
-            asked.execute(f"{EXPLAIN[engine.dialect.name]} {statement}", parameters)
-            plan = "\n".join(map(str, asked.fetchall()))
+            cursor = connection.connection.cursor()
+            cursor.execute(f"{EXPLAIN[engine.dialect.name]} {statement}", parameters)
+            plan = "\n".join(map(str, cursor.fetchall()))
             found.append((statement, re.sub(r'"<derived\d+>",\\n *"access_type": "ALL"', "", plan)))  # what was found
-            asked.close()
+            cursor.close()
 
     event.listen(engine, "before_cursor_execute", explain)
     yield found
@@ -72,7 +72,7 @@ BAD = {
 }
 
 
-def test_every_filter_of_a_list_is_tried_here() -> None:
+def test_every_filter_of_a_list_is_tested() -> None:
     for schema, path in ((OrderListSchema, "/orders"), (UserListSchema, "/users")):
         assert set(schema().fields) - {"page", "page_size", "after", "sort"} == set(FILTERS[path])
 
@@ -102,7 +102,7 @@ def test_every_list_is_served_by_an_index(app: Flask, admin: Caller, simulator: 
                 assert not bad, f"{query}\n{statement}\n{plan}"
 
 
-def test_all_orders_are_counted_no_further_than_it_says(admin: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orders_of_all_users_are_counted_up_to_the_limit(admin: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blueprints.orders.COUNT_LIMIT", 100)
     assert data_of(admin.get("/orders"))["total"] == 100
     assert data_of(admin.get("/orders?status=paid"))["total"] == 100

@@ -11,10 +11,10 @@ import settings
 from dev.redis_server import RedisServer
 from tests.harness import METRICS_TOKEN, bearer, suspend, wait_until
 
-OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"  # as Prometheus says it
+OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"  # of Prometheus
 
 
-def test_whoever_brings_the_token_reads_the_metrics(client: FlaskClient) -> None:
+def test_the_token_reads_the_metrics(client: FlaskClient) -> None:
     client.get("/version")
     for accept, kind, parse in (
         ("", "text/plain; version=0.0.4; charset=utf-8", parse_text),
@@ -37,37 +37,30 @@ def test_whoever_brings_the_token_reads_the_metrics(client: FlaskClient) -> None
         assert "X-Trace-Id" in answer.headers
 
 
-@pytest.mark.parametrize(
-    "authorization",
-    [
+def test_anything_but_the_token_is_401(client: FlaskClient, token: str) -> None:
+    for authorization in (
         None,
         "",
         "Bearer",
         "Bearer ",
         "Bearer wrong",
+        f"Bearer {token}",  # of a session
         f"Bearer {METRICS_TOKEN}x",
         f"Bearer {METRICS_TOKEN[:-1]}",
         f"Basic {METRICS_TOKEN}",
         METRICS_TOKEN,
         "Bearer 密".encode().decode("latin-1"),
-    ],
-)
-def test_nobody_else_reads_them(client: FlaskClient, authorization: str | None) -> None:
-    headers = {} if authorization is None else {"Authorization": authorization}
-    for method in ("GET", "HEAD", "OPTIONS"):
-        answer = client.open("/metrics", method=method, headers=headers)
-        assert answer.status_code == 401
-        assert answer.headers["WWW-Authenticate"] == "Bearer"
-    answer = client.get("/metrics", headers=headers).get_json()
-    assert (answer["code"], answer["data"]) == (401, None)
-
-
-def test_the_token_of_a_session_opens_nothing(client: FlaskClient, token: str) -> None:
-    assert client.get("/metrics", headers=bearer(token)).status_code == 401
+    ):
+        headers = {} if authorization is None else {"Authorization": authorization}
+        for method in ("GET", "HEAD", "OPTIONS"):
+            answer = client.open("/metrics", method=method, headers=headers)
+            assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer"), authorization
+        answer = client.get("/metrics", headers=headers)
+        assert (answer.get_json()["code"], answer.get_json()["data"]) == (401, None)
 
 
 @pytest.mark.parametrize("headers", [{}, bearer(""), bearer("wrong")])
-def test_without_a_token_in_the_settings_it_is_as_if_they_were_not_there(
+def test_without_a_token_in_the_settings_the_route_is_404(
     make_app: Callable[..., Flask], headers: dict[str, str]
 ) -> None:
     client = make_app(METRICS_TOKEN="").test_client()
@@ -75,7 +68,9 @@ def test_without_a_token_in_the_settings_it_is_as_if_they_were_not_there(
     assert (answer.status_code, answer.get_json()) == (404, nowhere.get_json())
 
 
-def test_a_scrape_asks_anew_who_is_up_and_no_session(make_app: Callable[..., Flask], own_redis: RedisServer) -> None:
+def test_each_scrape_checks_the_dependencies_without_a_session(
+    make_app: Callable[..., Flask], own_redis: RedisServer
+) -> None:
     client = make_app(REDIS_URL=own_redis.url).test_client()
 
     def up() -> list[str]:
