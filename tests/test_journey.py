@@ -33,7 +33,7 @@ def test_the_journey_of_a_user_on_two_instances(services: tuple[Service, Service
     assert (me["phone"], me["nickname"]) == ("138****5678", "阿上")
     assert one.call("GET", "/auth/wechat", token).json()["data"] == {"valid": True}
 
-    # The web: the same person, who starts on one instance and returns to the other.
+    # The web: the same user, who starts on one instance and returns to the other.
     browser = Browser()
     simulator.web_user(openid="o-journey-web", unionid=unionid)
     away = browser.get(f"{one.url}/api/v1/auth/wechat/authorize?return_to=/api/v1/users/me&scope=snsapi_userinfo")

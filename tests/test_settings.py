@@ -12,32 +12,29 @@ COMPLETE = {
     "SECRET_KEY": "k" * 32,
     "ENCRYPTION_KEYS": base64.b64encode(bytes(32)).decode(),
 }
-REQUIRED = {name for name, field in Settings().fields.items() if field.required}
 
 
-def test_every_setting_says_what_it_is_for() -> None:
-    assert all(field.metadata["help"] for field in Settings().fields.values())
+def test_every_setting_has_a_help_text_and_those_without_a_sane_default_are_required() -> None:
+    fields = Settings().fields
+    assert all(field.metadata["help"] for field in fields.values())
+    assert {name for name, field in fields.items() if field.required} == set(COMPLETE)
 
 
-def test_exactly_the_settings_without_a_sane_default_are_required() -> None:
-    assert set(COMPLETE) == REQUIRED
-
-
-def test_defaults_complete_what_is_set() -> None:
+def test_unset_settings_get_their_defaults() -> None:
     loaded = load(COMPLETE)
     assert loaded["SESSION_LIFETIME"] == 3600
     assert loaded["WECHAT_API_BASE_URL"] == "https://api.weixin.qq.com"
     assert set(loaded) == set(Settings().fields)
 
 
-def test_all_that_is_missing_is_listed_at_once_with_its_help() -> None:
+def test_all_missing_settings_are_listed_with_their_help() -> None:
     with pytest.raises(SettingsError) as caught:
         load({})
     for name, field in Settings().fields.items():
         assert (f"{name}: missing ({field.metadata['help']})" in str(caught.value)) == field.required
 
 
-def test_an_empty_variable_counts_as_missing() -> None:
+def test_an_empty_variable_is_missing() -> None:
     with pytest.raises(SettingsError, match="WECHAT_APP_ID: missing"):
         load({**COMPLETE, "WECHAT_APP_ID": " "})
 
@@ -72,7 +69,7 @@ def test_an_empty_variable_counts_as_missing() -> None:
         ("WECHAT_OPEN_BASE_URL", "javascript:x"),
     ],
 )
-def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name: str, value: str) -> None:
+def test_a_malformed_setting_is_named_without_its_value(name: str, value: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load({**COMPLETE, name: value})
     assert f"{name}: " in str(caught.value)
@@ -90,7 +87,7 @@ def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name: str, valu
         ("WECHAT_WEBSITE_APP_SECRET", "WECHAT_WEBSITE_APP_ID"),
     ],
 )
-def test_a_setting_that_is_worth_nothing_alone_says_what_it_needs(name: str, missing: str) -> None:
+def test_a_setting_that_requires_another_names_it(name: str, missing: str) -> None:
     with pytest.raises(SettingsError, match=f"{missing}: Required because {name} is set."):
         load({**COMPLETE, name: "x" * 43})
 
@@ -100,7 +97,7 @@ def test_a_token_alone_means_plain_messages() -> None:
     assert (loaded["WECHAT_PUSH_TOKEN"], loaded["WECHAT_PUSH_AES_KEY"]) == ("AAAAA", "")
 
 
-def test_several_encryption_keys_are_read_in_their_order() -> None:
+def test_encryption_keys_keep_their_order() -> None:
     keys = [bytes([number]) * 32 for number in range(3)]
     listed = ", ".join(base64.b64encode(key).decode() for key in keys)
     assert load({**COMPLETE, "ENCRYPTION_KEYS": listed})["ENCRYPTION_KEYS"] == keys

@@ -15,12 +15,11 @@ from alembic.migration import MigrationContext
 from flask import Flask, g, request
 from sqlalchemy import Connection, Engine, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
-from sqlalchemy.schema import CreateTable
 
 from storage import database
 from storage.models import Base, User, now
 from tests.databases import Databases, MariaDB
-from tests.harness import PERSON, ROOT, migrate
+from tests.harness import PERSON, ROOT, WAIT_SECONDS, migrate
 
 
 def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
@@ -29,7 +28,7 @@ def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
 
 
 @pytest.mark.only_on("mariadb")
-def test_the_migrations_make_what_the_models_would_to_the_last_word(app: Flask, databases: Databases) -> None:
+def test_the_migrations_create_exactly_the_tables_of_the_models(app: Flask, databases: Databases) -> None:
     engine = database.engine_for(databases.create())
     Base.metadata.create_all(engine)
     with engine.connect() as made, app.extensions["database"].connect() as migrated:
@@ -39,9 +38,9 @@ def test_the_migrations_make_what_the_models_would_to_the_last_word(app: Flask, 
 
 
 def definition(connection: Connection, table: str) -> list[str]:
-    """How MariaDB describes a table, with collations, keys and references, in no order.
+    """MariaDB's description of a table, with collations, keys and references, sorted.
 
-    Without defaults: a migration gives some for the old version, which knows nothing of a new column.
+    Without defaults: a migration adds some for the old version, which does not know a new column.
     """
     created = connection.execute(text(f"SHOW CREATE TABLE {table}")).one()[1]
     lines = [line.strip(" ,") for line in created.splitlines()]
@@ -65,7 +64,7 @@ def test_the_migrations_go_down_and_up_again_with_a_row_in_each_table(databases:
 
 
 def fill(engine: Engine) -> None:
-    """Put a row into each table, those that are referred to first; every id and every reference is 1."""
+    """Insert a row into each table, referenced ones first; every id and every reference is 1."""
     samples = {int: 1, str: "1", bytes: b"1", bool: True}
     with engine.begin() as connection:
         for table in Base.metadata.sorted_tables:
@@ -73,7 +72,7 @@ def fill(engine: Engine) -> None:
             connection.execute(table.insert().values(row))
 
 
-def test_a_new_migration_begins_empty_and_with_the_rule(tmp_path: Path) -> None:
+def test_a_new_migration_is_empty_and_states_the_rule(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "settings.py", "errors.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("storage", "telemetry"):
@@ -91,21 +90,17 @@ def test_a_new_migration_begins_empty_and_with_the_rule(tmp_path: Path) -> None:
     alembic("upgrade", "head")
 
 
-def test_users_get_their_identities_when_they_are_migrated_and_a_unionid_stays_with_one(databases: Databases) -> None:
+def test_a_migration_creates_identities_and_leaves_a_unionid_to_one_user(databases: Databases) -> None:
     url = databases.create()
     engine = database.engine_for(url)
     migrate(url, "upgrade", "0001")
     rows = [("o-one", "u-twice"), ("o-two", "u-twice"), ("o-three", "u-once"), ("o-four", None)]
+    insert = text(
+        "INSERT INTO users (app_id, openid, unionid, role, created_at, updated_at)"
+        " VALUES ('wx', :openid, :unionid, 'user', '2026-01-01', '2026-01-01')"
+    )
     with engine.begin() as connection:
-        for openid, unionid in rows:
-            values = {"openid": openid, "unionid": unionid}
-            connection.execute(
-                text(
-                    "INSERT INTO users (app_id, openid, unionid, role, created_at, updated_at)"
-                    " VALUES ('wx', :openid, :unionid, 'user', '2026-01-01', '2026-01-01')"
-                ),
-                values,
-            )
+        connection.execute(insert, [{"openid": openid, "unionid": unionid} for openid, unionid in rows])
     for _ in range(2):
         migrate(url)
         with engine.connect() as connection:
@@ -120,7 +115,7 @@ def test_users_get_their_identities_when_they_are_migrated_and_a_unionid_stays_w
 
 
 @pytest.mark.parametrize("url", [None, "nonsense", "postgresql://localhost/x"])
-def test_without_a_database_to_migrate_it_is_said_so_without_a_traceback(url: str | None) -> None:
+def test_alembic_names_a_missing_or_invalid_database_url_without_a_traceback(url: str | None) -> None:
     env = {"PATH": os.environ["PATH"], **({"DATABASE_URL": url} if url else {})}
     command = [sys.executable, "-m", "alembic", "upgrade", "head"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -130,28 +125,28 @@ def test_without_a_database_to_migrate_it_is_said_so_without_a_traceback(url: st
     assert "REDIS_URL" not in done.stderr
 
 
-@pytest.mark.only_on("sqlite")
-def test_sqlite_writes_ahead_and_waits_for_its_lock(app: Flask) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        pytest.param("PRAGMA journal_mode", "wal", marks=pytest.mark.only_on("sqlite")),
+        pytest.param("PRAGMA busy_timeout", 3000, marks=pytest.mark.only_on("sqlite")),
+        pytest.param("PRAGMA foreign_keys", 1, marks=pytest.mark.only_on("sqlite")),
+        pytest.param("SELECT @@tx_isolation", "READ-COMMITTED", marks=pytest.mark.only_on("mariadb")),
+    ],
+)
+def test_settings_of_a_connection(app: Flask, setting: str, value: object) -> None:
     with app.app_context():
-        assert database.session.scalar(text("PRAGMA journal_mode")) == "wal"
-        assert database.session.scalar(text("PRAGMA busy_timeout")) == 3000
-        assert database.session.scalar(text("PRAGMA foreign_keys")) == 1
-
-
-@pytest.mark.only_on("mariadb")
-def test_mariadb_shows_what_is_there_now(app: Flask) -> None:
-    with app.app_context():
-        assert database.session.scalar(text("SELECT @@tx_isolation")) == "READ-COMMITTED"
+        assert database.session.scalar(text(setting)) == value
 
 
 @pytest.mark.parametrize("scheme", ["mysql", "mariadb", "mysql+pymysql"])
-def test_mysql_and_mariadb_are_spoken_by_pymysql(scheme: str) -> None:
+def test_mysql_and_mariadb_urls_use_pymysql(scheme: str) -> None:
     engine = database.engine_for(f"{scheme}://user:password@localhost/kuaishang")
     assert (engine.dialect.name, engine.dialect.driver) == ("mysql", "pymysql")
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_a_request_has_one_session_and_it_is_closed_whatever_happens(
+def test_a_request_has_one_session_which_is_closed_also_after_a_crash(
     make_app: Callable[..., Flask], crash: bool
 ) -> None:
     app = make_app()
@@ -175,10 +170,10 @@ def test_a_request_has_one_session_and_it_is_closed_whatever_happens(
 
 @pytest.mark.only_on("mariadb")
 @pytest.mark.parametrize(("when", "status"), [("before", 503), ("after", 200)])
-def test_a_server_that_dies_within_a_request_costs_that_request_alone(
+def test_a_database_that_dies_during_a_request_fails_that_request_only(
     make_app: Callable[..., Flask], own_databases: MariaDB, when: str, status: int
 ) -> None:
-    """And not even that one, if it has asked all that it wanted."""
+    """Not even that one, if it has sent its last query."""
     database_url = own_databases.create()
     migrate(database_url)
     app = make_app(DATABASE_URL=database_url)
@@ -201,7 +196,7 @@ def test_a_server_that_dies_within_a_request_costs_that_request_alone(
 
 
 @pytest.mark.parametrize("openid", ["o-personal", "o-personal' for key 'o-personal", "'\"\\'\no-personal"])
-def test_an_error_message_holds_no_parameter(app: Flask, openid: str) -> None:
+def test_error_messages_contain_no_parameters(app: Flask, openid: str) -> None:
     with app.app_context():
         database.session.add_all([User(app_id="wx1", openid=openid), User(app_id="wx1", openid=openid)])
         with pytest.raises(IntegrityError) as caught:
@@ -210,27 +205,22 @@ def test_an_error_message_holds_no_parameter(app: Flask, openid: str) -> None:
 
 
 @pytest.mark.only_on("mariadb")
-def test_a_syntax_error_quotes_no_parameter(app: Flask) -> None:
-    values = {"name": "o-personal' = '"}
+def test_errors_of_the_server_name_keys_and_hosts_without_parameters(app: Flask) -> None:
     with app.app_context(), pytest.raises(ProgrammingError) as caught:
-        database.session.execute(text("SELEC :name"), values)
+        database.session.execute(text("SELEC :name"), {"name": "o-personal' = '"})
     assert "o-personal" not in "".join(traceback.format_exception(caught.value))
-
-
-@pytest.mark.only_on("mariadb")
-def test_an_error_message_says_which_key_is_taken_and_which_host_is_away(app: Flask) -> None:
     with app.app_context():
         database.session.add_all([User(app_id="wx1", openid="o-twice"), User(app_id="wx1", openid="o-twice")])
-        with pytest.raises(IntegrityError) as caught:
+        with pytest.raises(IntegrityError) as taken:
             database.session.flush()
-    assert str(caught.value.orig) == """(1062, "Duplicate entry '…' for key 'uq_users_app_id_openid'")"""
+    assert str(taken.value.orig) == """(1062, "Duplicate entry '…' for key 'uq_users_app_id_openid'")"""
     engine = database.engine_for("mysql://user:password@127.0.0.1:1/kuaishang")
     with pytest.raises(OperationalError, match=r"Can't connect to MySQL server on '127\.0\.0\.1'"):
         engine.connect()
 
 
 @pytest.mark.only_on("mariadb")
-def test_a_deadlock_is_told_to_be_a_lost_race(app: Flask) -> None:
+def test_a_deadlock_is_a_lost_race(app: Flask) -> None:
     users = [User(app_id="wx1", openid=f"o-deadlock-{number}") for number in range(2)]
     with app.app_context():
         database.session.add_all(users)
@@ -241,7 +231,7 @@ def test_a_deadlock_is_told_to_be_a_lost_race(app: Flask) -> None:
     def update_both(order: list[int]) -> bool:
         with app.app_context():
             database.session.execute(update(User).where(User.id == order[0]).values(nickname="first"))
-            both_hold_one.wait(5)
+            both_hold_one.wait(WAIT_SECONDS)
             try:
                 database.session.execute(update(User).where(User.id == order[1]).values(nickname="second"))
                 database.session.commit()
@@ -250,36 +240,27 @@ def test_a_deadlock_is_told_to_be_a_lost_race(app: Flask) -> None:
             return False
 
     with ThreadPoolExecutor(2) as pool:
-        assert sorted(pool.map(update_both, [ids, ids[::-1]])) == [False, True]  # the other one is through
+        assert sorted(pool.map(update_both, [ids, ids[::-1]])) == [False, True]  # the other one commits
     with app.app_context():
         names = database.session.scalars(select(User.nickname).where(User.id.in_(ids))).all()
     assert sorted(filter(None, names)) == ["first", "second"]
 
 
-def test_a_row_that_exists_is_left_as_it_is(app: Flask) -> None:
-    with app.app_context():
-        for nickname in ("first", "second"):
-            database.insert_unless_exists(User, app_id="wx1", openid="o-once", nickname=nickname)
-            database.session.commit()
-        assert database.session.scalars(select(User.nickname).where(User.openid == "o-once")).all() == ["first"]
-
-
-def test_many_inserts_of_one_row_at_once_make_one_row(app: Flask) -> None:
-    def insert(_: int) -> None:
+def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(app: Flask) -> None:
+    def insert(nickname: str) -> None:
         with app.app_context():
-            database.insert_unless_exists(User, app_id="wx1", openid="o-crowd")
+            database.insert_unless_exists(User, app_id="wx1", openid="o-crowd", nickname=nickname)
             database.session.commit()
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(insert, range(50)))
+        list(pool.map(insert, ["first"] * 50))
+    insert("second")
     with app.app_context():
-        assert len(database.session.scalars(select(User).where(User.openid == "o-crowd")).all()) == 1
+        assert database.session.scalars(select(User.nickname).where(User.openid == "o-crowd")).all() == ["first"]
 
 
-def test_mysql_tells_openids_apart_by_case_and_leaves_a_row_that_exists() -> None:
+def test_mysql_leaves_a_row_that_exists() -> None:
     dialect = database.engine_for("mysql://localhost/kuaishang").dialect
-    table = CreateTable(User.__table__).compile(dialect=dialect)
-    assert "openid VARCHAR(64) COLLATE utf8mb4_bin NOT NULL" in str(table)
     insert = database.insert_statement("mysql", User, {"app_id": "wx1", "openid": "o-once"}).compile(dialect=dialect)
     assert str(insert).endswith("ON DUPLICATE KEY UPDATE app_id = users.app_id, openid = users.openid")
 
@@ -308,7 +289,7 @@ def test_personal_data_is_migrated_in_place_down_and_up_again(tmp_path: Path) ->
             indexes = {index["name"] for index in inspect(connection).get_indexes("users")}
             columns = {column["name"] for column in inspect(connection).get_columns("users")}
             schemas.append((indexes, columns))
-            # The highest id was given out already, and is not given out again.
+            # The highest id has been used before, and is not reused.
             connection.execute(add, {"openid": "o-next"})
             assert connection.scalar(text("SELECT max(id) FROM users")) == 3 + len(schemas)
             connection.execute(text("DELETE FROM users WHERE openid = 'o-next'"))

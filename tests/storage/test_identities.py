@@ -20,8 +20,8 @@ numbers = count()
 
 @pytest.fixture
 def name(app: Flask) -> str:
-    """The name of somebody whom no other test knows."""
-    return f"somebody-{next(numbers)}"
+    """A part of openids and unionids that no other test uses."""
+    return f"user-{next(numbers)}"
 
 
 @pytest.fixture(autouse=True)
@@ -30,27 +30,27 @@ def in_the_application(app: Flask) -> Any:
         yield
 
 
-def test_the_same_openid_under_another_app_is_somebody_else(name: str) -> None:
+def test_the_same_openid_of_another_app_is_another_user(name: str) -> None:
     ids = [get_or_create_user(app_id, name, None).id for app_id in (MINI, WEB, MINI)]
     assert ids[0] != ids[1]
     assert ids[0] == ids[2]
 
 
-def test_the_same_unionid_under_another_app_is_the_same_user(name: str) -> None:
+def test_the_same_unionid_in_another_app_is_the_same_user(name: str) -> None:
     mini = get_or_create_user(MINI, f"m-{name}", name)
     assert get_or_create_user(WEB, f"w-{name}", name).id == mini.id
     assert (find_openid(mini.id, MINI), find_openid(mini.id, WEB)) == (f"m-{name}", f"w-{name}")
     assert find_openid(mini.id, "wx-third") is None
 
 
-def test_a_unionid_that_comes_later_is_remembered_and_not_forgotten(name: str) -> None:
+def test_a_later_unionid_is_stored_and_kept(name: str) -> None:
     first = get_or_create_user(MINI, name, None)
     assert get_or_create_user(MINI, name, f"u-{name}").id == first.id
     assert get_or_create_user(MINI, name, None).unionid == f"u-{name}"
     assert get_or_create_user(MINI, name, f"v-{name}").unionid == f"v-{name}"
 
 
-def test_two_users_who_turn_out_to_be_one_become_the_older_one_with_all_that_they_had(name: str) -> None:
+def test_merged_users_become_the_older_one_with_all_their_data(name: str) -> None:
     older = get_or_create_user(MINI, f"m-{name}", None)
     older.nickname = "阿上"
     database.session.commit()
@@ -70,7 +70,7 @@ def test_two_users_who_turn_out_to_be_one_become_the_older_one_with_all_that_the
     assert get_or_create_user(WEB, f"w-{name}", None).id == older.id
 
 
-def test_the_orders_and_the_keys_of_both_are_those_of_the_one(name: str) -> None:
+def test_merging_moves_orders_and_idempotency_keys(name: str) -> None:
     older, younger = get_or_create_user(MINI, f"m-{name}", None), get_or_create_user(WEB, f"w-{name}", f"u-{name}")
     for user, keys in ((older, ["both", "older"]), (younger, ["both", "younger"])):
         database.session.add(Order(user_id=user.id, total=0))
@@ -89,7 +89,7 @@ def test_the_orders_and_the_keys_of_both_are_those_of_the_one(name: str) -> None
     }
 
 
-def test_a_user_whom_an_older_version_made_without_an_identity_is_found(name: str) -> None:
+def test_a_user_without_an_identity_of_an_older_version_is_found(name: str) -> None:
     database.insert_unless_exists(User, app_id=MINI, openid=name)
     database.session.commit()
     (user_id,) = database.session.scalars(select(User.id).where(User.openid == name))
@@ -97,7 +97,7 @@ def test_a_user_whom_an_older_version_made_without_an_identity_is_found(name: st
     assert find_openid(user_id, MINI) == name
 
 
-def test_a_user_of_an_older_version_and_the_one_of_his_unionid_become_one(name: str) -> None:
+def test_a_user_of_an_older_version_is_merged_by_unionid(name: str) -> None:
     web = get_or_create_user(WEB, f"w-{name}", f"u-{name}")
     database.insert_unless_exists(User, app_id=MINI, openid=name)
     database.session.commit()
@@ -114,19 +114,19 @@ def at_once(app: Flask, *calls: tuple[str, str, str | None]) -> list[int]:
         return list(pool.map(call, calls))
 
 
-def test_first_logins_from_mini_program_and_web_at_once_make_one_user(app: Flask, name: str) -> None:
+def test_simultaneous_first_logins_in_two_apps_create_one_user(app: Flask, name: str) -> None:
     for round_ in range(10):
         unionid = f"{name}-{round_}"
         calls = [(app_id, f"{app_id}-{unionid}", unionid) for app_id in (MINI, WEB) * 4]
         assert len(set(at_once(app, *calls))) == 1
-        database.session.rollback()  # to see what is there now
+        database.session.rollback()  # to see the current rows
         rows = database.session.scalars(select(User.id).where(User.unionid == unionid)).all()
         assert len(rows) == 1
         linked = database.session.scalars(select(Identity.user_id).where(Identity.openid.endswith(unionid))).all()
         assert linked == rows * 2
 
 
-def test_a_unionid_learnt_for_two_users_at_once_makes_them_one(app: Flask, name: str) -> None:
+def test_simultaneous_logins_with_a_new_unionid_merge_two_users(app: Flask, name: str) -> None:
     for round_ in range(10):
         unionid = f"{name}-{round_}"
         ids = at_once(app, (MINI, unionid, None), (WEB, unionid, None))
@@ -137,36 +137,34 @@ def test_a_unionid_learnt_for_two_users_at_once_makes_them_one(app: Flask, name:
         assert database.session.get(User, max(ids)) is None
 
 
-def test_one_whose_user_others_change_all_the_time_is_told_to_come_again(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_whom_others_change_all_the_time_is_unavailable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     get_or_create_user(MINI, name, None)
     merge: Callable[..., User] = identities._merge
 
-    def unite_and_lose(*arguments: Any) -> User:
+    def merge_and_lose(*arguments: Any) -> User:
         user = merge(*arguments)
-        user.unionid = None  # as if somebody else had written last
+        user.unionid = None  # as if another login had written last
         return user
 
-    monkeypatch.setattr(identities, "_merge", unite_and_lose)
+    monkeypatch.setattr(identities, "_merge", merge_and_lose)
     with pytest.raises(ApiError) as caught:
         get_or_create_user(MINI, name, f"u-{name}")
     assert caught.value.api_code is Code.UNAVAILABLE
 
 
 @pytest.mark.parametrize(("number", "again"), [(1213, True), (1020, True), (2013, False)])
-def test_a_transaction_that_lost_a_race_is_begun_again_and_no_other(
+def test_only_a_transaction_that_lost_a_race_is_retried(
     name: str, monkeypatch: pytest.MonkeyPatch, number: int, again: bool
 ) -> None:
     merge: Callable[..., User] = identities._merge
     errors = [OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))]
 
-    def unite_the_second_time(*arguments: Any) -> User:
+    def merge_the_second_time(*arguments: Any) -> User:
         if errors:
             raise errors.pop()
         return merge(*arguments)
 
-    monkeypatch.setattr(identities, "_merge", unite_the_second_time)
+    monkeypatch.setattr(identities, "_merge", merge_the_second_time)
     if again:
         assert get_or_create_user(MINI, name, None).openid == name
     else:
@@ -174,7 +172,7 @@ def test_a_transaction_that_lost_a_race_is_begun_again_and_no_other(
             get_or_create_user(MINI, name, None)
 
 
-def test_an_identity_goes_with_its_user(name: str) -> None:
+def test_an_identity_is_deleted_with_its_user(name: str) -> None:
     database.session.delete(get_or_create_user(MINI, name, None))
     database.session.commit()
     assert database.session.get(Identity, (MINI, name)) is None

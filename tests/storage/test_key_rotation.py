@@ -32,7 +32,7 @@ def application_with(make_app: Callable[..., Flask], tmp_path: Path) -> Applicat
     return lambda *keys: make_app(DATABASE_URL=url, ENCRYPTION_KEYS=",".join(keys))
 
 
-def add_people(app: Flask, count: int = 5) -> None:
+def add_users(app: Flask, count: int = 5) -> None:
     with app.app_context():
         for number in range(1, count + 1):
             user = User(app_id="wx1", openid=f"o-{number}", nickname=f"number {number}", **PERSON)
@@ -57,8 +57,8 @@ def run(app: Flask, *arguments: str) -> Result:
     return app.test_cli_runner().invoke(args=["keys", *arguments])
 
 
-def is_all_there(app: Flask, count: int = 5) -> bool:
-    """Whether all of the people can be read, and found by each of their fields."""
+def is_complete(app: Flask, count: int = 5) -> bool:
+    """Whether all users can be read, and found by each of their fields."""
     with app.app_context():
         found = {
             name: database.session.scalars(select(User).where(getattr(User, name).equals(text))).all()
@@ -77,7 +77,7 @@ def key_id(app: Flask) -> str:
 
 
 def key_ids(app: Flask) -> set[str]:
-    """The keys of all encrypted values and indexes there are."""
+    """The key ids of all encrypted values and indexes."""
     values = [
         value
         for model in (User, Identity)
@@ -89,37 +89,31 @@ def key_ids(app: Flask) -> set[str]:
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "5", "500"])
-def test_all_comes_under_the_first_key_and_the_old_one_can_go(
+def test_a_rotation_makes_the_old_key_removable_and_changes_nothing_else(
     application_with: ApplicationWith, batch_size: str
 ) -> None:
-    add_people(application_with(OLD))
-    app = application_with(NEW, OLD)
-    assert is_all_there(app)
-    assert run(app, "rotate", "--batch-size", batch_size).exit_code == 0
-    assert key_ids(app) == {key_id(app)}
-    assert is_all_there(application_with(NEW))
-
-
-def test_nothing_else_of_a_row_changes(application_with: ApplicationWith) -> None:
-    def others(app: Flask) -> list[dict[str, Any]]:
+    def other_columns(app: Flask) -> list[dict[str, Any]]:
         return [
             {name: value for name, value in row.items() if not name.endswith(("_encrypted", "_index"))}
             for model in (User, Identity)
             for row in rows(app, model)
         ]
 
-    app = application_with(OLD)
-    add_people(app)
-    before = others(app)
-    assert run(application_with(NEW, OLD), "rotate").exit_code == 0
-    assert others(app) == before
+    add_users(application_with(OLD))
+    app = application_with(NEW, OLD)
+    assert is_complete(app)
+    before = other_columns(app)
     assert "updated_at" in before[0]
+    assert run(app, "rotate", "--batch-size", batch_size).exit_code == 0
+    assert key_ids(app) == {key_id(app)}
+    assert is_complete(application_with(NEW))
+    assert other_columns(app) == before
 
 
-def test_what_is_stopped_on_the_way_goes_on_where_it_was(
+def test_an_interrupted_rotation_can_be_continued(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_people(application_with(OLD))
+    add_users(application_with(OLD))
     app = application_with(NEW, OLD)
     store, batches = key_rotation._store, []
 
@@ -134,18 +128,18 @@ def test_what_is_stopped_on_the_way_goes_on_where_it_was(
         assert run(app, "rotate", "--batch-size", "2").exit_code == 1
     halfway = rows(app)
     assert [row["phone_encrypted"].startswith(key_id(app)) for row in halfway] == [True, True, False, False, False]
-    assert is_all_there(app)
-    assert is_all_there(application_with(OLD, NEW))
+    assert is_complete(app)
+    assert is_complete(application_with(OLD, NEW))
     assert run(app, "rotate", "--batch-size", "2").exit_code == 0
     assert [row["phone_encrypted"] for row in rows(app)[:2]] == [row["phone_encrypted"] for row in halfway[:2]]
-    assert is_all_there(application_with(NEW))
+    assert is_complete(application_with(NEW))
 
 
 @pytest.mark.parametrize(("writer", "exit_code"), [([NEW, OLD], 0), ([OLD, NEW], 1)], ids=["restarted", "not yet"])
-def test_what_changes_meanwhile_is_not_overwritten(
+def test_concurrent_changes_are_not_overwritten(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, writer: list[str], exit_code: int
 ) -> None:
-    add_people(application_with(OLD))
+    add_users(application_with(OLD))
     app, service = application_with(NEW, OLD), application_with(*writer)
     store = key_rotation._store
 
@@ -171,8 +165,8 @@ def test_what_changes_meanwhile_is_not_overwritten(
     assert phones == ["13900000000", None, *[PERSON["phone"]] * 3]
 
 
-def test_what_no_key_decrypts_is_named_and_left_as_it_is(application_with: ApplicationWith) -> None:
-    add_people(application_with(OLD), 3)
+def test_a_value_that_no_key_decrypts_is_named_and_left_unchanged(application_with: ApplicationWith) -> None:
+    add_users(application_with(OLD), 3)
     add_lost = application_with(LOST)
     with add_lost.app_context():
         database.session.get_one(User, 2).phone = "13700000000"
@@ -199,29 +193,29 @@ def test_what_no_key_decrypts_is_named_and_left_as_it_is(application_with: Appli
         assert database.session.get_one(User, 3).phone == PERSON["phone"]
 
 
-def test_a_phone_number_from_before_there_was_an_index_gets_one(application_with: ApplicationWith) -> None:
+def test_a_value_without_an_index_gets_one(application_with: ApplicationWith) -> None:
     app = application_with(OLD)
-    add_people(app)
+    add_users(app)
     with app.app_context():
         database.session.execute(text("UPDATE users SET phone_index = NULL"))
         database.session.commit()
-    assert not is_all_there(app)
+    assert not is_complete(app)
     assert run(app, "status").exit_code == 1
     assert run(app, "rotate").exit_code == 0
-    assert is_all_there(app)
+    assert is_complete(app)
 
 
-def test_with_one_key_all_is_under_it_and_nothing_is_written(application_with: ApplicationWith) -> None:
+def test_a_rotation_with_one_key_writes_nothing(application_with: ApplicationWith) -> None:
     app = application_with(OLD)
-    add_people(app)
+    add_users(app)
     before = rows(app), rows(app, Identity)
     result = run(app, "rotate")
     assert (result.exit_code, result.output.splitlines()[-1]) == (0, "All is under the first key.")
     assert (rows(app), rows(app, Identity)) == before
 
 
-def test_the_status_counts_what_is_left_under_other_keys(application_with: ApplicationWith) -> None:
-    add_people(application_with(OLD), 3)
+def test_the_status_counts_values_under_other_keys(application_with: ApplicationWith) -> None:
+    add_users(application_with(OLD), 3)
     app = application_with(NEW, OLD)
     with app.app_context():
         database.session.get_one(User, 1).phone = "13900000000"
@@ -241,10 +235,10 @@ def test_the_status_counts_what_is_left_under_other_keys(application_with: Appli
 
 
 @pytest.mark.parametrize(("number", "is_left"), [(1213, True), (1020, True), (2013, False)])
-def test_a_batch_that_lost_a_race_is_left_for_the_next_time_and_other_errors_are_told(
+def test_a_batch_that_lost_a_race_is_left_for_the_next_run_and_other_errors_are_raised(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, number: int, is_left: bool
 ) -> None:
-    add_people(application_with(OLD))
+    add_users(application_with(OLD))
     app = application_with(NEW, OLD)
     error = OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))
 
@@ -259,13 +253,13 @@ def test_a_batch_that_lost_a_race_is_left_for_the_next_time_and_other_errors_are
     if is_left:
         assert "users.phone: 3 under the first key, 2 not" in result.stdout
     assert run(app, "rotate").exit_code == 0
-    assert is_all_there(application_with(NEW))
+    assert is_complete(application_with(NEW))
 
 
 def test_each_batch_is_a_transaction_that_only_writes(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_people(application_with(OLD))
+    add_users(application_with(OLD))
     statements: list[str] = []
 
     def watched(url: str) -> Any:
@@ -284,7 +278,7 @@ def test_the_command_of_the_readme_runs_in_production(
     application_with: ApplicationWith, environ: dict[str, str]
 ) -> None:
     app = application_with(NEW, OLD)
-    add_people(application_with(OLD))
+    add_users(application_with(OLD))
     env = {
         **environ,
         "PATH": os.environ["PATH"],
@@ -296,11 +290,11 @@ def test_the_command_of_the_readme_runs_in_production(
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "All is under the first key."
-    assert is_all_there(application_with(NEW))
+    assert is_complete(application_with(NEW))
 
 
 def test_blocks_that_depend_on_an_old_key_are_counted(application_with: ApplicationWith) -> None:
-    add_people(application_with(OLD), 1)
+    add_users(application_with(OLD), 1)
     with application_with(OLD).app_context():
         blocks.keep_block(database.session.get_one(User, 1))
         database.session.commit()

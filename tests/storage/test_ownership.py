@@ -1,4 +1,4 @@
-"""Everything that belongs to a user is in the one list that merging, deleting and exporting loop over."""
+"""Every model with a user is in the list that merging, deleting and exporting loop over."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def test_every_model_with_a_user_is_in_the_list() -> None:
 @pytest.mark.parametrize(
     "owned", [owned for owned in OWNED if owned.outlives_user], ids=lambda owned: owned.model.__name__
 )
-def test_what_outlives_its_user_keeps_no_free_text(owned: Any) -> None:
+def test_rows_that_outlive_their_user_keep_no_free_text(owned: Any) -> None:
     texts = {
         column.name
         for column in TABLES[owned.model].columns
@@ -32,6 +32,6 @@ def test_what_outlives_its_user_keeps_no_free_text(owned: Any) -> None:
 @pytest.mark.parametrize(
     "owned", [owned for owned in OWNED if not owned.outlives_user], ids=lambda owned: owned.model.__name__
 )
-def test_the_database_deletes_with_a_user_what_does_not_outlive_it(owned: Any) -> None:
+def test_rows_that_do_not_outlive_their_user_are_deleted_by_the_database(owned: Any) -> None:
     (key,) = TABLES[owned.model].columns["user_id"].foreign_keys
     assert (key.column.table.name, key.ondelete) == ("users", "CASCADE")

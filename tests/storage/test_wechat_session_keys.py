@@ -25,7 +25,7 @@ def test_the_clock_is_redis_time(app: Flask, redis: Redis) -> None:
         assert redis.time()[0] - 1 <= wechat_session_keys.clock() <= redis.time()[0] + 1
 
 
-def test_the_session_key_of_the_last_login_counts_whichever_is_stored_last(app: Flask) -> None:
+def test_the_session_key_of_the_last_login_is_the_newest_in_any_order_of_storage(app: Flask) -> None:
     with app.app_context():
         assert wechat_session_keys.newest(1) == []
         for session_key, asked_at, answered_at in (("old", 1, 2), ("newest", 5, 6), ("newer", 3, 4)):
@@ -33,7 +33,7 @@ def test_the_session_key_of_the_last_login_counts_whichever_is_stored_last(app: 
         assert wechat_session_keys.newest(1) == ["newest"]
 
 
-def test_of_overlapping_logins_any_session_key_may_count(app: Flask) -> None:
+def test_all_session_keys_of_overlapping_logins_are_returned(app: Flask) -> None:
     with app.app_context():
         for session_key, asked_at, answered_at in (("before", 1, 2), ("one", 3, 5), ("other", 4, 6)):
             wechat_session_keys.keep(1, session_key, asked_at, answered_at)
