@@ -1,4 +1,4 @@
-"""Who may import whom: nothing flows back up, and the service knows nothing of the laptop's stand-ins."""
+"""Which part may import which: only those below it, and never the stand-ins for development."""
 
 import ast
 import re
@@ -43,7 +43,7 @@ def files_of(part: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
-def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
+def test_a_part_imports_only_parts_below_it(part: str) -> None:
     assert files_of(part)
     for path in files_of(part):
         assert imported_parts(path) - {part} <= MAY_IMPORT[part], path
@@ -54,7 +54,7 @@ def test_every_part_of_the_service_is_named_here() -> None:
     assert top | {path.parent.name for path in ROOT.glob("*/__init__.py")} == PARTS
 
 
-def test_the_simulator_does_not_import_what_it_tests() -> None:
+def test_the_simulator_does_not_import_the_service() -> None:
     files = sorted((ROOT / "dev" / "wechat_simulator").rglob("*.py"))
     assert files
     for path in files:

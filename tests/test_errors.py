@@ -133,9 +133,7 @@ def test_an_unavailable_database_is_503_and_logged_with_the_reason(
     assert "the database is unavailable: unable to open database file" in str(log_lines())
 
 
-def test_a_crash_is_logged_with_the_trace_id_and_not_described_to_the_client(
-    failing: FlaskClient, log_lines: Any
-) -> None:
+def test_a_crash_is_logged_with_the_trace_id_and_hidden_from_the_client(failing: FlaskClient, log_lines: Any) -> None:
     answer = failing.get("/crash")
     assert "secret reason" not in answer.text
     (line,) = [line for line in log_lines() if "stack" in line]

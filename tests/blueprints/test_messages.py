@@ -34,12 +34,13 @@ EVENT = {
 }
 TEXT = {**EVENT, "MsgType": "text", "Content": "在吗", "MsgId": 23456}
 WECHAT = MessagePush(PUSH_TOKEN, PUSH_AES_KEY, APP_ID)
+Messages = list[dict[str, Any]]
 
 
 @pytest.fixture
-def handled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def handled(monkeypatch: pytest.MonkeyPatch) -> Messages:
     """The messages passed to the handlers of the event and of texts."""
-    given: list[dict[str, Any]] = []
+    given: Messages = []
     handlers = {("event", "debug_demo"): [given.append], ("text", ""): [given.append]}
     monkeypatch.setattr(message_handlers, "handlers", handlers)
     monkeypatch.setattr(message_handlers, "responders", {})
@@ -97,7 +98,7 @@ def test_a_verification_without_parameters_names_them(client: FlaskClient) -> No
 @pytest.mark.parametrize("form", ["json", "xml"])
 @pytest.mark.parametrize("message", [EVENT, TEXT])
 def test_a_repeated_message_is_handled_once(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], form: str, message: dict[str, Any]
+    app: Flask, client: FlaskClient, handled: Messages, form: str, message: dict[str, Any]
 ) -> None:
     for _ in range(3):
         answer = push(client, message, form)
@@ -107,7 +108,7 @@ def test_a_repeated_message_is_handled_once(
     assert (fields["FromUserName"], fields["debug_str"]) == ("o-alice", "你好")
 
 
-def test_every_instance_recognises_a_repeat(make_app: Callable[..., Flask], handled: list[dict[str, Any]]) -> None:
+def test_every_instance_recognises_a_repeat(make_app: Callable[..., Flask], handled: Messages) -> None:
     apps = [make_app() for _ in range(2)]
     for app in apps:
         assert push(app.test_client(), TEXT).status_code == 200
@@ -116,7 +117,7 @@ def test_every_instance_recognises_a_repeat(make_app: Callable[..., Flask], hand
 
 
 def test_handlers_start_after_the_response_and_it_does_not_wait_for_them(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]]
+    app: Flask, client: FlaskClient, handled: Messages
 ) -> None:
     gate = threading.Event()
 
@@ -146,7 +147,7 @@ def test_handlers_are_registered_by_type_and_by_event(app: Flask, client: FlaskC
 
 
 def test_a_failing_handler_is_logged_and_counted_and_stops_no_other(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
+    app: Flask, client: FlaskClient, handled: Messages, log_lines: Any
 ) -> None:
     def fail(message: dict[str, Any]) -> None:
         raise RuntimeError("the reason")
@@ -161,7 +162,7 @@ def test_a_failing_handler_is_logged_and_counted_and_stops_no_other(
 
 
 def test_a_full_backlog_is_503_so_that_wechat_sends_again(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.extensions["background"], "_backlog", 0)
     answer = push(client, EVENT)
@@ -174,7 +175,7 @@ def test_a_full_backlog_is_503_so_that_wechat_sends_again(
 
 
 def test_a_message_lost_with_its_process_is_handled_when_wechat_sends_it_again(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], redis: Redis
+    app: Flask, client: FlaskClient, handled: Messages, redis: Redis
 ) -> None:
     query, body = seal(EVENT)
     client.post(URL, query_string=query, data=body)  # and the answer is never sent
@@ -189,7 +190,7 @@ def test_a_message_lost_with_its_process_is_handled_when_wechat_sends_it_again(
 
 
 def test_a_message_repeated_after_a_slow_response_is_handled_once(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], redis: Redis
+    app: Flask, client: FlaskClient, handled: Messages, redis: Redis
 ) -> None:
     answers = []
     for _ in range(2):
@@ -203,7 +204,7 @@ def test_a_message_repeated_after_a_slow_response_is_handled_once(
 
 
 def test_without_redis_a_message_is_handled_rather_than_lost(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, log_lines: Any
+    app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch, log_lines: Any
 ) -> None:
     query, body = seal(EVENT)
     answer = client.post(URL, query_string=query, data=body)
@@ -216,7 +217,7 @@ def test_without_redis_a_message_is_handled_rather_than_lost(
 
 @pytest.mark.parametrize("form", ["json", "xml"])
 def test_a_responder_responds_in_the_form_and_mode_of_the_account(
-    client: FlaskClient, handled: list[dict[str, Any]], form: Any
+    client: FlaskClient, handled: Messages, form: Any
 ) -> None:
     message_handlers.answers("text")(lambda message: {"MsgType": "transfer_customer_service", "ToUserName": "你好"})
     for _ in range(2):  # a repeat is answered again
@@ -239,7 +240,7 @@ def test_the_responder_of_one_event_precedes_that_of_all_events(client: FlaskCli
 
 
 def test_a_failing_responder_is_logged_and_the_handlers_run(
-    app: Flask, client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
+    app: Flask, client: FlaskClient, handled: Messages, log_lines: Any
 ) -> None:
     message_handlers.answers("text")(lambda message: {"Content": message["no such field"]})
     answer = push(client, TEXT)
@@ -250,9 +251,7 @@ def test_a_failing_responder_is_logged_and_the_handlers_run(
     assert "no such field" in line["exceptionMessage"]
 
 
-def test_received_messages_and_rejections_are_logged(
-    client: FlaskClient, handled: list[dict[str, Any]], log_lines: Any
-) -> None:
+def test_received_messages_and_rejections_are_logged(client: FlaskClient, handled: Messages, log_lines: Any) -> None:
     for _ in range(2):
         push(client, EVENT)
     push(client, {**EVENT, "Event": "unheard_of"})
@@ -272,9 +271,7 @@ def test_received_messages_and_rejections_are_logged(
     assert codes == [200, 200, 200, 400, 464, 464]
 
 
-def test_a_plain_body_is_rejected_whatever_the_query_says_of_encryption(
-    client: FlaskClient, handled: list[dict[str, Any]]
-) -> None:
+def test_a_plain_body_is_rejected_whatever_the_query_says_of_encryption(client: FlaskClient, handled: Messages) -> None:
     for more in ({}, {"encrypt_type": "raw"}, {"encrypt_type": "aes"}, {"msg_signature": "x"}):
         answer = client.post(URL, query_string={**signed(), **more}, json=EVENT)
         assert code_of(answer) in ((400, 400), (400, 464))
@@ -283,7 +280,7 @@ def test_a_plain_body_is_rejected_whatever_the_query_says_of_encryption(
 
 @pytest.mark.parametrize("form", ["json", "xml"])
 def test_a_plain_account_takes_plain_bodies_and_responds_plainly(
-    make_app: Callable[..., Flask], handled: list[dict[str, Any]], form: Any
+    make_app: Callable[..., Flask], handled: Messages, form: Any
 ) -> None:
     app = make_app(WECHAT_PUSH_AES_KEY="")
     message_handlers.answers("text")(lambda message: {"Content": message["Content"]})
@@ -297,7 +294,7 @@ def test_a_plain_account_takes_plain_bodies_and_responds_plainly(
     assert forged.get_json()["code"] == 464
 
 
-def test_without_a_token_the_route_is_404(make_app: Callable[..., Flask], handled: list[dict[str, Any]]) -> None:
+def test_without_a_token_the_route_is_404(make_app: Callable[..., Flask], handled: Messages) -> None:
     client = make_app(WECHAT_PUSH_TOKEN="", WECHAT_PUSH_AES_KEY="").test_client()
     for answer in (
         client.get(URL, query_string={**signed(token=""), "echostr": "x"}),

@@ -1,4 +1,4 @@
-"""Users as a resource: who may read and change whom."""
+"""Users as a resource: reading and changing them, and for administrators creating and deleting them."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta

@@ -65,12 +65,12 @@ from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, m
         (mask_bank_card, "", ""),
     ],
 )
-def test_a_mask_shows_what_it_promises(mask: Callable[[str], str], text: str, masked: str) -> None:
+def test_masks(mask: Callable[[str], str], text: str, masked: str) -> None:
     assert mask(text) == masked
 
 
 DIGITS = st.text("0123456789", max_size=25)
-# What nearly is what a mask knows: of the right length, with foreign digits, accents, spaces or a line end.
+# Almost valid: of the right length, with foreign digits, accents, spaces or a line end.
 NEARLY = st.text("0123456789Xx１٣²\u0301\u200d \n", min_size=10, max_size=21)
 TEXTS = st.text() | DIGITS | NEARLY | st.text(min_size=1, max_size=3) | st.integers(1, 10_000).map("张".__mul__)
 
@@ -84,7 +84,7 @@ TEXTS = st.text() | DIGITS | NEARLY | st.text(min_size=1, max_size=3) | st.integ
     ],
 )
 @given(data=st.data())
-def test_a_mask_of_digits_shows_no_other_than_these_of_any_text(
+def test_a_mask_of_digits_shows_only_these_positions(
     mask: Callable[[str], str], shape: str, shown: list[int], data: st.DataObject
 ) -> None:
     text = data.draw(TEXTS | st.from_regex(shape, fullmatch=True))
@@ -101,7 +101,7 @@ def test_the_mask_of_a_name_shows_its_first_character_at_most(name: str) -> None
 
 
 @given(st.characters(), st.text("\u0301\u0e31\ufe0f\u200d\u202e \u3000\xa0\t\n\U000e0100"))
-def test_no_mask_shows_a_character_that_stands_alone_but_for_marks_and_spaces(character: str, rest: str) -> None:
+def test_no_mask_shows_the_only_visible_character(character: str, rest: str) -> None:
     alone = character + rest
     assert mask_name(alone) == "*" * len(alone)
     if character != "@":
@@ -109,7 +109,7 @@ def test_no_mask_shows_a_character_that_stands_alone_but_for_marks_and_spaces(ch
 
 
 @given(TEXTS | st.emails() | st.builds("{}@{}".format, st.text(), st.just("example.com")))
-def test_the_mask_of_an_email_shows_one_character_of_what_is_before_the_at(email: str) -> None:
+def test_the_mask_of_an_email_shows_one_character_before_the_at_sign(email: str) -> None:
     masked = mask_email(email)
     if masked != "*" * len(email):
         local, domain = email.split("@")
@@ -118,5 +118,5 @@ def test_the_mask_of_an_email_shows_one_character_of_what_is_before_the_at(email
 
 
 @given(st.text("abcde", min_size=1), st.text("abcde", min_size=1))
-def test_the_mask_of_an_email_does_not_tell_how_long_it_is(one: str, other: str) -> None:
+def test_the_mask_of_an_email_hides_its_length(one: str, other: str) -> None:
     assert mask_email(f"z{one}@example.com") == mask_email(f"z{other}@example.com") == "z***@example.com"
