@@ -33,7 +33,6 @@ def test_the_token_reads_the_metrics(client: FlaskClient) -> None:
         }
         assert read["kuaishang_build_info", settings.VERSION] == 1
         assert read["kuaishang_http_requests_total", "/version", "200", "200", "GET"] > 0
-        assert read["kuaishang_start_time_seconds",] > 1.7e9
         assert "X-Trace-Id" in answer.headers
 
 
