@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from flask import current_app
 from redis import Redis
@@ -24,14 +24,9 @@ class AlreadyDone(Exception):
     """The call was made earlier and succeeded."""
 
 
-class Kept(NamedTuple):
-    """What Redis holds for a key."""
-
-    result: str | None
-    seconds_left: float
-    pause: str | None
-    """Why the call is not repeated for now: the name of a Code if it failed, "" if it succeeded."""
-
+Kept = tuple[str | None, float, str | None]
+"""What Redis holds for a key: the result, the seconds for which it is still kept, and why the call is not repeated for
+now: the name of a Code if it failed, "" if it succeeded, None if it may be repeated."""
 
 Look = Callable[[Kept, bool], str | None]
 Call = Callable[[Lock], tuple[str, int, int]]
@@ -50,6 +45,8 @@ class SingleFlight:
     def run(self, key: str, look: Look, call: Call, *, patience: float, wait: float) -> str:
         """Return what `look` makes of the result that is kept; where it wants another, one process makes the call.
 
+        The call costs four round trips to Redis: the lock, `read`, the result and the release.
+
         :param key: names the call; kept in Redis, so it must not reveal anything.
         :param look: returns a result or None, or raises what the call raised. The second argument is whether another
             process was found making the call.
@@ -62,23 +59,43 @@ class SingleFlight:
         deadline = time.monotonic() + wait
         lock = self._redis.lock(f"{key}:lock", timeout=patience, blocking=False)
         waited = False
-        while (result := look(self._read(key), waited)) is None:
-            if lock.acquire():
-                try:
-                    result = look(self._read(key), waited)  # the call may have ended in between
-                    return self._lead(key, call, lock) if result is None else result
-                finally:
+        while True:
+            is_locked = lock.acquire()
+            try:
+                kept = self.read(key)
+                result = look(kept, waited)
+                if result is None and is_locked:
+                    result = self._lead(key, call, lock, pause=kept[2])
+            except RedisError:
+                is_locked = False  # a Redis that hangs is not waited for twice: the lock expires
+                raise
+            finally:
+                if is_locked:
                     with suppress(LockError):  # the call outlasted the lock
                         lock.release()
+            if result is not None:
+                return result
             if time.monotonic() > deadline:
                 raise ApiError(Code.UNAVAILABLE)
             waited = True
             time.sleep(_POLL_SECONDS)
-        return result
 
-    def _lead(self, key: str, call: Call, lock: Lock) -> str:
+    def read(self, key: str) -> Kept:
+        """Read what is kept for a key, in one round trip."""
+        with self._redis.pipeline() as pipeline:
+            pipeline.mget(key, f"{key}:pause")
+            pipeline.pttl(key)
+            (encrypted, pause), milliseconds_left = pipeline.execute()
+        result = None
+        if encrypted is not None:
+            with suppress(DecryptionError):  # encrypted under a key that this process lacks
+                result = self._cipher.decrypt(encrypted.decode(), key)
+        return result, milliseconds_left / 1000, None if pause is None else pause.decode()
+
+    def _lead(self, key: str, call: Call, lock: Lock, pause: str | None) -> str:
         pause_key = f"{key}:pause"
-        self._redis.delete(pause_key)  # the error of an earlier call
+        if pause is not None:
+            self._redis.delete(pause_key)  # of an earlier call: those who wait for this one must not read it
         try:
             result, seconds, pause_seconds = call(lock)
         except RedisError:
@@ -87,22 +104,12 @@ class SingleFlight:
             code = error.api_code if isinstance(error, ApiError) else Code.UNAVAILABLE
             self._redis.set(pause_key, code.name, ex=_ERROR_SECONDS)
             raise
-        self._redis.set(key, self._cipher.encrypt(result, key), ex=seconds)
-        if pause_seconds:
-            self._redis.set(pause_key, "", ex=pause_seconds)
-        return result
-
-    def _read(self, key: str) -> Kept:
         with self._redis.pipeline() as pipeline:
-            pipeline.get(key)
-            pipeline.pttl(key)
-            pipeline.get(f"{key}:pause")
-            encrypted, milliseconds_left, pause = pipeline.execute()
-        result = None
-        if encrypted is not None:
-            with suppress(DecryptionError):  # encrypted under a key that this process lacks
-                result = self._cipher.decrypt(encrypted.decode(), key)
-        return Kept(result, milliseconds_left / 1000, None if pause is None else pause.decode())
+            pipeline.set(key, self._cipher.encrypt(result, key), ex=seconds)
+            if pause_seconds:
+                pipeline.set(pause_key, "", ex=pause_seconds)
+            pipeline.execute()
+        return result
 
 
 def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember: int) -> Any:
@@ -120,12 +127,13 @@ def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember:
     """
 
     def look(kept: Kept, waited: bool) -> str | None:
-        if waited and kept.result is not None:
-            return kept.result
-        if kept.pause == "":
+        result, _, pause = kept
+        if waited and result is not None:
+            return result
+        if pause == "":
             raise AlreadyDone
-        if waited and kept.pause:
-            raise ApiError(Code[kept.pause])
+        if waited and pause:
+            raise ApiError(Code[pause])
         return None
 
     def call_once(_: Lock) -> tuple[str, int, int]:

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +19,7 @@ import psutil
 import requests
 from alembic import command
 from alembic.config import Config
+from redis import Redis
 
 from dev.run import free_port
 from telemetry import metrics
@@ -64,6 +65,14 @@ def suspend(process: subprocess.Popen[Any]) -> None:
     suspended = psutil.Process(process.pid)
     suspended.suspend()
     wait_until(lambda: suspended.status() == psutil.STATUS_STOPPED)
+
+
+@contextmanager
+def round_trips(redis: Redis) -> Iterator[Callable[[], int]]:
+    """Count the round trips to Redis: each takes a connection from the pool, a pipeline once for all its commands."""
+    pool = redis.connection_pool
+    with patch.object(pool, "get_connection", wraps=pool.get_connection) as get_connection:
+        yield lambda: get_connection.call_count
 
 
 def answers(url: str) -> bool:

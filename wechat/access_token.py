@@ -1,7 +1,6 @@
 """The access token of the mini-program, shared through Redis: one refresh at a time across all processes."""
 
 import logging
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from redis import Redis
@@ -29,9 +28,8 @@ BEIJING_SECONDS = 8 * 3600
 class SingleFlight(Protocol):
     """What storage.single_flight offers."""
 
-    def run(
-        self, key: str, look: Callable[[Any, bool], str | None], call: Any, *, patience: float, wait: float
-    ) -> str: ...
+    def read(self, key: str) -> tuple[str | None, float, str | None]: ...
+    def run(self, key: str, look: Any, call: Any, *, patience: float, wait: float) -> str: ...
 
 
 class AccessToken:
@@ -87,6 +85,8 @@ class AccessToken:
                 TOKEN_REFRESHES.labels(outcome).inc()
 
         try:
+            if valid := look(self._flights.read(self._key), False):
+                return valid  # nearly always, in one round trip
             return self._flights.run(self._key, look, refresh, patience=PATIENCE_SECONDS + 2, wait=WAIT_SECONDS)
         except ApiError:
             if usable is None:

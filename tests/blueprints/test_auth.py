@@ -13,7 +13,7 @@ from werkzeug.test import TestResponse
 from storage import database, wechat_session_keys
 from storage.models import User
 from tests.blueprints.callers import API, Caller, code_of, data_of, invalid_fields, log_in
-from tests.harness import APP_ID, APP_SECRET, Simulator, bearer
+from tests.harness import APP_ID, APP_SECRET, Simulator, bearer, round_trips
 
 LOGIN, ME = f"{API}/auth/wechat", f"{API}/users/me"
 
@@ -72,6 +72,14 @@ def test_simultaneous_logins_with_one_code_share_one_call(
     assert len({answer.data for answer in answers}) == 1
     assert len(simulator.calls()) == 1
     assert len(redis.keys("session:*")) == 1
+
+
+def test_a_login_costs_nine_round_trips_to_redis(app: Flask, client: FlaskClient, simulator: Simulator) -> None:
+    codes = [simulator.code(), simulator.code()]
+    client.post(LOGIN, json={"code": codes[0]})  # Redis knows the script that releases a lock from now on
+    with round_trips(app.extensions["redis"]) as count:
+        assert client.post(LOGIN, json={"code": codes[1]}).status_code == 200
+    assert count() == 9  # four for the code, two for the time, one for the session_key, and two for the session
 
 
 def test_a_used_code_gets_461(client: FlaskClient, simulator: Simulator, redis: Redis) -> None:

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 from flask import Flask
 from redis import Redis
+from redis.exceptions import RedisError
 
+from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from storage.single_flight import AlreadyDone, single_flight
+from tests.harness import round_trips, suspend
 
 
-def ask(app: Flask, call: Any, patience: int = 5) -> Any:
+def ask(app: Flask, call: Any, patience: int = 5, key: str = "flight") -> Any:
     with app.app_context():
-        return single_flight("flight", call, patience=patience, remember=60)
+        return single_flight(key, call, patience=patience, remember=60)
 
 
 def test_simultaneous_callers_share_one_call(app: Flask) -> None:
@@ -136,3 +139,26 @@ def test_results_in_redis_are_encrypted_and_expire(app: Flask, redis: Redis) -> 
     assert len(values) == 2
     assert not any(b"the-secret-outcome" in value for value in values)
     assert all(redis.ttl(key) > 0 for key in redis.scan_iter())
+
+
+def test_a_call_costs_four_round_trips_and_one_more_after_a_failure(app: Flask) -> None:
+    ask(app, lambda: None, key="before")  # Redis knows the script that releases a lock from now on
+    with round_trips(app.extensions["redis"]) as count:
+        ask(app, lambda: None)
+    assert count() == 4
+    with pytest.raises(ApiError):
+        ask(app, fail, key="another")
+    with round_trips(app.extensions["redis"]) as count:
+        ask(app, lambda: None, key="another")
+    assert count() == 5
+
+
+def test_a_redis_that_hangs_during_the_call_is_waited_for_once(
+    make_app: Callable[..., Flask], own_redis: RedisServer
+) -> None:
+    app = make_app(REDIS_URL=own_redis.url)
+    ask(app, lambda: None, key="before")
+    assert own_redis.process
+    with round_trips(app.extensions["redis"]) as count, pytest.raises(RedisError):
+        ask(app, lambda: suspend(own_redis.process))
+    assert count() == 3  # the lock, what is kept, and the result
