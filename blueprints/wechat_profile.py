@@ -88,7 +88,7 @@ def put_phone(body: dict[str, str]) -> User:
     if "code" in body:
         _redeem_phone_code(body["code"], openid)
         return current_user()
-    data, _ = _decrypt(body, openid)
+    data, _ = _decrypt(body, openid, expected={})
     phone = phone_number(data)
     if phone is None:
         raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Contains no phone number."]})
@@ -139,7 +139,7 @@ def _redeem_phone_code(code: str, openid: str) -> None:
         raise
 
 
-def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Decrypt encryptedData.
 
     :returns: the data, and the session_key that decrypted it.

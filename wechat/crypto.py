@@ -31,14 +31,7 @@ _HEADER_BYTES = _RANDOM_BYTES + 4
 
 
 def decrypt_user_data(
-    encrypted_data: str,
-    iv: str,
-    *,
-    session_key: str,
-    app_id: str,
-    openid: str,
-    now: float,
-    expected: Mapping[str, Any] | None = None,
+    encrypted_data: str, iv: str, *, session_key: str, app_id: str, openid: str, now: float, expected: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Decrypt the `encryptedData` of wx.getUserProfile and the like (AES-128-CBC, PKCS#7) and check its watermark.
 
@@ -50,7 +43,8 @@ def decrypt_user_data(
     :param app_id: the app id that the watermark must name.
     :param openid: the user's; the data must not name another.
     :param now: seconds since the epoch; the watermark is at most MAXIMUM_AGE_SECONDS older or CLOCK_SKEW_SECONDS newer.
-    :param expected: items that the data must contain, such as those of a `rawData` with a valid signature.
+    :param expected: items that the data must contain, such as those of a `rawData` with a valid signature; may
+        be empty.
     :raises ApiError: INVALID_INPUT naming encryptedData, iv or both; SESSION_KEY_STALE if the data does not decrypt,
         without a reason, which would make it a padding oracle; SIGNATURE_MISMATCH if the data is for another user or
         app, old or altered.
@@ -80,7 +74,7 @@ def decrypt_user_data(
     if (
         not _is_fresh_watermark(data.get("watermark"), app_id, now)
         or data.get("openId", openid) != openid
-        or any(name not in data or data[name] != value for name, value in (expected or {}).items())
+        or any(name not in data or data[name] != value for name, value in expected.items())
     ):
         raise ApiError(Code.SIGNATURE_MISMATCH)
     return data
@@ -136,26 +130,21 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
     content = text.encode()
     padder = PKCS7(_MESSAGE_BLOCK_BYTES * 8).padder()
     padded = padder.update(random + len(content).to_bytes(4, "big") + content + app_id.encode()) + padder.finalize()
-    encryptor = _cipher(aes_key, aes_key[:_AES_BLOCK_BYTES]).encryptor()
+    encryptor = Cipher(algorithms.AES(aes_key), modes.CBC(aes_key[:_AES_BLOCK_BYTES])).encryptor()
     return base64.b64encode(encryptor.update(padded) + encryptor.finalize()).decode()
 
 
 def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> str:
     """Undo `encrypt_message`. It does not detect every change: check msg_signature first.
 
-    :raises ApiError: SIGNATURE_MISMATCH, whatever is wrong.
+    :raises ValueError: whatever is wrong.
     """
-    try:
-        plaintext = _unpad(
-            _decrypt(_decode_base64(encrypted), aes_key, aes_key[:_AES_BLOCK_BYTES]), _MESSAGE_BLOCK_BYTES
-        )
-        end = _HEADER_BYTES + int.from_bytes(plaintext[_RANDOM_BYTES:_HEADER_BYTES], "big")
-        text = plaintext[_HEADER_BYTES:end].decode()
-    except ValueError:
-        raise ApiError(Code.SIGNATURE_MISMATCH) from None
+    padded = _decrypt(_decode_base64(encrypted), aes_key, aes_key[:_AES_BLOCK_BYTES])
+    plaintext = _unpad(padded, _MESSAGE_BLOCK_BYTES)
+    end = _HEADER_BYTES + int.from_bytes(plaintext[_RANDOM_BYTES:_HEADER_BYTES], "big")
     if end > len(plaintext) or not hmac.compare_digest(plaintext[end:], _encode(app_id)):
-        raise ApiError(Code.SIGNATURE_MISMATCH)
-    return text
+        raise ValueError("Wrong length or app id.")
+    return plaintext[_HEADER_BYTES:end].decode()
 
 
 def _is_fresh_watermark(watermark: object, app_id: str, now: float) -> bool:
@@ -179,12 +168,8 @@ def _decode_base64(text: str) -> bytes:
     return decoded if base64.b64encode(decoded).decode() == text else b""
 
 
-def _cipher(key: bytes, iv: bytes) -> Cipher[modes.CBC]:
-    return Cipher(algorithms.AES(key), modes.CBC(iv))
-
-
 def _decrypt(ciphertext: bytes, key: bytes, iv: bytes) -> bytes:
-    decryptor = _cipher(key, iv).decryptor()
+    decryptor = Cipher(algorithms.AES(key), modes.CBC(iv)).decryptor()
     return decryptor.update(ciphertext) + decryptor.finalize()
 
 

@@ -16,9 +16,8 @@ from xml.sax.saxutils import escape
 import defusedxml.ElementTree
 
 from errors import ApiError, Code
+from wechat import strict_json
 from wechat.crypto import constant_time_equals, decode_aes_key, decrypt_message, encrypt_message, push_signature
-from wechat.strict_json import MAXIMUM_DEPTH
-from wechat.strict_json import loads as strict_loads
 
 logger = logging.getLogger(__name__)
 
@@ -105,22 +104,21 @@ class MessagePush:
         if self._aes_key is None:
             signature, timestamp, nonce = _parameters(query, "signature", "timestamp", "nonce")
             self._verify(signature, timestamp, nonce, now=now)
-            fields, form = _parse(body)
-            if "Encrypt" in fields and "MsgType" not in fields:
-                raise _malformed("Encrypted, but no EncodingAESKey is set.")
-            return PushMessage(fields, form)
+            message = _parse(body)
+            if "Encrypt" in message.fields and "MsgType" not in message.fields:
+                raise ApiError(Code.INVALID_INPUT, errors={"body": ["Encrypted, but no EncodingAESKey is set."]})
+            return message
         signature, timestamp, nonce = _parameters(query, "msg_signature", "timestamp", "nonce")
-        fields, form = _parse(body)
-        encrypted = fields.get("Encrypt")
+        envelope = _parse(body)
+        encrypted = envelope.fields.get("Encrypt")
         if not isinstance(encrypted, str):
             raise _refused("plain, but an EncodingAESKey is set")
         self._verify(signature, timestamp, nonce, encrypted, now=now)
         try:
             text = decrypt_message(encrypted, self._aes_key, self._app_id)
-        except ApiError:
+        except ValueError:
             raise _refused("wrong EncodingAESKey or app id") from None
-        fields, _ = _parse(text.encode())
-        return PushMessage(fields, form)
+        return _parse(text.encode())._replace(form=envelope.form)
 
     def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
         """Compose the reply to a message, encrypted and signed in safe mode.
@@ -137,12 +135,8 @@ class MessagePush:
             return body
         encrypted = encrypt_message(body, self._aes_key, self._app_id, secrets.token_bytes(16))
         timestamp, nonce = int(now), secrets.token_hex(8)
-        envelope = {
-            "Encrypt": encrypted,
-            "MsgSignature": push_signature(self._token, str(timestamp), nonce, encrypted),
-            "TimeStamp": timestamp,
-            "Nonce": nonce,
-        }
+        signature = push_signature(self._token, str(timestamp), nonce, encrypted)
+        envelope = {"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}
         return _compose(envelope, form)
 
     def _verify(self, signature: str, timestamp: str, *others: str, now: float) -> None:
@@ -166,48 +160,31 @@ def _parameters(query: Mapping[str, str], *names: str) -> list[str]:
     return [query[name] for name in names]
 
 
-def _parse(body: bytes) -> tuple[dict[str, Any], Form]:
+def _parse(body: bytes) -> PushMessage:
     """Read a JSON object or an <xml> element in UTF-8; the first character that is not blank decides which."""
     form: Form = "xml" if body.lstrip(b" \t\r\n").startswith(b"<") else "json"
     try:
         text = body.decode().strip(" \t\r\n")
-        fields = _parse_xml(text) if form == "xml" else strict_loads(text)
+        if form == "json":
+            fields = strict_json.loads(text)
+        else:
+            root = defusedxml.ElementTree.fromstring(text, forbid_dtd=True)  # it forbids entities by default
+            fields = _children(root, strict_json.MAXIMUM_DEPTH) if root.tag == "xml" else None
     except (ValueError, ParseError):
         fields = None
     if not isinstance(fields, dict):
-        raise _malformed("Neither a JSON object nor an <xml> element in UTF-8.")
-    return fields, form
-
-
-def _malformed(why: str) -> ApiError:
-    return ApiError(Code.INVALID_INPUT, errors={"body": [why]})
-
-
-def _parse_xml(text: str) -> dict[str, Any]:
-    """Read an <xml> element; {} if it contains no elements.
-
-    :raises ParseError: if it is not well-formed.
-    :raises ValueError: for another root, a DTD, or more than MAXIMUM_DEPTH levels.
-    """
-    root = defusedxml.ElementTree.fromstring(text, forbid_dtd=True)  # it forbids entities by default
-    if root.tag != "xml":
-        raise ValueError("The root is not <xml>.")
-    return _children(root, MAXIMUM_DEPTH)
+        raise ApiError(Code.INVALID_INPUT, errors={"body": ["Neither a JSON object nor an <xml> element in UTF-8."]})
+    return PushMessage(fields, form)
 
 
 def _children(element: Element, levels: int) -> dict[str, Any]:
     if levels == 0:
         raise ValueError("Nested too deeply.")
-    fields: dict[str, Any] = {}
+    values: dict[str, list[Any]] = {}
     for child in element:
         value = _children(child, levels - 1) if len(child) else child.text or ""
-        if child.tag not in fields:
-            fields[child.tag] = value
-        elif isinstance(fields[child.tag], list):
-            fields[child.tag].append(value)
-        else:
-            fields[child.tag] = [fields[child.tag], value]
-    return fields
+        values.setdefault(child.tag, []).append(value)
+    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def _compose(reply: Mapping[str, Any], form: Form) -> str:
