@@ -87,9 +87,8 @@ class SingleFlight:
             pipeline.pttl(key)
             (encrypted, pause), milliseconds_left = pipeline.execute()
         result = None
-        if encrypted is not None:
-            with suppress(DecryptionError):  # encrypted under a key that this process lacks
-                result = self._cipher.decrypt(encrypted.decode(), key)
+        with suppress(DecryptionError):  # nothing is kept, or it is encrypted under a key that this process lacks
+            result = self._cipher.decrypt((encrypted or b"").decode(), key)
         return result, milliseconds_left / 1000, None if pause is None else pause.decode()
 
     def _lead(self, key: str, call: Call, lock: Lock, pause: str | None) -> str:

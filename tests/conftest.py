@@ -196,7 +196,7 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
             app = create_app({**environ, **different})
             app.after_request(journal.read_token)
             stack.callback(app.extensions["database"].dispose)
-            stack.callback(app.extensions["wechat"].transport.close)
+            stack.callback(app.extensions["wechat"].client._transport.close)
             stack.callback(app.extensions["redis"].close)
             stack.callback(app.extensions["background"].close)
             stack.callback(app.extensions["fan_out"].close)
@@ -224,7 +224,7 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     yield shared_app
     shared_app.extensions["background"].close()
     shared_app.extensions["fan_out"].close()
-    shared_app.extensions["wechat"].transport.close()
+    shared_app.extensions["wechat"].client._transport.close()
 
 
 @pytest.fixture

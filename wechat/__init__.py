@@ -15,7 +15,6 @@ from wechat.transport import Transport
 class WeChat(NamedTuple):
     """The application's connections to WeChat."""
 
-    transport: Transport
     client: Client
     web_apps: dict[str, WebApp]
     push: MessagePush | None
@@ -45,21 +44,16 @@ def init_app(app: Flask) -> None:
     config = app.config
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
     transport = Transport(config["WECHAT_API_BASE_URL"], connections=config["WEB_THREADS"])
-    redis, flights = app.extensions["redis"], app.extensions["single_flight"]
-    access_token = AccessToken(transport, redis, flights, app_id, app_secret)
+    access_token = AccessToken(transport, app.extensions["redis"], app.extensions["single_flight"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
-        credentials = (config[f"{name}_APP_ID"], config[f"{name}_APP_SECRET"])
-        return WebApp(
-            transport, *(credentials if all(credentials) else (app_id, app_secret)), config["WECHAT_OPEN_BASE_URL"]
-        )
+        own_id, own_secret = config[f"{name}_APP_ID"] or app_id, config[f"{name}_APP_SECRET"] or app_secret
+        return WebApp(transport, own_id, own_secret, config["WECHAT_OPEN_BASE_URL"])
 
     account, website = web_app_from_settings("WECHAT_ACCOUNT"), web_app_from_settings("WECHAT_WEBSITE")
+    push_token, push_aes_key = config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"] or None
     app.extensions["wechat"] = WeChat(
-        transport=transport,
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
-        push=MessagePush(config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"] or None, app_id)
-        if config["WECHAT_PUSH_TOKEN"]
-        else None,
+        push=MessagePush(push_token, push_aes_key, app_id) if push_token else None,
     )

@@ -72,21 +72,17 @@ class AccessToken:
             return None if pause is None else token
 
         def refresh(lock: Lock) -> tuple[str, int, int]:
-            outcome = "failure"
-            try:
+            with TOKEN_REFRESHES.labels("failure").count_exceptions():
                 token, seconds = self._fetch()
                 if token == refused and self._may_force():
                     lock.reacquire()
                     token, seconds = self._fetch(force=True)
-                if token != refused:
-                    outcome = "success"
-                return token, seconds, PAUSE_SECONDS if token == refused or seconds <= REFRESH_SECONDS else 0
-            finally:
-                TOKEN_REFRESHES.labels(outcome).inc()
+            TOKEN_REFRESHES.labels("failure" if token == refused else "success").inc()
+            return token, seconds, PAUSE_SECONDS if token == refused or seconds <= REFRESH_SECONDS else 0
 
         try:
-            if valid := look(self._flights.read(self._key), False):
-                return valid  # nearly always, in one round trip
+            if valid := look(self._flights.read(self._key), False):  # nearly always, in one round trip
+                return valid
             return self._flights.run(self._key, look, refresh, patience=PATIENCE_SECONDS + 2, wait=WAIT_SECONDS)
         except ApiError:
             if usable is None:

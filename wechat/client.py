@@ -1,16 +1,15 @@
 """WeChat's server API as the mini-program; `Client.call` reaches any interface that has no method here."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from wechat.access_token import AccessToken
 from wechat.crypto import session_signature
-from wechat.transport import INVALID_TOKEN, Body, Params, Transport, unexpected_response
+from wechat.transport import INVALID_TOKEN, Body, Codes, Params, Transport, unexpected_response
 
 BAD_SIGNATURE = 87009
 USER_REFUSED = 43101
-PROFILE_SCENE = 1
 
 
 class CodeSession(NamedTuple):
@@ -40,7 +39,7 @@ class Client:
         params: Params | None = None,
         body: Body = None,
         *,
-        expected: Collection[int] = (),
+        expected: Codes = (),
         idempotent: bool = True,
         media: bool = True,
     ) -> Any:
@@ -63,7 +62,7 @@ class Client:
         :returns: WeChat's JSON as a dict, or the bytes of an image, audio or video, up to 1 MB.
         """
 
-        def call_with(token: str, expected: Collection[int]) -> Any:
+        def call_with(token: str, expected: Codes) -> Any:
             query = {"access_token": token, **(params or {})}
             return self._transport.call(path, query, body, expected=expected, idempotent=idempotent, media=media)
 
@@ -82,28 +81,19 @@ class Client:
         :raises ApiError: also WECHAT_CODE_INVALID, WECHAT_CODE_USED, WECHAT_HIGH_RISK_USER.
         """
         path = "/sns/jscode2session"
-        answer = self._transport.call(
-            path,
-            {
-                "appid": self.app_id,
-                "secret": self._app_secret,
-                "js_code": code,
-                "grant_type": "authorization_code",
-            },
-        )
-        openid, session_key, unionid = (answer.get(name) or "" for name in ("openid", "session_key", "unionid"))
-        is_key = isinstance(session_key, str) and re.fullmatch(r"[!-~]{1,64}", session_key)
-        if not (is_identifier(openid) and is_key and (not unionid or is_identifier(unionid))):
+        params = {"appid": self.app_id, "secret": self._app_secret, "js_code": code, "grant_type": "authorization_code"}
+        answer = self._transport.call(path, params)
+        openid, session_key = answer.get("openid"), answer.get("session_key")
+        if not (is_identifier(openid) and isinstance(session_key, str) and re.fullmatch(r"[!-~]{1,64}", session_key)):
             raise unexpected_response(path, "openid or session_key missing or malformed", answer)
-        return CodeSession(openid, session_key, unionid or None)
+        return CodeSession(openid, session_key, read_unionid(path, answer))
 
     def is_session_key_valid(self, openid: str, session_key: str) -> bool:
         """Whether this is still the user's session_key (wxa/checksession).
 
         Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/checkSessionKey.html
         """
-        signature = session_signature(session_key)
-        params = {"openid": openid, "signature": signature, "sig_method": "hmac_sha256"}
+        params = {"openid": openid, "signature": session_signature(session_key), "sig_method": "hmac_sha256"}
         answer: dict[str, Any] = self.call("/wxa/checksession", params, expected={BAD_SIGNATURE}, media=False)
         return answer.get("errcode") != BAD_SIGNATURE
 
@@ -126,7 +116,7 @@ class Client:
             raise unexpected_response(path, "phone number or watermark missing, malformed or for another app", info)
         return number
 
-    def is_risky(self, text: str, openid: str, *, scene: int = PROFILE_SCENE, nickname: str | None = None) -> bool:
+    def is_risky(self, text: str, openid: str, *, scene: int = 1, nickname: str | None = None) -> bool:
         """Whether WeChat's content check, version 2, advises against a text (wxa/msg_sec_check).
 
         Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/sec-center/sec-check/msgSecCheck.html
@@ -146,42 +136,24 @@ class Client:
             raise unexpected_response(path, "result.suggest missing or unknown", answer)
         return bool(suggestion == "risky")
 
-    def send_subscribe_message(
-        self,
-        openid: str,
-        template_id: str,
-        data: Mapping[str, str],
-        *,
-        page: str | None = None,
-        miniprogram_state: str | None = None,
-        lang: str | None = None,
-    ) -> bool:
+    def send_subscribe_message(self, openid: str, template_id: str, data: Mapping[str, str], **optional: str) -> bool:
         """Send a message that the user has subscribed to (cgi-bin/message/subscribe/send).
 
         It is not sent again if the response is lost, as it may have arrived. Source:
         https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/mp-message-management/subscribe-message/sendMessage.html
 
         :param data: the template's keywords and their texts.
-        :param page: the page that a tap opens, such as `pages/orders/index?id=7`.
-        :param miniprogram_state: `developer`, `trial` or `formal`, which is WeChat's default.
-        :param lang: `zh_CN`, which is WeChat's default, `en_US`, `zh_HK` or `zh_TW`.
+        :param optional: further fields: `page`, the page that a tap opens, such as `pages/orders/index?id=7`;
+            `miniprogram_state`, `developer`, `trial` or (WeChat's default) `formal`; `lang`, `zh_CN` (WeChat's
+            default), `en_US`, `zh_HK` or `zh_TW`.
         :returns: whether it was sent; False if the user has not subscribed, or no longer.
         :raises ApiError: UPSTREAM_INVALID also if WeChat does not know the openid, template, page or a keyword; the
             errcode is in the log.
         """
-        optional = {"page": page, "miniprogram_state": miniprogram_state, "lang": lang}
-        answer: dict[str, Any] = self.call(
-            "/cgi-bin/message/subscribe/send",
-            body={
-                "touser": openid,
-                "template_id": template_id,
-                "data": {name: {"value": value} for name, value in data.items()},
-                **{name: value for name, value in optional.items() if value is not None},
-            },
-            expected={USER_REFUSED},
-            idempotent=False,
-            media=False,
-        )
+        texts = {name: {"value": value} for name, value in data.items()}
+        body = {"touser": openid, "template_id": template_id, "data": texts, **optional}
+        path = "/cgi-bin/message/subscribe/send"
+        answer: dict[str, Any] = self.call(path, body=body, expected={USER_REFUSED}, idempotent=False, media=False)
         return answer.get("errcode") != USER_REFUSED
 
 
@@ -192,11 +164,21 @@ def phone_number(info: Mapping[str, Any]) -> str | None:
         is no valid number.
     """
     number, country = str(info.get("purePhoneNumber")), str(info.get("countryCode"))  # WeChat sends 86 and "86"
-    if not (re.fullmatch(r"[0-9]{5,15}", number) and re.fullmatch(r"[0-9]{1,4}", country)):
-        return None
-    if not str(info.get("phoneNumber")).endswith(number):  # forged data may differ in its first bytes
+    is_valid = re.fullmatch(r"[0-9]{5,15}", number) and re.fullmatch(r"[0-9]{1,4}", country)
+    if not is_valid or not str(info.get("phoneNumber")).endswith(number):  # forged data may differ in its first bytes
         return None
     return number if country == "86" else f"+{country}{number}"
+
+
+def read_unionid(path: str, answer: Mapping[str, Any]) -> str | None:
+    """Read the unionid in the response of an interface; None if there is none.
+
+    :raises ApiError: UPSTREAM_INVALID if it is malformed.
+    """
+    unionid = answer.get("unionid") or None
+    if unionid is not None and not is_identifier(unionid):
+        raise unexpected_response(path, "malformed unionid", answer)
+    return unionid
 
 
 def is_identifier(value: object) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from wechat.client import is_identifier
+from wechat.client import is_identifier, read_unionid
 from wechat.transport import INVALID_TOKEN, Transport, unexpected_response
 
 QR_CODE_SCOPE = "snsapi_login"
@@ -77,7 +77,7 @@ class WebApp:
         path = "/sns/oauth2/access_token"
         params = {"appid": self.app_id, "secret": self._app_secret, "code": code, "grant_type": "authorization_code"}
         answer = self._transport.call(path, params)
-        return Grant(_authorization(path, answer), _unionid(path, answer), bool(answer.get("is_snapshotuser")))
+        return Grant(_authorization(path, answer), read_unionid(path, answer), bool(answer.get("is_snapshotuser")))
 
     def userinfo(self, authorization: Authorization) -> tuple[UserInfo, Authorization]:
         """Get the user's nickname, picture and unionid (sns/userinfo), refreshing the access token if necessary.
@@ -90,7 +90,7 @@ class WebApp:
         if answer.get("openid") != authorization.openid:
             raise unexpected_response(path, f"errcode {answer.get('errcode', 0)}, openid missing or different", answer)
         nickname, avatar_url = (answer.get(name) or None for name in ("nickname", "headimgurl"))
-        return UserInfo(nickname, avatar_url, _unionid(path, answer)), authorization
+        return UserInfo(nickname, avatar_url, read_unionid(path, answer)), authorization
 
     def is_valid(self, authorization: Authorization) -> tuple[bool, Authorization]:
         """Whether the authorization is still valid (sns/auth), refreshing the access token if necessary.
@@ -124,16 +124,7 @@ class WebApp:
 
 def _authorization(path: str, answer: dict[str, Any]) -> Authorization:
     authorization = Authorization._make(answer.get(name) for name in Authorization._fields)
-    tokens = (authorization.access_token, authorization.refresh_token, authorization.scope)
-    if not (
-        is_identifier(authorization.openid) and all(isinstance(text, str) and 0 < len(text) <= 512 for text in tokens)
-    ):
+    openid, *tokens = authorization
+    if not (is_identifier(openid) and all(isinstance(text, str) and 0 < len(text) <= 512 for text in tokens)):
         raise unexpected_response(path, "openid, tokens or scope missing or malformed", answer)
     return authorization
-
-
-def _unionid(path: str, answer: dict[str, Any]) -> str | None:
-    unionid = answer.get("unionid") or None
-    if unionid is not None and not is_identifier(unionid):
-        raise unexpected_response(path, "malformed unionid", answer)
-    return unionid

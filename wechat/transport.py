@@ -54,6 +54,7 @@ CODE_BY_ERRCODE = {
 
 Params = Mapping[str, str]
 Body = Mapping[str, Any] | None
+Codes = Collection[int]
 
 
 class Transport:
@@ -66,9 +67,7 @@ class Transport:
     def __init__(self, base_url: str, connections: int) -> None:
         self._base_url = base_url.rstrip("/")
         self._http = requests.Session()
-        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections)
-        self._http.mount("https://", adapter)
-        self._http.mount("http://", adapter)
+        self._http.mount(self._base_url, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._http.auth = lambda request: request  # no credentials, not even from ~/.netrc
 
@@ -82,7 +81,7 @@ class Transport:
         params: Params,
         body: Body = None,
         *,
-        expected: Collection[int] = (),
+        expected: Codes = (),
         idempotent: bool = True,
         media: bool = False,
     ) -> Any:
@@ -101,23 +100,24 @@ class Transport:
         """
         for may_retry in (True, False):
             try:
-                errcode, answer = self._try(path, params, body, expected, media)
-            except requests.Timeout:
-                raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
+                code, answer = self._try(path, params, body, expected, media)
             except requests.ConnectionError as error:
                 if not (may_retry and idempotent):
                     raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
-            except requests.RequestException as error:
-                raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
             else:
-                if errcode == 0 or errcode in expected:
+                if code is None:
                     return answer
-                if errcode != BUSY or not may_retry:
-                    raise failure(path, _code(errcode), f"errcode {errcode}: {answer.get('errmsg')}", errcode)
+                if answer["errcode"] != BUSY or not may_retry:
+                    why = f"errcode {answer['errcode']}: {answer.get('errmsg')}"
+                    raise failure(path, code, why, answer["errcode"])
             time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
-    def _try(self, path: str, params: Params, body: Body, expected: Collection[int], media: bool) -> tuple[int, Any]:
+    def _try(self, path: str, params: Params, body: Body, expected: Codes, media: bool) -> tuple[Code | None, Any]:
+        """Call an interface once, count and measure it.
+
+        :returns: the code of an errcode that is neither 0 nor expected, and the response.
+        """
         started, result, outcome = time.perf_counter(), "invalid", "failure"
         for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, way, outcome)
@@ -126,20 +126,24 @@ class Transport:
             with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:
                 status, content_type, content = self._exchange(path, params, body)
                 is_media = media and status == 200 and content_type.startswith(MEDIA_TYPES) and content[:1] != b"{"
-                answer = {} if is_media else _parse(path, status, content)
-                errcode = _normalize_errcode(path, answer)
+                errcode, answer = (0, content) if is_media else _parse(path, status, content)
                 span.set_attribute("wechat.errcode", errcode)
                 result, outcome = str(errcode), "ok"
-                if errcode and errcode not in expected:
-                    outcome = "caller" if _code(errcode).number < 500 else "failure"
-                    span.set_status(StatusCode.ERROR)
-                return errcode, content if is_media else answer
-        except requests.Timeout:
+                if errcode == 0 or errcode in expected:
+                    return None, answer
+                code = CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
+                outcome = "caller" if code.number < 500 else "failure"
+                span.set_status(StatusCode.ERROR)
+                return code, answer
+        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
             result = "timeout"
-            raise
+            raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
         except requests.ConnectionError:
             result = "unreachable"
             raise
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
+            raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
         finally:
             metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
             metrics.WECHAT_SECONDS.labels(path).observe(time.perf_counter() - started)
@@ -159,29 +163,22 @@ class Transport:
             stream=True,
         ) as response:
             content = b""
-            try:
-                while part := response.raw.read1(65536, decode_content=True):
-                    content += part
-                    if time.monotonic() > deadline:
-                        raise requests.Timeout
-                    if len(content) > MAXIMUM_ANSWER_BYTES:
-                        raise requests.RequestException
-            except urllib3.exceptions.ReadTimeoutError:
-                raise requests.Timeout from None
-            except urllib3.exceptions.HTTPError:  # cut short: WeChat has handled the request, so no retry
-                raise requests.RequestException from None
+            while part := response.raw.read1(65536, decode_content=True):
+                content += part
+                if time.monotonic() > deadline:
+                    raise requests.Timeout
+                if len(content) > MAXIMUM_ANSWER_BYTES:
+                    raise requests.RequestException
             return response.status_code, response.headers.get("Content-Type", ""), content
 
 
 def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiError:
     """Log why a call failed, which our response does not reveal; WeChat's support asks for the `rid` in errmsg."""
+    level = logging.WARNING if code.number >= 500 else logging.INFO
     if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID):
         level = logging.ERROR  # it will not go away by itself
-    else:
-        level = logging.WARNING if code.number >= 500 else logging.INFO
-    logger.log(
-        level, "WeChat call failed", extra={"interface": path, "code": code.number, "reason": why, "errcode": errcode}
-    )
+    fields = {"interface": path, "code": code.number, "reason": why, "errcode": errcode}
+    logger.log(level, "WeChat call failed", extra=fields)
     return ApiError(code)
 
 
@@ -191,25 +188,19 @@ def unexpected_response(path: str, why: str, answer: Mapping[str, Any]) -> ApiEr
     return failure(path, Code.UPSTREAM_INVALID, f"{why}; fields received: {', '.join(names) or 'none'}")
 
 
-def _parse(path: str, status: int, content: bytes) -> dict[str, Any]:
-    """Read the body as UTF-8 JSON, whatever its content type."""
+def _parse(path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
+    """Read the body as UTF-8 JSON, whatever its content type.
+
+    :returns: the errcode, where absent and 0 both mean success, and the body.
+    """
     try:
         answer = json.loads(content.decode())
-        if b"\\u" in content:  # half of an emoji, where a name was cut, cannot be stored
-            answer = json.loads(json.dumps(answer, ensure_ascii=False).encode(errors="replace"))
+        # Half of an emoji, where a name was cut, cannot be stored.
+        answer = json.loads(json.dumps(answer, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError):
         answer = None
     if status != 200 or not isinstance(answer, dict):
         raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, not a JSON object")
-    return answer
-
-
-def _code(errcode: int) -> Code:
-    return CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
-
-
-def _normalize_errcode(path: str, answer: dict[str, Any]) -> int:
-    """Absent and 0 both mean success; the presence of errcode or errmsg alone means nothing."""
     try:
         errcode = int(answer.get("errcode") or 0)
         if abs(errcode) >= 2**31:
@@ -218,7 +209,7 @@ def _normalize_errcode(path: str, answer: dict[str, Any]) -> int:
         raise unexpected_response(path, "errcode is not a number", answer) from None
     if "errcode" in answer:
         answer["errcode"] = errcode
-    return errcode
+    return errcode, answer
 
 
 def _root_cause(error: BaseException) -> str:

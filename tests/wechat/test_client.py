@@ -12,6 +12,7 @@ from wechat.client import Client, is_identifier, phone_number
 CHECKSESSION, PHONE = "/wxa/checksession", "/wxa/business/getuserphonenumber"
 CHECK, SEND, TOKEN = "/wxa/msg_sec_check", "/cgi-bin/message/subscribe/send", "/cgi-bin/stable_token"
 IMAGE = "/wxa/getwxacodeunlimit"
+MALFORMED_LOGIN = "openid or session_key missing or malformed"
 PHONE_INFO = {"phoneNumber": "13812345678", "purePhoneNumber": "13812345678", "countryCode": "86"}
 
 
@@ -61,24 +62,24 @@ def test_a_wrong_app_id_or_secret_needs_an_operator(make_app: Callable[..., Flas
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "reason"),
     [
-        {},
-        {"openid": "o-alice", "errcode": 0, "errmsg": "ok"},
-        {"openid": 1, "session_key": "k"},
-        {"openid": "\ud800", "session_key": "k"},
-        {"openid": "o" * 65, "session_key": "k"},
-        {"openid": "o", "session_key": "k", "unionid": 5},
+        ({}, MALFORMED_LOGIN),
+        ({"openid": "o-alice", "errcode": 0, "errmsg": "ok"}, MALFORMED_LOGIN),
+        ({"openid": "o-alice", "session_key": 5}, MALFORMED_LOGIN),
+        ({"openid": 1, "session_key": "k"}, MALFORMED_LOGIN),
+        ({"openid": "\ud800", "session_key": "k"}, MALFORMED_LOGIN),
+        ({"openid": "o" * 65, "session_key": "k"}, MALFORMED_LOGIN),
+        ({"openid": "o", "session_key": "k", "unionid": 5}, "malformed unionid"),
     ],
 )
 def test_malformed_login_response_is_502_and_its_field_names_are_logged(
-    client: Client, monkeypatch: pytest.MonkeyPatch, log_lines: Any, answer: dict[str, Any]
+    client: Client, monkeypatch: pytest.MonkeyPatch, log_lines: Any, answer: dict[str, Any], reason: str
 ) -> None:
     answer_with(client, monkeypatch, answer)
     assert code_of(lambda: client.code_to_session("0code")) is Code.UPSTREAM_INVALID
     names = ", ".join(sorted(answer)) or "none"
-    reason = f"openid or session_key missing or malformed; fields received: {names}"
-    assert log_lines()[-1]["reason"] == reason
+    assert log_lines()[-1]["reason"] == f"{reason}; fields received: {names}"
 
 
 def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:

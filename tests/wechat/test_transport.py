@@ -3,6 +3,7 @@ import json
 import logging
 import re
 import socket
+import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,34 @@ def test_an_endless_response_is_not_read_to_its_end(
     monkeypatch.setattr(wechat_transport, "MAXIMUM_ANSWER_BYTES", 3)
     simulator.fault("trickle", seconds=60)
     assert failure(transport, simulator.code()).api_code is Code.UPSTREAM_INVALID
+
+
+@pytest.mark.parametrize(
+    ("stalls", "code", "errcode"), [(False, Code.UPSTREAM_INVALID, "invalid"), (True, Code.UPSTREAM_TIMEOUT, "timeout")]
+)
+def test_a_response_that_is_cut_short_or_stalls_is_not_retried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stalls: bool, code: Code, errcode: str
+) -> None:
+    monkeypatch.setattr(wechat_transport, "READ_SECONDS", 0.3)
+    before = counted("wechat_calls_total", interface=PATH, errcode=errcode, outcome="failure")
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        failed = threading.Event()
+
+        def answer() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+                if stalls:
+                    failed.wait(5)
+
+        answered = pool.submit(answer)
+        transport = Transport(f"http://127.0.0.1:{listener.getsockname()[1]}", connections=1)
+        assert failure(transport, "0secretcode").api_code is code
+        failed.set()
+        answered.result(5)
+        transport.close()
+    assert counted("wechat_calls_total", interface=PATH, errcode=errcode, outcome="failure") == before + 1
+    assert "0secretcode" not in str([vars(record) for record in caplog.records])
 
 
 def test_two_tries_fit_into_patience_seconds() -> None:
