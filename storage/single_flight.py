@@ -1,4 +1,4 @@
-"""One call for all who need its result at the same moment, in whichever process they are."""
+"""One call for all callers that need its result at the same moment, across processes."""
 
 import json
 import time
@@ -43,15 +43,15 @@ class SingleFlight:
         self._cipher = cipher
 
     def run(self, key: str, look: Look, call: Call, *, patience: float, wait: float) -> str:
-        """Return what `look` makes of the result that is kept; where it wants another, one process makes the call.
+        """Return the kept result if `look` accepts it; otherwise one process makes the call and the others wait for it.
 
-        The call costs four round trips to Redis: the lock, `read`, the result and the release.
+        A call costs four round trips to Redis: the lock, `read`, the result and the release.
 
         :param key: names the call; kept in Redis, so it must not reveal anything.
-        :param look: returns a result or None, or raises what the call raised. The second argument is whether another
-            process was found making the call.
+        :param look: returns a result, or None to have the call made, or raises what the call raised. The second
+            argument is whether another process was found making the call.
         :param call: returns the result, the seconds to keep it, and the seconds for which the call is not repeated.
-        :param patience: seconds that the call takes at most; after that its process is presumed dead.
+        :param patience: seconds that the call takes at most; after that its process is assumed dead.
         :param wait: seconds to wait for another process.
         :raises ApiError: what `look` and `call` raise; UNAVAILABLE if another process takes too long or crashed.
         :raises redis.exceptions.RedisError: if Redis is away.
@@ -94,12 +94,12 @@ class SingleFlight:
     def _lead(self, key: str, call: Call, lock: Lock, pause: str | None) -> str:
         pause_key = f"{key}:pause"
         if pause is not None:
-            self._redis.delete(pause_key)  # of an earlier call: those who wait for this one must not read it
+            self._redis.delete(pause_key)  # of an earlier call: callers that wait for this one must not read it
         try:
             result, seconds, pause_seconds = call(lock)
         except RedisError:
             raise
-        except BaseException as error:  # a crash too: the call may have been made, so those who wait do not repeat it
+        except BaseException as error:  # a crash too: the call may have been made, so waiting callers do not repeat it
             code = error.api_code if isinstance(error, ApiError) else Code.UNAVAILABLE
             self._redis.set(pause_key, code.name, ex=_ERROR_SECONDS)
             raise
@@ -112,7 +112,7 @@ class SingleFlight:
 
 
 def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember: int) -> Any:
-    """Make a call that can succeed only once, and share its outcome with those who ask while it is running.
+    """Make a call that can succeed only once, and share its outcome with callers that ask while it is running.
 
     :param key: as for `SingleFlight.run`.
     :param call: its result must be JSON.

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 240
 """How long before its end a token is replaced. WeChat hands out a new one from 300 s before the end on."""
 WAIT_SECONDS = 10
-"""As long as two slow calls of WeChat take."""
+"""Long enough for two slow calls to WeChat."""
 PAUSE_SECONDS = 3
-"""How long refreshing is paused after WeChat has given no better token."""
+"""How long refreshing is paused after WeChat has returned no newer token."""
 FORCE_INTERVAL_SECONDS = 30
 FORCES_A_DAY = 20
 DAY_SECONDS = 86400
@@ -49,9 +49,9 @@ class AccessToken:
         self._key = f"wechat:{app_id}:access_token"
 
     def get(self, refused: str | None = None) -> str:
-        """Return a valid token, refreshed if necessary; meanwhile the others wait, or use the old one while it lasts.
+        """Return a valid token, refreshed if necessary; meanwhile other callers wait, or use the old token while valid.
 
-        Takes two calls of WeChat at most, or WAIT_SECONDS where another process makes them.
+        Takes at most two calls to WeChat, or WAIT_SECONDS while another process makes them.
 
         :param refused: a token that WeChat has just rejected. It is replaced, unless that has happened already; while
             WeChat keeps handing out the same one, that one is returned.
@@ -87,7 +87,7 @@ class AccessToken:
         except ApiError:
             if usable is None:
                 raise
-            return usable  # it lasts for some minutes yet
+            return usable  # valid for some more minutes
 
     def _fetch(self, force: bool = False) -> tuple[str, int]:
         path = "/cgi-bin/stable_token"

@@ -102,9 +102,9 @@ def push_signature(*parts: str) -> str:
     return hashlib.sha1(_encode("".join(sorted(parts))), usedforsecurity=False).hexdigest()
 
 
-def constant_time_equals(given: str, right: str) -> bool:
+def constant_time_equals(given: str, expected: str) -> bool:
     """Compare two texts of any characters in constant time."""
-    return hmac.compare_digest(_encode(given), _encode(right))
+    return hmac.compare_digest(_encode(given), _encode(expected))
 
 
 def decode_aes_key(encoding_aes_key: str) -> bytes:

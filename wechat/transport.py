@@ -119,8 +119,8 @@ class Transport:
         :returns: the code of an errcode that is neither 0 nor expected, and the response.
         """
         started, result, outcome = time.perf_counter(), "invalid", "failure"
-        for way in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
-            metrics.WECHAT_CALLS.labels(path, way, outcome)
+        for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
+            metrics.WECHAT_CALLS.labels(path, kind, outcome)
         try:
             # No traceparent is sent: our traces are none of WeChat's business.
             with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:

@@ -15,8 +15,8 @@ Actions of users, in the mini-program and in the browser:
     POST /simulator/subscriptions  {"openid", "template_id", "times"?}: subscribes to messages of a template, which
                                  exists from then on, also if times is 0
     POST /simulator/web_user     {"openid"?, "unionid"?, "nickname"?, "avatar_url"?, "snapshot"?}  -> {"openid",
-                                 "unionid"}: the user at the browser from now on, with the openid in the first web app
-                                 (in the mini-program if there is none). Before that each visit is a new user's
+                                 "unionid"}: the user in the browser from now on, with the openid in the first web app
+                                 (in the mini-program if there is none). Until then each visit is by a new user
 
 Actions of WeChat:
 
@@ -30,7 +30,7 @@ Actions of WeChat:
     POST /simulator/faults       {"path", "kind", "times"?, "seconds"?, "errcode"?}: the next calls of a path fail;
                                  kind is slow, trickle, errcode, http_500, not_json or close
     POST /simulator/clock        {"advance": seconds}  -> {"now"}: advances WeChat's clock
-    DELETE /simulator/access_token  invalidates the access tokens, as if another server had refreshed them by force
+    DELETE /simulator/access_token  invalidates the access tokens, as if another server had forced a refresh
     DELETE /simulator            resets everything
 
 Results:

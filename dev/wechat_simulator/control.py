@@ -26,11 +26,11 @@ NOT_IN_RAW_DATA = ("openId", "unionId", "phoneNumber", "purePhoneNumber", "count
 
 
 def control(world: World) -> Blueprint:
-    """Make the routes below /simulator, without those of the push."""
+    """Make the routes below /simulator, except those of the push."""
     blueprint = Blueprint("control", __name__, url_prefix="/simulator")
 
     @blueprint.delete("")
-    def forget() -> dict[str, str]:
+    def reset() -> dict[str, str]:
         with world.lock:
             world.memory = Memory()
         return {}
@@ -53,7 +53,7 @@ def control(world: World) -> Blueprint:
             return {"secrets": world.memory.secrets()}
 
     @blueprint.post("/faults")
-    def make_fault() -> tuple[dict[str, str], int]:
+    def add_fault() -> tuple[dict[str, str], int]:
         wanted = control_body()
         paths = [rule.rule for rule in current_app.url_map.iter_rules() if not rule.rule.startswith("/simulator")]
         if wanted.get("kind") not in FAULTS or wanted.get("path") not in paths:
@@ -126,7 +126,7 @@ def control(world: World) -> Blueprint:
         return {"openid": person.openid, "unionid": person.unionid}
 
     @blueprint.post("/subscriptions")
-    def accept() -> dict[str, str]:
+    def subscribe() -> dict[str, str]:
         wanted = control_body("openid", "template_id")
         with world.lock:
             world.memory.templates.add(wanted["template_id"])

@@ -1,4 +1,4 @@
-"""Faults of WeChat's, on demand."""
+"""WeChat's faults, on demand."""
 
 import socket
 import time

@@ -16,7 +16,7 @@ BEIJING_SECONDS = 8 * 3600
 
 
 def new_token() -> str:
-    return secrets.token_urlsafe(384)  # 512 characters, the longest that WeChat announces
+    return secrets.token_urlsafe(384)  # 512 characters, the longest that WeChat documents
 
 
 class TokenPool:

@@ -33,15 +33,15 @@ def web_login(world: World) -> Blueprint:
         given = request.args
         app_id, scope, state = (given.get(name, "") for name in ("appid", "scope", "state"))
         back = given.get("redirect_uri", "")
-        right = {
+        checks = {
             "AppID 参数错误": app_id in world.secrets,
             "redirect_uri 参数错误": _is_web_url(back),
             "response_type 参数错误": given.get("response_type") == "code",
             "Scope 参数错误或没有 Scope 权限": scope in scopes,
             "state 参数过长": len(state.encode()) <= MAXIMUM_STATE_BYTES,
         }
-        for mistake, is_right in right.items():
-            if not is_right:
+        for mistake, is_valid in checks.items():
+            if not is_valid:
                 return render_template_string(MISTAKE, mistake=mistake)
         code = new_code()
         with world.lock:

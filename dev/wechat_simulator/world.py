@@ -37,7 +37,7 @@ class PhoneCode:
 
 @dataclass(frozen=True)
 class Person:
-    """The user at the browser."""
+    """The user in the browser."""
 
     openid: str
     unionid: str | None = None
