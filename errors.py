@@ -88,13 +88,7 @@ class ErrorDetails(Schema):
 class ErrorEnvelope(Schema):
     """The body of every error. For documentation; `envelope` makes it."""
 
-    code = fields.Integer(
-        required=True,
-        metadata={
-            "enum": [code.number for code in Code if code is not Code.SUCCESS],
-            "description": "The business code.",
-        },
-    )
+    code = fields.Integer(required=True, metadata={"enum": [code.number for code in Code if code is not Code.SUCCESS]})
     message = fields.String(required=True)
     data = fields.Nested(ErrorDetails, required=True, allow_none=True)
 

@@ -47,8 +47,8 @@ keepalive = 75
 memory = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 worker_tmp_dir = memory
 
-# The metrics of this master's workers are in a directory whose name tells its process id. prometheus_client reads this
-# variable when it is first imported, so not before when_ready.
+# The metrics of the workers are in a directory whose name has our port, so that the next start removes what a crash
+# left. prometheus_client reads this variable when it is first imported, so not before when_ready.
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
 
 # No socket in the home directory through which the server could be steered.
@@ -82,23 +82,15 @@ logging.getLogger("gunicorn.error").handlers = [lines]
 
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
-    for left in Path(memory).glob("kuaishang-*-*"):
-        if is_dead(left.name.split("-")[1]):
+    prefix = f"kuaishang-{settings['PORT']}-"
+    if not server.master_pid:  # after a USR2 the other master still serves on the same port
+        for left in Path(memory).glob(f"{prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
-    directory = os.environ[METRICS] = tempfile.mkdtemp(prefix=f"kuaishang-{os.getpid()}-", dir=memory)
+    directory = os.environ[METRICS] = tempfile.mkdtemp(prefix=prefix, dir=memory)
     os.chown(directory, server.cfg.uid, server.cfg.gid)
     server.started = time.time()
     if settings["DRAIN_SECONDS"]:
         server.handle_term = lambda: drain(server)
-
-
-def is_dead(master):  # type: ignore[no-untyped-def]
-    """Whether the master with this process id is gone; its number may be ours by now."""
-    try:
-        os.kill(int(master), 0)
-    except (ProcessLookupError, PermissionError, ValueError) as error:
-        return isinstance(error, ProcessLookupError)
-    return int(master) == os.getpid()
 
 
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]

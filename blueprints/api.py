@@ -21,13 +21,10 @@ TRACE_ID_HEADER = {
     }
 }
 ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
-IF_MATCH = {
-    "name": "If-Match",
-    "in": "header",
-    "required": True,
-    "schema": {"type": "string"},
-    "description": "The ETag of the version that was read: 412 if it has changed since.",
-}
+IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}
+IF_MATCH["description"] = "The ETag of the version that was read: 412 if it has changed since."
+IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
+IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
 HEADERS_BY_STATUS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}}},
     503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
@@ -145,7 +142,7 @@ class Blueprint(flask_smorest.Blueprint):
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE]
         if kwargs["method"] == "post" and doc_info.get("transaction"):
-            doc.setdefault("parameters", []).append(idempotency.HEADER)
+            doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED]
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
             doc.setdefault("parameters", []).append(IF_MATCH)

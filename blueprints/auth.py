@@ -39,9 +39,7 @@ class LoginSchema(Schema):
 
 
 class WechatSessionSchema(Schema):
-    valid = fields.Boolean(
-        required=True, metadata={"description": "If false, log in again before you send encrypted data."}
-    )
+    valid = fields.Boolean(required=True, metadata={"description": "If false, log in before you send encrypted data."})
 
 
 @login.route("/wechat", methods=["POST"])

@@ -17,12 +17,6 @@ from storage.models import IdempotencyKey, User, now
 
 LIFETIME = timedelta(hours=24)
 KEPT_HEADERS = ("Content-Type", "ETag", "Location")
-HEADER = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "schema": {"type": "string", "maxLength": 255},
-    "description": "A unique key chosen by the client. Repeating it within 24 hours returns the first response.",
-}
 
 
 def run_once(make_response: Callable[[], Response]) -> Response:

@@ -52,10 +52,6 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
     return database.in_transaction(promote)
 
 
-def _allow_everyone() -> None:
-    pass
-
-
 def _require_user() -> None:
     if "user_id" in session:
         set_current_user(session["user_id"])
@@ -92,7 +88,7 @@ def _require_metrics_token() -> None:
         raise ApiError(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
 
 
-public = AuthPolicy(_allow_everyone, security=[])
+public = AuthPolicy(lambda: None, security=[])
 signed_in = AuthPolicy(
     _require_user,
     security=[{"bearer": []}, {"cookie": []}],

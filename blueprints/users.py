@@ -59,12 +59,7 @@ class UserChangeSchema(Schema):
     avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
     role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata={"description": "For administrators."})
     blocked = fields.Boolean(
-        truthy={True},
-        falsy={False},
-        metadata={
-            "description": "For administrators. A blocked user gets 403 from the next request on, and at login, also "
-            "after the account has been deleted."
-        },
+        truthy={True}, falsy={False}, metadata={"description": "For administrators: 403 from now on, and at login."}
     )
 
 

@@ -63,11 +63,7 @@ class CallbackSchema(Schema):
     class Meta:
         unknown = EXCLUDE
 
-    state = fields.String(
-        required=True,
-        validate=validate.Length(1, 128),
-        metadata={"description": "The state that authorize gave to WeChat."},
-    )
+    state = fields.String(required=True, validate=validate.Length(1, 128), metadata={"description": "From authorize."})
     code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "Missing if the user declined."})
 
 

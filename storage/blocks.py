@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 
 from errors import ApiError, Code, Message
 from storage import database
@@ -53,10 +53,8 @@ def set_blocked(user_id: int, blocked: bool) -> bool:
     if user is not None:
         user.blocked = blocked
     kept = BlockedIdentity.former_user_id == user_id
-    found = database.session.scalar(select(BlockedIdentity.fingerprint).where(kept).limit(1)) is not None
-    if not blocked:
-        database.session.execute(delete(BlockedIdentity).where(kept))
-    return user is not None or found
+    lifted = 0 if blocked else database.session.query(BlockedIdentity).where(kept).delete()
+    return user is not None or lifted > 0
 
 
 def _names(identities: Iterable[tuple[str, str]], unionid: str | None) -> set[str]:
