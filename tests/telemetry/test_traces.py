@@ -25,7 +25,7 @@ import settings
 from dev.redis_server import RedisServer
 from storage.database import engine_for
 from telemetry import span_export, traces
-from telemetry.logs import SERVICE
+from telemetry.fields import SERVICE
 from tests.databases import Databases, MariaDB
 from tests.harness import PERSON, ROOT, Service, Simulator, bearer, bound_to_this_process, wait_until
 from tests.otlp_receiver import OtlpReceiver, Span
@@ -148,7 +148,8 @@ def spans_of(collector: OtlpReceiver, trace_id: str, requests: int = 1) -> list[
         spans = collector.spans(trace_id)
         return spans if sum(span.kind == "SERVER" for span in spans) == requests else []
 
-    return wait_until(complete)
+    spans: list[Span] = wait_until(complete)
+    return spans
 
 
 def test_spans_name_their_sender_and_nothing_else(
@@ -192,7 +193,7 @@ def test_without_spans_the_ids_remain(
     assert all(re.fullmatch("(?!0{32})[0-9a-f]{32}", trace_id) for trace_id in ids)
     assert ids[0] != ids[1]
     if traces._provider:
-        traces._provider.force_flush()
+        traces._provider.force_flush()  # type: ignore[attr-defined]
     assert collector.bodies == []
 
 
