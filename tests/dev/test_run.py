@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -37,7 +38,22 @@ class Launched(Process):
         self.port = env.get("PORT") or str(free_port("PORT", "0"))
         self.url = f"http://127.0.0.1:{self.port}"
         env = {"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env}
-        super().__init__(["dev.run", "--var", str(var)], env, output, root, signal.SIGTERM)
+        self._start = partial(
+            super().__init__, ["dev.run", "--var", str(var)], env, root=root, last_signal=signal.SIGTERM
+        )
+        self._start(output)
+
+    def crash(self) -> list[psutil.Process]:
+        """Kill it, and return what it leaves behind."""
+        left_behind = self.family()
+        self.popen.kill()
+        self.popen.wait()
+        return left_behind
+
+    def start_again(self) -> None:
+        self.output = self.output.with_name("output-again")
+        self._start(self.output)
+        self.ready()
 
     def printed(self) -> str:
         return self.on_stdout() + self.output.with_suffix(".errors").read_text()
@@ -90,12 +106,6 @@ class Launched(Process):
                 assert probe.connect_ex(("127.0.0.1", int(port))) != 0
         assert re.findall("Traceback|exceptionType=", self.printed()) == []
 
-    def fails_with_one_line(self) -> str:
-        """Wait for its end, and return all that it printed."""
-        assert self.popen.wait(WAIT_SECONDS) == 1
-        (line,) = self.printed().splitlines()
-        return line
-
 
 Launch = Callable[..., Launched]
 
@@ -120,7 +130,7 @@ def everyday(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     launched = Launched(folder / "var", folder / "output", **PROXY)
     try:
         yield launched.ready()
-        launched.end_by(signal.SIGTERM)
+        launched.end_by(signal.SIGINT)
     finally:
         launched.kill()
 
@@ -177,71 +187,63 @@ def test_a_launcher_that_hangs_delays_no_request(everyday: Launched) -> None:
     assert [trace_id for trace_id in ids if trace_id not in everyday.kept()] == []
 
 
-def test_a_taken_port_is_reported_in_one_line(everyday: Launched, launch: Launch) -> None:
-    for taken in (launch(PORT=everyday.port), launch("other", SIMULATOR_PORT=everyday.port)):
-        assert f"port {everyday.port} cannot be used" in taken.fails_with_one_line()
+def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: dict[str, str], tmp_path: Path) -> None:
+    stores = {"PORT": "0", "REDIS_URL": environ["REDIS_URL"], "DATABASE_URL": environ["DATABASE_URL"]}
+    for env, line in (
+        ({"PORT": everyday.port}, f"port {everyday.port} cannot be used"),
+        ({**stores, "SIMULATOR_PORT": everyday.port}, "set SIMULATOR_PORT to another port"),
+        *(({"PORT": port}, f"PORT={port} is not a port number") for port in ("-1", "70000", "80.5", "eighty")),
+        ({"LOG_FORMAT": "xml"}, "LOG_FORMAT=xml is neither text nor json"),
+        (
+            {**stores, "WECHAT_API_BASE_URL": "https://api.weixin.qq.com"},
+            "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not",
+        ),
+        ({**environ, "PORT": "0", "DATABASE_URL": "sqlite:////no/such/folder/x.db"}, "the database cannot be migrated"),
+    ):
+        with ExitStack() as stack, pytest.raises(SystemExit) as caught:
+            run.launch(tmp_path, dict(env), stack)
+        assert str(caught.value).startswith("make run: ")
+        assert line in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("port", ["-1", "70000", "80.5", "eighty"])
-def test_an_invalid_port_is_named(port: str) -> None:
-    with pytest.raises(SystemExit, match=f"PORT={port} is not a port number"):
-        free_port("PORT", port)
-
-
-@pytest.mark.parametrize(
-    ("env", "line"),
-    [
-        ({"PORT": "eighty"}, "make run: PORT=eighty is not a port number"),
-        ({"LOG_FORMAT": "xml"}, "make run: LOG_FORMAT=xml is neither text nor json"),
-        ({"WECHAT_API_BASE_URL": "https://api.weixin.qq.com"}, "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not"),
-        ({"DATABASE_URL": "sqlite:////no/such/folder/x.db"}, "the database cannot be migrated"),
-    ],
-)
-def test_invalid_settings_are_reported_in_one_line(launch: Launch, env: dict[str, str], line: str) -> None:
-    assert line in launch(**env).fails_with_one_line()
-
-
-def test_data_is_locked_while_its_redis_runs_and_survives_a_crash(launch: Launch) -> None:
-    crashed = launch().ready()
-    headers = crashed.log_in()
-    me = crashed.me(headers)
-    left_behind = crashed.family()
-    crashed.popen.kill()
-    crashed.popen.wait()
+def test_data_is_locked_while_its_redis_runs_and_survives_a_crash(everyday: Launched, launch: Launch) -> None:
+    headers = everyday.log_in()
+    me = everyday.me(headers)
+    left_behind = everyday.crash()
     try:
-        assert "is in use" in launch().fails_with_one_line()
+        late = launch(str(everyday.var))
+        assert late.popen.wait(WAIT_SECONDS) == 1
+        (line,) = late.printed().splitlines()
+        assert "is in use" in line
     finally:
         for process in left_behind:
             process.kill()
         psutil.wait_procs(left_behind)
-    assert (crashed.var / "secrets.env").stat().st_mode & 0o777 == 0o600
-    again = launch().ready()
-    assert again.me(headers) == me
-    again.end_by(signal.SIGINT)
+    assert (everyday.var / "secrets.env").stat().st_mode & 0o777 == 0o600
+    everyday.start_again()
+    assert everyday.me(headers) == me
 
 
 def test_settings_of_the_environment_are_used_and_several_run_side_by_side(
-    launch: Launch, environ: dict[str, str]
+    everyday: Launched, launch: Launch, environ: dict[str, str]
 ) -> None:
-    """One has stores of its own, the other everything and prints JSON."""
-    stores = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL")}
-    account = {name: value for name, value in environ.items() if name.startswith("WECHAT_")}
-    chosen = {"ENCRYPTION_KEYS": environ["ENCRYPTION_KEYS"], "DRAIN_SECONDS": "1", "LOG_FORMAT": "json"}
-    one, other = both = [it.ready() for it in (launch(**stores), launch(**stores, **account, **chosen))]
-    assert not one.family("redis-server")
+    """The other one has stores and secrets of its own, and prints JSON."""
+    chosen = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL", "ENCRYPTION_KEYS")}
+    chosen |= {"DRAIN_SECONDS": "1", "LOG_FORMAT": "json"}
+    other = launch(str(everyday.var), **chosen).ready()
     assert not other.family("redis-server")
-    assert one.family("simulator")
-    assert not other.family("simulator")
-    assert "in another terminal" not in other.printed()
+    assert other.family("simulator")
     used = other.family("gunicorn")[0].environ()
     kept = dict(line.split("=", 1) for line in (other.var / "secrets.env").read_text().splitlines())
     assert {name: used[name] for name in chosen} == chosen
     assert used["SECRET_KEY"] == kept["SECRET_KEY"]
+    both = (everyday, other)
     ids = [launched.request_trace_id() for launched in both]
-    one.end_by(signal.SIGHUP)
-    other.end_by(signal.SIGQUIT)
+    other.end_by(signal.SIGHUP)
+    wait_until(lambda: ids[0] in everyday.kept())
     assert [[trace_id in it.kept() for trace_id in ids] for it in both] == [[True, False], [False, True]]
-    assert "{" not in one.on_stdout()
+    assert "{" not in everyday.on_stdout()
     assert other.on_stdout() == other.kept()
 
 
@@ -252,23 +254,51 @@ def clone(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ROOT, tmp_path / "clone", ignore=ignore))
 
 
-def test_changed_code_is_reloaded_and_mistakes_are_survived(
+LAST_WORDS = """
+import atexit, logging, os, sys
+def say_goodbye():
+    logging.shutdown()  # what is still queued, before these and not among them
+    for number in range(2000):
+        sys.stdout.write('{"message": "goodbye %d %s"}\\n' % (number, "x" * 100))
+    sys.stdout.write("in the middle of a")
+    sys.stdout.flush()
+atexit.register(say_goodbye)
+"""
+
+
+def test_changed_code_is_reloaded_mistakes_are_survived_and_no_line_is_lost(
     launch: Launch, clone: Path, environ: dict[str, str]
 ) -> None:
+    """Each start ends with more than a pipe holds, and in the middle of a line."""
+    source = clone / "wsgi.py"
+    source.write_text(LAST_WORDS + source.read_text())
+    launcher = clone / "dev" / "run.py"  # on a busy machine an orderly end takes longer than it is given
+    patient = launcher.read_text().replace("STOP_SECONDS = 5", "STOP_SECONDS = 60")
+    launcher.write_text(patient.replace('"--graceful-timeout", "1"', '"--graceful-timeout", "60"'))
     launched = launch(root=clone, **environ).ready()
     (clone / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
     os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
     settings, health = clone / "settings.py", clone / "blueprints" / "health.py"
     original = health.read_text()
+    ids = [launched.request_trace_id() for _ in range(20)]
 
     settings.write_text(settings.read_text().replace("VERSION = ", "VERSION = 'patched' + "))
     wait_until(lambda: "patched" in read_version(launched))
+    ids += [launched.request_trace_id() for _ in range(20)]
     for number, mistake in enumerate(("this is no python", "import no_such_module"), 1):
         health.write_text(f"{original}\n{mistake}\n")
         wait_until(lambda: launched.printed().count("It restarts when a file changes.") == number)  # noqa: B023
         assert not read_version(launched)
-        health.write_text(original)
-        wait_until(lambda: "patched" in read_version(launched))
+    health.write_text(original)
+    wait_until(lambda: "patched" in read_version(launched))
+    ids += [launched.request_trace_id() for _ in range(20)]
+    launched.popen.send_signal(signal.SIGQUIT)
+    assert launched.popen.wait(WAIT_SECONDS) == 0
+    for text in (launched.kept(), launched.printed()):
+        assert [trace_id for trace_id in ids if trace_id[:8] not in text] == []
+        goodbyes = [match for line in text.splitlines() if (match := re.search(r"goodbye (\d+) x{100}(?:\"}|)$", line))]
+        assert [int(match[1]) for match in goodbyes] == list(range(2000)) * 5
+        assert text.splitlines().count("in the middle of a") == 3  # after a mistake, gunicorn goes on in that line
 
 
 def read_version(launched: Launched) -> str:
@@ -292,7 +322,8 @@ def test_passwords_are_not_printed() -> None:
     assert "word" not in printed
 
 
-def test_a_terminal_shows_colours(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_a_terminal_shows_colours_and_lines_are_kept_after_it_is_gone(tmp_path: Path, environ: dict[str, str]) -> None:
+    """With everything configured."""
     master, slave = pty.openpty()
     shown = bytearray()
 
@@ -301,61 +332,26 @@ def test_a_terminal_shows_colours(tmp_path: Path, environ: dict[str, str]) -> No
             shown.extend(os.read(master, 65536))
         return words in shown
 
-    with os.fdopen(slave, "wb", buffering=0) as terminal, os.fdopen(master):
-        port = str(free_port("PORT", "0"))
-        launcher = start(tmp_path / "var", {**environ, "PORT": port}, terminal)
-        try:
+    port = str(free_port("PORT", "0"))
+    url, kept = f"http://127.0.0.1:{port}/version", tmp_path / "log" / f"{port}.jsonl"
+    command = [*bound_to_this_process(signal.SIGTERM), sys.executable, "-m", "dev.run", "--var", str(tmp_path)]
+    env = {"PATH": os.environ["PATH"], **environ, "PORT": port, "WEB_CONCURRENCY": "1"}
+    with os.fdopen(slave, "wb", buffering=0) as terminal:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=terminal, stderr=terminal)
+    try:
+        with os.fdopen(master):
             wait_until(lambda: is_shown(b"Ctrl-C stops everything"))
-            requests.get(f"http://127.0.0.1:{port}/version", timeout=WAIT_SECONDS)
+            family = psutil.Process(launcher.pid).children(recursive=True)
+            assert not [process for process in family if "simulator" in " ".join(process.cmdline())]
+            assert b"in another terminal" not in shown
+            requests.get(url, timeout=WAIT_SECONDS)
             wait_until(lambda: is_shown(b"/version"))
             assert b"\x1b[32mINFO" in shown
-        finally:
-            launcher.terminate()
-            wait_until(lambda: is_shown(b"never shown") or launcher.poll() is not None)
-
-
-def start(var: Path, env: dict[str, str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
-    """Start a launcher whose output goes where a `Launched` has a file."""
-    command = [*bound_to_this_process(signal.SIGTERM), sys.executable, "-m", "dev.run", "--var", str(var)]
-    env = {"PATH": os.environ["PATH"], "WEB_CONCURRENCY": "1", **env}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
-
-
-def test_no_line_is_lost_or_mixed_with_others_at_a_reload_or_at_the_end(
-    launch: Launch, clone: Path, environ: dict[str, str]
-) -> None:
-    """Each start ends with more than a pipe holds, and in the middle of a line."""
-    last_words = """
-import atexit, logging, os, sys
-def say_goodbye():
-    logging.shutdown()  # what is still queued, before these and not among them
-    for number in range(2000):
-        sys.stdout.write('{"message": "goodbye %d %s"}\\n' % (number, "x" * 100))
-    sys.stdout.write("in the middle of a")
-    sys.stdout.flush()
-atexit.register(say_goodbye)
-"""
-    source = clone / "wsgi.py"
-    source.write_text(last_words + source.read_text())
-    launcher = clone / "dev" / "run.py"  # on a busy machine an orderly end takes longer than it is given
-    patient = launcher.read_text().replace("STOP_SECONDS = 5", "STOP_SECONDS = 60")
-    launcher.write_text(patient.replace('"--graceful-timeout", "1"', '"--graceful-timeout", "60"'))
-    launched = launch(root=clone, **environ).ready()
-    ids, starts = [], 3
-    for start in range(starts):
-        ids += [launched.request_trace_id() for _ in range(20)]
-        if start < starts - 1:
-            gunicorn = launched.family("gunicorn")
-            os.utime(clone / "errors.py")
-            assert psutil.wait_procs(gunicorn, timeout=WAIT_SECONDS)[1] == []
-            wait_until(lambda: read_version(launched))
-    launched.end()
-    for text in (launched.kept(), launched.printed()):
-        assert [trace_id for trace_id in ids if trace_id[:8] not in text] == []
-        goodbyes = [match for line in text.splitlines() if (match := re.search(r"goodbye (\d+) x{100}(?:\"}|)$", line))]
-        assert [int(match[1]) for match in goodbyes] == list(range(2000)) * starts
-        assert text.splitlines().count("in the middle of a") == starts
-    assert {line for line in launched.kept().splitlines() if not line.startswith("{")} == {"in the middle of a"}
+        ids = [requests.get(url, timeout=WAIT_SECONDS).headers["X-Trace-Id"] for _ in range(5)]
+        wait_until(lambda: all(trace_id in kept.read_text() for trace_id in ids))
+    finally:
+        launcher.terminate()
+        launcher.wait(WAIT_SECONDS)
 
 
 def test_stop_waits_until_the_last_lines_are_read() -> None:
@@ -372,23 +368,6 @@ def test_stop_waits_until_the_last_lines_are_read() -> None:
     part.process.wait(WAIT_SECONDS)
     part.stop()
     assert b"Namespaces are one honking great idea" in read[0]
-
-
-def test_lines_are_kept_after_whoever_read_them_is_gone(tmp_path: Path, environ: dict[str, str]) -> None:
-    port = str(free_port("PORT", "0"))
-    launcher = start(tmp_path, {**environ, "PORT": port}, subprocess.PIPE)
-    try:
-        assert launcher.stdout
-        assert launcher.stderr
-        with launcher.stdout, launcher.stderr:
-            next(line for line in launcher.stderr if b"Ctrl-C stops everything" in line)
-        url = f"http://127.0.0.1:{port}/version"
-        ids = [requests.get(url, timeout=WAIT_SECONDS).headers["X-Trace-Id"] for _ in range(5)]
-        kept = tmp_path / "log" / f"{port}.jsonl"
-        wait_until(lambda: all(trace_id in kept.read_text() for trace_id in ids))
-    finally:
-        launcher.terminate()
-        launcher.wait(WAIT_SECONDS)
 
 
 def test_the_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
