@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from dev import trace
 from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, wait_until
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -51,11 +52,13 @@ def line(second: float, message: str, level: str = "INFO", span: str = "a", **fi
     return json.dumps({**own, "spanId": span * 16, "instance": "one:8000", **fields}) + "\n"
 
 
-def story(*lines: str) -> tuple[str, str]:
+def parsed(*lines: str) -> list[trace.Line]:
+    return trace.read([[line.encode() for line in lines]], TRACE_ID)[TRACE_ID]
+
+
+def formatted(*lines: str) -> tuple[str, str]:
     """Return the output above the heading and below it."""
-    done = run(TRACE_ID, "-", stdin="".join(lines))
-    assert done.returncode == 0, done.stderr
-    above, heading, below = done.stdout.partition(HEADING)
+    above, heading, below = trace.story(TRACE_ID, parsed(*lines), colour=False).partition(HEADING)
     assert heading
     return above, below
 
@@ -65,64 +68,59 @@ def messages(shown: str) -> list[str]:
     return [row.split()[4] for row in shown.splitlines() if row[:2].isdigit()]
 
 
-@pytest.mark.parametrize(
-    ("fault", "spans_are_sent"),
-    [
-        ({"kind": "not_json"}, False),
-        ({"kind": "errcode", "errcode": 45009}, False),
-        ({"kind": "errcode", "errcode": 45009}, True),
-    ],
-)
 def test_lines_of_two_instances_with_one_traceparent_are_merged(
-    services: tuple[Service, Service],
-    start_service: Callable[..., Service],
-    simulator: Simulator,
-    fault: dict[str, Any],
-    spans_are_sent: bool,
+    start_service: Callable[..., Service], simulator: Simulator
 ) -> None:
-    trace_id = secrets.token_hex(16)
-    headers = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
-    first, second = services
-    if spans_are_sent:  # then a call of WeChat has a span of its own
-        second = start_service(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", WEB_CONCURRENCY="1")
-    statuses = []
-    for service in (first, second):
-        if service is second:
-            simulator.fault(**fault)
-        body = {"code": simulator.code()}
-        answer = requests.post(f"{service.url}/api/v1/auth/wechat", json=body, headers=headers, timeout=WAIT_SECONDS)
-        assert answer.headers["X-Trace-Id"] == trace_id
-        statuses.append(answer.status_code)
-    assert statuses[0] == 200
-    assert statuses[1] >= 500
+    # If spans are sent, a call of WeChat has one of its own.
+    spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    one, other = (start_service(WEB_CONCURRENCY="1", **env) for env in ({}, spans))
+    for first, second, fault in (
+        (one, other, {"kind": "not_json"}),
+        (one, other, {"kind": "errcode", "errcode": 45009}),
+        (other, one, {"kind": "errcode", "errcode": 45009}),
+    ):
+        trace_id = secrets.token_hex(16)
+        headers = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
 
-    def written(service: Service) -> list[dict[str, Any]]:
-        lines = [line for line in service.log_lines() if line["traceId"] == trace_id]
-        return lines if any(line["message"] == "request" for line in lines) else []
+        def log_in(service: Service) -> tuple[int, list[dict[str, Any]]]:
+            """Return the status and the lines of this trace."""
+            url, body = f"{service.url}/api/v1/auth/wechat", {"code": simulator.code()}
+            answer = requests.post(url, json=body, headers=headers, timeout=WAIT_SECONDS)  # noqa: B023
 
-    ours, theirs = wait_until(lambda: written(first)), wait_until(lambda: written(second))
-    done = make(f"ID={trace_id}", f"LOGS={second.output} {first.output}")
-    assert done.returncode == 0, done.stderr
-    above, _, below = done.stdout.partition(HEADING)
-    title, *failing = above.splitlines()
-    assert title.startswith(f"Trace {trace_id}, ")
-    (cause,) = [line for line in theirs if line["message"] == "WeChat call failed"]
-    assert f"Failing span {cause['spanId']}" in failing
-    assert "interface=/sns/jscode2session" in above
-    assert ours[-1]["instance"] not in "\n".join(failing)
-    rows = [row for row in below.splitlines() if not row.startswith(" ")]
-    assert [row.split()[2] for row in rows] == [line["instance"] for line in ours + theirs]
-    assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
+            def written() -> list[dict[str, Any]]:
+                lines = [line for line in service.log_lines() if line["traceId"] == trace_id]  # noqa: B023
+                return lines if any(line["message"] == "request" for line in lines) else []
+
+            return answer.status_code, wait_until(written)
+
+        status, ours = log_in(first)
+        assert status == 200
+        simulator.fault(**fault)
+        status, theirs = log_in(second)
+        assert status >= 500
+        done = make(f"ID={trace_id}", f"LOGS={second.output} {first.output}")
+        assert done.returncode == 0, done.stderr
+        above, _, below = done.stdout.partition(HEADING)
+        title, *failing = above.splitlines()
+        assert title.startswith(f"Trace {trace_id}, ")
+        (cause,) = [line for line in theirs if line["message"] == "WeChat call failed"]
+        assert f"Failing span {cause['spanId']}" in failing
+        assert "interface=/sns/jscode2session" in above
+        assert ours[-1]["instance"] not in "\n".join(failing)
+        rows = [row for row in below.splitlines() if not row.startswith(" ")]
+        assert [row.split()[2] for row in rows] == [line["instance"] for line in ours + theirs]
+        assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
 
 
 def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:
-    above, below = story(
+    lines = (
         line(3, "crashed", "ERROR", "b", exceptionType="ValueError", stack="Traceback:\nValueError: bad"),
         line(4, "request", "ERROR", "b", instance="two:8000"),
         line(1, "begun", "INFO", "a"),
         line(5, "request", "INFO", "a"),
         line(2, "survived", "WARNING", "c", exceptionType="KeyError", stack="Traceback:\nKeyError: 'k'"),
     )
+    above, _, below = run(TRACE_ID, "-", stdin="".join(lines)).stdout.partition(HEADING)
     assert above.splitlines()[0] == f"Trace {TRACE_ID}, 2026-11-23 (UTC+0000), 5 lines of one:8000, two:8000"
     assert messages(above) == ["crashed", "request"]
     assert "\n    ValueError: bad\n" in above
@@ -136,9 +134,8 @@ def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("lines", "cause"),
-    [
+def test_the_failing_span_is_the_cause() -> None:
+    for lines, cause in (
         # The caller fails because of the callee.
         (
             [
@@ -183,56 +180,42 @@ def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:
             ],
             "b",
         ),
-    ],
-)
-def test_the_failing_span_is_the_cause(lines: list[str], cause: str) -> None:
-    above, _ = story(*lines)
-    assert f"Failing span {cause * 16}\n" in above
+    ):
+        assert trace.failing_span(parsed(*lines)) == cause * 16
 
 
 def test_a_trace_without_a_failed_span() -> None:
-    above, below = story(line(1, "request", "INFO"))
+    above, below = formatted(line(1, "request", "INFO"))
     assert above.endswith("No span failed.")
     assert messages(below) == ["request"]
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        TRACE_ID,
+def test_a_trace_id_is_accepted_in_any_form() -> None:
+    for given in (
         TRACE_ID.upper(),
         f" {TRACE_ID}\n",
         "4bf92f35-77b3-4da6-a3ce-929d0e0e4736",
         f"00-{TRACE_ID}-00f067aa0ba902b7-01",
         f"00-{TRACE_ID}-00f0",
-        "00-4bf92f35",
-        "4bf92f35",
-        "4BF92F3577b34",
-        "4bf92f35-77b",
-        "4bf92f3577…",
-        "4bf92f3577...",
         f'"traceId": "{TRACE_ID}",',
         f"traceId={TRACE_ID}",
-    ],
-)
-def test_a_trace_id_is_accepted_in_any_form(given: str) -> None:
-    done = run(given, "-", stdin=line(1, "request"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"Trace {TRACE_ID}")
+    ):
+        assert trace.trace_id_of(given) == TRACE_ID, given
+    for given in ("00-4bf92f35", "4bf92f35", "4BF92F3577b34", "4bf92f35-77b", "4bf92f3577…", "4bf92f3577..."):
+        assert TRACE_ID.startswith(trace.trace_id_of(given)), given
+    assert run("4bf92f35", "-", stdin=line(1, "request")).stdout.startswith(f"Trace {TRACE_ID}")
 
 
-def test_a_missing_id_is_reported() -> None:
+def test_a_missing_or_invalid_id_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     done = run("", "-")
     assert (done.returncode, done.stdout) == (2, "")
     assert "set ID=" in done.stderr
-
-
-@pytest.mark.parametrize("given", ["4bf92f3", "00-4bf92f3", "no trace id", f"{TRACE_ID}0", "4bf92f3g", "*"])
-def test_an_invalid_id_is_reported_in_one_line(given: str) -> None:
-    done = run(given, "-", stdin=line(1, "request"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert f"ID={given} is not a trace id" in done.stderr
+    for given in ("4bf92f3", "00-4bf92f3", "no trace id", f"{TRACE_ID}0", "4bf92f3g", "*"):
+        with pytest.raises(SystemExit) as caught:
+            trace.trace_id_of(given)
+        printed = capsys.readouterr()
+        assert (caught.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+        assert f"ID={given} is not a trace id" in printed.err
 
 
 def test_an_ambiguous_id_lists_the_traces() -> None:
@@ -254,11 +237,13 @@ def test_an_unknown_trace_names_the_logs_searched(tmp_path: Path) -> None:
     assert "in var/log\n" in run(secrets.token_hex(16)).stderr
 
 
-def test_missing_logs_are_reported_in_one_line(tmp_path: Path) -> None:
-    done = run(TRACE_ID, tmp_path / "nowhere")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"LOGS={tmp_path}/nowhere cannot be read" in done.stderr
+def test_missing_and_truncated_logs_are_reported_in_one_line(tmp_path: Path) -> None:
+    truncated = tmp_path / "8000.jsonl.1.gz"
+    truncated.write_bytes(gzip.compress(line(1, "request").encode())[:-10])
+    for place in (tmp_path / "nowhere", truncated):
+        done = run(TRACE_ID, place)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"LOGS={place} cannot be read" in done.stderr
 
 
 def test_folders_are_read_with_rotated_files_and_each_file_once(tmp_path: Path) -> None:
@@ -272,34 +257,26 @@ def test_folders_are_read_with_rotated_files_and_each_file_once(tmp_path: Path) 
     assert messages(done.stdout.partition(HEADING)[2]) == ["before", "0", "0b", "1", "1b", "2", "2b", "3", "3b"]
 
 
-def test_a_prefix_of_a_line_is_ignored() -> None:
-    _, below = story(f"[pod/kuaishang-0/web] {line(2, 'second')}", f"2026-11-23T10:00:01Z stdout F {line(1, 'first')}")
-    assert messages(below) == ["first", "second"]
+def test_prefixes_and_dockers_format_are_read() -> None:
+    _, below = formatted(
+        f"[pod/kuaishang-0/web] {line(2, 'second')}",
+        f"2026-11-23T10:00:01Z stdout F {line(1, 'first')}",
+        json.dumps({"log": line(3, "third"), "stream": "stdout"}) + "\n",
+    )
+    assert messages(below) == ["first", "second", "third"]
 
 
-def test_lines_in_dockers_format_are_read() -> None:
-    _, below = story(*(json.dumps({"log": line(1, "request"), "stream": "stdout"}) + "\n" for _ in range(2)))
-    assert messages(below) == ["request", "request"]
-
-
-def test_a_truncated_gzip_file_is_reported_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "8000.jsonl.1.gz").write_bytes(gzip.compress(line(1, "request").encode())[:-10])
-    done = run(TRACE_ID, tmp_path)
-    assert done.returncode == 2
-    assert "cannot be read" in done.stderr
-
-
-@pytest.mark.parametrize("odd", [None, 5, [1], {"a": []}, ""])
-def test_malformed_lines_are_printed_unchanged(odd: object) -> None:
-    fields = dict.fromkeys(["timestamp", "level", "message", "instance", "spanId", "parentSpanId", "stack"], odd)
-    strange = json.dumps({**fields, "traceId": TRACE_ID})
-    _, below = story(strange + "\n", line(1, "fine", "ERROR"), f'{{"traceId": ["{TRACE_ID}"]}}\n')
-    assert "fine" in below
+def test_malformed_lines_are_printed_unchanged() -> None:
+    for odd in (None, 5, [1], {"a": []}, ""):
+        fields = dict.fromkeys(["timestamp", "level", "message", "instance", "spanId", "parentSpanId", "stack"], odd)
+        strange = json.dumps({**fields, "traceId": TRACE_ID})
+        _, below = formatted(strange + "\n", line(1, "fine", "ERROR"), f'{{"traceId": ["{TRACE_ID}"]}}\n')
+        assert "fine" in below
 
 
 def test_make_and_the_shell_do_not_interpret_pasted_text(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    for pasted in (f"$(shell touch {made})", f"`touch {made}`", f"$(touch {made})", f"'; touch {made}; '", "$$x#"):
+    for pasted in (f"$(shell touch {made})`touch {made}`$$x#", f"$(touch {made})", f"'; touch {made}; '"):
         done = make(f"ID={pasted}", f"LOGS={pasted}")
         assert f"ID={pasted} is not a trace id" in done.stderr
         assert "LOGS=" in make(f"ID={TRACE_ID}", f"LOGS={pasted}").stderr
