@@ -1,4 +1,4 @@
-"""The alarms and the dashboard: whatever they ask for is counted, each alarm is tried, and says what to do.
+"""The alarms and the dashboard: their queries name existing series, and each alarm has test cases and a runbook.
 
 `promtool` and `amtool` come with Debian's prometheus and prometheus-alertmanager; `.ci/run` installs them,
 and tries rules.test.yml, which plays days and so takes a minute.
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ FIRING = 'count by (alertname, instance, job) (ALERTS{alertstate="firing"})'
 
 
 def queries() -> dict[str, str]:
-    """All that Prometheus is asked, by where it stands."""
+    """Every query of the rules and the dashboard, by its place."""
     found = {f"{rule.get('alert') or rule['record']} {number}": rule["expr"] for number, rule in enumerate(RULES)}
     for name, alarm in ALARMS.items():
         for query in re.findall(r'range printf "((?:\\.|[^"])*)"', alarm["annotations"]["description"]):
@@ -55,11 +56,8 @@ def queries() -> dict[str, str]:
     return found
 
 
-QUERY = pytest.mark.parametrize("query", [pytest.param(query, id=place) for place, query in queries().items()])
-
-
 def series() -> dict[str, set[str]]:
-    """All that there is to ask for: the names of the series, with their labels."""
+    """The labels of each series, by its name."""
     there = {"up": OF_PROMETHEUS, "ALERTS": {"alertname", "alertstate", *OF_PROMETHEUS}}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
@@ -79,34 +77,28 @@ def read(query: str) -> tuple[list[tuple[str, set[str]]], set[str]]:
     return [(name, set(re.findall(r"\w+", labels))) for name, labels in chosen if name not in OPERATORS], grouped
 
 
-@QUERY
-def test_a_query_names_series_that_exist_and_labels_that_they_have(query: str) -> None:
+def test_queries_name_existing_series_and_their_labels() -> None:
     there = series()
-    chosen, grouped = read(query)
-    assert chosen
-    assert {name for name, _ in chosen} <= there.keys()
-    for name, labels in chosen:
-        assert labels <= there[name], name
-    assert grouped <= set().union(*(there[name] for name, _ in chosen))
+    for place, query in queries().items():
+        chosen, grouped = read(query)
+        assert chosen, place
+        assert {name for name, _ in chosen} <= there.keys(), place
+        assert [name for name, labels in chosen if not labels <= there[name]] == [], place
+        assert grouped <= set().union(*(there[name] for name, _ in chosen)), place
 
 
-def answered(service: Service) -> dict[str, set[str]]:
-    """The names of the series that a service answers to Prometheus, with their labels and those that this adds."""
-    answer = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=10)
-    samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
-    return {sample.name: {*sample.labels, *OF_PROMETHEUS} for sample in samples}
-
-
-def test_the_service_answers_what_the_dashboard_and_the_alarms_ask_for(
+def test_a_scrape_has_every_series_that_the_queries_name(
     start_service: Callable[..., Service], simulator: Simulator
 ) -> None:
-    service = start_service()
+    service = start_service(WEB_CONCURRENCY="1")
     token = service.log_in(simulator)
     assert service.call("GET", "/auth/wechat", token).json()["data"] == {"valid": True}  # takes an access token
-    there = answered(service)
+    scraped = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=10).text
+    samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
+    there = {sample.name: {*sample.labels, *OF_PROMETHEUS} for sample in samples}
     of_rules = {rule.get("record") for rule in RULES} | {"up", "ALERTS"}
-    asked_for = [(name, labels) for query in queries().values() for name, labels in read(query)[0]]
-    assert [name for name, labels in asked_for if name not in of_rules and not labels <= there.get(name, set())] == []
+    named = [(name, labels) for query in queries().values() for name, labels in read(query)[0]]
+    assert [name for name, labels in named if name not in of_rules and not labels <= there.get(name, set())] == []
 
 
 def test_every_metric_is_on_the_dashboard() -> None:
@@ -135,25 +127,23 @@ def test_probes_do_not_count_for_the_objectives(app: Flask) -> None:
         assert set(probes.split("|")) == {"/livez", "/readyz", "/version", "/metrics"} <= there
 
 
-@pytest.mark.parametrize("name", ALARMS)
-def test_an_alarm_says_whom_it_wakes_and_what_to_do_first(name: str) -> None:
-    alarm = ALARMS[name]
-    assert alarm["labels"]["severity"] in ("page", "ticket")
-    assert alarm["annotations"].keys() == {"summary", "description", "runbook"}
-    assert "\n" not in alarm["annotations"]["runbook"].strip()
-    assert "`" in alarm["annotations"]["runbook"]  # a command, or what to search for
+def test_alarms_name_their_severity_and_a_first_step() -> None:
+    for name, alarm in ALARMS.items():
+        assert alarm["labels"]["severity"] in ("page", "ticket"), name
+        assert alarm["annotations"].keys() == {"summary", "description", "runbook"}, name
+        assert "\n" not in alarm["annotations"]["runbook"].strip(), name
+        assert "`" in alarm["annotations"]["runbook"], name  # a command, or text to search for
 
 
-@pytest.mark.parametrize("name", ALARMS)
-@pytest.mark.parametrize("state", ["fires", "is quiet"])
-def test_an_alarm_has_a_case_in_which_it_fires_and_one_in_which_it_is_quiet(name: str, state: str) -> None:
-    cases = [case for case in CASES if case["name"].startswith(f"{name} {state}")]
-    assert cases
-    for case in cases:
-        looks = [look for look in case["promql_expr_test"] if look["expr"] == FIRING]
-        assert looks == case["promql_expr_test"]
-        fired = any(f'"{name}"' in sample["labels"] for look in looks for sample in look["exp_samples"])
-        assert fired == (state == "fires"), case["name"]
+def test_each_alarm_has_a_case_in_which_it_fires_and_one_in_which_it_is_quiet() -> None:
+    for name, state in product(ALARMS, ("fires", "is quiet")):
+        cases = [case for case in CASES if case["name"].startswith(f"{name} {state}")]
+        assert cases, (name, state)
+        for case in cases:
+            looks = [look for look in case["promql_expr_test"] if look["expr"] == FIRING]
+            assert looks == case["promql_expr_test"], case["name"]
+            fired = any(f'"{name}"' in sample["labels"] for look in looks for sample in look["exp_samples"])
+            assert fired == (state == "fires"), case["name"]
 
 
 def run(tool: str, *arguments: str, folder: Path = FOLDER) -> None:
@@ -163,31 +153,18 @@ def run(tool: str, *arguments: str, folder: Path = FOLDER) -> None:
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def test_prometheus_takes_its_configuration_and_the_rules(tmp_path: Path) -> None:
+def test_prometheus_accepts_its_configuration_the_rules_and_every_query(tmp_path: Path) -> None:
     folder = shutil.copytree(FOLDER, tmp_path / "prometheus")
-    (folder / "metrics_token").write_text("what-an-operator-puts-there")
+    (folder / "metrics_token").write_text("from-an-operator")
     run("promtool", "check", "config", "prometheus.yml", folder=folder)
     run("promtool", "check", "rules", "--lint-fatal", "rules.yml", folder=folder)
-
-
-def test_prometheus_takes_every_query_of_the_dashboard(tmp_path: Path) -> None:
     rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(queries().values())]
-    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
-    run("promtool", "check", "rules", "queries.yml", folder=tmp_path)
+    (folder / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+    run("promtool", "check", "rules", "queries.yml", folder=folder)
 
 
-def test_alertmanager_takes_its_configuration() -> None:
+def test_alertmanager_accepts_its_configuration_and_has_a_receiver_for_each_severity() -> None:
     run("amtool", "check-config", "alertmanager.yml")
-
-
-@pytest.mark.parametrize("severity", sorted({alarm["labels"]["severity"] for alarm in ALARMS.values()}))
-def test_alertmanager_has_a_receiver_for_each_severity(severity: str) -> None:
-    run(
-        "amtool",
-        "config",
-        "routes",
-        "test",
-        "--config.file=alertmanager.yml",
-        f"--verify.receivers={severity}",
-        f"severity={severity}",
-    )
+    for severity in {alarm["labels"]["severity"] for alarm in ALARMS.values()}:
+        words = ["--config.file=alertmanager.yml", f"--verify.receivers={severity}", f"severity={severity}"]
+        run("amtool", "config", "routes", "test", *words)
