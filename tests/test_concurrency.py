@@ -74,7 +74,7 @@ def test_the_backlog_is_bounded_and_two_functions_run_at_a_time(small: Backgroun
     small.ensure_capacity()
 
 
-def test_work_is_counted_while_pending_and_by_outcome(small: Background) -> None:
+def test_work_is_counted_by_outcome_and_closing_finishes_it(small: Background) -> None:
     def counts() -> list[float]:
         outcomes = [counted("background_work_total", outcome=outcome) for outcome in ("success", "failure", "rejected")]
         return [counted("background_work_pending"), *outcomes]
@@ -88,17 +88,6 @@ def test_work_is_counted_while_pending_and_by_outcome(small: Background) -> None
     gate.set()
     small.close()
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [0, 2, 1, 1]
-
-
-def test_closing_finishes_the_backlog(small: Background) -> None:
-    done = []
-    gate = threading.Event()
-    small.submit(lambda: gate.wait(WAIT_SECONDS))
-    for number in range(2):
-        small.submit(done.append, number)
-    gate.set()
-    small.close()
-    assert sorted(done) == [0, 1]
 
 
 @pytest.fixture

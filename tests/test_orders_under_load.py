@@ -32,8 +32,8 @@ def test_exactly_one_of_many_writers_of_a_version_wins(services: tuple[Service, 
         return until_available(lambda: requests.put(url, json=body, headers=headers, timeout=WAIT_SECONDS))
 
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(put, range(100)))
-    assert Counter(answer.status_code for answer in answers) == {200: 1, 412: 99}
+        answers = list(pool.map(put, range(60)))
+    assert Counter(answer.status_code for answer in answers) == {200: 1, 412: 59}
     (won,) = [answer for answer in answers if answer.status_code == 200]
     assert services[1].call("GET", path, token).json()["data"] == won.json()["data"]
 
@@ -127,7 +127,7 @@ def remarks(url: str) -> Counter[str | None]:
 def test_a_worker_killed_during_a_request_leaves_no_partial_order(
     start_service: StartService, simulator: Simulator, environ: dict[str, str]
 ) -> None:
-    service = start_service("tests.apps.slow_order")
+    service = start_service("tests.apps.slow_order", WEB_CONCURRENCY="1")
     token = service.log_in(simulator)
     headers = {**bearer(token), "Idempotency-Key": "tap"}
     url = f"{service.url}/api/v1/orders"
