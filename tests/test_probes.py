@@ -29,7 +29,7 @@ PLATFORM_SECONDS = 30
 
 
 def directory_of(service: Service) -> Path:
-    """That which its workers share."""
+    """The directory that its workers share."""
     return directory_below(psutil.Process(service.process.popen.pid))
 
 
@@ -124,7 +124,7 @@ def test_every_scrape_is_right_while_workers_are_killed_and_their_gauges_go(
         for round_ in range(1, 3):
             for _ in range(15):
                 least = len(answered)
-                with suppress(requests.RequestException):  # killed with the worker that it was in the hands of
+                with suppress(requests.RequestException):  # sent to a worker that is killed
                     read = scrape(service)
                     scraped.append((read[VERSIONS], read[TIMED]))
                     assert all(least <= count <= len(begun) for count in scraped[-1])
@@ -239,7 +239,7 @@ def test_a_new_master_has_a_directory_of_its_own_and_the_old_one_goes_without_a_
         assert not directory.exists()
         assert new.exists()
         wait_for_starts(service, 1)
-        master.terminate()  # which is nobody's second one any more
+        master.terminate()  # now it is the only one
         assert wait_until(lambda: readiness(service) == (503, STOPPING))
         master.terminate()  # the second signal ends the drain, which takes 12 s
         master.wait(9)

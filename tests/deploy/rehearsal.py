@@ -211,7 +211,7 @@ def rehearse(stage: Stage, alarm: str, begin: Callable[[], object], end: Callabl
         wait_until(lambda: alarm in stage.prometheus.firing(), FIRES_SECONDS)
         fired = time.monotonic()
         time.sleep(HOLD_SECONDS)
-        told = stage.prometheus.annotations(alarm)
+        description = stage.prometheus.annotations(alarm)["description"]
     finally:
         end()
         recovered = time.monotonic()
@@ -219,9 +219,9 @@ def rehearse(stage: Stage, alarm: str, begin: Callable[[], object], end: Callabl
     ended = time.monotonic()
     time.sleep(SETTLE_SECONDS)
     assert stage.prometheus.firing(time.monotonic() - began) == {alarm}
-    assert "error" not in told["description"]
+    assert "error" not in description
     seconds = f"{fired - began:.0f} s after its beginning, ended {ended - recovered:.0f} s after its end"
-    logging.getLogger(__name__).info("%s %s: %s", alarm, seconds, told["description"])
+    logging.getLogger(__name__).info("%s %s: %s", alarm, seconds, description)
 
 
 def test_nothing_fires_while_all_is_well(stage: Stage) -> None:
@@ -245,7 +245,7 @@ def test_mariadb_is_killed(stage: Stage, databases: MariaDB) -> None:
 
 
 def end_of_access_token(redis_server: RedisServer, seconds: int) -> None:
-    """Let what is left of its two hours be so much, which is little enough for a new one to be asked for."""
+    """Let it expire after so many seconds, few enough for a new one to be requested."""
     with Redis.from_url(redis_server.url) as redis:
         redis.expire(f"wechat:{APP_ID}:access_token", seconds)
 
@@ -270,7 +270,7 @@ def test_wechat_is_too_slow(stage: Stage) -> None:
     rehearse(stage, "WeChatFailing", lambda: stage.wechat_fails("slow", seconds=10), stage.wechat_recovers)
 
 
-def test_nobody_reads_the_log(stage: Stage) -> None:
+def test_the_log_is_not_read(stage: Stage) -> None:
     def begin() -> None:
         suspend(stage.log_reader)
         for _ in range(60):
