@@ -317,7 +317,11 @@ def test_a_worker_that_dies_in_the_drain_is_replaced_by_one_that_knows_of_it(sta
     for worker in old:
         worker.send_signal(signal.SIGTERM)  # as a service manager does that signals all processes at once
     assert psutil.wait_procs(old, timeout=10)[1] == []
-    wait_for_starts(service, 2)
+    (booting,) = wait_until(service.workers)
+    wait_until((directory / f"counter_{booting.pid}.db").exists)
+    booting.send_signal(signal.SIGTERM)  # it must not wait until it serves
+    booting.wait(10)
+    wait_for_starts(service, 3)
     assert readiness(service) == (503, STOPPING)
     assert version(service) == 200
     assert scrape(service)[WORKER_DEATHS] == 0
