@@ -2,14 +2,17 @@
 
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from flask import Flask
 from werkzeug.test import TestResponse
 
+from blueprints import auth
 from storage import database
 from storage.models import User
-from tests.harness import Simulator, bearer
+from tests.harness import Simulator, bearer, wait_until
 
 API = "/api/v1"
 
@@ -75,6 +78,26 @@ ORDER = {"remark": "少糖", "items": [ITEM, {"sku": "cup", "name": "杯子", "q
 def log_in(app: Flask, simulator: Simulator, openid: str, **wanted: Any) -> TestResponse:
     code = simulator.code(openid=openid, **wanted)
     return app.test_client(use_cookies=False).post(f"{API}/auth/wechat", json={"code": code})
+
+
+def log_in_together(app: Flask, code: str, times: int, monkeypatch: pytest.MonkeyPatch) -> list[TestResponse]:
+    """Send one code several times; WeChat is called once all requests are there, however busy the machine is."""
+    arrived: list[Any] = []
+    single_flight, redeem = auth.single_flight, auth._redeem
+
+    def arrive(*arguments: Any, **options: Any) -> Any:
+        arrived.append(arguments)
+        return single_flight(*arguments, **options)
+
+    def wait_then_redeem(code: str) -> Any:
+        wait_until(lambda: len(arrived) == times)
+        return redeem(code)
+
+    monkeypatch.setattr(auth, "single_flight", arrive)
+    monkeypatch.setattr(auth, "_redeem", wait_then_redeem)
+    send = lambda _: app.test_client(use_cookies=False).post(f"{API}/auth/wechat", json={"code": code})  # noqa: E731
+    with ThreadPoolExecutor(times) as pool:
+        return list(pool.map(send, range(times)))
 
 
 def operations(app: Flask) -> list[tuple[str, str]]:

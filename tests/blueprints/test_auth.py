@@ -12,7 +12,7 @@ from werkzeug.test import TestResponse
 
 from storage import database, wechat_session_keys
 from storage.models import User
-from tests.blueprints.callers import API, Caller, code_of, data_of, invalid_fields, log_in
+from tests.blueprints.callers import API, Caller, code_of, data_of, invalid_fields, log_in, log_in_together
 from tests.harness import APP_ID, APP_SECRET, Simulator, bearer, round_trips
 
 LOGIN, ME = f"{API}/auth/wechat", f"{API}/users/me"
@@ -62,12 +62,10 @@ def test_client_code_in_the_field_works_unchanged(client: FlaskClient, simulator
 
 
 def test_simultaneous_logins_with_one_code_share_one_call(
-    client: FlaskClient, simulator: Simulator, redis: Redis
+    app: Flask, simulator: Simulator, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = simulator.code()
-    simulator.fault("slow", seconds=1)
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: client.post(LOGIN, json={"code": code}), range(4)))
+    simulator.fault("slow", seconds=0.2)
+    answers = log_in_together(app, simulator.code(), 4, monkeypatch)
     assert [answer.status_code for answer in answers] == [200] * 4
     assert len({answer.data for answer in answers}) == 1
     assert len(simulator.calls()) == 1

@@ -1,13 +1,12 @@
 """A blocked user is rejected at once, on every instance and in every way; also after the account has been deleted."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from flask import Flask
 
-from tests.blueprints.callers import API, Caller, code_of, invalid_fields, log_in, operations
+from tests.blueprints.callers import API, Caller, code_of, invalid_fields, log_in, log_in_together, operations
 from tests.harness import APP_ID, Simulator
 
 BLOCKED = {"code": 403, "message": "账号已被封禁", "data": None}
@@ -43,15 +42,17 @@ def test_a_blocked_user_is_rejected_by_every_route_on_every_instance(
 
 
 def test_a_blocked_user_cannot_log_in(
-    app: Flask, make_app: Callable[..., Flask], simulator: Simulator, admin: Caller, mallory: Caller
+    app: Flask,
+    make_app: Callable[..., Flask],
+    simulator: Simulator,
+    admin: Caller,
+    mallory: Caller,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     block(admin, mallory)
-    assert log_in(app, simulator, mallory.openid).get_json() == BLOCKED
-    code = simulator.code(openid=mallory.openid)
-    simulator.fault("slow", seconds=0.5)
-    with ThreadPoolExecutor(2) as pool:
-        tap = lambda _: app.test_client().post(f"{API}/auth/wechat", json={"code": code})  # noqa: E731
-        assert [answer.get_json() for answer in pool.map(tap, range(2))] == [BLOCKED] * 2
+    simulator.fault("slow", seconds=0.2)
+    answers = log_in_together(app, simulator.code(openid=mallory.openid), 2, monkeypatch)
+    assert [answer.get_json() for answer in answers] == [BLOCKED] * 2
     cloud_run = make_app(TRUST_WXCLOUD_HEADERS="true").test_client()
     headers = {"X-WX-OPENID": mallory.openid, "X-WX-APPID": APP_ID}
     assert cloud_run.get(f"{API}/users/me", headers=headers).get_json() == BLOCKED
