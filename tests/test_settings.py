@@ -54,6 +54,7 @@ MALFORMED = {
     "PUBLIC_URL": ["shop.example.com"],
     "SECRET_KEY": ["too-short"],
     "ENCRYPTION_KEYS": ["%%%-not-base64", "密钥", base64.b64encode(bytes(16)).decode()],
+    "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],
     "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "token\n"],
     "WECHAT_PUSH_AES_KEY": ["x" * 42],
