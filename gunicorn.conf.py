@@ -103,8 +103,9 @@ def pre_fork(server, worker):  # type: ignore[no-untyped-def]
 
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
-    # Until it serves, it may die of a SIGTERM: the master's handler, which it has inherited, would not hear it.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Until it serves, a signal ends it: the master's handlers, which it has inherited, would ignore a stop.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     from telemetry import metrics
 
     metrics.WORKER_STARTS.inc()

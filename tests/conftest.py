@@ -294,7 +294,7 @@ def start_service(
         def start(module: str = "wsgi", **different: str) -> Service:
             service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}", module)
             journal.services.append(service)
-            stack.callback(service.kill)  # an orderly stop takes almost as long as the start
+            stack.callback(service.discard)  # an orderly stop takes almost as long as the start
             return service
 
         yield start
@@ -307,9 +307,9 @@ def shared_services(
     folder = tmp_path_factory.mktemp("services")
     with ExitStack() as stack:
         one = Service(environ, folder / "one")
-        stack.callback(one.kill)
+        stack.callback(one.discard)
         other = Service(environ, folder / "other")
-        stack.callback(other.kill)
+        stack.callback(other.discard)
         yield one, other
 
 

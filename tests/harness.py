@@ -241,6 +241,12 @@ class Service:
     def kill(self) -> None:
         self.process.kill()
 
+    def discard(self) -> None:
+        """Kill it, and remove the directory of its metrics, which the next start on its port would."""
+        self.kill()
+        for left in Path("/dev/shm").glob(f"kuaishang-{self.environ['PORT']}-*"):
+            shutil.rmtree(left)
+
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.popen.pid).children()
 
