@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from storage.single_flight import AlreadyDone, single_flight
-from tests.harness import round_trips, suspend
+from tests.harness import round_trips, suspend, wait_until
 
 
 def ask(app: Flask, call: Any, patience: int = 5, key: str = "flight") -> Any:
@@ -22,15 +22,20 @@ def ask(app: Flask, call: Any, patience: int = 5, key: str = "flight") -> Any:
 
 
 def test_simultaneous_callers_share_one_call(app: Flask) -> None:
-    calls = []
+    calls, callers = [], []
 
     def call() -> dict[str, int]:
         calls.append(None)
-        time.sleep(0.3)
+        wait_until(lambda: len(callers) == 8)
+        time.sleep(0.5)  # until the last caller has looked
         return {"answer": 42}
 
+    def join(_: int) -> Any:
+        callers.append(None)
+        return ask(app, call)
+
     with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(lambda _: ask(app, call), range(8)))
+        outcomes = list(pool.map(join, range(8)))
     assert outcomes == [{"answer": 42}] * 8
     assert len(calls) == 1
 
