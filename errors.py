@@ -80,9 +80,7 @@ _RETRY_AFTER_SECONDS = 3
 
 
 class ErrorDetails(Schema):
-    errors = fields.Dict(
-        keys=fields.String(), values=fields.Raw(), metadata={"description": "What is wrong, by field."}
-    )
+    errors = fields.Dict(keys=fields.String(), values=fields.Raw(), metadata={"description": "Problems by field."})
 
 
 class ErrorEnvelope(Schema):

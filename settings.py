@@ -116,9 +116,7 @@ class Settings(Schema):
         "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db.",
         _url(DATABASE_PATTERN, sqlalchemy.make_url, "Must be a sqlite:///path or mysql:// URL."),
     )
-    SECRET_KEY = _required(
-        "Flask's signing key, 32 characters or more: openssl rand -base64 32", validate.Length(min=32)
-    )
+    SECRET_KEY = _required("Signing key, 32 characters or more: openssl rand -base64 32", validate.Length(min=32))
     ENCRYPTION_KEYS = EncryptionKeys(
         required=True,
         metadata=_help(

@@ -24,9 +24,7 @@ class ListSchema(Schema):
     after = fields.Integer(
         load_default=None,
         validate=validate.Range(1, MAXIMUM_ID),
-        metadata={
-            "description": "The id of the last item of the previous page: deep pages then cost as little as the first."
-        },
+        metadata={"description": "The previous page's last id: a deep page then costs as little as the first."},
     )
     sort = fields.String(
         load_default="-created_at",

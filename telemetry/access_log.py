@@ -75,8 +75,9 @@ def _run(app: Flask, wsgi_app: Any, environ: dict[str, Any]) -> tuple[Any, str, 
 def _count(method: str, route: str | None, status: int, code: int | None, seconds: float) -> None:
     code = code or (200 if status < 400 else status)
     is_error = status >= 500 and route != "/readyz"  # whose reasons are logged by themselves
-    extra = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
-    logger.log(logging.ERROR if is_error else logging.INFO, "request", extra=extra)
+    outcome = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
+    logs.request_fields.set(logs.request_fields.get() | outcome)
+    logger.log(logging.ERROR if is_error else logging.INFO, "request")
     metrics.REQUESTS.labels(route or "unmatched", method, status, code).inc()
     metrics.REQUEST_SECONDS.labels(route or "unmatched", method).observe(seconds)
     metrics.REQUESTS_IN_FLIGHT.dec()

@@ -1,4 +1,4 @@
-"""The fields of a log line, in their order and by their Elasticsearch type; `deploy/logging` maps the same.
+"""The fields of a log line by their Elasticsearch type; `deploy/logging` maps the same.
 
 A field that is not declared here stays out of the line, which names it under `undeclared`.
 """
@@ -6,15 +6,13 @@ A field that is not declared here stays out of the line, which names it under `u
 SERVICE = "kuaishang"
 """The field `service` of every line, and the `service.name` of every span."""
 
-_BY_TYPE = (
-    ("date", "timestamp"),  # RFC 3339, UTC
-    ("keyword", "level service traceId"),
-    ("text", "message"),
-    ("keyword", "spanId parentSpanId method route interface type event function columns"),  # route: the template
-    ("long", "status code errcode expiresIn pending handlers pid userId aboutUserId mergedUserId"),
-    ("float", "durationMs"),
-    ("boolean", "forced repeat"),
-    ("text", "reason exceptionMessage stack"),
-    ("keyword", "exceptionType undeclared instance version logger"),
-)
-FIELDS = {name: kind for kind, names in _BY_TYPE for name in names.split()}
+_BY_TYPE = {
+    "date": "timestamp",  # RFC 3339, UTC
+    "keyword": "level service traceId spanId parentSpanId method route interface type event function columns "
+    "exceptionType undeclared instance version logger",  # route: the template
+    "text": "message reason exceptionMessage stack",
+    "long": "status code errcode expiresIn pending handlers pid userId aboutUserId mergedUserId",
+    "float": "durationMs",
+    "boolean": "forced repeat",
+}
+FIELDS = {name: kind for kind, names in _BY_TYPE.items() for name in names.split()}

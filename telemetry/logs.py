@@ -56,24 +56,24 @@ class JsonLineFormatter(MsgspecFormatter):
     """
 
     def __init__(self, instance: str, version: str) -> None:
-        super().__init__(static_fields={"service": SERVICE, "instance": instance, "version": version})
+        super().__init__(static_fields={"instance": instance, "version": version})
         self.reserved_attrs.add("context")
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        log_data.update(
+            timestamp=datetime.fromtimestamp(record.created, UTC),
+            level=record.levelname,
+            service=SERVICE,
+            traceId=None,
+            message=scrub(record.message),
+        )
         log_data.update(vars(record).get("context") or request_fields.get() | traces.current_ids())
         for name in vars(record).keys() - self.reserved_attrs:
             self._add_extra(log_data, name, getattr(record, name))
-        log_data.update(
-            self.static_fields,
-            timestamp=datetime.fromtimestamp(record.created, UTC),
-            level=record.levelname,
-            message=scrub(record.message),
-            logger=record.name,
-            pid=os.getpid(),
-        )
+        log_data.update(self.static_fields, logger=record.name, pid=os.getpid())
         if record.exc_info and (error := record.exc_info[1]):
-            kind = type(error)
-            log_data["exceptionType"] = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+            name = f"{type(error).__module__}.{type(error).__qualname__}"
+            log_data["exceptionType"] = name.removeprefix("builtins.")
             log_data["exceptionMessage"] = scrub(str(TracebackException.from_exception(error)))  # also if it has none
             log_data["stack"] = message_dict["exc_info"]
 
@@ -88,8 +88,8 @@ class JsonLineFormatter(MsgspecFormatter):
             log_data.setdefault("undeclared", []).append(scrub(name))
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Put the fields into the order of their declaration, without those that are empty but for the trace id."""
-        return {name: log_data[name] for name in FIELDS if name == "traceId" or log_data.get(name) is not None}
+        """Leave out the fields that are empty, but for the trace id."""
+        return {name: value for name, value in log_data.items() if value is not None or name == "traceId"}
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Format the stack as Python prints it: lines of code as they are, messages redacted."""
@@ -97,59 +97,18 @@ class JsonLineFormatter(MsgspecFormatter):
         return "".join(part if part.startswith('  File "') else scrub(part) for part in parts)[-STACK_CHARACTERS:]
 
 
-def _handle_error(_: logging.Handler, record: logging.LogRecord) -> None:
-    """Count a line that finds the queue full or no reader; of one that cannot be formatted, log the place."""
-    if isinstance(sys.exc_info()[1], Full | OSError):
-        metrics.LINES_DROPPED.inc()
-    else:  # logging's own prints the record with all its arguments
-        logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
-
-
-class LineWriter(logging.Handler):
-    """Formats a record and writes the line to stdout."""
-
-    handleError = _handle_error  # noqa: N815
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            line = f"{self.format(record)}\n".encode()
-            fcntl.lockf(STDOUT, fcntl.LOCK_EX)  # the processes of an instance share a pipe, which mixes long writes
-            try:
-                while line:
-                    select.select([], [STDOUT], [])  # the pipe may be one that does not block
-                    line = line[os.write(STDOUT, line) :]
-            finally:
-                fcntl.lockf(STDOUT, fcntl.LOCK_UN)
-        except Exception:  # noqa: BLE001  the thread must go on
-            self.handleError(record)
-
-
-class GatheringListener(QueueListener):
-    """Takes records from the queue in a thread that wakes up every GATHER_SECONDS."""
-
-    queue: Queue[logging.LogRecord]
-
-    def dequeue(self, block: bool) -> logging.LogRecord:
-        if self.queue.empty():
-            time.sleep(GATHER_SECONDS)
-        return super().dequeue(block)
-
-
 class LineHandler(QueueHandler):
-    """Puts records into a queue, from which a thread gives them to a LineWriter."""
-
-    handleError = _handle_error  # noqa: N815
+    """Puts records into a queue, from which a LineWriter takes them."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__(Queue())
-        self._writer = LineWriter()
-        self._writer.setFormatter(formatter)
+        self.setFormatter(formatter)
         self.start()
 
     def start(self) -> None:
         """Begin with an empty queue and a new thread; threads do not survive a fork."""
         self.queue: Queue[logging.LogRecord] = Queue(CAPACITY)
-        GatheringListener(self.queue, self._writer).start()
+        LineWriter(self.queue, self).start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Keep what may change until the record is formatted: the arguments and the context."""
@@ -157,12 +116,54 @@ class LineHandler(QueueHandler):
         record.context = request_fields.get() | traces.current_ids()
         return record
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Count a line that finds the queue full; of one that cannot be formatted, log the place."""
+        if isinstance(sys.exc_info()[1], Full):
+            metrics.LINES_DROPPED.inc()
+        else:  # logging's own prints the record with all its arguments
+            logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
+
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""
         deadline = time.monotonic() + FLUSH_SECONDS
         while self.queue.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
         metrics.LINES_DROPPED.inc(self.queue.unfinished_tasks)
+
+
+class LineWriter(QueueListener):
+    """Formats records and writes them to stdout, in a thread: all at once, as each write lets a request wait."""
+
+    queue: Queue[logging.LogRecord]
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write this line and those that come within GATHER_SECONDS."""
+        time.sleep(GATHER_SECONDS)
+        records = [record, *(self.queue.get() for _ in range(self.queue.qsize()))]
+        try:
+            _write("".join(map(self._line, records)).encode())
+        except OSError:  # nobody reads any more
+            metrics.LINES_DROPPED.inc(len(records))
+        for _ in records[1:]:  # QueueListener does it for the first
+            self.queue.task_done()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        (handler,) = self.handlers
+        try:
+            return f"{handler.format(record)}\n"
+        except Exception:  # noqa: BLE001  the thread must go on
+            handler.handleError(record)
+            return ""
+
+
+def _write(lines: bytes) -> None:
+    fcntl.lockf(STDOUT, fcntl.LOCK_EX)  # the processes of an instance share a pipe, which mixes long writes
+    try:
+        while lines:
+            select.select([], [STDOUT], [])  # the pipe may be one that does not block
+            lines = lines[os.write(STDOUT, lines) :]
+    finally:
+        fcntl.lockf(STDOUT, fcntl.LOCK_UN)
 
 
 def configure(level: str, instance: str, version: str) -> None:
@@ -175,6 +176,8 @@ def configure(level: str, instance: str, version: str) -> None:
     handler = LineHandler(JsonLineFormatter(instance, version))
     os.register_at_fork(after_in_child=handler.start)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # No line has these, and each costs a little of every line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(True)
     sys.excepthook = lambda kind, error, trace: logger.critical("uncaught", exc_info=(kind, error, trace))
     sys.unraisablehook = lambda args: logger.error("ignored", exc_info=args.exc_value)

@@ -19,14 +19,9 @@ from telemetry.metrics import REGISTRY
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
-def is_shared() -> bool:
-    """Whether this process is one of several of an instance."""
-    return VARIABLE in os.environ
-
-
 def is_stopping() -> bool:
     """Whether the instance is about to stop."""
-    return is_shared() and os.path.exists(f"{os.environ[VARIABLE]}/stopping")
+    return VARIABLE in os.environ and os.path.exists(f"{os.environ[VARIABLE]}/stopping")
 
 
 class Instance(Collector):
@@ -47,4 +42,4 @@ def exposition(accept: str) -> tuple[bytes, str]:
     :returns: the body and its content type: OpenMetrics, or Prometheus's text format.
     """
     encode, content_type = choose_encoder(accept)
-    return encode(Instance() if is_shared() else REGISTRY), content_type
+    return encode(Instance() if VARIABLE in os.environ else REGISTRY), content_type

@@ -24,7 +24,6 @@ from sqlalchemy import Engine
 
 from telemetry.fields import SERVICE
 
-SQL = "opentelemetry.instrumentation.sqlalchemy"
 STOP_SECONDS = 3
 """How long the end of the process waits for a collector."""
 ATTRIBUTES = frozenset(
@@ -55,9 +54,9 @@ def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
 def instrument(redis: Redis, engine: Engine, tracers: trace.TracerProvider) -> None:
     """Make a span of each command of this client, and of each statement of this engine."""
     RedisInstrumentor.instrument_client(redis, tracers)
-    usage = NoOpMeter(SQL).create_up_down_counter("db.client.connections.usage")
+    usage = NoOpMeter("sql").create_up_down_counter("db.client.connections.usage")
     # Not by SQLAlchemyInstrumentor, which refuses SQLAlchemy 2.1 and needs greenlet for async engines.
-    EngineTracer(tracers.get_tracer(SQL), engine, usage)  # type: ignore[no-untyped-call]
+    EngineTracer(tracers.get_tracer("opentelemetry.instrumentation.sqlalchemy"), engine, usage)  # type: ignore[no-untyped-call]
 
 
 class _Processor(BatchSpanProcessor):

@@ -15,7 +15,6 @@ import pytest
 from werkzeug.datastructures import Headers
 
 from telemetry import logs
-from telemetry.fields import FIELDS
 from telemetry.logs import CAPACITY, FLUSH_SECONDS, STACK_CHARACTERS, JsonLineFormatter, LineHandler
 from telemetry.redaction import HIDDEN
 from telemetry.traces import RequestSpan
@@ -27,12 +26,11 @@ TRACE_ID, PARENT_ID = "a" * 32, "b" * 16
 logger = logging.getLogger("some.part")
 
 
-def test_a_line_has_the_declared_fields_in_order(log_lines: Lines) -> None:
+def test_a_line_has_the_declared_fields(log_lines: Lines) -> None:
     span = RequestSpan("GET", Headers({"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}))
     logger.warning("ready after %d s", 3, extra={"reason": "redis"})
     span.end(200)
     (line,) = log_lines()
-    assert list(line) == [name for name in FIELDS if name in line]
     assert list(line)[:5] == ["timestamp", "level", "service", "traceId", "message"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", line.pop("timestamp"))
     assert re.fullmatch("[0-9a-f]{16}", line["spanId"])
