@@ -137,7 +137,7 @@ def handle_unavailable(error: Exception) -> Response:
 
 
 def handle_http_exception(error: HTTPException) -> Response:
-    """Answer an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
+    """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
     if isinstance(error, InternalServerError) and isinstance(error.original_exception, _UNAVAILABLE):
         # The session is saved after the view has returned, where Flask makes every failure a crash.
         return handle_unavailable(error.original_exception)

@@ -175,12 +175,12 @@ def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
     user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
     set_current_user(user_id)
     profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}
-    refused = ProfileSchema().validate(profile)
+    invalid = ProfileSchema().validate(profile)
 
     def store() -> None:
         user = current_user()
         for name, value in profile.items():
-            if name not in refused and getattr(user, name) is None:  # a typed one stays
+            if name not in invalid and getattr(user, name) is None:  # a typed one stays
                 setattr(user, name, value)
         identity = database.session.get_one(Identity, (app.app_id, authorization.openid))
         identity.authorization = json.dumps(authorization)

@@ -33,12 +33,11 @@ OWNED = (
 
 
 def move_all(user: User, heir: User) -> None:
-    """Let everything of a user belong to another one. What the other has already under the same key stays behind."""
+    """Move everything that belongs to a user to another one; of two rows with the same key, the other's stays."""
     for owned in OWNED:
         moved = (
             update(owned.model).where(owned.model.user_id == user.id).values(user_id=heir.id, **_next_version(owned))
         )
-        # Of two rows with the same primary key the heir's stays.
         database.session.execute(
             moved.prefix_with("OR IGNORE", dialect="sqlite").prefix_with("IGNORE", dialect="mysql")
         )
