@@ -130,9 +130,11 @@ def handle_conflict(error: Exception) -> Response:
 def handle_unavailable(error: Exception) -> Response:
     """Respond with 503 if Redis or the database is away, and log which one and why."""
     cause = getattr(error, "orig", None) or error  # the driver's own message, without what SQLAlchemy adds
-    which = "Redis" if isinstance(error, redis.exceptions.RedisError) else "the database"
+    what = "Redis is unavailable" if isinstance(error, redis.exceptions.RedisError) else "the database is unavailable"
+    if isinstance(error, sqlalchemy.orm.exc.StaleDataError):
+        what = "a transaction lost every race"
     kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
-    current_app.logger.error("%s is unavailable: %s", which, cause, extra={"exceptionType": kind})
+    current_app.logger.error("%s: %s", what, cause, extra={"exceptionType": kind})
     return handle_http_exception(ApiError(Code.UNAVAILABLE))
 
 

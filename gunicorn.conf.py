@@ -49,7 +49,7 @@ worker_tmp_dir = memory
 
 # The metrics of the workers are in a directory whose name has our port, so that the next start removes what a crash
 # left. prometheus_client reads this variable when it is first imported, so not before when_ready.
-METRICS = "PROMETHEUS_MULTIPROC_DIR"
+MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 # No socket in the home directory through which the server could be steered.
 control_socket_disable = True
@@ -86,7 +86,7 @@ def when_ready(server):  # type: ignore[no-untyped-def]
     if not server.master_pid:  # after a USR2 the other master still serves on the same port
         for left in Path(memory).glob(f"{prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
-    directory = os.environ[METRICS] = tempfile.mkdtemp(prefix=prefix, dir=memory)
+    directory = os.environ[MULTIPROC_DIR] = tempfile.mkdtemp(prefix=prefix, dir=memory)
     os.chown(directory, server.cfg.uid, server.cfg.gid)
     server.started = time.time()
     if settings["DRAIN_SECONDS"]:
@@ -96,8 +96,8 @@ def when_ready(server):  # type: ignore[no-untyped-def]
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]
     # A worker cannot start without the directory, and systemd empties /dev/shm when a user logs out.
     with suppress(FileExistsError):
-        os.mkdir(os.environ[METRICS], 0o700)
-        os.chown(os.environ[METRICS], server.cfg.uid, server.cfg.gid)
+        os.mkdir(os.environ[MULTIPROC_DIR], 0o700)
+        os.chown(os.environ[MULTIPROC_DIR], server.cfg.uid, server.cfg.gid)
     # Deaths are counted by the next worker that starts: the master itself counts nothing.
     worker.replaces = vars(server).pop("deaths", 0)
 
@@ -121,7 +121,7 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
 def child_exit(server, worker):  # type: ignore[no-untyped-def]
     # The arbiter retires only workers it has already replaced, so a missing one has died. Before a stop a service
     # manager may signal all processes at once.
-    if len(server.WORKERS) < server.num_workers and not Path(os.environ[METRICS], "stopping").exists():
+    if len(server.WORKERS) < server.num_workers and not Path(os.environ[MULTIPROC_DIR], "stopping").exists():
         server.deaths = vars(server).get("deaths", 0) + 1
     from prometheus_client.multiprocess import mark_process_dead
 
@@ -130,17 +130,17 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
 
 
 def on_exit(server):  # type: ignore[no-untyped-def]
-    shutil.rmtree(os.environ[METRICS], ignore_errors=True)
+    shutil.rmtree(os.environ[MULTIPROC_DIR], ignore_errors=True)
 
 
 def drain(server):  # type: ignore[no-untyped-def]
     """Go on as before for DRAIN_SECONDS, while /readyz answers 503, and stop then, or at a second SIGTERM."""
-    del server.handle_term  # the next one is gunicorn's own
+    del server.handle_term  # which uncovers gunicorn's own
     server.maybe_promote_master()  # it looks once a second
     if server.reexec_pid or server.master_pid:  # after a USR2 another master serves on the same port
-        server.handle_term()
+        server.handle_term()  # raises StopIteration: the stop begins now
     with suppress(OSError):  # without a directory /readyz cannot know, and it stops all the same
-        Path(os.environ[METRICS], "stopping").touch()
+        Path(os.environ[MULTIPROC_DIR], "stopping").touch()
     server.log.info("/readyz answers 503 from now on; the stop begins in %s s", settings["DRAIN_SECONDS"])
     signal.signal(signal.SIGALRM, lambda number, frame: server.signal(signal.SIGTERM, frame))
     signal.setitimer(signal.ITIMER_REAL, settings["DRAIN_SECONDS"])

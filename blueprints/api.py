@@ -8,11 +8,10 @@ import flask_smorest
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
 
-from blueprints import idempotency
+from blueprints import idempotency, preconditions
 from blueprints.parsing import CONVERTERS, JsonParser
-from errors import LANGUAGES, ApiError, Code, ErrorEnvelope, Message, envelope, language
+from errors import Code, ErrorEnvelope, Message, envelope
 from storage import database
-from storage.models import Versioned
 
 TRACE_ID_HEADER = {
     "X-Trace-Id": {
@@ -20,27 +19,12 @@ TRACE_ID_HEADER = {
         "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
     }
 }
-ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
-IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}
-IF_MATCH["description"] = "The ETag of the version that was read: 412 if it has changed since."
 IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
 HEADERS_BY_STATUS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}}},
     503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
 }
-
-
-def require_match(row: Versioned) -> None:
-    """Let a request pass only if its If-Match names the current version.
-
-    :raises ApiError: PRECONDITION_REQUIRED without If-Match, PRECONDITION_FAILED if it names another version.
-    """
-    if not request.if_match:
-        raise ApiError(Code.PRECONDITION_REQUIRED)
-    if not any(request.if_match.contains(f"{row.etag}-{language}") for language in LANGUAGES):
-        raise ApiError(Code.PRECONDITION_FAILED)
-    g.version_checked = True
 
 
 class AuthPolicy(NamedTuple):
@@ -108,18 +92,10 @@ class Blueprint(flask_smorest.Blueprint):
 
     def _with_etag(self, respond: Callable[..., Response], *args: Any, **arguments: Any) -> Response:
         response = respond(*args, **arguments)
-        is_read = request.method in ("GET", "HEAD")
         if self.auth.security:
             response.vary.update(["Authorization", "Cookie", "Accept-Language"])
             response.cache_control.private = response.cache_control.no_cache = True
-        etag = getattr(g.row, "etag", None)
-        if etag is not None:
-            response.set_etag(f"{etag}-{language()}")
-        elif is_read and self.auth.security:
-            response.add_etag()
-        if is_read:
-            response.make_conditional(request)
-        return response
+        return preconditions.set_etag(response, g.row, hash_body=bool(self.auth.security))
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
@@ -145,10 +121,13 @@ class Blueprint(flask_smorest.Blueprint):
             doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED]
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
-            doc.setdefault("parameters", []).append(IF_MATCH)
+            doc.setdefault("parameters", []).append(preconditions.IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
         if self.auth.security and kwargs["method"] == "get" and "200" in map(str, doc["responses"]):
-            doc["responses"][304] = {"description": "Not modified since If-None-Match.", "headers": ETAG_HEADER}
+            doc["responses"][304] = {
+                "description": "Not modified.",
+                "headers": preconditions.ETAG_HEADER,
+            }
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]

@@ -11,7 +11,7 @@ from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
-from blueprints.web_login import is_authorization_valid
+from blueprints.web_login import check_authorization
 from errors import ApiError, Code
 from storage import blocks, wechat_session_keys
 from storage import sessions as stored_sessions
@@ -100,9 +100,9 @@ def get_wechat_session() -> dict[str, bool]:
     """
     web_app_id = session.get("web_app_id")
     if web_app_id is not None:
-        return {"valid": is_authorization_valid(g.user_id, web_app_id)}
+        return {"valid": check_authorization(g.user_id, web_app_id)}
     openid = find_openid(g.user_id, wechat.api.app_id)
-    session_keys = wechat_session_keys.newest(g.user_id) if openid else []
+    session_keys = wechat_session_keys.candidates(g.user_id) if openid else []
     return {"valid": any(wechat.api.is_session_key_valid(str(openid), session_key) for session_key in session_keys)}
 
 

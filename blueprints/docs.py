@@ -7,16 +7,11 @@ from flask import Blueprint
 
 from errors import Code
 
-_DESCRIPTION = "\n".join(
-    [
-        "微信小程序后端 A backend for WeChat mini-programs. Every JSON answer is `{code, message, data}` and carries "
-        "`X-Trace-Id`; `message` is Chinese, or English where `Accept-Language` prefers it.",
-        "",
-        "| code | HTTP | 中文 | English |",
-        "|---|---|---|---|",
-        *(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code),
-    ]
-)
+_DESCRIPTION = (
+    "微信小程序后端 A backend for WeChat mini-programs. Every JSON response is `{code, message, data}` and carries "
+    "`X-Trace-Id`; `message` is Chinese, or English where `Accept-Language` prefers it.\n\n"
+    "| code | HTTP | 中文 | English |\n|---|---|---|---|\n"
+) + "\n".join(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code)
 
 CONFIG: dict[str, Any] = {
     "API_TITLE": "快上 Kuaishang",

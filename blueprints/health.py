@@ -1,5 +1,6 @@
 """Probes: is the process alive, can it serve, and which version does it run."""
 
+import os
 from typing import Any
 
 from flask import current_app
@@ -12,7 +13,8 @@ from concurrency import fan_out
 from errors import ApiError, Code
 from storage import database
 from storage.redis_client import redis
-from telemetry import metrics, multiprocess
+from telemetry import metrics
+from telemetry.multiprocess import MULTIPROC_DIR
 
 CHECK_SECONDS = 0.7
 """How long Redis and the database may take; with everything around it, a probe takes less than a second."""
@@ -65,7 +67,8 @@ def live() -> None:
 @blueprint.fails(Code.UNAVAILABLE)
 def ready() -> dict[str, str]:
     """Whether Redis and the database respond; `data.errors` names what does not, or says that a stop has begun"""
-    down = {"instance": ["Stopping."]} if multiprocess.is_stopping() else failing_dependencies()
+    is_stopping = os.path.exists(f"{os.environ.get(MULTIPROC_DIR)}/stopping")  # announced by gunicorn.conf.py
+    down = {"instance": ["Stopping."]} if is_stopping else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)
     return {"redis": "up", "database": "up"}

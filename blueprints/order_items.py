@@ -4,9 +4,10 @@ from typing import Any
 
 from flask import url_for
 
-from blueprints.api import Blueprint, require_match
+from blueprints.api import Blueprint
 from blueprints.lists import ListSchema, page_schema
 from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, load_order, require_pending
+from blueprints.preconditions import require_match
 from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem

@@ -7,10 +7,11 @@ from flask import g, url_for
 from marshmallow import Schema, fields, validate
 from sqlalchemy.orm import joinedload
 
-from blueprints.api import Blueprint, require_match
+from blueprints.api import Blueprint
 from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
 from blueprints.parsing import MAXIMUM_ID
 from blueprints.policies import current_user
+from blueprints.preconditions import require_match
 from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem

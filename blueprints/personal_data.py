@@ -6,8 +6,9 @@ from typing import Any
 from flask import Response
 from marshmallow import Schema, fields, validate
 
-from blueprints.api import Blueprint, require_match
+from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
+from blueprints.preconditions import require_match
 from blueprints.users import NICKNAME_RULE, UserSchema, audit, load_user, masked
 from errors import Code
 from storage import database, ownership

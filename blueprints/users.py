@@ -10,9 +10,10 @@ from flask import current_app, g, session, url_for
 from marshmallow import Schema, fields, validate
 
 import wechat
-from blueprints.api import Blueprint, require_match
+from blueprints.api import Blueprint
 from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
 from blueprints.policies import current_user
+from blueprints.preconditions import require_match
 from errors import ApiError, Code, Message
 from storage import blocks, database, ownership
 from storage import sessions as stored_sessions
@@ -54,9 +55,14 @@ NICKNAME_RULE = validate.Regexp(
 )
 
 
-class UserChangeSchema(Schema):
+class TypedProfileSchema(Schema):
+    """What users may change about themselves."""
+
     nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata={"description": "null removes it."})
     avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
+
+
+class UserChangeSchema(TypedProfileSchema):
     role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata={"description": "For administrators."})
     blocked = fields.Boolean(
         truthy={True}, falsy={False}, metadata={"description": "For administrators: 403 from now on, and at login."}
@@ -123,7 +129,7 @@ def get_user(user_id: str) -> User:
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
 def put_user(body: dict[str, Any], user_id: str) -> User:
     """Change a user; only administrators change a role or block a user"""
-    reserved = {"role", "blocked"} & body.keys()
+    reserved = body.keys() - TypedProfileSchema().fields.keys()
     if reserved and current_user().role != "admin":
         raise ApiError(Code.INVALID_INPUT, errors={name: ["Unknown field."] for name in reserved})
     user = load_user(user_id)
@@ -160,20 +166,20 @@ def delete_user(user_id: str) -> None:
         return user.id
 
     def delete() -> None:
-        user = database.session.get_one(User, deleted, with_for_update=True)
+        user = database.session.get_one(User, number, with_for_update=True)
         if user.blocked:
             blocks.keep_block(user)
-        ownership.detach_some(deleted)
+        ownership.detach_some(number)
         database.session.delete(user)
 
-    deleted = database.in_transaction(claim)
-    while database.in_transaction(partial(ownership.detach_some, deleted)):
+    number = database.in_transaction(claim)
+    while database.in_transaction(partial(ownership.detach_some, number)):
         pass
     database.in_transaction(delete)
-    audit("user deleted", deleted)
-    if deleted == g.user_id:
+    audit("user deleted", number)
+    if number == g.user_id:
         session.clear()
-    stored_sessions.revoke_sessions(deleted)
+    stored_sessions.revoke_sessions(number)
 
 
 @blueprint.cli.command("block")

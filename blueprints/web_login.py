@@ -114,7 +114,7 @@ def _count(error: BaseException | None) -> None:
         LOGINS.labels("web", g.get("code", "success")).inc()
 
 
-def is_authorization_valid(user_id: int, app_id: str) -> bool:
+def check_authorization(user_id: int, app_id: str) -> bool:
     """Whether a user's web-app authorization is still valid.
 
     :raises ApiError: what `WebApp.is_valid` does.

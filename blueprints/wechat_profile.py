@@ -11,7 +11,7 @@ import wechat
 from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user
-from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, UserChangeSchema, UserSchema, check_nickname, own_openid
+from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
 from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
@@ -41,11 +41,8 @@ class PhoneSchema(Schema):
         _require_one_of(body, {"code"}, {"encryptedData", "iv"})
 
 
-class ProfileSchema(UserChangeSchema):
+class ProfileSchema(TypedProfileSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
-
-    class Meta:
-        exclude = ("role", "blocked")
 
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})
@@ -124,10 +121,13 @@ def _store(**values: str | None) -> User:
 
 
 def _redeem_phone_code(code: str, openid: str) -> None:
+    def redeem() -> None:
+        _store(phone=wechat.api.code_to_phone(code, openid))
+
     try:
         single_flight(
             f"phone:{g.user_id}:{hashlib.sha256(code.encode()).hexdigest()}",
-            lambda: _store(phone=wechat.api.code_to_phone(code, openid)) and None,
+            redeem,
             patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
             remember=WECHAT_CODE_LIFETIME_SECONDS,
         )
@@ -144,7 +144,7 @@ def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tup
 
     :returns: the data, and the session_key that decrypted it.
     """
-    for session_key in wechat_session_keys.newest(g.user_id):
+    for session_key in wechat_session_keys.candidates(g.user_id):
         try:
             data = decrypt_user_data(
                 body["encryptedData"],

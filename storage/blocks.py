@@ -23,7 +23,7 @@ def require_not_blocked(user: User) -> User:
     return user
 
 
-def require_no_block(app_id: str, openid: str, unionid: str | None) -> None:
+def require_identity_not_blocked(app_id: str, openid: str, unionid: str | None) -> None:
     """Make sure that no blocked user who was deleted had this openid or unionid.
 
     :raises ApiError: FORBIDDEN if one had.

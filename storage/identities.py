@@ -37,7 +37,7 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
 
 def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
     """Create the user and the identity unless they exist, and merge all users who are the same person."""
-    blocks.require_no_block(app_id, openid, unionid)
+    blocks.require_identity_not_blocked(app_id, openid, unionid)
     if database.session.get(Identity, (app_id, openid)) is None:
         moment = now()
         database.insert_unless_exists(

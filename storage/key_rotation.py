@@ -88,7 +88,6 @@ def _report(connection: Connection) -> None:
 def _rotate(connection: Connection, field: Encrypted, batch_size: int) -> None:
     table: Any = field.model.__table__
     behind = _is_behind(field)
-    unreadable = []
     after: list[ColumnElement[bool]] = []
     with click.progressbar(length=_count(connection, behind), label=field.place) as bar:
         while True:
@@ -96,20 +95,17 @@ def _rotate(connection: Connection, field: Encrypted, batch_size: int) -> None:
                 batch = select(table).where(behind, *after).order_by(*table.primary_key).limit(batch_size)
                 rows = connection.execute(batch).all()
             if not rows:
-                break
+                return
             changes = []
             for row in rows:
                 try:
                     changes.append(_change(field, row))
                 except DecryptionError:
-                    unreadable.append(
-                        ", ".join(f"{column.name} {getattr(row, column.name)}" for column in table.primary_key)
-                    )
+                    name = ", ".join(f"{column.name} {getattr(row, column.name)}" for column in table.primary_key)
+                    click.echo(f"{field.place} of {name}: no key decrypts it; left as it is", err=True)
             _store(connection, field, changes)
             bar.update(len(rows))
             after = [_follows(table, rows[-1])]
-    for name in unreadable:
-        click.echo(f"{field.place} of {name}: no key decrypts it; left as it is", err=True)
 
 
 def _change(field: Encrypted, row: Row[Any]) -> dict[str, Any]:

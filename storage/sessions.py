@@ -162,7 +162,7 @@ def log_in(user_id: int, **facts: Any) -> str:
     :returns: the token.
     :raises redis.exceptions.RedisError: if Redis is away; then there is no session.
     """
-    interface = _interface()
+    interface = cast(SessionInterface, current_app.session_interface)
     current = cast(LazySession, session)
     if current:
         interface.regenerate(current)
@@ -192,7 +192,3 @@ def revoke_sessions(user_id: int) -> None:
             # Only the sessions that were read: a concurrent login keeps its session and its entry.
             pipeline.zrem(index, *store_ids)
         pipeline.execute()
-
-
-def _interface() -> SessionInterface:
-    return cast(SessionInterface, current_app.session_interface)

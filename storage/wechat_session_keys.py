@@ -38,7 +38,7 @@ def keep(user_id: int, session_key: str, asked_at: float, answered_at: float) ->
         pipeline.execute()
 
 
-def newest(user_id: int) -> list[str]:
+def candidates(user_id: int) -> list[str]:
     """Load the newest session_key of a user; an empty list if there is none.
 
     Several where logins on several devices overlapped, so that only WeChat knows which one counts; likeliest first.

@@ -1,6 +1,6 @@
-"""What gunicorn's workers share in PROMETHEUS_MULTIPROC_DIR: their metrics, and the mark that the instance is stopping.
+"""The metrics of all workers of an instance together, in PROMETHEUS_MULTIPROC_DIR.
 
-`gunicorn.conf.py` makes the directory, removes it and leaves the mark.
+`gunicorn.conf.py` makes the directory and removes it.
 https://prometheus.github.io/client_python/multiprocess/
 """
 
@@ -16,12 +16,7 @@ from prometheus_client.registry import Collector
 
 from telemetry.metrics import REGISTRY
 
-VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-
-
-def is_stopping() -> bool:
-    """Whether the instance is about to stop."""
-    return VARIABLE in os.environ and os.path.exists(f"{os.environ[VARIABLE]}/stopping")
+MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Instance(Collector):
@@ -29,7 +24,7 @@ class Instance(Collector):
 
     def collect(self) -> Iterable[Metric]:
         files = []
-        for path in glob(f"{os.environ[VARIABLE]}/*.db"):
+        for path in glob(f"{os.environ[MULTIPROC_DIR]}/*.db"):
             with suppress(FileNotFoundError):  # a gauge of a worker that has just died
                 files += [path] if os.path.getsize(path) else []  # empty: a worker has just begun it
         return MultiProcessCollector.merge(files)  # type: ignore[no-any-return]
@@ -42,4 +37,4 @@ def exposition(accept: str) -> tuple[bytes, str]:
     :returns: the body and its content type: OpenMetrics, or Prometheus's text format.
     """
     encode, content_type = choose_encoder(accept)
-    return encode(Instance() if VARIABLE in os.environ else REGISTRY), content_type
+    return encode(Instance() if MULTIPROC_DIR in os.environ else REGISTRY), content_type

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,12 +52,14 @@ def test_a_line_says_who_asked_and_so_does_each_line_before_it(
         assert (line["traceId"], line["spanId"]) == (request["traceId"], request["spanId"])
 
 
-def test_a_probe_that_a_stop_refuses_is_no_error(
-    client: FlaskClient, log_lines: Lines, monkeypatch: pytest.MonkeyPatch
+def test_a_probe_rejected_because_of_a_stop_is_no_error(
+    client: FlaskClient, log_lines: Lines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("telemetry.multiprocess.is_stopping", lambda: True)
-    assert client.get("/readyz").status_code == 503
-    assert [(line["level"], line["status"]) for line in log_lines()] == [("INFO", 503)]
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert client.get("/readyz").status_code == 200
+    (tmp_path / "stopping").touch()
+    assert client.get("/readyz").get_json()["data"] == {"errors": {"instance": ["Stopping."]}}
+    assert [(line["level"], line["status"]) for line in log_lines()] == [("INFO", 200), ("INFO", 503)]
 
 
 def test_a_login_says_whose_it_is(client: FlaskClient, simulator: Simulator, log_lines: Lines) -> None:

@@ -10,7 +10,7 @@ from telemetry import multiprocess
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(multiprocess.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(multiprocess.MULTIPROC_DIR, str(tmp_path))
     return tmp_path
 
 
@@ -40,13 +40,3 @@ def test_a_gauge_that_vanishes_during_a_scrape_does_no_harm(directory: Path, mon
     assert samples(multiprocess.Instance().collect()) == {"requests_total": 3}
     monkeypatch.setattr(os.path, "getsize", lambda path: 1)  # it goes only after that
     assert samples(multiprocess.Instance().collect()) == {"requests_total": 3}
-
-
-def test_the_mark_in_the_directory_says_that_the_instance_is_stopping(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert not multiprocess.is_stopping()
-    (directory / "stopping").touch()
-    assert multiprocess.is_stopping()
-    monkeypatch.delenv(multiprocess.VARIABLE)
-    assert not multiprocess.is_stopping()
