@@ -201,11 +201,11 @@ def test_of_a_line_that_cannot_be_formatted_the_place_is_logged(
     pipe: Pipe, log_lines: Lines, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pipe.log("%d of %d", args=("hunter2",), filename="place.py", lineno=7)
-    pipe.log("ready", name="\ud800", filename="other.py", lineno=9)
+    pipe.log("ready", name="\ud800", filename="place_of_another.py", lineno=9)
     pipe.log("the next one")
     assert [line["message"] for line in pipe.read()] == ["the next one"]
     assert {line["message"] for line in log_lines()} == {"a line cannot be formatted"}
-    assert [line["reason"] for line in log_lines()] == ["place.py:7", "other.py:9"]
+    assert [line["reason"] for line in log_lines()] == ["place.py:7", "place_of_another.py:9"]
     assert "hunter2" not in str(capfd.readouterr())
 
 
