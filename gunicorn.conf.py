@@ -3,6 +3,7 @@
 The master imports nothing of ours: what it has imported, reloaded workers inherit, and a patch would not be read.
 """
 
+import fcntl
 import logging
 import os
 import runpy
@@ -20,6 +21,7 @@ from pythonjsonlogger.msgspec import MsgspecFormatter
 # Refuse to start, here and once, if the environment lacks anything.
 declared = runpy.run_path(str(Path(__file__).with_name("settings.py")))
 settings = declared["load"](os.environ)
+instance = declared["instance"](settings["PORT"])
 
 # All interfaces: the container or the machine's firewall decides who gets this far.
 bind = f"0.0.0.0:{settings['PORT']}"
@@ -29,7 +31,6 @@ workers = settings["WEB_CONCURRENCY"]
 
 # Requests wait for WeChat, Redis and the database, not for the CPU; threads wait cheaply. They also wait for clients
 # that send slowly, and without a limit: a proxy that buffers requests belongs in front.
-worker_class = "gthread"
 threads = settings["WEB_THREADS"]
 
 # A worker whose main thread gives no sign of life for this long is replaced. A slow request is no reason: it has a
@@ -47,8 +48,8 @@ keepalive = 75
 memory = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 worker_tmp_dir = memory
 
-# The metrics of the workers are in a directory whose name has our port, so that the next start removes what a crash
-# left. prometheus_client reads this variable when it is first imported, so not before when_ready.
+# The metrics of the workers are in a directory that the instance holds; the next start removes what a crash left.
+# prometheus_client reads this variable when it is first imported, so not before when_ready.
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 # No socket in the home directory through which the server could be steered.
@@ -73,20 +74,26 @@ lines.setFormatter(
         rename_fields={"levelname": "level", "name": "logger", "process": "pid", "exc_info": "stack"},
         # They come first, in this order.
         defaults={"timestamp": None, "levelname": None, "service": "kuaishang", "traceId": None, "message": None},
-        static_fields={"instance": declared["instance"](settings["PORT"]), "version": declared["VERSION"]},
+        static_fields={"instance": instance, "version": declared["VERSION"]},
         timestamp=True,
     )
 )
 logging.getLogger("gunicorn.error").handlers = [lines]
 
 
+def lock(directory):  # type: ignore[no-untyped-def]
+    """Hold a directory for this master and its workers. Raises BlockingIOError if another instance holds it."""
+    fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
-    prefix = f"kuaishang-{settings['PORT']}-"
-    if not server.master_pid:  # after a USR2 the other master still serves on the same port
-        for left in Path(memory).glob(f"{prefix}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    directory = os.environ[MULTIPROC_DIR] = tempfile.mkdtemp(prefix=prefix, dir=memory)
+    for left in Path(memory).glob("kuaishang-*"):
+        with suppress(OSError):
+            lock(left)
+            shutil.rmtree(left)
+    directory = os.environ[MULTIPROC_DIR] = tempfile.mkdtemp(prefix="kuaishang-", dir=memory)
+    lock(directory)
     os.chown(directory, server.cfg.uid, server.cfg.gid)
     server.started = time.time()
     if settings["DRAIN_SECONDS"]:
@@ -103,11 +110,13 @@ def pre_fork(server, worker):  # type: ignore[no-untyped-def]
 
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
-    # Until it serves, a signal ends it: the master's handlers, which it has inherited, would ignore a stop.
+    # Until gunicorn sets a worker's handlers, a signal ends it: the master's, which it has inherited, would ignore it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    from telemetry import metrics
+    from telemetry import logs, metrics, redaction
 
+    redaction.hide_settings(settings)
+    lines.setFormatter(logs.JsonLineFormatter(instance, declared["VERSION"]))  # an exception at start-up is redacted
     metrics.WORKER_STARTS.inc()
     metrics.WORKER_DEATHS.inc(worker.replaces)
     metrics.START_TIME.set(server.started)
@@ -123,10 +132,10 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
     # manager may signal all processes at once.
     if len(server.WORKERS) < server.num_workers and not Path(os.environ[MULTIPROC_DIR], "stopping").exists():
         server.deaths = vars(server).get("deaths", 0) + 1
-    from prometheus_client.multiprocess import mark_process_dead
+    with suppress(Exception):  # numbers that are lost must not stop the server
+        from prometheus_client.multiprocess import mark_process_dead
 
-    with suppress(FileNotFoundError):
-        mark_process_dead(worker.pid)
+        mark_process_dead(worker.pid)  # counters of dead workers are kept, a few KiB each
 
 
 def on_exit(server):  # type: ignore[no-untyped-def]

@@ -176,8 +176,7 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
     """
     try:
         given = {name: value for name, value in environ.items() if value.strip()}
-        loaded: dict[str, Any] = Settings(only=only).load(given)
-        return loaded
+        return Settings(only=only).load(given)  # type: ignore[no-any-return]
     except ValidationError as error:
         raise SettingsError(_explain(error.normalized_messages())) from None
 

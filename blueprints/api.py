@@ -13,12 +13,8 @@ from blueprints.parsing import CONVERTERS, JsonParser
 from errors import Code, ErrorEnvelope, Message, envelope
 from storage import database
 
-TRACE_ID_HEADER = {
-    "X-Trace-Id": {
-        "description": "Finds this request in the logs.",
-        "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
-    }
-}
+TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
+TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
 IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
 HEADERS_BY_STATUS: dict[int, dict[str, Any]] = {
@@ -152,16 +148,10 @@ class Blueprint(flask_smorest.Blueprint):
 @cache
 def _success_envelope(schema: type[Schema] | None) -> type[Schema]:
     """Describe the envelope around a schema; one class for each, as OpenAPI names it after the class."""
-    return Schema.from_dict(
-        {
-            "code": fields.Integer(required=True, metadata={"enum": [Code.SUCCESS.number]}),
-            "message": fields.String(required=True),
-            "data": fields.Nested(schema, required=True)
-            if schema
-            else fields.Dict(required=True, metadata={"maxProperties": 0}),
-        },
-        name=f"{schema.__name__.removesuffix('Schema') if schema else 'Empty'}Envelope",
-    )
+    data = fields.Nested(schema, required=True) if schema else fields.Dict(required=True, metadata={"maxProperties": 0})
+    code = fields.Integer(required=True, metadata={"enum": [Code.SUCCESS.number]})
+    name = f"{schema.__name__.removesuffix('Schema') if schema else 'Empty'}Envelope"
+    return Schema.from_dict({"code": code, "message": fields.String(required=True), "data": data}, name=name)
 
 
 class Api(flask_smorest.Api):

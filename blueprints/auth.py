@@ -98,6 +98,7 @@ def get_wechat_session() -> dict[str, bool]:
 
     For a user who logged in on the web: whether the web-app authorization is still valid.
     """
+    blocks.require_not_blocked(current_user())
     web_app_id = session.get("web_app_id")
     if web_app_id is not None:
         return {"valid": check_authorization(g.user_id, web_app_id)}

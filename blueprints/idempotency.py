@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 from flask import Response, g, request
 from sqlalchemy import delete
@@ -52,12 +51,8 @@ def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Res
     database.session.add(record)
     database.session.flush()
     response = make_response()
-    record.about_user_id = _user_of(g.row)
+    # The response goes when the user whom it is about is deleted.
+    record.about_user_id = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
     record.status, record.body = response.status_code, response.get_data()
     record.headers = json.dumps({name: response.headers[name] for name in KEPT_HEADERS if name in response.headers})
     return response
-
-
-def _user_of(row: Any) -> int | None:
-    """Whom a row is about: the response goes when that user is deleted."""
-    return row.id if isinstance(row, User) else getattr(row, "user_id", None)

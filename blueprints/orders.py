@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flask import g, url_for
+from flask import url_for
 from marshmallow import Schema, fields, validate
 from sqlalchemy.orm import joinedload
 
@@ -98,7 +98,7 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
 @blueprint.response(201, OrderSchema)
 def create_order(body: dict[str, Any]) -> tuple[Order, dict[str, str]]:
     """Create an order"""
-    order = Order(user_id=g.user_id, remark=body["remark"], items=[OrderItem(**item) for item in body["items"]])
+    order = Order(user_id=current_user().id, remark=body["remark"], items=[OrderItem(**item) for item in body["items"]])
     order.sum_up()
     database.session.add(order)
     database.session.flush()

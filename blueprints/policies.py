@@ -45,21 +45,28 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
         return user
 
     def promote() -> User:
-        promoted = database.session.get_one(User, user.id, with_for_update=True)
+        g.user_id = user.id
+        promoted = current_user(lock=True)
         promoted.role = "admin"
         return promoted
 
     return database.in_transaction(promote)
 
 
-def _require_user() -> None:
+def _require_session() -> None:
     if "user_id" in session:
         set_current_user(session["user_id"])
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
     else:
         raise ApiError(Code.UNAUTHORIZED)
+
+
+def _require_user() -> None:
+    _require_session()
     blocks.require_not_blocked(current_user())
+    if request.method not in ("GET", "HEAD"):
+        database.session.rollback()  # no transaction waits for a body that a client sends slowly
 
 
 def _cloud_run_user() -> User:
@@ -73,9 +80,10 @@ def _cloud_run_user() -> User:
 
 
 def _require_admin() -> None:
-    _require_user()
-    if current_user().role != "admin":
+    _require_session()
+    if blocks.require_not_blocked(current_user()).role != "admin":
         raise ApiError(Code.FORBIDDEN)
+    database.session.rollback()
 
 
 def _require_metrics_token() -> None:
@@ -95,4 +103,6 @@ signed_in = AuthPolicy(
     fails=(Code.UNAUTHORIZED, Code.FORBIDDEN, Code.UNAVAILABLE),
 )
 administrators = signed_in._replace(check=_require_admin)
+session_holders = signed_in._replace(check=_require_session)
+"""Logging out needs no database, and blocked users may."""
 scrapers = AuthPolicy(_require_metrics_token, security=[{"metrics": []}], fails=(Code.UNAUTHORIZED, Code.UNAVAILABLE))

@@ -104,6 +104,7 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     """Create a user before the first login, for administrators"""
     openid, app_id = body["openid"], wechat.api.app_id
+    blocks.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
         raise ApiError(Code.CONFLICT, errors={"openid": ["A user with this openid already exists."]})
     user = User(app_id=app_id, **body)
@@ -166,7 +167,9 @@ def delete_user(user_id: str) -> None:
         return user.id
 
     def delete() -> None:
-        user = database.session.get_one(User, number, with_for_update=True)
+        user = database.session.get(User, number, with_for_update=True)
+        if user is None:  # deleted or merged concurrently
+            raise ApiError(Code.NOT_FOUND)
         if user.blocked:
             blocks.keep_block(user)
         ownership.detach_some(number)

@@ -52,9 +52,8 @@ def set_blocked(user_id: int, blocked: bool) -> bool:
     user = database.session.get(User, user_id, with_for_update=True)
     if user is not None:
         user.blocked = blocked
-    kept = BlockedIdentity.former_user_id == user_id
-    lifted = 0 if blocked else database.session.query(BlockedIdentity).where(kept).delete()
-    return user is not None or lifted > 0
+    kept = database.session.query(BlockedIdentity).where(BlockedIdentity.former_user_id == user_id)
+    return (kept.count() if blocked else kept.delete()) > 0 or user is not None
 
 
 def _names(identities: Iterable[tuple[str, str]], unionid: str | None) -> set[str]:

@@ -19,18 +19,10 @@ from storage.models import Base
 STATEMENT_SECONDS = 3
 TRIES = 5
 T = TypeVar("T")
-_RACE_ERRORS = {
-    1062,  # the same row was inserted concurrently
-    1213,  # deadlock
-    1020,  # MariaDB's snapshot isolation: the record has changed since last read
-    "SQLITE_CONSTRAINT_UNIQUE",
-    "SQLITE_CONSTRAINT_PRIMARYKEY",
-}
-_MISSING_SCHEMA_ERRORS = {
-    1146,  # no such table
-    1054,  # no such column
-    "SQLITE_ERROR",  # a wrong statement, which has no other cause here
-}
+# The same row was inserted concurrently (MySQL, SQLite, SQLite); a deadlock; MariaDB's snapshot isolation.
+_RACE_ERRORS = {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020}
+# No such table; no such column; SQLite's for a wrong statement, which has no other cause here.
+_MISSING_SCHEMA_ERRORS = {1146, 1054, "SQLITE_ERROR"}
 _SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
 _QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # greedy: a value may contain quotes
 

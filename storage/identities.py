@@ -37,7 +37,6 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
 
 def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
     """Create the user and the identity unless they exist, and merge all users who are the same person."""
-    blocks.require_identity_not_blocked(app_id, openid, unionid)
     if database.session.get(Identity, (app_id, openid)) is None:
         moment = now()
         database.insert_unless_exists(
@@ -45,6 +44,8 @@ def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
         )
     user = _merge(app_id, openid, unionid)
     database.insert_unless_exists(Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at)
+    # Last: the inserts have waited for a concurrent deletion of the same user to commit.
+    blocks.require_identity_not_blocked(app_id, openid, unionid)
 
 
 def _merge(app_id: str, openid: str, unionid: str | None) -> User:

@@ -76,11 +76,10 @@ def _report(connection: Connection) -> None:
     fingerprint = BlockedIdentity.__table__.c.fingerprint
     blocks = _count(connection, ~fingerprint.startswith(f"{current_app.extensions['cipher'].key_id}."))
     if blocks:
-        click.echo(
-            f"{blocks} identities of deleted users stay blocked only while their keys are kept: a hash cannot move."
-        )
+        click.echo(f"{blocks} kept blocks end with their key, as a hash cannot move. Keep it, or lift them.", err=True)
     if left:
         click.echo("The other keys are still needed. Run `flask keys rotate` until nothing is left.", err=True)
+    if left or blocks:
         raise click.exceptions.Exit(1)
     click.echo("All is under the first key.")
 

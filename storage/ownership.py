@@ -35,12 +35,12 @@ OWNED = (
 def move_all(user: User, heir: User) -> None:
     """Move everything that belongs to a user to another one; of two rows with the same key, the other's stays."""
     for owned in OWNED:
-        moved = (
-            update(owned.model).where(owned.model.user_id == user.id).values(user_id=heir.id, **_next_version(owned))
-        )
-        database.session.execute(
-            moved.prefix_with("OR IGNORE", dialect="sqlite").prefix_with("IGNORE", dialect="mysql")
-        )
+        for key in owned.model.__table__.foreign_keys:
+            if key.column is User.__table__.c.id:
+                values = {key.parent.name: heir.id, **_next_version(owned)}
+                moved = update(owned.model).where(key.parent == user.id).values(values)
+                unless_taken = moved.prefix_with("OR IGNORE", dialect="sqlite").prefix_with("IGNORE", dialect="mysql")
+                database.session.execute(unless_taken)
 
 
 def detach_some(user_id: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import current_app
 from redis import Redis
-from redis.exceptions import LockError, RedisError
+from redis.exceptions import RedisError
 from redis.lock import Lock
 
 from errors import ApiError, Code
@@ -71,7 +71,7 @@ class SingleFlight:
                 raise
             finally:
                 if is_locked:
-                    with suppress(LockError):  # the call outlasted the lock
+                    with suppress(RedisError):  # the call outlasted the lock, or the lock expires by itself
                         lock.release()
             if result is not None:
                 return result

@@ -14,7 +14,7 @@ import time
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
-from queue import Full, Queue
+from queue import Full, SimpleQueue
 from traceback import TracebackException
 from typing import Any
 
@@ -71,7 +71,7 @@ class JsonLineFormatter(MsgspecFormatter):
         for name in vars(record).keys() - self.reserved_attrs:
             self._add_extra(log_data, name, getattr(record, name))
         log_data.update(self.static_fields, logger=record.name, pid=os.getpid())
-        if record.exc_info and (error := record.exc_info[1]):
+        if record.exc_info and (error := record.exc_info[1]) is not None:
             name = f"{type(error).__module__}.{type(error).__qualname__}"
             log_data["exceptionType"] = name.removeprefix("builtins.")
             log_data["exceptionMessage"] = scrub(str(TracebackException.from_exception(error)))  # also if it has none
@@ -93,7 +93,7 @@ class JsonLineFormatter(MsgspecFormatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Format the stack as Python prints it: lines of code as they are, messages redacted."""
-        parts = TracebackException.from_exception(ei[1]).format() if ei[1] else ()
+        parts = TracebackException.from_exception(ei[1]).format() if ei[1] is not None else ()
         return "".join(part if part.startswith('  File "') else scrub(part) for part in parts)[-STACK_CHARACTERS:]
 
 
@@ -101,14 +101,19 @@ class LineHandler(QueueHandler):
     """Puts records into a queue, from which a LineWriter takes them."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
-        super().__init__(Queue())
+        super().__init__(SimpleQueue())
         self.setFormatter(formatter)
         self.start()
 
     def start(self) -> None:
         """Begin with an empty queue and a new thread; threads do not survive a fork."""
-        self.queue: Queue[logging.LogRecord] = Queue(CAPACITY)
+        self.queue: SimpleQueue[Any] = SimpleQueue()  # reentrant: a garbage collection may log while a line is put
         LineWriter(self.queue, self).start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if self.queue.qsize() >= CAPACITY:
+            raise Full
+        self.queue.put(record)
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Keep what may change until the record is formatted: the arguments and the context."""
@@ -125,27 +130,28 @@ class LineHandler(QueueHandler):
 
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while self.queue.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
-        metrics.LINES_DROPPED.inc(self.queue.unfinished_tasks)
+        written = threading.Event()
+        self.queue.put(written)
+        if not written.wait(FLUSH_SECONDS):
+            metrics.LINES_DROPPED.inc(self.queue.qsize())
 
 
 class LineWriter(QueueListener):
     """Formats records and writes them to stdout, in a thread: all at once, as each write lets a request wait."""
 
-    queue: Queue[logging.LogRecord]
+    queue: SimpleQueue[Any]
 
-    def handle(self, record: logging.LogRecord) -> None:
-        """Write this line and those that come within GATHER_SECONDS."""
+    def handle(self, first: Any) -> None:
+        """Write this line and those that come within GATHER_SECONDS; an Event among them is set afterwards."""
         time.sleep(GATHER_SECONDS)
-        records = [record, *(self.queue.get() for _ in range(self.queue.qsize()))]
+        queued = [first, *(self.queue.get() for _ in range(self.queue.qsize()))]
+        records = [one for one in queued if isinstance(one, logging.LogRecord)]
         try:
             _write("".join(map(self._line, records)).encode())
         except OSError:  # nobody reads any more
             metrics.LINES_DROPPED.inc(len(records))
-        for _ in records[1:]:  # QueueListener does it for the first
-            self.queue.task_done()
+        for event in [one for one in queued if isinstance(one, threading.Event)]:
+            event.set()
 
     def _line(self, record: logging.LogRecord) -> str:
         (handler,) = self.handlers

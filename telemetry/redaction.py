@@ -51,17 +51,19 @@ def hide_settings(config: Mapping[str, Any]) -> None:
         elif isinstance(value, str) and "://" in value:
             url = urlsplit(value)
             _hosts.add(url.hostname or "")
-            _secrets.add(unquote(url.password or ""))
+            _secrets.update(filter(None, (url.password, unquote(url.password or ""))))
             _secrets.update(secret for key, secret in parse_qsl(url.query) if _SECRET_NAME.search(key))
     _secrets.update([quote(secret) for secret in _secrets])
-    _secrets.discard("")
-    scrub.cache_clear()
+    _scrub.cache_clear()
+
+
+def scrub(text: str) -> str:
+    """Make free text fit to be written: TEXT_CHARACTERS of it at most."""
+    return _scrub(text[: 2 * TEXT_CHARACTERS])  # twice as many, so that no secret is cut in two before it is found
 
 
 @lru_cache(1000)  # most texts are constants
-def scrub(text: str) -> str:
-    """Make free text fit to be written: TEXT_CHARACTERS of it at most."""
-    text = text[: 2 * TEXT_CHARACTERS]  # twice as many, so that no secret is cut in two before it is found
+def _scrub(text: str) -> str:
     for secret in sorted(_secrets, key=len, reverse=True):
         if secret in text:  # a short one only as a word of its own: `pay` must not make `…load` of `payload`
             text = re.sub(re.escape(secret) if len(secret) >= 8 else rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
@@ -72,7 +74,7 @@ def scrub(text: str) -> str:
 
 
 def _hide_run(match: re.Match[str]) -> str:
-    """Tokens, keys, hashes and openids are long runs with letters and digits; words are not."""
+    """Tokens, keys, hashes and openids are long runs with letters and digits, or in mixed case; words are not."""
     run = match[0]
-    is_word = not re.search(r"\d", run) or not re.search(r"[A-Za-z]", run)
+    is_word = not (re.search(r"\d", run) and re.search("[A-Za-z]", run)) and (len(run) < 26 or run == run.lower())
     return run if is_word or _SHOWN_RUN.fullmatch(run) or any(run in host for host in _hosts) else HIDDEN

@@ -136,7 +136,9 @@ class Client:
             raise unexpected_response(path, "result.suggest missing or unknown", answer)
         return bool(suggestion == "risky")
 
-    def send_subscribe_message(self, openid: str, template_id: str, data: Mapping[str, str], **optional: str) -> bool:
+    def send_subscribe_message(
+        self, openid: str, template_id: str, data: Mapping[str, str], **optional: str | None
+    ) -> bool:
         """Send a message that the user has subscribed to (cgi-bin/message/subscribe/send).
 
         It is not sent again if the response is lost, as it may have arrived. Source:
@@ -151,7 +153,8 @@ class Client:
             errcode is in the log.
         """
         texts = {name: {"value": value} for name, value in data.items()}
-        body = {"touser": openid, "template_id": template_id, "data": texts, **optional}
+        given = {name: value for name, value in optional.items() if value is not None}
+        body = {"touser": openid, "template_id": template_id, "data": texts, **given}
         path = "/cgi-bin/message/subscribe/send"
         answer: dict[str, Any] = self.call(path, body=body, expected={USER_REFUSED}, idempotent=False, media=False)
         return answer.get("errcode") != USER_REFUSED

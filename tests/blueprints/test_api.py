@@ -10,14 +10,14 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from blueprints.api import Blueprint
-from blueprints.policies import administrators, public, scrapers, signed_in
+from blueprints.policies import administrators, public, scrapers, session_holders, signed_in
 from blueprints.wechat_profile import PHONE_CODE_REQUIRED
 from dev import openapi
 from errors import Code
 from tests.blueprints.callers import Caller, operations
 from tests.harness import Simulator
 
-POLICIES = {public.check, signed_in.check, administrators.check, scrapers.check}
+POLICIES = {policy.check for policy in (public, signed_in, session_holders, administrators, scrapers)}
 
 
 def test_every_route_belongs_to_a_group(app: Flask) -> None:

@@ -1,11 +1,13 @@
 """A blocked user is rejected at once, on every instance and in every way; also after the account has been deleted."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from flask import Flask
 
+from storage import identities
 from tests.blueprints.callers import API, Caller, code_of, invalid_fields, log_in, log_in_together, operations
 from tests.harness import APP_ID, Simulator
 
@@ -37,8 +39,38 @@ def test_a_blocked_user_is_rejected_by_every_route_on_every_instance(
     for method, path in secured:
         answer = mallory.call(method, path.removeprefix(API).format(user_id=mallory.id, order_id=1, item_id=1), {})
         assert answer.status_code == 403, (method, path)
+    assert mallory.get("/auth/wechat").status_code == 403
     block(admin, mallory, False)
     assert mallory.get("/users/me").status_code == 200
+
+
+def test_a_blocked_user_can_log_out(admin: Caller, mallory: Caller) -> None:
+    block(admin, mallory)
+    assert mallory.delete("/auth/session").status_code == 200
+    assert mallory.get("/users/me").status_code == 401
+
+
+def test_no_account_is_created_for_the_openid_of_a_kept_block(admin: Caller, mallory: Caller) -> None:
+    block(admin, mallory)
+    assert admin.delete(f"/users/{mallory.id}").status_code == 200
+    assert admin.post("/users", {"openid": mallory.openid}).get_json() == BLOCKED
+
+
+def test_a_deletion_during_the_login_loses_no_block(
+    app: Flask, simulator: Simulator, admin: Caller, mallory: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block(admin, mallory)
+    etag = admin.etag(f"/users/{mallory.id}")
+    make_or_merge = identities._make_or_merge
+
+    def delete_first(*arguments: Any) -> None:
+        monkeypatch.setattr(identities, "_make_or_merge", make_or_merge)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(admin.call, "DELETE", f"/users/{mallory.id}", If_Match=etag).result()
+        make_or_merge(*arguments)
+
+    monkeypatch.setattr(identities, "_make_or_merge", delete_first)
+    assert log_in(app, simulator, mallory.openid, unionid="u-new").get_json() == BLOCKED
 
 
 def test_a_blocked_user_cannot_log_in(

@@ -75,7 +75,8 @@ def test_merging_moves_orders_and_idempotency_keys(name: str) -> None:
     for user, keys in ((older, ["both", "older"]), (younger, ["both", "younger"])):
         database.session.add(Order(user_id=user.id, total=0))
         database.session.add_all(
-            IdempotencyKey(user_id=user.id, key=key, fingerprint=str(user.id), status=201) for key in keys
+            IdempotencyKey(user_id=user.id, about_user_id=user.id, key=key, fingerprint=str(user.id), status=201)
+            for key in keys
         )
     database.session.commit()
     one = get_or_create_user(MINI, f"m-{name}", f"u-{name}")

@@ -5,14 +5,19 @@ from typing import Any
 import pytest
 from sqlalchemy import String, Text
 
-from storage.models import Base
+from storage.models import Base, User
 from storage.ownership import OWNED
 
 TABLES = {mapper.class_: mapper.local_table for mapper in Base.registry.mappers}
 
 
 def test_every_model_with_a_user_is_in_the_list() -> None:
-    with_a_user = {model.__name__ for model, table in TABLES.items() if "user_id" in table.columns}
+    users = TABLES[User].columns["id"]
+    with_a_user = {
+        model.__name__
+        for model, table in TABLES.items()
+        if "user_id" in table.columns or any(key.column is users for key in table.foreign_keys)
+    }
     assert len(with_a_user) >= 3
     assert {owned.model.__name__ for owned in OWNED} == with_a_user, "add it to OWNED in storage/ownership.py"
 

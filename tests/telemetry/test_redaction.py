@@ -107,9 +107,9 @@ def other_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(redaction, "_secrets", set())
         patch.setattr(redaction, "_hosts", set())
-        scrub.cache_clear()
+        redaction._scrub.cache_clear()
         yield
-    scrub.cache_clear()
+    redaction._scrub.cache_clear()
 
 
 @pytest.mark.usefixtures("other_settings")
