@@ -31,6 +31,7 @@ workers = settings["WEB_CONCURRENCY"]
 
 # Requests wait for WeChat, Redis and the database, not for the CPU; threads wait cheaply. They also wait for clients
 # that send slowly, and without a limit: a proxy that buffers requests belongs in front.
+worker_class = "gthread"
 threads = settings["WEB_THREADS"]
 
 # A worker whose main thread gives no sign of life for this long is replaced. A slow request is no reason: it has a
