@@ -18,7 +18,7 @@ class Owned(NamedTuple):
     """How the rows of a model with a `user_id` follow their user."""
 
     model: Any
-    export: str | None = None
+    export: str | None
     """The name of its list in the export; None for what only repeats what is there already."""
     outlives_user: bool = False
     """Whether a row stays without its user and its `personal` columns; otherwise it is deleted with the user."""
@@ -28,7 +28,7 @@ class Owned(NamedTuple):
 OWNED = (
     Owned(Identity, export="identities"),
     Owned(Order, export="orders", outlives_user=True, personal=["remark"]),
-    Owned(IdempotencyKey),
+    Owned(IdempotencyKey, export=None),
 )
 
 

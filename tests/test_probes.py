@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dev.redis_server import RedisServer
 from storage.database import STATEMENT_SECONDS
 from tests.databases import MariaDB
-from tests.harness import METRICS_TOKEN, Service, Simulator, bearer, migrate, suspend, wait_until
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, Simulator, bearer, migrate, suspend, wait_until
 from tests.test_service import fastest
 
 StartService = Callable[..., Service]
@@ -46,7 +46,7 @@ def directory_below(master: psutil.Process) -> Path:
 
 def scrape(service: Service) -> dict[Sample, float]:
     """Each sample by its name and its labels' values, these in the order of the labels' names."""
-    answer = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=10)
+    answer = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS)
     assert answer.status_code == 200, answer.text
     return {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
@@ -56,12 +56,12 @@ def scrape(service: Service) -> dict[Sample, float]:
 
 
 def readiness(service: Service) -> tuple[int, object]:
-    answer = requests.get(f"{service.url}/readyz", timeout=10)
+    answer = requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS)
     return answer.status_code, answer.json()["data"]
 
 
 def version(service: Service) -> int:
-    return requests.get(f"{service.url}/version", timeout=10).status_code
+    return requests.get(f"{service.url}/version", timeout=WAIT_SECONDS).status_code
 
 
 VERSIONS = ("kuaishang_http_requests_total", "200", "GET", "/version", "200")  # code, method, route, status
@@ -206,7 +206,7 @@ def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_
     old = service.workers()
     for worker in old:
         worker.kill()
-    assert psutil.wait_procs(old, timeout=10)[1] == []
+    assert psutil.wait_procs(old, timeout=WAIT_SECONDS)[1] == []
     wait_for_starts(service, 1)
     service.stop()
     assert service.process.popen.returncode == 0
@@ -235,7 +235,7 @@ def test_a_new_master_has_a_directory_of_its_own_and_the_old_one_goes_without_a_
         while old.poll() is None:
             assert readiness(service)[0] == 200
         assert old.returncode == 0
-        assert psutil.wait_procs(olds, timeout=1)[1] == []
+        assert psutil.wait_procs(olds, timeout=WAIT_SECONDS)[1] == []
         assert not directory.exists()
         assert new.exists()
         wait_for_starts(service, 1)
@@ -296,7 +296,7 @@ def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
     started = time.monotonic()
     service.process.popen.terminate()
     wait_until(lambda: readiness(service) == (503, STOPPING))
-    assert "Retry-After" in requests.get(f"{service.url}/readyz", timeout=5).headers
+    assert "Retry-After" in requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS).headers
     while time.monotonic() - started < 1.5:
         assert readiness(service) == (503, STOPPING)
         assert version(service) == 200
@@ -311,20 +311,24 @@ def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
 def test_a_worker_that_dies_in_the_drain_is_replaced_by_one_that_knows_of_it(start_service: StartService) -> None:
     service = start_service(DRAIN_SECONDS="12", WEB_CONCURRENCY="1")
     wait_for_starts(service, 1)
+    old = service.workers()
     service.process.popen.terminate()
     wait_until(lambda: readiness(service) == (503, STOPPING))
-    directory, old = directory_of(service), service.workers()
     for worker in old:
         worker.send_signal(signal.SIGTERM)  # as a service manager does that signals all processes at once
-    assert psutil.wait_procs(old, timeout=10)[1] == []
+    wait_for_starts(service, 2)
+    assert readiness(service) == (503, STOPPING)
+    assert scrape(service)[WORKER_DEATHS] == 0
+
+
+def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    wait_for_starts(service, 1)
+    directory, (old,) = directory_of(service), service.workers()
+    old.kill()
+    old.wait()
     (booting,) = wait_until(service.workers)
     wait_until((directory / f"counter_{booting.pid}.db").exists)
     booting.send_signal(signal.SIGTERM)  # it must not wait until it serves
-    booting.wait(10)
+    booting.wait(WAIT_SECONDS)
     wait_for_starts(service, 3)
-    assert readiness(service) == (503, STOPPING)
-    assert version(service) == 200
-    assert scrape(service)[WORKER_DEATHS] == 0
-    service.process.popen.send_signal(signal.SIGINT)
-    assert service.process.popen.wait(9) == 0  # the drain takes 12 s
-    assert not directory.exists()

@@ -12,7 +12,7 @@ from werkzeug.test import TestResponse
 from blueprints import auth
 from storage import database
 from storage.models import User
-from tests.harness import Simulator, bearer, wait_until
+from tests.harness import PERSON, Simulator, bearer, wait_until
 
 API = "/api/v1"
 
@@ -75,6 +75,30 @@ ITEM = {"sku": "tea-1", "name": "龙井茶", "quantity": 2, "unit_price": 1250}
 ORDER = {"remark": "少糖", "items": [ITEM, {"sku": "cup", "name": "杯子", "quantity": 1, "unit_price": 500}]}
 
 
+def ids_of(caller: Caller) -> dict[str, Any]:
+    """For each argument of a route the id of a row that belongs to this user; a new argument has its line here."""
+    order = caller.order()
+    return {"user_id": caller.id, "order_id": order["id"], "item_id": order["items"][0]["id"]}
+
+
+def bodies(simulator: Simulator, openid: str) -> dict[str, Any]:
+    """A valid body for each write of the database; a new one has its line here."""
+    return {
+        "POST /api/v1/users": {"openid": "oSomebodyNew"},
+        "PUT /api/v1/users/{user_id}": {"nickname": "小红"},
+        "DELETE /api/v1/users/{user_id}": None,
+        "PUT /api/v1/users/me/phone": {"code": simulator.phone_code(openid=openid)},
+        "PUT /api/v1/users/me/profile": {"nickname": "小明"},
+        "PUT /api/v1/users/{user_id}/personal-data": {"email": PERSON["email"]},
+        "POST /api/v1/orders": ORDER,
+        "PUT /api/v1/orders/{order_id}": {"remark": "多糖"},
+        "DELETE /api/v1/orders/{order_id}": None,
+        "POST /api/v1/orders/{order_id}/items": ITEM,
+        "PUT /api/v1/orders/{order_id}/items/{item_id}": {"quantity": 9},
+        "DELETE /api/v1/orders/{order_id}/items/{item_id}": None,
+    }
+
+
 def log_in(app: Flask, simulator: Simulator, openid: str, **wanted: Any) -> TestResponse:
     code = simulator.code(openid=openid, **wanted)
     return app.test_client(use_cookies=False).post(f"{API}/auth/wechat", json={"code": code})
@@ -107,6 +131,18 @@ def operations(app: Flask) -> list[tuple[str, str]]:
         for rule in app.url_map.iter_rules()
         for method in sorted((rule.methods or set()) - {"OPTIONS"})
     ]
+
+
+def list_paths(app: Flask) -> list[str]:
+    """The path of every list below the API, such as "/orders"."""
+    paths = app.test_client().get("/openapi.json").get_json()["paths"]
+    lists = [
+        path
+        for path, item in paths.items()
+        for query in item.get("get", {}).get("parameters", [])
+        if query.get("name") == "after"
+    ]
+    return [path.removeprefix(API) for path in lists]
 
 
 def code_of(answer: TestResponse) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from blueprints.orders import OrderListSchema
 from blueprints.users import UserListSchema
 from storage import database
 from storage.models import Order, User, now
-from tests.blueprints.callers import Caller, data_of
+from tests.blueprints.callers import Caller, data_of, list_paths
 from tests.harness import Simulator
 
 FILTERS = {"/orders": {"status": "paid", "user_id": "{id}"}, "/users": {"phone": "13812345678"}}
@@ -72,7 +72,8 @@ BAD = {
 }
 
 
-def test_every_filter_of_a_list_is_tested() -> None:
+def test_every_list_and_filter_is_tested(app: Flask) -> None:
+    assert set(list_paths(app)) == FILTERS.keys(), "add it to FILTERS"
     for schema, path in ((OrderListSchema, "/orders"), (UserListSchema, "/users")):
         assert set(schema().fields) - {"page", "page_size", "after", "sort"} == set(FILTERS[path])
 

@@ -11,9 +11,9 @@ from sqlalchemy import select, update
 from blueprints.api import Blueprint
 from blueprints.policies import signed_in
 from storage import database
-from storage.models import Base, Order, User
-from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, operations
-from tests.harness import PERSON, Simulator
+from storage.models import Base, User, Versioned
+from tests.blueprints.callers import Caller, bodies, code_of, data_of, ids_of, invalid_fields, operations
+from tests.harness import Simulator
 
 NOT_IN_THE_DATABASE = {
     "POST /api/auth/wechat",
@@ -32,24 +32,6 @@ WITHOUT_IF_MATCH = {
 }
 
 
-def bodies(simulator: Simulator, openid: str) -> dict[str, Any]:
-    """A valid body for each write."""
-    return {
-        "POST /api/v1/users": {"openid": "oSomebodyNew"},
-        "PUT /api/v1/users/{user_id}": {"nickname": "小红"},
-        "DELETE /api/v1/users/{user_id}": None,
-        "PUT /api/v1/users/me/phone": {"code": simulator.phone_code(openid=openid)},
-        "PUT /api/v1/users/me/profile": {"nickname": "小明"},
-        "PUT /api/v1/users/{user_id}/personal-data": {"email": PERSON["email"]},
-        "POST /api/v1/orders": ORDER,
-        "PUT /api/v1/orders/{order_id}": {"remark": "多糖"},
-        "DELETE /api/v1/orders/{order_id}": None,
-        "POST /api/v1/orders/{order_id}/items": ITEM,
-        "PUT /api/v1/orders/{order_id}/items/{item_id}": {"quantity": 9},
-        "DELETE /api/v1/orders/{order_id}/items/{item_id}": None,
-    }
-
-
 def stored(app: Flask) -> list[Any]:
     """All rows of all tables, as another connection sees them."""
     with app.app_context(), app.extensions["database"].connect() as connection:
@@ -59,7 +41,7 @@ def stored(app: Flask) -> list[Any]:
 def make_new_versions(app: Flask) -> None:
     """Change the version of each row, as writers do who come first."""
     with app.app_context():
-        for model in (User, Order):
+        for model in Versioned.__subclasses__():
             database.session.execute(update(model).values(version=model.version + 1))
         database.session.commit()
 
@@ -69,8 +51,7 @@ def test_every_write_commits_and_requires_the_current_version(app: Flask, simula
     assert writes >= NOT_IN_THE_DATABASE | WITHOUT_IF_MATCH
     for route in sorted(writes - NOT_IN_THE_DATABASE):
         caller = Caller(app, simulator, openid="oCaller", role="admin")
-        order = caller.order()
-        ids = {"user_id": caller.id, "order_id": order["id"], "item_id": order["items"][0]["id"]}
+        ids = ids_of(caller)
         examples = bodies(simulator, "oCaller")
         assert route in examples, f"add a body for {route} to bodies()"
         method, path = route.format(**ids).replace("/api/v1", "").split()
@@ -87,6 +68,16 @@ def test_every_write_commits_and_requires_the_current_version(app: Flask, simula
         answer = caller.call(method, path, examples[route], **headers)
         assert answer.status_code in (200, 201), (route, answer.text)
         assert stored(app) != before, f"{route} responds with {answer.status_code} and stores nothing"
+
+
+def test_no_body_sets_what_the_server_sets(app: Flask, simulator: Simulator) -> None:
+    caller = Caller(app, simulator, openid="oCaller", role="admin")
+    for route, body in bodies(simulator, "oCaller").items():
+        if body is not None:
+            method, path = route.format(**ids_of(caller)).replace("/api/v1", "").split()
+            for name in ("id", "user_id", "created_at", "updated_at", "version"):
+                answer = caller.call(method, path, {**body, name: 1}, If_Match=caller.etag(path))
+                assert name in invalid_fields(answer), (route, name)
 
 
 class NicknameSchema(Schema):

@@ -27,6 +27,18 @@ def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
+@pytest.mark.only_on("sqlite")
+def test_no_id_is_reused_on_sqlite(app: Flask) -> None:
+    with app.extensions["database"].connect() as connection:
+        for table in Base.metadata.sorted_tables:
+            if "id" in table.columns:
+                statement = connection.scalar(
+                    text("SELECT sql FROM sqlite_master WHERE name = :name"), {"name": table.name}
+                )
+                assert "AUTOINCREMENT" in statement, f"sqlite_autoincrement is missing in the migration of {table.name}"
+                assert table.dialect_options["sqlite"]["autoincrement"], table.name
+
+
 @pytest.mark.only_on("mariadb")
 def test_the_migrations_create_exactly_the_tables_of_the_models(app: Flask, databases: Databases) -> None:
     engine = database.engine_for(databases.create())

@@ -22,6 +22,10 @@ def test_every_model_with_a_user_is_in_the_list() -> None:
     assert {owned.model.__name__ for owned in OWNED} == with_a_user, "add it to OWNED in storage/ownership.py"
 
 
+def test_everything_is_exported_but_repeated_responses() -> None:
+    assert {owned.model.__name__ for owned in OWNED if not owned.export} == {"IdempotencyKey"}
+
+
 @pytest.mark.parametrize(
     "owned", [owned for owned in OWNED if owned.outlives_user], ids=lambda owned: owned.model.__name__
 )

@@ -28,7 +28,7 @@ from telemetry import span_export, traces
 from telemetry.fields import SERVICE
 from tests import test_journey
 from tests.databases import Databases
-from tests.harness import PERSON, ROOT, Service, Simulator, bearer, bound_to_this_process, wait_until
+from tests.harness import PERSON, ROOT, WAIT_SECONDS, Service, Simulator, bearer, bound_to_this_process, wait_until
 from tests.otlp_receiver import OtlpReceiver, Span
 
 StartService = Callable[..., Service]
@@ -256,7 +256,7 @@ def begin_trace() -> tuple[str, str]:
 
 def log_in(service: Service, simulator: Simulator, traceparent: str) -> requests.Response:
     body = {"code": simulator.code()}
-    return requests.post(service.url + LOGIN, json=body, headers={"traceparent": traceparent}, timeout=10)
+    return requests.post(service.url + LOGIN, json=body, headers={"traceparent": traceparent}, timeout=WAIT_SECONDS)
 
 
 def ancestors(spans: list[Span], span: Span) -> list[str]:
@@ -272,7 +272,7 @@ def test_one_trace_over_two_instances_is_one_connected_tree(traced: Traced, simu
     trace_id, traceparent = begin_trace()
     for service in (traced.relay, traced.service):
         assert log_in(service, simulator, traceparent).headers["X-Trace-Id"] == trace_id
-    answer = requests.get(f"{traced.relay.url}/relay", headers={"traceparent": traceparent}, timeout=10)
+    answer = requests.get(f"{traced.relay.url}/relay", headers={"traceparent": traceparent}, timeout=WAIT_SECONDS)
     assert answer.json() == {"status": 200}
     spans = spans_of(traced.collector, trace_id, requests=4)
     assert len({span.span_id for span in spans}) == len(spans)
@@ -335,7 +335,7 @@ def test_background_work_is_part_of_the_trace(traced: Traced, simulator: Simulat
 
 
 def test_a_repeated_traceparent_begins_a_new_trace(traced: Traced) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", int(traced.service.environ["PORT"]), timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", int(traced.service.environ["PORT"]), timeout=WAIT_SECONDS)
     with closing(connection):
         connection.putrequest("GET", "/livez")
         for _ in range(2):
@@ -347,7 +347,9 @@ def test_a_repeated_traceparent_begins_a_new_trace(traced: Traced) -> None:
 def test_an_unknown_method_is_not_exported(traced: Traced) -> None:
     trace_id, traceparent = begin_trace()
     for path in ("/livez", f"/{PERSON['phone']}?secret={PERSON['phone']}"):
-        requests.request("X-MY-OWN", traced.service.url + path, headers={"traceparent": traceparent}, timeout=5)
+        requests.request(
+            "X-MY-OWN", traced.service.url + path, headers={"traceparent": traceparent}, timeout=WAIT_SECONDS
+        )
     spans = spans_of(traced.collector, trace_id, requests=2)
     assert {span.name for span in spans} == {"HTTP"}
     assert {span.attributes["http.request.method"] for span in spans} == {"_OTHER"}
@@ -398,14 +400,14 @@ def test_no_secret_and_nothing_personal_leaves_in_a_span(traced: Traced, simulat
     known = {name: value for name, value in PERSON.items() if name != "phone"}
     etag = service.call("GET", "/users/me/personal-data", token).headers["ETag"]
     bound = {**bearer(token), "If-Match": etag}
-    assert requests.put(f"{me}/personal-data", json=known, headers=bound, timeout=5).status_code == 200
+    assert requests.put(f"{me}/personal-data", json=known, headers=bound, timeout=WAIT_SECONDS).status_code == 200
     assert service.call("GET", "/users/me/personal-data/full", token).json()["data"] == PERSON
     item = {"sku": "a", "name": "a very special tea", "quantity": 1, "unit_price": 1}
     order = {"remark": "leave it with the neighbour", "items": [item]}
     assert service.call("POST", "/orders", token, json=order).status_code == 201
     trace_id, traceparent = begin_trace()
     headers = {"tracestate": f"phone={PERSON['phone']}", "traceparent": traceparent, "Cookie": PERSON["bank_card"]}
-    requests.get(f"{service.url}/{PERSON['phone']}?access_token={token}", headers=headers, timeout=5)
+    requests.get(f"{service.url}/{PERSON['phone']}?access_token={token}", headers=headers, timeout=WAIT_SECONDS)
     spans_of(traced.collector, trace_id)
     journal.secrets |= {service.environ[name] for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "DATABASE_URL")}
     journal.secrets |= {"o-journey", "u-journey", "阿上", "o-spans", phone, order["remark"], item["name"]}
@@ -502,7 +504,7 @@ def test_each_worker_sends_its_own_spans_also_if_gunicorn_has_preloaded_the_serv
         with ThreadPoolExecutor(8) as pool:
             wait_until(
                 lambda: (
-                    list(pool.map(lambda _: requests.get(f"{service.url}/readyz", timeout=5), range(16)))
+                    list(pool.map(lambda _: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS), range(16)))
                     and len(served()) >= processes
                 )
             )
@@ -533,13 +535,13 @@ def test_a_failing_collector_delays_neither_requests_nor_the_stop(
     def send_many_requests() -> None:
         """More than there is room for spans; a request that waited for the collector would time out."""
         with ThreadPoolExecutor(4) as pool:
-            answers = pool.map(lambda _: requests.get(f"{service.url}/readyz", timeout=5), range(400))
+            answers = pool.map(lambda _: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS), range(400))
             assert {answer.status_code for answer in answers} == {200}
 
     collector.hold.set()
     send_many_requests()
     collector.hold.clear()
-    trace_id = requests.get(f"{service.url}/livez", timeout=5).headers["X-Trace-Id"]
+    trace_id = requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS).headers["X-Trace-Id"]
     wait_until(lambda: collector.spans(trace_id))
     assert len(collector.spans()) < 1000  # of 1200: what did not fit is lost, not kept
     collector.close()
