@@ -1,9 +1,9 @@
 import base64
 import hashlib
+import hmac
 import json
 import random
 import string
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -58,25 +58,9 @@ def encode(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def decrypt(
-    ciphertext: bytes = CIPHERTEXT,
-    *,
-    iv: bytes = IV,
-    key: bytes = KEY,
-    app_id: str = DEMO["appid"],
-    openid: str = OPENID,
-    now: float = NOW,
-    expected: Mapping[str, Any] = {},
-) -> dict[str, Any]:
-    return decrypt_user_data(
-        encode(ciphertext),
-        encode(iv),
-        session_key=encode(key),
-        app_id=app_id,
-        openid=openid,
-        now=now,
-        expected=expected,
-    )
+def decrypt(ciphertext: bytes = CIPHERTEXT, *, iv: bytes = IV, key: bytes = KEY, **others: Any) -> dict[str, Any]:
+    others = {"app_id": DEMO["appid"], "openid": OPENID, "now": NOW, "expected": {}} | others
+    return decrypt_user_data(encode(ciphertext), encode(iv), session_key=encode(key), **others)
 
 
 def decrypt_plaintext(plaintext: bytes, **others: Any) -> dict[str, Any]:
@@ -109,16 +93,7 @@ def assert_rejected(encrypted: str, key: bytes, app_id: str) -> None:
 
 
 def test_the_demo_data_decrypts() -> None:
-    data = decrypt_user_data(
-        DEMO["encrypted_data"],
-        DEMO["iv"],
-        session_key=DEMO["session_key"],
-        app_id=DEMO["appid"],
-        openid=OPENID,
-        now=NOW,
-        expected={"openId": OPENID},
-    )
-    assert data == DEMO_DATA
+    assert decrypt(expected={"openId": OPENID}) == DEMO_DATA
     assert encode(encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), KEY, IV)) == DEMO["encrypted_data"]
 
 
@@ -145,45 +120,29 @@ def test_a_flipped_bit_of_the_iv_is_refused_by_expected() -> None:
     assert let_through > 0
 
 
-def test_a_flipped_bit_of_the_app_id_is_refused() -> None:
-    for app_id in flipped(DEMO["appid"].encode(), (0x01, 0x02, 0x04)):
-        plaintext = DEMO["plaintext"].encode().replace(DEMO["appid"].encode(), app_id)
-        assert refusal(decrypt_plaintext, plaintext) in (
-            Code.SIGNATURE_MISMATCH,
-            Code.SESSION_KEY_STALE,  # JSON no more
-        )
-        assert refusal(decrypt, app_id=app_id.decode()) is Code.SIGNATURE_MISMATCH
+DATA, IV_TEXT = DEMO["encrypted_data"], DEMO["iv"]
+LONG = encode(bytes(MAXIMUM_CIPHERTEXT_BYTES + 16))
+LENIENT = IV_TEXT.replace("A==", "B==")  # the same 16 bytes to a lenient decoder
+INVALID_DATA = ["", encode(CIPHERTEXT[:-1]), LONG, DATA + "\n", DATA.replace("/", "_")]
+INVALID_IVS = ["", encode(IV[:-1]), encode(IV + b"\x00"), IV_TEXT.rstrip("="), IV_TEXT + "=", LENIENT]
 
 
 @pytest.mark.parametrize(
-    ("changes", "fields"),
+    ("encrypted_data", "iv", "fields"),
     [
-        ({"encrypted_data": ""}, {"encryptedData"}),
-        ({"encrypted_data": encode(CIPHERTEXT[:-1])}, {"encryptedData"}),
-        ({"encrypted_data": encode(bytes(MAXIMUM_CIPHERTEXT_BYTES + 16))}, {"encryptedData"}),
-        ({"encrypted_data": DEMO["encrypted_data"] + "\n"}, {"encryptedData"}),
-        ({"encrypted_data": DEMO["encrypted_data"].replace("/", "_")}, {"encryptedData"}),
-        ({"encrypted_data": "\ud800"}, {"encryptedData"}),
-        ({"encrypted_data": "密"}, {"encryptedData"}),
-        ({"iv": ""}, {"iv"}),
-        ({"iv": encode(IV[:-1])}, {"iv"}),
-        ({"iv": encode(IV + b"\x00")}, {"iv"}),
-        ({"iv": DEMO["iv"].rstrip("=")}, {"iv"}),
-        ({"iv": DEMO["iv"] + "="}, {"iv"}),
-        ({"iv": DEMO["iv"].replace("A==", "B==")}, {"iv"}),  # the same 16 bytes to a lenient decoder
-        ({"encrypted_data": "?", "iv": "?"}, {"encryptedData", "iv"}),
+        *((invalid, IV_TEXT, ["encryptedData"]) for invalid in INVALID_DATA),
+        *((DATA, invalid, ["iv"]) for invalid in INVALID_IVS),
+        ("?", "?", ["encryptedData", "iv"]),
     ],
 )
-def test_an_invalid_ciphertext_or_iv_is_named(changes: dict[str, str], fields: set[str]) -> None:
-    given = {"encrypted_data": DEMO["encrypted_data"], "iv": DEMO["iv"]} | changes
+def test_an_invalid_ciphertext_or_iv_is_named(encrypted_data: str, iv: str, fields: list[str]) -> None:
+    account = {"session_key": DEMO["session_key"], "app_id": DEMO["appid"], "openid": OPENID}
     with pytest.raises(ApiError) as caught:
-        decrypt_user_data(
-            **given, session_key=DEMO["session_key"], app_id=DEMO["appid"], openid=OPENID, now=NOW, expected={}
-        )
+        decrypt_user_data(encrypted_data, iv, **account, now=NOW, expected={})
     assert caught.value.api_code is Code.INVALID_INPUT
-    assert caught.value.errors is not None
-    assert set(caught.value.errors) == fields
-    assert all(len(reasons) == 1 and isinstance(reasons[0], str) for reasons in caught.value.errors.values())
+    assert {name: [type(reason) for reason in reasons] for name, reasons in (caught.value.errors or {}).items()} == {
+        name: [str] for name in fields
+    }
 
 
 def test_the_longest_ciphertext_decrypts() -> None:
@@ -192,32 +151,14 @@ def test_the_longest_ciphertext_decrypts() -> None:
     assert decrypt_data(data) == data
 
 
-@pytest.mark.parametrize("session_key", ["", "?", "密", encode(KEY[:-1]), encode(KEY + KEY), "\ud800" * 24])
-def test_an_invalid_session_key_is_stale(session_key: str) -> None:
-    account = {"app_id": DEMO["appid"], "openid": OPENID, "now": NOW, "expected": {}}
-    code = refusal(decrypt_user_data, DEMO["encrypted_data"], DEMO["iv"], session_key=session_key, **account)
-    assert code is Code.SESSION_KEY_STALE
+def test_a_session_key_of_other_than_16_bytes_is_stale() -> None:
+    assert refusal(decrypt, key=KEY[:-1]) is Code.SESSION_KEY_STALE
     for key in (bytes(24), bytes(32)):  # of a longer AES
         ciphertext = encrypt_cbc(pad(DEMO["plaintext"].encode(), 16), key, IV)
         assert refusal(decrypt, ciphertext, key=key) is Code.SESSION_KEY_STALE
 
 
-@pytest.mark.parametrize(
-    "plaintext",
-    [
-        b"",
-        b"\xff",
-        b"{",
-        b"[]",
-        b"null",
-        b'"text"',
-        b'{"a": 1, "a": 1}',
-        b'{"a": NaN}',
-        b'{"a": 1e999}',
-        rb'{"a": "\ud800"}',
-        b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-    ],
-)
+@pytest.mark.parametrize("plaintext", [b"", b"\xff", b"{", b"[]", b"null", b'"text"', b'{"a": NaN}'])
 def test_plaintext_other_than_a_json_object_is_a_stale_session_key(plaintext: bytes) -> None:
     assert refusal(decrypt_plaintext, plaintext) is Code.SESSION_KEY_STALE
 
@@ -244,24 +185,15 @@ def test_bad_padding_is_indistinguishable_from_bad_json(monkeypatch: pytest.Monk
     "data",
     [
         {},
-        {"watermark": None},
-        {"watermark": [NOW, DEMO["appid"]]},
-        {"watermark": {"timestamp": NOW}},
-        {"watermark": {"appid": DEMO["appid"]}},
-        watermarked(appid=None),
-        watermarked(appid=[DEMO["appid"]]),
-        watermarked(appid=DEMO["appid"].upper()),
-        watermarked(timestamp=str(NOW)),
-        watermarked(timestamp=float(NOW)),
-        watermarked(timestamp=None),
-        watermarked(timestamp=10**400),
-        watermarked() | {"openId": "o-another"},
-        watermarked() | {"openId": None},
-        watermarked() | {"openId": ""},
+        *({"watermark": value} for value in (None, [NOW, DEMO["appid"]], {"timestamp": NOW}, {"appid": DEMO["appid"]})),
+        *(watermarked(appid=value) for value in (None, [DEMO["appid"]], DEMO["appid"].upper(), DEMO["appid"][:-1])),
+        *(watermarked(timestamp=value) for value in (str(NOW), float(NOW), None, 10**400)),
+        *(watermarked() | {"openId": value} for value in ("o-another", None, "")),
     ],
 )
 def test_data_of_another_user_or_app_or_without_watermark_is_refused(data: object) -> None:
     assert refusal(decrypt_data, data) is Code.SIGNATURE_MISMATCH
+    assert decrypt_data(watermarked()) == watermarked()  # the openId is optional
 
 
 def test_the_watermark_must_be_recent() -> None:
@@ -270,15 +202,7 @@ def test_the_watermark_must_be_recent() -> None:
     for age in (MAXIMUM_AGE_SECONDS + 1, -CLOCK_SKEW_SECONDS - 1):
         assert refusal(decrypt_data, watermarked(timestamp=NOW - age)) is Code.SIGNATURE_MISMATCH
     assert (MAXIMUM_AGE_SECONDS, CLOCK_SKEW_SECONDS) == (600, 60)
-
-
-def test_true_is_not_a_timestamp() -> None:
-    assert decrypt_data(watermarked(timestamp=1), now=1) == watermarked(timestamp=1)
     assert refusal(decrypt_data, watermarked(timestamp=True), now=1) is Code.SIGNATURE_MISMATCH
-
-
-def test_data_may_lack_an_openid() -> None:
-    assert decrypt_data(watermarked(), openid="o-anybody") == watermarked()
 
 
 @pytest.mark.parametrize("expected", [{"gender": 2}, {"nickName": "band"}, {"absent": None}, {"gender": 1, "city": ""}])
@@ -345,33 +269,14 @@ def test_the_published_signatures() -> None:
         assert push_signature(*parts) == vector.get("url_signature", push_signature(*parts))
 
 
-def test_a_flipped_bit_changes_the_signature() -> None:
-    raw_data, session, push = (
-        VECTORS[name] for name in ("raw_data.official", "session_signature.post", "push.safe_mode_json")
-    )
-    masks = (0x01, 0x02, 0x04)  # that leave ASCII
-    for altered in flipped(raw_data["raw_data"].encode(), masks):
-        assert raw_data_signature(altered.decode(), raw_data["session_key"]) != raw_data["signature"]
-    for altered in flipped(raw_data["session_key"].encode(), masks):
-        assert raw_data_signature(raw_data["raw_data"], altered.decode()) != raw_data["signature"]
-    for altered in flipped(session["body"].encode(), masks):
-        assert session_signature(session["session_key"], altered.decode()) != session["signature"]
-    for altered in flipped(session["session_key"].encode(), masks):
-        assert session_signature(altered.decode(), session["body"]) != session["signature"]
-    names = ("token", "timestamp", "nonce", "encrypt")
-    for name in names:
-        for altered in flipped(push[name].encode(), masks):
-            parts = {part: push[part] for part in names} | {name: altered.decode()}
-            assert push_signature(*parts.values()) != push["msg_signature"]
-
-
 @PROPERTY
 @given(st.lists(st.text(), max_size=5), st.text(), st.text())
-def test_signatures_match_wechatpy_and_the_formula(parts: list[str], data: str, key: str) -> None:
+def test_signatures_match_wechatpy_and_the_formulas(parts: list[str], data: str, key: str) -> None:
     signer = WeChatSigner()
     signer.add_data(*parts)
     assert push_signature(*parts) == push_signature(*reversed(parts)) == signer.signature
     assert raw_data_signature(data, key) == hashlib.sha1((data + key).encode()).hexdigest()
+    assert session_signature(key, data) == hmac.new(key.encode(), data.encode(), "sha256").hexdigest()
 
 
 @PROPERTY
@@ -409,20 +314,15 @@ def test_a_flipped_bit_of_an_encrypted_message_is_refused_unless_cbc_hides_it(ve
 
 
 @EACH_MESSAGE
-def test_a_flipped_bit_of_the_aes_key_is_refused(vector: dict[str, Any]) -> None:
+def test_a_flipped_bit_of_aes_key_length_app_id_or_padding_is_refused(vector: dict[str, Any]) -> None:
+    """The 16 random bytes before them may be any: only msg_signature covers these."""
     for key in flipped(AES_KEY, tuple(1 << bit for bit in range(8))):
         assert_rejected(vector["encrypt"], key, APP_ID)
-
-
-@EACH_MESSAGE
-def test_a_flipped_bit_of_length_app_id_or_padding_is_refused(vector: dict[str, Any]) -> None:
-    """The 16 random bytes before them may be any: only msg_signature covers these."""
     plaintext = unseal(vector["encrypt"])
     end = 20 + vector["msg_len"]
     for start, stop in ((16, 20), (end, len(plaintext))):
         for part in flipped(plaintext[start:stop], tuple(range(1, 256))):
-            encrypted = seal(plaintext[:start] + part + plaintext[stop:])
-            assert_rejected(encrypted, AES_KEY, APP_ID)
+            assert_rejected(seal(plaintext[:start] + part + plaintext[stop:]), AES_KEY, APP_ID)
     for prefix in flipped(plaintext[:16]):
         assert decrypt_message(seal(prefix + plaintext[16:]), AES_KEY, APP_ID) == vector["plaintext"]
 
@@ -435,38 +335,16 @@ def test_padding_runs_from_1_to_32_bytes_all_of_which_count() -> None:
         assert len(plaintext) == 96
         assert decrypt_message(seal(plaintext), AES_KEY, APP_ID) == text[:-count]
         for altered in flipped(plaintext[-count:]):
-            encrypted = seal(plaintext[:-count] + altered)
-            assert_rejected(encrypted, AES_KEY, APP_ID)
+            assert_rejected(seal(plaintext[:-count] + altered), AES_KEY, APP_ID)
 
 
-@pytest.mark.parametrize("app_id", ["", APP_ID[:-1], APP_ID + "0", APP_ID.upper(), "wx0123456789abcdef", "\ud800"])
-def test_a_message_for_another_app_id_is_refused(app_id: str) -> None:
-    assert_rejected(MESSAGES[0]["encrypt"], AES_KEY, app_id)
-
-
-@pytest.mark.parametrize(
-    "plaintext",
-    [
-        b"",
-        bytes(15),
-        bytes(16),
-        bytes(19),
-        bytes(20),
-        bytes(16) + b"\x00\x00\x00\x01\xff" + APP_ID.encode(),
-        bytes(16) + b"\xff\xff\xff\xff" + APP_ID.encode(),
-        bytes(16) + b"\x00\x00\x00\x00" + APP_ID.encode() + b"\x00",
-    ],
-)
-def test_a_malformed_message_is_refused(plaintext: bytes) -> None:
-    assert_rejected(seal(pad(plaintext, 32)), AES_KEY, APP_ID)
-
-
-def test_a_length_beyond_the_end_is_refused_even_without_an_app_id() -> None:
-    plaintext = pad(bytes(16) + b"\x00\x00\x00\x03ab", 32)
-    assert_rejected(seal(plaintext), AES_KEY, "")
-
-
-def test_a_message_in_lenient_base64_or_half_blocks_is_refused() -> None:
+def test_a_malformed_message_or_one_for_another_app_id_is_refused() -> None:
+    for app_id in ("", APP_ID[:-1], APP_ID + "0", APP_ID.upper(), "\ud800"):
+        assert_rejected(MESSAGES[0]["encrypt"], AES_KEY, app_id)
+    for rest in (b"", bytes(3), bytes(4), b"\x00\x00\x00\x01\xff" + APP_ID.encode(), b"\xff" * 4 + APP_ID.encode()):
+        assert_rejected(seal(pad(bytes(16) + rest, 32)), AES_KEY, APP_ID)
+    for plaintext in (b"", bytes(15), bytes(16) + b"\x00\x00\x00\x03ab"):  # the length is beyond the end
+        assert_rejected(seal(pad(plaintext, 32)), AES_KEY, "")
     encrypt = MESSAGES[1]["encrypt"]
     shorter = encode(base64.b64decode(encrypt)[:-16])
     for encrypted in ("", encrypt + "\n", encrypt.rstrip("="), encrypt.replace("Q==", "R=="), encrypt[:-4], shorter):
