@@ -14,6 +14,7 @@ from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from service import create_app
 from tests.harness import APP_ID, Simulator, counted, wait_until
+from tests.wechat.harness import outcome, refusal
 from wechat import access_token as access_token_module
 from wechat.access_token import DAY_SECONDS, AccessToken
 
@@ -30,15 +31,12 @@ def at_once(call: Callable[[], Any], times: int = 8) -> list[Any]:
     """Make a call in several threads at the same moment, and return the results and codes."""
     barrier = threading.Barrier(times)
 
-    def outcome(_: int) -> Any:
+    def call_together(_: int) -> Any:
         barrier.wait()
-        try:
-            return call()
-        except ApiError as error:
-            return error.api_code
+        return outcome(call)
 
     with ThreadPoolExecutor(times) as pool:
-        return list(pool.map(outcome, range(times)))
+        return list(pool.map(call_together, range(times)))
 
 
 def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes: Any) -> None:
@@ -96,17 +94,24 @@ def test_refreshes_are_counted_by_outcome(access_token: AccessToken, simulator: 
 
     before = counts()
     simulator.fault("errcode", errcode=40125, path=PATH)
-    with pytest.raises(ApiError):
-        access_token.get()
+    refusal(access_token.get)
     access_token._redis.flushall()
     access_token.get(refused=access_token.get())  # which WeChat gives out again until it is forced
     after = counts()
     assert [now - then for now, then in zip(after, before, strict=True)] == [2, 1]
 
 
-def test_a_valid_token_is_shared(access_token: AccessToken, simulator: Simulator) -> None:
-    assert access_token.get() == access_token.get() == simulator.access_token()
+def test_a_valid_token_is_shared_and_kept_encrypted_for_its_lifetime(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    token = access_token.get()
+    assert access_token.get() == token == simulator.access_token()
     assert len(simulator.calls(PATH)) == 1
+    assert 7200 - 10 <= redis.ttl(KEY) <= 7200
+    assert not any(token.encode() in (redis.dump(key) or b"") for key in redis.scan_iter())
+    redis.set(KEY, "00000000.AAAA", ex=7200)  # under a lost encryption key
+    assert access_token.get() == token
+    assert len(simulator.calls(PATH)) == 2
 
 
 def test_near_its_end_one_caller_refreshes_while_the_others_use_the_old_token(
@@ -206,28 +211,21 @@ def test_refreshes_are_forced_20_times_a_day_of_beijing(
     assert is_forced()
 
 
-def test_without_redis_there_is_no_token_and_wechat_is_not_asked(
-    make_app: Callable[..., Flask], own_redis: RedisServer, simulator: Simulator
+@pytest.mark.parametrize("is_away", [True, False])
+def test_a_redis_that_is_away_or_takes_no_writes_costs_wechat_no_call(
+    make_app: Callable[..., Flask], own_redis: RedisServer, simulator: Simulator, is_away: bool
 ) -> None:
     access_token = make_app(REDIS_URL=own_redis.url).extensions["wechat"].client._access_token
-    access_token.get()
-    own_redis.stop()
+    if is_away:
+        access_token.get()
+        own_redis.stop()
+    else:
+        with Redis.from_url(own_redis.url) as redis:
+            redis.config_set("maxmemory", 1)
     for _ in range(3):
         with pytest.raises(RedisError):
             access_token.get()
-    assert len(simulator.calls(PATH)) == 1
-
-
-def test_a_redis_that_takes_no_writes_costs_wechat_no_call(
-    make_app: Callable[..., Flask], own_redis: RedisServer, simulator: Simulator
-) -> None:
-    access_token = make_app(REDIS_URL=own_redis.url).extensions["wechat"].client._access_token
-    with Redis.from_url(own_redis.url) as redis:
-        redis.config_set("maxmemory", 1)
-        for _ in range(3):
-            with pytest.raises(RedisError):
-                access_token.get()
-    assert simulator.calls(PATH) == []
+    assert len(simulator.calls(PATH)) == is_away
 
 
 def test_a_killed_process_delays_others_only_until_the_lock_expires(
@@ -242,23 +240,10 @@ def test_a_hanging_process_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(access_token_module, "WAIT_SECONDS", 0.2)
     redis.set(f"{KEY}:lock", "of-one-who-hangs", ex=60)
-    with pytest.raises(ApiError) as caught:
-        access_token.get()
-    assert caught.value.api_code is Code.UNAVAILABLE
+    assert refusal(access_token.get) is Code.UNAVAILABLE
 
 
-def test_the_lock_outlasts_a_call_and_is_released(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
-) -> None:
-    simulator.fault("slow", path=PATH, seconds=0.5)
-    with ThreadPoolExecutor(1) as pool:
-        token = pool.submit(access_token.get)
-        assert wait_until(lambda: redis.pttl(f"{KEY}:lock") > 15_000)
-        assert token.result(5)
-    assert not redis.exists(f"{KEY}:lock")
-
-
-def test_the_lock_outlasts_a_forced_call_too(access_token: AccessToken, simulator: Simulator, redis: Redis) -> None:
+def test_the_lock_outlasts_each_of_two_calls_and_is_released(access_token: AccessToken, redis: Redis) -> None:
     first = access_token.get()
     locked_for = []
 
@@ -271,36 +256,19 @@ def test_the_lock_outlasts_a_forced_call_too(access_token: AccessToken, simulato
     assert access_token.get(refused=first) == "second"
     assert len(locked_for) == 2
     assert min(locked_for) > 15_000
-
-
-def test_the_token_is_kept_encrypted_for_its_lifetime(access_token: AccessToken, redis: Redis) -> None:
-    token = access_token.get()
-    assert 7200 - 10 <= redis.ttl(KEY) <= 7200
-    assert not any(token.encode() in (redis.dump(key) or b"") for key in redis.scan_iter())
-
-
-def test_a_token_under_a_lost_encryption_key_is_fetched_again(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
-) -> None:
-    redis.set(KEY, "00000000.AAAA", ex=7200)
-    assert access_token.get() == simulator.access_token()
+    assert not redis.exists(f"{KEY}:lock")
 
 
 @pytest.mark.parametrize(
     "answer",
     [
         {},
-        {"access_token": "", "expires_in": 7200},
-        {"access_token": 5, "expires_in": 7200},
-        {"access_token": "x" * 2049, "expires_in": 7200},
-        {"access_token": "token", "expires_in": 0},
-        {"access_token": "token", "expires_in": "7200"},
+        *({"access_token": token, "expires_in": 7200} for token in ("", 5, "x" * 2049)),
+        *({"access_token": "token", "expires_in": seconds} for seconds in (0, "7200")),
     ],
 )
 def test_a_response_without_a_token_is_invalid(
     access_token: AccessToken, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(access_token._transport, "call", lambda *_: answer)
-    with pytest.raises(ApiError) as caught:
-        access_token.get()
-    assert caught.value.api_code is Code.UPSTREAM_INVALID
+    assert refusal(access_token.get) is Code.UPSTREAM_INVALID
