@@ -24,17 +24,13 @@ ApplicationWith = Callable[..., Flask]
 
 @pytest.fixture
 def application_with(make_app: Callable[..., Flask], tmp_path: Path) -> ApplicationWith:
-    """The application with these keys; all of them have one database, which no other test has."""
+    """The application with these keys. Its database has five users under the old key, and is of this test alone."""
     url = f"sqlite:///{tmp_path / 'rotated.db'}"
     engine = database.engine_for(url)
     Base.metadata.create_all(engine)
     engine.dispose()
-    return lambda *keys: make_app(DATABASE_URL=url, ENCRYPTION_KEYS=",".join(keys))
-
-
-def add_users(app: Flask, count: int = 5) -> None:
-    with app.app_context():
-        for number in range(1, count + 1):
+    with make_app(DATABASE_URL=url, ENCRYPTION_KEYS=OLD).app_context():
+        for number in range(1, 6):
             user = User(app_id="wx1", openid=f"o-{number}", nickname=f"number {number}", **PERSON)
             database.session.add(user)
             database.session.flush()
@@ -44,6 +40,12 @@ def add_users(app: Flask, count: int = 5) -> None:
                 identity.authorization = f"token {number}"
                 database.session.add(identity)
         database.session.commit()
+    return lambda *keys: make_app(DATABASE_URL=url, ENCRYPTION_KEYS=",".join(keys))
+
+
+@pytest.fixture
+def rotating(application_with: ApplicationWith) -> Flask:
+    return application_with(NEW, OLD)
 
 
 def rows(app: Flask, model: type[Base] = User) -> list[dict[str, Any]]:
@@ -57,63 +59,41 @@ def run(app: Flask, *arguments: str) -> Result:
     return app.test_cli_runner().invoke(args=["keys", *arguments])
 
 
-def is_complete(app: Flask, count: int = 5) -> bool:
+def is_complete(app: Flask) -> bool:
     """Whether all users can be read, and found by each of their fields."""
     with app.app_context():
-        found = {
-            name: database.session.scalars(select(User).where(getattr(User, name).equals(text))).all()
-            for name, text in PERSON.items()
-        }
-        granted = database.session.scalars(select(Identity)).all()
-        return (
-            all(len(users) == count for users in found.values())
-            and all(getattr(user, name) == PERSON[name] for name, users in found.items() for user in users)
-            and {identity.authorization for identity in granted} == {f"token {n + 1}" for n in range(count)}
-        )
-
-
-def key_id(app: Flask) -> str:
-    return app.extensions["cipher"].key_id
-
-
-def key_ids(app: Flask) -> set[str]:
-    """The key ids of all encrypted values and indexes."""
-    values = [
-        value
-        for model in (User, Identity)
-        for row in rows(app, model)
-        for name, value in row.items()
-        if name.endswith(("_encrypted", "_index"))
-    ]
-    return {value.partition(".")[0] for value in values if value is not None}
+        for name, value in PERSON.items():
+            users = database.session.scalars(select(User).where(getattr(User, name).equals(value))).all()
+            if [getattr(user, name) for user in users] != [value] * 5:
+                return False
+        tokens = {identity.authorization for identity in database.session.scalars(select(Identity))}
+        return tokens == {f"token {number}" for number in range(1, 6)}
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "5", "500"])
 def test_a_rotation_makes_the_old_key_removable_and_changes_nothing_else(
-    application_with: ApplicationWith, batch_size: str
+    application_with: ApplicationWith, rotating: Flask, batch_size: str
 ) -> None:
-    def other_columns(app: Flask) -> list[dict[str, Any]]:
+    def columns(encrypted: bool) -> list[dict[str, Any]]:
         return [
-            {name: value for name, value in row.items() if not name.endswith(("_encrypted", "_index"))}
+            {name: value for name, value in row.items() if name.endswith(("_encrypted", "_index")) == encrypted}
             for model in (User, Identity)
-            for row in rows(app, model)
+            for row in rows(rotating, model)
         ]
 
-    add_users(application_with(OLD))
-    app = application_with(NEW, OLD)
-    assert is_complete(app)
-    before = other_columns(app)
+    assert is_complete(rotating)
+    before = columns(encrypted=False)
     assert "updated_at" in before[0]
-    assert run(app, "rotate", "--batch-size", batch_size).exit_code == 0
-    assert key_ids(app) == {key_id(app)}
+    assert run(rotating, "rotate", "--batch-size", batch_size).exit_code == 0
+    values = [value for row in columns(encrypted=True) for value in row.values() if value is not None]
+    assert {value.partition(".")[0] for value in values} == {rotating.extensions["cipher"].key_id}
     assert is_complete(application_with(NEW))
-    assert other_columns(app) == before
+    assert columns(encrypted=False) == before
 
 
 def test_an_interrupted_rotation_can_be_continued(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_users(application_with(OLD))
     app = application_with(NEW, OLD)
     store, batches = key_rotation._store, []
 
@@ -126,8 +106,8 @@ def test_an_interrupted_rotation_can_be_continued(
     with monkeypatch.context() as patch:
         patch.setattr(key_rotation, "_store", stop_at_the_second)
         assert run(app, "rotate", "--batch-size", "2").exit_code == 1
-    halfway = rows(app)
-    assert [row["phone_encrypted"].startswith(key_id(app)) for row in halfway] == [True, True, False, False, False]
+    halfway, key_id = rows(app), app.extensions["cipher"].key_id
+    assert [row["phone_encrypted"].startswith(key_id) for row in halfway] == [True, True, False, False, False]
     assert is_complete(app)
     assert is_complete(application_with(OLD, NEW))
     assert run(app, "rotate", "--batch-size", "2").exit_code == 0
@@ -139,7 +119,6 @@ def test_an_interrupted_rotation_can_be_continued(
 def test_concurrent_changes_are_not_overwritten(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, writer: list[str], exit_code: int
 ) -> None:
-    add_users(application_with(OLD))
     app, service = application_with(NEW, OLD), application_with(*writer)
     store = key_rotation._store
 
@@ -166,7 +145,6 @@ def test_concurrent_changes_are_not_overwritten(
 
 
 def test_a_value_that_no_key_decrypts_is_named_and_left_unchanged(application_with: ApplicationWith) -> None:
-    add_users(application_with(OLD), 3)
     add_lost = application_with(LOST)
     with add_lost.app_context():
         database.session.get_one(User, 2).phone = "13700000000"
@@ -185,60 +163,48 @@ def test_a_value_that_no_key_decrypts_is_named_and_left_unchanged(application_wi
     secret = ["not even", "13700000000", *[value for row in before for name, value in row.items() if "_enc" in name]]
     assert not any(value in result.output for value in secret)
     after = rows(app)
-    assert after[1]["phone_encrypted"] == before[1]["phone_encrypted"]
-    assert after[1]["phone_index"] == before[1]["phone_index"]
-    assert after[2]["email_encrypted"] == before[2]["email_encrypted"]
+    for row, name in ((1, "phone_encrypted"), (1, "phone_index"), (2, "email_encrypted")):
+        assert after[row][name] == before[row][name]
     with application_with(NEW).app_context():
         assert database.session.get_one(User, 2).email == PERSON["email"]
         assert database.session.get_one(User, 3).phone == PERSON["phone"]
 
 
-def test_a_value_without_an_index_gets_one(application_with: ApplicationWith) -> None:
+def test_a_rotation_with_one_key_writes_only_missing_indexes(application_with: ApplicationWith) -> None:
     app = application_with(OLD)
-    add_users(app)
-    with app.app_context():
-        database.session.execute(text("UPDATE users SET phone_index = NULL"))
-        database.session.commit()
-    assert not is_complete(app)
-    assert run(app, "status").exit_code == 1
-    assert run(app, "rotate").exit_code == 0
-    assert is_complete(app)
-
-
-def test_a_rotation_with_one_key_writes_nothing(application_with: ApplicationWith) -> None:
-    app = application_with(OLD)
-    add_users(app)
     before = rows(app), rows(app, Identity)
     result = run(app, "rotate")
     assert (result.exit_code, result.output.splitlines()[-1]) == (0, "All is under the first key.")
     assert (rows(app), rows(app, Identity)) == before
-
-
-def test_the_status_counts_values_under_other_keys(application_with: ApplicationWith) -> None:
-    add_users(application_with(OLD), 3)
-    app = application_with(NEW, OLD)
     with app.app_context():
+        database.session.execute(text("UPDATE users SET phone_index = NULL"))
+        database.session.commit()
+    assert (run(app, "status").exit_code, run(app, "rotate").exit_code) == (1, 0)
+    assert is_complete(app)
+
+
+def test_the_status_counts_values_under_other_keys(rotating: Flask) -> None:
+    with rotating.app_context():
         database.session.get_one(User, 1).phone = "13900000000"
         database.session.get_one(User, 2).phone = None
         database.session.commit()
-    result = run(app, "status")
+    result = run(rotating, "status")
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
-        "users.phone: 1 under the first key, 1 not",
-        *[f"users.{name}: 0 under the first key, 3 not" for name in PERSONAL_FIELDS[1:]],
-        "identities.authorization: 0 under the first key, 6 not",
+        "users.phone: 1 under the first key, 3 not",
+        *[f"users.{name}: 0 under the first key, 5 not" for name in PERSONAL_FIELDS[1:]],
+        "identities.authorization: 0 under the first key, 10 not",
     ]
-    run(app, "rotate")
-    result = run(app, "status")
+    run(rotating, "rotate")
+    result = run(rotating, "status")
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[0] == "users.phone: 2 under the first key, 0 not"
+    assert result.stdout.splitlines()[0] == "users.phone: 4 under the first key, 0 not"
 
 
 @pytest.mark.parametrize(("number", "is_left"), [(1213, True), (1020, True), (2013, False)])
 def test_a_batch_that_lost_a_race_is_left_for_the_next_run_and_other_errors_are_raised(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, number: int, is_left: bool
 ) -> None:
-    add_users(application_with(OLD))
     app = application_with(NEW, OLD)
     error = OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))
 
@@ -259,7 +225,6 @@ def test_a_batch_that_lost_a_race_is_left_for_the_next_run_and_other_errors_are_
 def test_each_batch_is_a_transaction_that_only_writes(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_users(application_with(OLD))
     statements: list[str] = []
 
     def watched(url: str) -> Any:
@@ -278,7 +243,6 @@ def test_the_command_of_the_readme_runs_in_production(
     application_with: ApplicationWith, environ: dict[str, str]
 ) -> None:
     app = application_with(NEW, OLD)
-    add_users(application_with(OLD))
     env = {
         **environ,
         "PATH": os.environ["PATH"],
@@ -294,7 +258,6 @@ def test_the_command_of_the_readme_runs_in_production(
 
 
 def test_blocks_that_depend_on_an_old_key_are_counted(application_with: ApplicationWith) -> None:
-    add_users(application_with(OLD), 1)
     with application_with(OLD).app_context():
         blocks.keep_block(database.session.get_one(User, 1))
         database.session.commit()
