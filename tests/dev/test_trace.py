@@ -21,30 +21,19 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 HEADING = "\n\nAll lines\n"
 
 
+def execute(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], **env}
+    return subprocess.run(command, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=WAIT_SECONDS)
+
+
 def make(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run `make trace`, but install nothing."""
-    return subprocess.run(
-        ["make", f"VENV={sys.prefix}", f"--assume-old={sys.prefix}/installed", "trace", *words],
-        cwd=ROOT,
-        env={"PATH": os.environ["PATH"]},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_SECONDS,
-    )
+    return execute("make", f"VENV={sys.prefix}", f"--assume-old={sys.prefix}/installed", "trace", *words, stdin=stdin)
 
 
 def run(given: str, *logs: Path | str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The same without make, which has an exit status of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "dev.trace"],
-        cwd=ROOT,
-        env={"PATH": os.environ["PATH"], "TZ": "UTC", "ID": given, "LOGS": shlex.join(map(str, logs))},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_SECONDS,
-    )
+    return execute(sys.executable, "-m", "dev.trace", stdin=stdin, TZ="UTC", ID=given, LOGS=shlex.join(map(str, logs)))
 
 
 def line(second: float, message: str, level: str = "INFO", span: str = "a", **fields: Any) -> str:
@@ -56,11 +45,15 @@ def parsed(*lines: str) -> list[trace.Line]:
     return trace.read([[line.encode() for line in lines]], TRACE_ID)[TRACE_ID]
 
 
-def formatted(*lines: str) -> tuple[str, str]:
-    """Return the output above the heading and below it."""
-    above, heading, below = trace.story(TRACE_ID, parsed(*lines), colour=False).partition(HEADING)
+def story(*lines: str) -> str:
+    return trace.story(TRACE_ID, parsed(*lines), colour=False)
+
+
+def below(shown: str) -> str:
+    """Return the output below the heading."""
+    _, heading, lines = shown.partition(HEADING)
     assert heading
-    return above, below
+    return lines
 
 
 def messages(shown: str) -> list[str]:
@@ -100,14 +93,14 @@ def test_lines_of_two_instances_with_one_traceparent_are_merged(
         assert status >= 500
         done = make(f"ID={trace_id}", f"LOGS={second.output} {first.output}")
         assert done.returncode == 0, done.stderr
-        above, _, below = done.stdout.partition(HEADING)
+        above, _, rest = done.stdout.partition(HEADING)
         title, *failing = above.splitlines()
         assert title.startswith(f"Trace {trace_id}, ")
         (cause,) = [line for line in theirs if line["message"] == "WeChat call failed"]
         assert f"Failing span {cause['spanId']}" in failing
         assert "interface=/sns/jscode2session" in above
         assert ours[-1]["instance"] not in "\n".join(failing)
-        rows = [row for row in below.splitlines() if not row.startswith(" ")]
+        rows = [row for row in rest.splitlines() if not row.startswith(" ")]
         assert [row.split()[2] for row in rows] == [line["instance"] for line in ours + theirs]
         assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
 
@@ -120,74 +113,54 @@ def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:
         line(5, "request", "INFO", "a"),
         line(2, "survived", "WARNING", "c", exceptionType="KeyError", stack="Traceback:\nKeyError: 'k'"),
     )
-    above, _, below = run(TRACE_ID, "-", stdin="".join(lines)).stdout.partition(HEADING)
+    above, _, rest = run(TRACE_ID, "-", stdin="".join(lines)).stdout.partition(HEADING)
     assert above.splitlines()[0] == f"Trace {TRACE_ID}, 2026-11-23 (UTC+0000), 5 lines of one:8000, two:8000"
     assert messages(above) == ["crashed", "request"]
     assert "\n    ValueError: bad\n" in above
-    assert messages(below) == ["begun", "survived", "crashed", "request", "request"]
-    assert "\n    KeyError: 'k'\n" in below
-    assert "ValueError: bad" not in below  # once is enough
-    assert "stack=above" in below
-    assert [row.split()[2:4] for row in below.splitlines() if "request" in row] == [
+    assert messages(rest) == ["begun", "survived", "crashed", "request", "request"]
+    assert "\n    KeyError: 'k'\n" in rest
+    assert "ValueError: bad" not in rest  # once is enough
+    assert "stack=above" in rest
+    assert [row.split()[2:4] for row in rest.splitlines() if "request" in row] == [
         ["two:8000", "b" * 8],
         ["one:8000", "a" * 8],
     ]
 
 
-def test_the_failing_span_is_the_cause() -> None:
-    for lines, cause in (
-        # The caller fails because of the callee.
+def failed(second: float, span: str, parent: str = "", level: str = "ERROR", **fields: Any) -> str:
+    """A line of a failed span, with a reason if the fields have one."""
+    parents = {"parentSpanId": parent * 16} if parent else {}
+    return line(second, "failed", level, span, **parents, **fields)
+
+
+CRASH, CALL = {"exceptionType": "E"}, {"interface": "/sns/jscode2session"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        ([failed(2, "b", "a", instance="two:1", **CRASH), failed(3, "a", **CRASH)], "b"),
         (
             [
-                line(2, "crashed", "ERROR", "b", parentSpanId="a" * 16, instance="two:1", exceptionType="E"),
-                line(3, "callee failed", "ERROR", "a", exceptionType="E"),
-            ],
-            "b",
-        ),
-        # The callee's clock is late.
-        (
-            [
-                line(2, "callee failed", "ERROR", "a", exceptionType="E"),
-                line(3, "crashed", "ERROR", "c", instance="two:1", exceptionType="E"),
-                line(3, "request", "ERROR", "c", parentSpanId="b" * 16, instance="two:1"),
-                line(4, "request", "ERROR", "b", parentSpanId="a" * 16, instance="three:1"),
+                failed(2, "a", **CRASH),
+                failed(3, "c", instance="two:1", **CRASH),
+                failed(3, "c", "b", instance="two:1"),
+                failed(4, "b", "a", instance="three:1"),
             ],
             "c",
         ),
-        # A background failure that comes later is not the cause.
-        (
-            [
-                line(2, "crashed", "ERROR", "a", exceptionType="E"),
-                line(3, "background work failed", "ERROR", "b", parentSpanId="a" * 16, exceptionType="E"),
-            ],
-            "a",
-        ),
-        # The line of a request alone has no reason.
-        (
-            [
-                line(1, "request", "ERROR", "a"),
-                line(2, "WeChat call failed", "WARNING", "b", interface="/sns/jscode2session"),
-                line(3, "request", "ERROR", "b"),
-            ],
-            "b",
-        ),
-        # A failure that was handled is not one.
-        (
-            [
-                line(1, "WeChat call failed", "WARNING", "a", interface="/cgi-bin/stable_token"),
-                line(2, "request", "INFO", "a"),
-                line(3, "request", "ERROR", "b"),
-            ],
-            "b",
-        ),
-    ):
-        assert trace.failing_span(parsed(*lines)) == cause * 16
-
-
-def test_a_trace_without_a_failed_span() -> None:
-    above, below = formatted(line(1, "request", "INFO"))
-    assert above.endswith("No span failed.")
-    assert messages(below) == ["request"]
+        ([failed(2, "a", **CRASH), failed(3, "b", "a", **CRASH)], "a"),
+        ([failed(1, "a"), failed(2, "b", level="WARNING", **CALL), failed(3, "b")], "b"),
+        ([failed(1, "a", level="WARNING", **CALL), line(2, "request"), failed(3, "b")], "b"),
+        ([line(1, "request")], None),
+    ],
+    ids=["callee", "callee with a late clock", "not later background work", "has a reason", "not handled", "none"],
+)
+def test_the_failing_span_is_the_cause(lines: list[str], cause: str | None) -> None:
+    assert trace.failing_span(parsed(*lines)) == (cause and cause * 16)
+    shown = story(*lines)
+    assert shown.partition(HEADING)[0].endswith("No span failed.") == (cause is None)
+    assert len(messages(below(shown))) == len(lines)
 
 
 def test_a_trace_id_is_accepted_in_any_form() -> None:
@@ -208,8 +181,7 @@ def test_a_trace_id_is_accepted_in_any_form() -> None:
 
 def test_a_missing_or_invalid_id_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     done = run("", "-")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "set ID=" in done.stderr
+    assert (done.returncode, done.stdout, "set ID=" in done.stderr) == (2, "", True)
     for given in ("4bf92f3", "00-4bf92f3", "no trace id", f"{TRACE_ID}0", "4bf92f3g", "*"):
         with pytest.raises(SystemExit) as caught:
             trace.trace_id_of(given)
@@ -229,21 +201,19 @@ def test_an_ambiguous_id_lists_the_traces() -> None:
     assert run(other, "-", stdin=lines).stdout.startswith(f"Trace {other}")
 
 
-def test_an_unknown_trace_names_the_logs_searched(tmp_path: Path) -> None:
-    (tmp_path / "8000.jsonl").write_text(line(1, "request"))
-    done = run("0" * 32, tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"make trace: no lines of trace {'0' * 32} in {tmp_path}\n"
-    assert "in var/log\n" in run(secrets.token_hex(16)).stderr
-
-
-def test_missing_and_truncated_logs_are_reported_in_one_line(tmp_path: Path) -> None:
-    truncated = tmp_path / "8000.jsonl.1.gz"
+def test_an_unknown_trace_and_unreadable_logs_are_reported_in_one_line(tmp_path: Path) -> None:
+    truncated, nowhere, unknown = tmp_path / "8000.jsonl.1.gz", tmp_path / "nowhere", "0" * 32
     truncated.write_bytes(gzip.compress(line(1, "request").encode())[:-10])
-    for place in (tmp_path / "nowhere", truncated):
-        done = run(TRACE_ID, place)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert f"LOGS={place} cannot be read" in done.stderr
+    (tmp_path / "8000.jsonl").write_text(line(1, "request"))
+    for given, place, status, reason in (
+        (unknown, tmp_path / "8000.jsonl", 1, f"no lines of trace {unknown} in {tmp_path / '8000.jsonl'}\n"),
+        (TRACE_ID, nowhere, 2, f"LOGS={nowhere} cannot be read: "),
+        (TRACE_ID, truncated, 2, f"LOGS={truncated} cannot be read: "),
+    ):
+        done = run(given, place)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+        assert done.stderr.startswith(f"make trace: {reason}")
+    assert "in var/log\n" in run(secrets.token_hex(16)).stderr
 
 
 def test_folders_are_read_with_rotated_files_and_each_file_once(tmp_path: Path) -> None:
@@ -254,24 +224,23 @@ def test_folders_are_read_with_rotated_files_and_each_file_once(tmp_path: Path) 
         (folder / name).write_bytes(gzip.compress(written) if name.endswith(".gz") else written)
     (folder / "9000.jsonl").write_text("no JSON\n" + line(0.5, "before", instance="two:9000") + '{"traceId": "4bf92f')
     done = run(TRACE_ID, folder, folder / "8000.jsonl")
-    assert messages(done.stdout.partition(HEADING)[2]) == ["before", "0", "0b", "1", "1b", "2", "2b", "3", "3b"]
+    assert messages(below(done.stdout)) == ["before", "0", "0b", "1", "1b", "2", "2b", "3", "3b"]
 
 
 def test_prefixes_and_dockers_format_are_read() -> None:
-    _, below = formatted(
+    shown = story(
         f"[pod/kuaishang-0/web] {line(2, 'second')}",
         f"2026-11-23T10:00:01Z stdout F {line(1, 'first')}",
         json.dumps({"log": line(3, "third"), "stream": "stdout"}) + "\n",
     )
-    assert messages(below) == ["first", "second", "third"]
+    assert messages(below(shown)) == ["first", "second", "third"]
 
 
 def test_malformed_lines_are_printed_unchanged() -> None:
     for odd in (None, 5, [1], {"a": []}, ""):
         fields = dict.fromkeys(["timestamp", "level", "message", "instance", "spanId", "parentSpanId", "stack"], odd)
         strange = json.dumps({**fields, "traceId": TRACE_ID})
-        _, below = formatted(strange + "\n", line(1, "fine", "ERROR"), f'{{"traceId": ["{TRACE_ID}"]}}\n')
-        assert "fine" in below
+        assert "fine" in below(story(strange + "\n", line(1, "fine", "ERROR"), f'{{"traceId": ["{TRACE_ID}"]}}\n'))
 
 
 def test_make_and_the_shell_do_not_interpret_pasted_text(tmp_path: Path) -> None:
@@ -282,4 +251,4 @@ def test_make_and_the_shell_do_not_interpret_pasted_text(tmp_path: Path) -> None
         assert "LOGS=" in make(f"ID={TRACE_ID}", f"LOGS={pasted}").stderr
     assert not made.exists()
     piped = make(f"ID={TRACE_ID}", "LOGS=-", stdin=line(1, "request"))
-    assert messages(piped.stdout.partition(HEADING)[2]) == ["request"]
+    assert messages(below(piped.stdout)) == ["request"]
