@@ -11,6 +11,15 @@ from werkzeug.test import TestResponse
 from dev.wechat_simulator import PushSettings, create_simulator
 from tests.harness import APP_ID, APP_SECRET, PUSH_AES_KEY, PUSH_TOKEN, WEB_APP_ID, WEB_APP_SECRET
 
+# How WeChat reports wrong credentials of an app, whatever they are for.
+CREDENTIAL_ERRORS = [
+    ({"appid": ""}, 41002),
+    ({"secret": ""}, 41004),
+    ({"grant_type": "odd"}, 40002),
+    ({"appid": "wx-other"}, 40013),
+    ({"secret": "other"}, 40125),
+]
+
 
 @pytest.fixture
 def wechat() -> FlaskClient:
