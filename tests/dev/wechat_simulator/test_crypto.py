@@ -20,14 +20,8 @@ def test_user_data_is_encrypted_and_signed_as_published() -> None:
     assert crypto.session_signature(session["session_key"], session["body"].encode()) == session["signature"]
 
 
-@pytest.mark.parametrize("name", ["push.url_verify", "push.plain_mode"])
-def test_pushes_are_signed_as_published(name: str) -> None:
-    vector = VECTORS[name]
-    assert crypto.push_signature(vector["token"], vector["timestamp"], vector["nonce"]) == vector["signature"]
-
-
 @pytest.mark.parametrize("vector", [SAFE, REPLY], ids=["message", "reply"])
-def test_pushes_are_encrypted_as_published(vector: dict[str, str]) -> None:
+def test_pushes_are_encrypted_and_signed_as_published(vector: dict[str, str]) -> None:
     key, message, app_id = vector["encoding_aes_key"], vector["plaintext"].encode(), vector["appid"]
     assert crypto.encrypt_message(key, message, app_id, vector["random"].encode()) == vector["encrypt"]
     assert crypto.decrypt_message(key, vector["encrypt"]) == (message, app_id)
