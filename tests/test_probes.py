@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dev.redis_server import RedisServer
 from storage.database import STATEMENT_SECONDS
 from tests.databases import MariaDB
-from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, Simulator, bearer, migrate, suspend, wait_until
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, Simulator, answers, bearer, migrate, suspend, wait_until
 from tests.test_service import fastest
 
 StartService = Callable[..., Service]
@@ -331,4 +331,4 @@ def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
     wait_until((directory / f"counter_{booting.pid}.db").exists)
     booting.send_signal(signal.SIGTERM)  # it must not wait until it serves
     booting.wait(WAIT_SECONDS)
-    wait_for_starts(service, 3)
+    wait_until(lambda: answers(f"{service.url}/livez"))
