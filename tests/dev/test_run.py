@@ -285,11 +285,11 @@ def test_changed_code_is_reloaded_mistakes_are_survived_and_no_line_is_lost(
     launcher.write_text(patient.replace('"--graceful-timeout", "1"', '"--graceful-timeout", "60"'))
     launched = launch(root=clone, **environ).ready()
     (clone / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
-    os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
     settings, health = clone / "settings.py", clone / "blueprints" / "health.py"
     original = health.read_text()
     ids = [launched.request_trace_id() for _ in range(20)]
 
+    os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
     replace(settings, settings.read_text().replace("VERSION = ", "VERSION = 'patched' + "))
     wait_until(lambda: "patched" in read_version(launched))
     ids += [launched.request_trace_id() for _ in range(20)]
