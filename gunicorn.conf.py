@@ -103,10 +103,10 @@ def when_ready(server):  # type: ignore[no-untyped-def]
 
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]
     # A worker cannot start without the directory, and systemd empties /dev/shm when a user logs out.
-    with suppress(FileExistsError):
+    with suppress(FileExistsError, BlockingIOError):
         os.mkdir(os.environ[MULTIPROC_DIR], 0o700)
-        lock(os.environ[MULTIPROC_DIR])
         os.chown(os.environ[MULTIPROC_DIR], server.cfg.uid, server.cfg.gid)
+        lock(os.environ[MULTIPROC_DIR])
     # Deaths are counted by the next worker that starts: the master itself counts nothing.
     worker.replaces = vars(server).pop("deaths", 0)
 
