@@ -81,7 +81,9 @@ class Blueprint(flask_smorest.Blueprint):
                     return idempotency.run_once(make_response)
                 return database.in_transaction(make_response)
 
-            wrapper._apidoc = {**wrapper._apidoc, "transaction": transaction, "if_match": if_match}  # type: ignore[attr-defined]
+            has_version = isinstance(schema, type) and "version" in schema().fields
+            facts = {"transaction": transaction, "if_match": if_match, "has_version": has_version}
+            wrapper._apidoc = {**wrapper._apidoc, **facts}  # type: ignore[attr-defined]
             return wrapper
 
         return decorate
@@ -119,11 +121,11 @@ class Blueprint(flask_smorest.Blueprint):
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
             doc.setdefault("parameters", []).append(preconditions.IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
-        if self.auth.security and kwargs["method"] == "get" and "200" in map(str, doc["responses"]):
-            doc["responses"][304] = {
-                "description": "Not modified.",
-                "headers": preconditions.ETAG_HEADER,
-            }
+        for status in (200, 201) if self.auth.security else ():
+            if status in doc["responses"] and (kwargs["method"] == "get" or doc_info["has_version"]):
+                doc["responses"][status]["headers"] = TRACE_ID_HEADER | preconditions.ETAG_HEADER
+                if kwargs["method"] == "get":
+                    doc["responses"][304] = {"description": "Not modified.", "headers": preconditions.ETAG_HEADER}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]

@@ -7,12 +7,18 @@ from flask import url_for
 from blueprints.api import Blueprint
 from blueprints.lists import ListSchema, page_schema
 from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, load_order, require_pending
-from blueprints.preconditions import require_match
+from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem
 
 blueprint = Blueprint("order_items", __name__, description="订单明细 Order items")
+
+
+class ShownItemSchema(ItemSchema):
+    """An item on its own; within an order, the order shows the version."""
+
+    version = VERSION
 
 
 class ItemChangeSchema(ItemSchema):
@@ -24,7 +30,7 @@ class ItemChangeSchema(ItemSchema):
 
 @blueprint.route("/<id:order_id>/items")
 @blueprint.arguments(ListSchema(only=["page", "page_size"]), location="query")
-@blueprint.response(200, page_schema(ItemSchema))
+@blueprint.response(200, page_schema(ShownItemSchema))
 @blueprint.fails(Code.NOT_FOUND, Code.INVALID_INPUT)
 def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
     """List the items of an order"""
@@ -35,7 +41,7 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 
 @blueprint.route("/<id:order_id>/items", methods=["POST"])
 @blueprint.arguments(ItemSchema)
-@blueprint.response(201, ItemSchema)
+@blueprint.response(201, ShownItemSchema)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
     """Add an item to a pending order"""
@@ -51,7 +57,7 @@ def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[st
 
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>")
-@blueprint.response(200, ItemSchema)
+@blueprint.response(200, ShownItemSchema)
 @blueprint.fails(Code.NOT_FOUND)
 def get_item(order_id: int, item_id: int) -> OrderItem:
     """Read an item of an order"""
@@ -60,7 +66,7 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
 @blueprint.arguments(ItemChangeSchema)
-@blueprint.response(200, ItemSchema)
+@blueprint.response(200, ShownItemSchema)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""

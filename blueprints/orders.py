@@ -11,7 +11,7 @@ from blueprints.api import Blueprint
 from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
 from blueprints.parsing import MAXIMUM_ID
 from blueprints.policies import current_user
-from blueprints.preconditions import require_match
+from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem
@@ -53,6 +53,7 @@ class OrderSchema(Schema):
     items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
     created_at = fields.DateTime(dump_only=True, required=True)
     updated_at = fields.DateTime(dump_only=True, required=True)
+    version = VERSION
 
 
 class OrderChangeSchema(Schema):

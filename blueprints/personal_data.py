@@ -8,7 +8,7 @@ from marshmallow import Schema, fields, validate
 
 from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
-from blueprints.preconditions import require_match
+from blueprints.preconditions import VERSION, require_match
 from blueprints.users import NICKNAME_RULE, UserSchema, audit, load_user, masked
 from errors import Code
 from storage import database, ownership
@@ -28,11 +28,12 @@ blueprint = Blueprint("personal_data", __name__, description="个人信息 Perso
 
 
 MaskedPersonalDataSchema = Schema.from_dict(
-    {name: masked(name, mask) for name, mask in MASKS.items()}, name="MaskedPersonalDataSchema"
+    {name: masked(name, mask) for name, mask in MASKS.items()} | {"version": VERSION}, name="MaskedPersonalDataSchema"
 )
 PersonalDataSchema = Schema.from_dict(
     {name: fields.String(required=True, allow_none=True) for name in MASKS}, name="PersonalDataSchema"
 )
+FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name="FullPersonalDataSchema")
 
 
 class PersonalDataChangeSchema(Schema):
@@ -96,7 +97,7 @@ def put_personal_data(body: dict[str, Any], user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>/personal-data/full")
-@blueprint.response(200, PersonalDataSchema)
+@blueprint.response(200, FullPersonalDataSchema)
 @blueprint.fails(Code.NOT_FOUND)
 def get_full_personal_data(user_id: str) -> User:
     """Read personal data in full, which is logged"""

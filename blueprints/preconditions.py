@@ -1,25 +1,36 @@
-"""ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13)."""
+"""Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13)."""
 
+import re
 from typing import Any
 
 from flask import Response, g, request
+from marshmallow import fields
 
-from errors import LANGUAGES, ApiError, Code, language
+from errors import ApiError, Code, language
 from storage.models import Versioned
 
+VERSION = fields.Integer(
+    dump_only=True, required=True, metadata={"description": "PUT and DELETE take it as `If-Match`, quoted."}
+)
+"""The field of every schema of a versioned row."""
+
 ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
-IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}
-IF_MATCH["description"] = "The ETag of the version that was read: 412 if it has changed since."
+IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}, "example": '"7"'}
+IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412 if it has changed since."
 
 
 def require_match(row: Versioned) -> None:
     """Let a request pass only if its If-Match names the current version.
 
+    By RFC 9110 a weak ETag never matches. Here it does: ours name versions, whatever a proxy that compresses makes of
+    them, and whatever the language.
+
     :raises ApiError: PRECONDITION_REQUIRED without If-Match, PRECONDITION_FAILED if it names another version.
     """
     if not request.if_match:
         raise ApiError(Code.PRECONDITION_REQUIRED)
-    if not any(request.if_match.contains(f"{row.etag}-{tag}") for tag in LANGUAGES):
+    current = re.compile(rf"{row.version}|{row.etag}(-[a-z]+)*")
+    if not (request.if_match.star_tag or any(map(current.fullmatch, map(str, request.if_match.as_set(True))))):
         raise ApiError(Code.PRECONDITION_FAILED)
     g.version_checked = True
 

@@ -13,7 +13,7 @@ import wechat
 from blueprints.api import Blueprint
 from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
 from blueprints.policies import current_user
-from blueprints.preconditions import require_match
+from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message
 from storage import blocks, database, ownership
 from storage import sessions as stored_sessions
@@ -48,6 +48,7 @@ class UserSchema(Schema):
     role = fields.String(required=True, metadata={"enum": ["user", "admin"]})
     created_at = fields.DateTime(required=True)
     updated_at = fields.DateTime(required=True)
+    version = VERSION
 
 
 NICKNAME_RULE = validate.Regexp(

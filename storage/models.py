@@ -188,6 +188,10 @@ class OrderItem(Base):
         return self.order.user_id
 
     @property
+    def version(self) -> int:
+        return self.order.version
+
+    @property
     def etag(self) -> str:
         return self.order.etag
 

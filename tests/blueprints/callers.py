@@ -63,6 +63,10 @@ class Caller:
     def etag(self, path: str) -> str:
         return self.get(path).headers.get("ETag", '"none"')
 
+    def version(self, path: str) -> int | None:
+        """The version that a body shows."""
+        return data_of(self.get(path)).get("version")
+
     def me(self) -> dict[str, Any]:
         return data_of(self.get("/users/me"))
 
@@ -131,6 +135,14 @@ def operations(app: Flask) -> list[tuple[str, str]]:
         for rule in app.url_map.iter_rules()
         for method in sorted((rule.methods or set()) - {"OPTIONS"})
     ]
+
+
+def each_operation(document: dict[str, Any]) -> Any:
+    """Every path, method and operation of an OpenAPI document."""
+    for path, by_method in document["paths"].items():
+        for method, operation in by_method.items():
+            if method != "parameters":
+                yield path, method, operation
 
 
 def list_paths(app: Flask) -> list[str]:

@@ -14,7 +14,7 @@ from blueprints.policies import administrators, public, scrapers, session_holder
 from blueprints.wechat_profile import PHONE_CODE_REQUIRED
 from dev import openapi
 from errors import Code
-from tests.blueprints.callers import Caller, ids_of, operations
+from tests.blueprints.callers import Caller, each_operation, ids_of, operations
 from tests.harness import Simulator
 
 POLICIES = {policy.check for policy in (public, signed_in, session_holders, administrators, scrapers)}
@@ -173,13 +173,6 @@ def test_every_field_of_a_body_is_bounded(client: FlaskClient) -> None:
         body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
         check(body.get("schema", {}), f"{method} {path}")
     assert seen >= {"remark", "items", "quantity", "nickname", "email"}
-
-
-def each_operation(document: dict[str, Any]) -> Any:
-    for path, by_method in document["paths"].items():
-        for method, operation in by_method.items():
-            if method != "parameters":
-                yield path, method, operation
 
 
 def assert_fits(value: Any, schema: dict[str, Any], document: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def ids(user: Caller, query: str = "") -> list[int]:
 def test_create_an_order(alice: Caller) -> None:
     answer = alice.post(ORDERS, ORDER)
     order = data_of(answer, 201)
-    assert list(order) == ["id", "user_id", "status", "remark", "total", "items", "created_at", "updated_at"]
+    assert list(order) == ["id", "user_id", "status", "remark", "total", "items", "created_at", "updated_at", "version"]
     assert (order["user_id"], order["status"], order["remark"], order["total"]) == (alice.id, "pending", "少糖", 3000)
     assert [list(item) for item in order["items"]] == [["id", "sku", "name", "quantity", "unit_price", "subtotal"]] * 2
     assert [item["subtotal"] for item in order["items"]] == [2500, 500]

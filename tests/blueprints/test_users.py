@@ -16,7 +16,7 @@ from tests.harness import APP_ID, Simulator
 
 def test_get_me(alice: Caller) -> None:
     user = alice.me()
-    assert list(user) == ["id", "nickname", "avatar_url", "phone", "role", "created_at", "updated_at"]
+    assert list(user) == ["id", "nickname", "avatar_url", "phone", "role", "created_at", "updated_at", "version"]
     assert (user["nickname"], user["avatar_url"], user["phone"], user["role"]) == (None, None, None, "user")
     created = datetime.fromisoformat(user["created_at"])
     assert created.utcoffset() == timedelta(0)

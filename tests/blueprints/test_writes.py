@@ -1,5 +1,6 @@
 """Every write commits before it responds, and every change of a versioned row requires its current version."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,17 @@ from blueprints.api import Blueprint
 from blueprints.policies import signed_in
 from storage import database
 from storage.models import Base, User, Versioned
-from tests.blueprints.callers import Caller, bodies, code_of, data_of, ids_of, invalid_fields, operations
+from tests.blueprints.callers import (
+    API,
+    Caller,
+    bodies,
+    code_of,
+    data_of,
+    each_operation,
+    ids_of,
+    invalid_fields,
+    operations,
+)
 from tests.harness import Simulator
 
 NOT_IN_THE_DATABASE = {
@@ -57,17 +68,74 @@ def test_every_write_commits_and_requires_the_current_version(app: Flask, simula
         method, path = route.format(**ids).replace("/api/v1", "").split()
         headers = {}
         if method in ("PUT", "DELETE") and route not in WITHOUT_IF_MATCH:
-            stale = caller.etag(path)
+            stale, stale_version = caller.etag(path), caller.version(path)
             make_new_versions(app)
-            before, headers = stored(app), {"If_Match": caller.etag(path)}
+            before, headers = stored(app), {"If_Match": f'"{caller.version(path)}"'}
             assert code_of(caller.call(method, path, examples[route])) == (428, 428), route
-            for etag in (stale, '"another"', f"W/{headers['If_Match']}"):
+            for etag in (stale, f"W/{stale}", f'"{stale_version}"', '"another"'):
                 assert code_of(caller.call(method, path, examples[route], If_Match=etag)) == (412, 412), (route, etag)
             assert stored(app) == before, route
         before = stored(app)
         answer = caller.call(method, path, examples[route], **headers)
         assert answer.status_code in (200, 201), (route, answer.text)
         assert stored(app) != before, f"{route} responds with {answer.status_code} and stores nothing"
+
+
+def test_every_response_about_a_versioned_row_shows_its_version(app: Flask, simulator: Simulator) -> None:
+    document = app.test_client().get("/openapi.json").get_json()
+    caller = Caller(app, simulator, openid="oCaller", role="admin")
+    shown = set()
+    for path, method, operation in each_operation(document):
+        ids = ids_of(caller)
+        write, headers = f"{method.upper()} {path}", {}
+        if any(part.get("name") == "If-Match" for part in operation.get("parameters", [])):
+            headers["If_Match"] = "*"
+        if method == "delete" or not operation["security"] or (method != "get" and write in NOT_IN_THE_DATABASE):
+            continue
+        body = bodies(simulator, "oCaller").get(write)
+        answer = caller.call(method.upper(), path.format(**ids).removeprefix(API), body, **headers)
+        version = re.fullmatch(r'"(?:users|orders)-\d+-(\d+)-zh"', answer.headers.get("ETag", ""))
+        if version:
+            shown.add(write)
+            assert data_of(answer, answer.status_code)["version"] == int(version[1]), write
+        documented = operation["responses"][str(answer.status_code)]["headers"]
+        assert ("ETag" in documented) == ("ETag" in answer.headers), write
+    assert len(shown) >= 13
+    for path in ("/users", "/orders", f"/orders/{ids['order_id']}/items"):
+        for item in data_of(caller.get(path))["items"]:
+            assert item["version"] == caller.version(f"{path}/{item['id']}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status"),
+    [
+        ('"{version}"', 200),
+        ("{version}", 200),
+        ('"{etag}"', 200),
+        ('"{etag}-zh"', 200),
+        ('W/"{etag}-zh"', 200),  # as nginx's gzip makes it
+        ('"{etag}-en"', 200),
+        ('"{etag}-zh-gzip"', 200),  # as Apache's makes it
+        ('"no", W/"users-1-1-zh" ,W/"{etag}-en"', 200),
+        ("*", 200),
+        ('"{version}0"', 412),
+        ('"{etag}0-zh"', 412),
+        ('"{etag}-0"', 412),
+        ('"x{etag}-zh"', 412),
+        ('"order{etag}-zh"', 412),
+        ('"{etag}-zh', 428),
+        ('""', 412),
+        ("W/", 412),
+        (",", 428),
+        ("", 428),
+    ],
+)
+def test_if_match_takes_the_version_and_whatever_proxies_make_of_the_etag(
+    alice: Caller, pattern: str, status: int
+) -> None:
+    version = alice.me()["version"]
+    if_match = pattern.format(version=version, etag=f"users-{alice.id}-{version}")
+    assert alice.call("PUT", "/users/me", {}, If_Match=if_match).status_code == status
 
 
 def test_no_body_sets_what_the_server_sets(app: Flask, simulator: Simulator) -> None:
