@@ -1,5 +1,6 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
+import re
 from enum import Enum
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +15,15 @@ LANGUAGES = ("zh", "en")
 
 
 def language() -> str:
-    """Return the language that the request prefers; zh by default, and outside of a request."""
-    if not has_request_context():
-        return LANGUAGES[0]
-    return request.accept_languages.best_match(LANGUAGES, default=LANGUAGES[0]) or LANGUAGES[0]
+    """Return the language that the request prefers; zh by default, and outside of a request.
+
+    `zh-CN` and `zh_TW` both ask for zh. werkzeug's own best_match lets an exact `en` win over them, whatever the q.
+    """
+    qualities: dict[str, float] = {}
+    for wanted, quality in request.accept_languages if has_request_context() else ():  # the best first
+        qualities.setdefault(re.split("[-_]", wanted.lower())[0], quality)
+    others = qualities.get("*", 0.0001)  # q=0 excludes
+    return max([name for name in (*qualities, *LANGUAGES) if name in LANGUAGES], key=lambda n: qualities.get(n, others))
 
 
 class Message(NamedTuple):

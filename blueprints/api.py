@@ -82,8 +82,7 @@ class Blueprint(flask_smorest.Blueprint):
                 return database.in_transaction(make_response)
 
             has_version = isinstance(schema, type) and "version" in schema().fields
-            facts = {"transaction": transaction, "if_match": if_match, "has_version": has_version}
-            wrapper._apidoc = {**wrapper._apidoc, **facts}  # type: ignore[attr-defined]
+            wrapper._apidoc.update(transaction=transaction, if_match=if_match, has_version=has_version)  # type: ignore[attr-defined]
             return wrapper
 
         return decorate
