@@ -13,6 +13,8 @@ _DESCRIPTION = (
     "| code | HTTP | 中文 | English |\n|---|---|---|---|\n"
 ) + "\n".join(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code)
 
+_COOKIE = "For browsers; over plain HTTP named `session`. A write by cookie must come from a page of this site."
+
 CONFIG: dict[str, Any] = {
     "API_TITLE": "快上 Kuaishang",
     "OPENAPI_VERSION": "3.1.0",
@@ -25,7 +27,7 @@ CONFIG: dict[str, Any] = {
         "components": {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
-                "cookie": {"type": "apiKey", "in": "cookie", "name": "session", "description": "For browsers."},
+                "cookie": {"type": "apiKey", "in": "cookie", "name": "__Host-session", "description": _COOKIE},
                 "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
             }
         },

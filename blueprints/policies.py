@@ -2,6 +2,7 @@
 
 import hmac
 import re
+from typing import cast
 
 from flask import current_app, g, request, session
 
@@ -11,9 +12,15 @@ from errors import ApiError, Code, Message
 from storage import blocks, database
 from storage.identities import get_or_create_user
 from storage.models import User
+from storage.sessions import SAFE_METHODS, LazySession
 from telemetry.logs import bind
 from wechat.client import is_identifier
 
+NOT_OUR_ORIGIN = Message(
+    "带 cookie 的写请求须由本站页面发出；否则请用 Authorization: Bearer 发送 token；代理终结 TLS 时请设置 PUBLIC_URL",
+    "A write with the cookie must come from a page of this site: elsewhere send the token as Authorization: Bearer; "
+    "behind a proxy that terminates TLS, set PUBLIC_URL",
+)
 METRICS_TOKEN_WRONG = Message("METRICS_TOKEN 不正确", "Not the METRICS_TOKEN")
 
 
@@ -54,10 +61,16 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
 
 
 def _require_session() -> None:
+    current = cast(LazySession, session)
     if "user_id" in session:
+        has_body = bool(request.content_length) or "Transfer-Encoding" in request.headers
+        if current.by_cookie and request.method not in SAFE_METHODS and has_body and not request.is_json:
+            raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
         set_current_user(session["user_id"])
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
+    elif current.refused:
+        raise ApiError(Code.FORBIDDEN, message=NOT_OUR_ORIGIN)
     else:
         raise ApiError(Code.UNAUTHORIZED)
 

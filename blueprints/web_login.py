@@ -4,8 +4,7 @@ import hashlib
 import json
 import secrets
 import time
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import cast
 
 from flask import current_app, g, redirect, request, url_for
 from itsdangerous import BadSignature, URLSafeTimedSerializer
@@ -24,12 +23,13 @@ from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user
 from storage.models import Identity
 from storage.redis_client import redis
+from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url
 from telemetry.metrics import LOGINS
 from wechat.crypto import constant_time_equals
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
 
 STATE_SECONDS = 600
-COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
+COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
 STATE_REFUSED = {
     "state": ["Unknown, used, expired after ten minutes, or from another browser: start again at authorize."]
@@ -76,13 +76,16 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
-    response = redirect(wechat.web_app(scope).authorize_url(scope, f"{_site()}{url_for('web_login.callback')}", state))
+    back = public_url() + url_for("web_login.callback")
+    response = redirect(wechat.web_app(scope).authorize_url(scope, back, state))
+    earlier = [name for name in request.cookies if name.startswith(cookie_name(COOKIE_PREFIX))]
+    for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
+        response.delete_cookie(name, **COOKIE_OPTIONS)
     # Kept by the browser: nothing is stored here for users who never come back.
     response.set_cookie(
         _cookie(state),
         _serializer().dumps({"state": state, "scope": scope, "return_to": query["return_to"]}),
         max_age=STATE_SECONDS,
-        path=_folder(),
         **COOKIE_OPTIONS,
     )
     return response
@@ -103,8 +106,8 @@ def callback(query: dict[str, str]) -> BaseResponse:
     app = wechat.web_app(attempt["scope"])
     user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
     stored_sessions.log_in(user_id, web_app_id=app.app_id)
-    response = redirect(_site() + attempt["return_to"])
-    response.delete_cookie(_cookie(query["state"]), path=_folder(), **COOKIE_OPTIONS)
+    response = redirect(public_url() + attempt["return_to"])
+    response.delete_cookie(_cookie(query["state"]), **COOKIE_OPTIONS)
     return response
 
 
@@ -195,12 +198,4 @@ def _serializer() -> URLSafeTimedSerializer:
 
 def _cookie(state: str) -> str:
     """Name a cookie for each attempt, as each tab may have one."""
-    return f"web_login_{hashlib.sha256(state.encode()).hexdigest()[:16]}"
-
-
-def _folder() -> str:
-    return urlsplit(_site()).path + request.path.rpartition("/")[0]
-
-
-def _site() -> str:
-    return str(current_app.config["PUBLIC_URL"] or request.host_url).rstrip("/")
+    return cookie_name(COOKIE_PREFIX + hashlib.sha256(state.encode()).hexdigest()[:16])

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import msgspec
-from flask import Flask, Request, Response, current_app, session
+from flask import Flask, Request, Response, current_app, request, session
 from flask.sessions import SessionMixin
 from flask_session.base import Serializer
 from flask_session.redis import RedisSessionInterface
@@ -20,6 +20,8 @@ from storage.redis_client import redis
 from telemetry.metrics import SESSIONS
 
 TOKEN_BYTES = 32
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
 
 
 class JsonSerializer(Serializer):
@@ -39,16 +41,21 @@ class LazySession(SessionMixin):
     """A session that is fetched when it is first used: a request that never uses it costs no round trip to Redis.
 
     :param fetch: returns the session's id, its data, and whether it is new.
-    :param bearer: whether the request uses a bearer token, not a cookie.
+    :param by_cookie: whether the session comes from the cookie of a browser and is set there; otherwise the token is a
+        bearer token.
+    :param refused: whether a cookie was ignored, as the request does not come from a page of ours.
     """
 
     permanent = True  # the cookie ends when the session does
     sid: str
 
-    def __init__(self, fetch: Callable[[], tuple[str, dict[str, Any], bool]], bearer: bool) -> None:
+    def __init__(
+        self, fetch: Callable[[], tuple[str, dict[str, Any], bool]], *, by_cookie: bool, refused: bool = False
+    ) -> None:
         self._fetch = fetch
         self._fetched: dict[str, Any] | None = None
-        self.bearer = bearer
+        self.by_cookie = by_cookie
+        self.refused = refused
         self.loaded = False
         self.accessed = False
         self.modified = False
@@ -82,6 +89,9 @@ class LazySession(SessionMixin):
 class SessionInterface(RedisSessionInterface):
     """flask-session's Redis backend, with a bearer token in place of the cookie where a request has one.
 
+    Any page may let a browser send the cookie. So a request that changes something neither uses nor sets it unless it
+    comes from a page of ours: no other site acts for its visitor, or logs the visitor in as somebody else.
+
     Each session holds `expires_at`, when it expires in Redis unless it is used, and `ends_at`, when it expires in any
     case; both in seconds since the epoch.
     """
@@ -94,8 +104,14 @@ class SessionInterface(RedisSessionInterface):
     def open_session(self, app: Flask, request: Request) -> LazySession:
         credentials = request.authorization
         if credentials and credentials.type == "bearer":
-            return LazySession(partial(self._fetch, credentials.token), bearer=True)
-        return LazySession(partial(self._fetch, request.cookies.get(self.get_cookie_name(app))), bearer=False)
+            return LazySession(partial(self._fetch, credentials.token), by_cookie=False)
+        cookie = request.cookies.get(self.get_cookie_name(app))
+        if request.method in SAFE_METHODS or _is_from_our_origin(request):
+            return LazySession(partial(self._fetch, cookie), by_cookie=True)
+        return LazySession(partial(self._fetch, None), by_cookie=False, refused=cookie is not None)
+
+    def get_cookie_name(self, app: Flask) -> str:
+        return cookie_name("session")
 
     def _fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
         data = self._retrieve_session_data(self._get_store_id(token)) if token else None
@@ -110,8 +126,11 @@ class SessionInterface(RedisSessionInterface):
         if not session.loaded:
             return
         try:
-            # wx.request keeps no cookies: for a bearer token, the cookie is set on a response that is dropped.
-            super().save_session(app, session, app.response_class() if session.bearer else response)
+            # On a response that is dropped flask-session sets no cookie, and deletes none without Secure, which
+            # browsers ignore.
+            super().save_session(app, session, response if session.by_cookie and session else app.response_class())
+            if session.by_cookie and session.modified and not session:
+                response.delete_cookie(self.get_cookie_name(app), **COOKIE_OPTIONS)
         except RedisError:
             session.loaded = False  # the error response is saved too; do not wait for Redis twice
             raise
@@ -139,6 +158,29 @@ class SessionInterface(RedisSessionInterface):
                 pipeline.expire(index, self.absolute_lifetime)
             pipeline.execute()
         session.new = False
+
+
+def public_url() -> str:
+    """The URL at which browsers reach this service, without a slash at the end."""
+    return str(current_app.config["PUBLIC_URL"] or request.host_url).rstrip("/")
+
+
+def cookie_name(name: str) -> str:
+    """Name a cookie so that, over HTTPS, a browser takes it from this host alone, not from a neighbouring subdomain.
+
+    Browsers refuse the prefix over plain HTTP, as on a developer's machine.
+    """
+    return f"__Host-{name}" if public_url().lower().startswith("https:") else name
+
+
+def _is_from_our_origin(request: Request) -> bool:
+    """Whether a browser says that a page of ours makes this request: `none`, an address typed in, is no write."""
+    fetched_from = request.headers.get("Sec-Fetch-Site")
+    if fetched_from is not None:
+        return fetched_from == "same-origin"
+    ours = "/".join(public_url().lower().split("/")[:3])
+    port = ":443" if ours.startswith("https:") else ":80"  # which browsers leave out
+    return request.headers.get("Origin") == ours.removesuffix(port)
 
 
 def _index_key(user_id: int) -> str:
