@@ -164,17 +164,18 @@ def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
 
     :returns: the id of its user.
     """
+    info = UserInfo(None, None, None)
     try:
         grant = app.redeem(code)
+        if grant.is_snapshot_user:
+            raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
+        authorization = grant.authorization
+        if with_profile:
+            info, authorization = app.userinfo(authorization)
     except ApiError as error:
         if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
             raise ApiError(error.api_code, message=BEGIN_AGAIN) from None
         raise
-    if grant.is_snapshot_user:
-        raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
-    info, authorization = UserInfo(None, None, None), grant.authorization
-    if with_profile:
-        info, authorization = app.userinfo(authorization)
     user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
     set_current_user(user_id)
     profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}

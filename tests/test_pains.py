@@ -73,7 +73,7 @@ def test_2_data_decrypts_after_another_login_replaced_the_key(client: FlaskClien
 def test_3_a_token_that_is_always_rejected_is_not_retried_for_ever(client: FlaskClient, simulator: Simulator) -> None:
     alice = log_in(client, simulator, openid="o-alice")
     simulator.fault("errcode", times=1000, path=GET_PHONE, errcode=40001)
-    assert put_phone(client, alice, code="any").get_json()["code"] == 502
+    assert put_phone(client, alice, code="any").get_json()["code"] == 520
     assert len(simulator.calls(GET_PHONE)) == 2
 
 

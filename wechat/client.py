@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 
 from wechat.access_token import AccessToken
 from wechat.crypto import session_signature
-from wechat.transport import INVALID_TOKEN, Body, Codes, Params, Transport, unexpected_response
-
-BAD_SIGNATURE = 87009
-USER_REFUSED = 43101
+from wechat.errcodes import INVALID_TOKEN, NOT_SUBSCRIBED, SESSION_ENDED
+from wechat.transport import Body, Codes, Params, Transport, unexpected_response
 
 
 class CodeSession(NamedTuple):
@@ -94,8 +92,8 @@ class Client:
         Source: https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/checkSessionKey.html
         """
         params = {"openid": openid, "signature": session_signature(session_key), "sig_method": "hmac_sha256"}
-        answer: dict[str, Any] = self.call("/wxa/checksession", params, expected={BAD_SIGNATURE}, media=False)
-        return answer.get("errcode") != BAD_SIGNATURE
+        answer: dict[str, Any] = self.call("/wxa/checksession", params, expected=SESSION_ENDED, media=False)
+        return answer.get("errcode") not in SESSION_ENDED
 
     def code_to_phone(self, code: str, openid: str) -> str:
         """Redeem a getPhoneNumber button's code (wxa/business/getuserphonenumber).
@@ -104,7 +102,7 @@ class Client:
 
         :param openid: WeChat checks that the code belongs to this user.
         :returns: the number in the form of `phone_number`.
-        :raises ApiError: also WECHAT_CODE_INVALID, which a wx.login code gets too.
+        :raises ApiError: also WECHAT_CODE_INVALID, which a wx.login code and another user's code get too.
         """
         path = "/wxa/business/getuserphonenumber"
         answer = self.call(path, body={"code": code, "openid": openid}, media=False)
@@ -125,7 +123,7 @@ class Client:
         :param openid: the author's; WeChat requires a visit to the mini-program within the last two hours.
         :param scene: 1 profile, 2 comment, 3 forum, 4 social log.
         :param nickname: the author's.
-        :raises ApiError: also SESSION_KEY_STALE if the author's last visit is longer ago.
+        :raises ApiError: also SESSION_KEY_STALE if the author's last visit is longer ago, CONTENT_REFUSED.
         """
         path = "/wxa/msg_sec_check"
         body = {"content": text, "version": 2, "scene": scene, "openid": openid}
@@ -149,15 +147,15 @@ class Client:
             `miniprogram_state`, `developer`, `trial` or (WeChat's default) `formal`; `lang`, `zh_CN` (WeChat's
             default), `en_US`, `zh_HK` or `zh_TW`.
         :returns: whether it was sent; False if the user has not subscribed, or no longer.
-        :raises ApiError: UPSTREAM_INVALID also if WeChat does not know the openid, template, page or a keyword; the
+        :raises ApiError: INTERNAL_ERROR also if WeChat does not know the openid, template, page or a keyword; the
             errcode is in the log.
         """
         texts = {name: {"value": value} for name, value in data.items()}
         given = {name: value for name, value in optional.items() if value is not None}
         body = {"touser": openid, "template_id": template_id, "data": texts, **given}
         path = "/cgi-bin/message/subscribe/send"
-        answer: dict[str, Any] = self.call(path, body=body, expected={USER_REFUSED}, idempotent=False, media=False)
-        return answer.get("errcode") != USER_REFUSED
+        answer: dict[str, Any] = self.call(path, body=body, expected=NOT_SUBSCRIBED, idempotent=False, media=False)
+        return answer.get("errcode") not in NOT_SUBSCRIBED
 
 
 def phone_number(info: Mapping[str, Any]) -> str | None:

@@ -3,14 +3,13 @@
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
+from errors import Code
 from wechat.client import is_identifier, read_unionid
-from wechat.transport import INVALID_TOKEN, Transport, unexpected_response
+from wechat.errcodes import AUTHORIZATION_ENDED, INVALID_TOKEN
+from wechat.transport import Transport, failure, unexpected_response
 
 QR_CODE_SCOPE = "snsapi_login"
 SCOPES = ("snsapi_base", "snsapi_userinfo", QR_CODE_SCOPE)
-REFRESH_TOKEN_GONE = frozenset({40030, 42002})
-AUTHORIZATION_GONE = INVALID_TOKEN | {40003}
-"""The access token is invalid, or WeChat no longer knows the openid."""
 
 
 class Authorization(NamedTuple):
@@ -83,12 +82,14 @@ class WebApp:
         """Get the user's nickname, picture and unionid (sns/userinfo), refreshing the access token if necessary.
 
         :returns: the profile, and the authorization to store from now on.
-        :raises ApiError: what `Transport.call` does.
+        :raises ApiError: WECHAT_CODE_INVALID if the authorization has ended, and what `Transport.call` does.
         """
         path = "/sns/userinfo"
         answer, authorization = self._call(path, authorization, lang="zh_CN")
+        if errcode := answer.get("errcode"):
+            raise failure(path, Code.WECHAT_CODE_INVALID, f"the authorization has ended, errcode {errcode}", errcode)
         if answer.get("openid") != authorization.openid:
-            raise unexpected_response(path, f"errcode {answer.get('errcode', 0)}, openid missing or different", answer)
+            raise unexpected_response(path, "openid missing or different", answer)
         nickname, avatar_url = (answer.get(name) or None for name in ("nickname", "headimgurl"))
         return UserInfo(nickname, avatar_url, read_unionid(path, answer)), authorization
 
@@ -99,14 +100,14 @@ class WebApp:
         :raises ApiError: what `Transport.call` does.
         """
         answer, authorization = self._call("/sns/auth", authorization)
-        return answer.get("errcode") not in AUTHORIZATION_GONE, authorization
+        return answer.get("errcode") not in AUTHORIZATION_ENDED, authorization
 
     def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
         """Call with the user's access token, and once more with a new one if WeChat rejects it."""
 
         def call() -> Any:
             query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
-            return self._transport.call(path, query, expected=AUTHORIZATION_GONE)
+            return self._transport.call(path, query, expected=AUTHORIZATION_ENDED)
 
         answer = call()
         if answer.get("errcode") in INVALID_TOKEN and (refreshed := self._refresh(authorization)):
@@ -115,11 +116,11 @@ class WebApp:
         return answer, authorization
 
     def _refresh(self, authorization: Authorization) -> Authorization | None:
-        """Get a new access token (sns/oauth2/refresh_token); None if the refresh token has expired, after 30 days."""
+        """Get a new access token (sns/oauth2/refresh_token); None if the authorization has ended."""
         path = "/sns/oauth2/refresh_token"
         params = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
-        answer = self._transport.call(path, params, expected=REFRESH_TOKEN_GONE)
-        return None if answer.get("errcode") in REFRESH_TOKEN_GONE else _authorization(path, answer)
+        answer = self._transport.call(path, params, expected=AUTHORIZATION_ENDED)
+        return None if answer.get("errcode") in AUTHORIZATION_ENDED else _authorization(path, answer)
 
 
 def _authorization(path: str, answer: dict[str, Any]) -> Authorization:

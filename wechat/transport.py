@@ -15,6 +15,7 @@ from requests.adapters import HTTPAdapter
 
 from errors import ApiError, Code
 from telemetry import metrics, traces
+from wechat.errcodes import MESSAGES, code_of
 
 logger = logging.getLogger(__name__)
 # urllib3 logs whole URLs, even in warnings about headers, and WeChat's URLs contain secrets and tokens.
@@ -31,26 +32,6 @@ server, a host with several unreachable addresses or headers sent byte by byte c
 
 MEDIA_TYPES = ("image/", "audio/", "video/", "application/octet-stream")
 BUSY = -1
-INVALID_TOKEN = frozenset({40001, 40014, 42001})
-"""The access token is invalid or expired: the caller gets a new one and tries once more."""
-
-CODE_BY_ERRCODE = {
-    BUSY: Code.UNAVAILABLE,
-    45009: Code.UNAVAILABLE,  # daily quota
-    45011: Code.UNAVAILABLE,  # quota per minute
-    40029: Code.WECHAT_CODE_INVALID,
-    41008: Code.WECHAT_CODE_INVALID,  # missing code
-    40163: Code.WECHAT_CODE_USED,
-    40226: Code.WECHAT_HIGH_RISK_USER,
-    61010: Code.SESSION_KEY_STALE,  # the user's last visit was over two hours ago: wx.login helps
-    40013: Code.WECHAT_REFUSED,  # app id
-    40125: Code.WECHAT_REFUSED,  # app secret
-    40164: Code.WECHAT_REFUSED,  # our IP address is not on the account's list
-    41002: Code.WECHAT_REFUSED,  # missing app id
-    41004: Code.WECHAT_REFUSED,  # missing app secret
-    48001: Code.WECHAT_REFUSED,  # the account may not use this interface
-}
-
 
 Params = Mapping[str, str]
 Body = Mapping[str, Any] | None
@@ -95,8 +76,8 @@ class Transport:
         :param idempotent: whether a call whose response was lost may be made again.
         :param media: whether the response may be an image or the like.
         :returns: a dict, whose `errcode`, where WeChat sends one, is 0 or one of `expected`; or bytes.
-        :raises ApiError: as in CODE_BY_ERRCODE, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. The exceptions of
-            requests contain the URL, and so a secret: none of them leaves this method.
+        :raises ApiError: what `errcodes.code_of` says, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. The
+            exceptions of requests contain the URL, and so a secret: none of them leaves this method.
         """
         for may_retry in (True, False):
             try:
@@ -131,7 +112,7 @@ class Transport:
                 result, outcome = str(errcode), "ok"
                 if errcode == 0 or errcode in expected:
                     return None, answer
-                code = CODE_BY_ERRCODE.get(errcode, Code.UPSTREAM_INVALID)
+                code = code_of(path, errcode)
                 outcome = "caller" if code.number < 500 else "failure"
                 span.set_status(StatusCode.ERROR)
                 return code, answer
@@ -175,11 +156,11 @@ class Transport:
 def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiError:
     """Log why a call failed, which our response does not reveal; WeChat's support asks for the `rid` in errmsg."""
     level = logging.WARNING if code.number >= 500 else logging.INFO
-    if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID):
+    if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID, Code.INTERNAL_ERROR):
         level = logging.ERROR  # it will not go away by itself
     fields = {"interface": path, "code": code.number, "reason": why, "errcode": errcode}
     logger.log(level, "WeChat call failed", extra=fields)
-    return ApiError(code)
+    return ApiError(code, message=MESSAGES.get(errcode or 0))
 
 
 def unexpected_response(path: str, why: str, answer: Mapping[str, Any]) -> ApiError:

@@ -113,8 +113,10 @@ def server_api(world: World) -> Blueprint:
             memory = world.memory
             now = world.now()
             found = memory.phone_codes.get(code)
-            if found is None or found.expires_at <= now or (openid and found.openid not in (None, openid)):
+            if found is None or found.expires_at <= now:
                 raise Refused(40029)
+            if openid and found.openid not in (None, openid):
+                raise Refused(40003)
             del memory.phone_codes[code]
             memory.phone_answers += 1
             as_number = memory.phone_answers % 2 == 0

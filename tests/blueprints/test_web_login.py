@@ -291,7 +291,7 @@ def test_tokens_are_stored_encrypted(browser: Browser, app: Flask) -> None:
     assert refresh_token not in row
 
 
-@pytest.mark.parametrize(("times", "status"), [(1, 302), (100, 502)])
+@pytest.mark.parametrize(("times", "status"), [(1, 302), (100, 400)])
 def test_an_access_token_that_expires_during_the_login_is_refreshed_once(
     browser: Browser, times: int, status: int
 ) -> None:
@@ -299,6 +299,14 @@ def test_an_access_token_that_expires_during_the_login_is_refreshed_once(
     assert browser.log_in().status_code == status
     assert len(browser.simulator.calls(REFRESH)) == 1
     assert len(browser.simulator.calls(USERINFO)) == 2
+
+
+@pytest.mark.parametrize("errcode", [40003, 42007])
+def test_an_authorization_that_ends_during_the_login_gets_a_message_about_the_web(
+    browser: Browser, errcode: int
+) -> None:
+    browser.simulator.fault("errcode", path=USERINFO, errcode=errcode)
+    assert_not_logged_in(browser, browser.log_in(), 400, 460, web_login.BEGIN_AGAIN)
 
 
 def is_valid(browser: Browser) -> bool:
@@ -359,11 +367,15 @@ def test_userinfo_of_another_user_logs_no_user_in(browser: Browser, monkeypatch:
     assert browser.me() is None
 
 
-def test_an_openid_unknown_to_wechat_is_not_valid(browser: Browser) -> None:
+@pytest.mark.parametrize("errcode", [40003, 42007, 42003, 40029])
+def test_an_authorization_that_wechat_refuses_is_not_valid(browser: Browser, errcode: int) -> None:
     browser.log_in()
-    browser.simulator.fault("errcode", path="/sns/auth", errcode=40003)
+    browser.simulator.fault("errcode", path="/sns/auth", errcode=errcode)
     assert not is_valid(browser)
     assert is_valid(browser)
+    browser.simulator.travel(7201)
+    browser.simulator.fault("errcode", path=REFRESH, errcode=errcode)
+    assert not is_valid(browser)
 
 
 def test_the_authorization_of_a_removed_app_is_not_valid(browser: Browser, make_app: Callable[..., Flask]) -> None:
@@ -375,6 +387,6 @@ def test_the_authorization_of_a_removed_app_is_not_valid(browser: Browser, make_
 
 def test_a_state_is_not_logged(browser: Browser, log_lines: Any) -> None:
     url = browser.simulator.sign_in_on_the_web(browser.begin())
-    browser.simulator.fault("errcode", path=USERINFO, errcode=40003)
+    browser.simulator.fault("errcode", path=USERINFO, errcode=48001)
     assert browser.call_back(url).status_code == 502
     assert query_of(url)["state"] not in str(log_lines())

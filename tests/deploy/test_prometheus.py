@@ -19,8 +19,10 @@ from flask import Flask
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
+from errors import Code
 from telemetry import metrics
 from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, bearer
+from wechat import errcodes
 
 FOLDER = ROOT / "deploy" / "prometheus"
 RULES = [rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]]
@@ -144,6 +146,18 @@ def test_each_alarm_has_a_case_in_which_it_fires_and_one_in_which_it_is_quiet() 
             assert looks == case["promql_expr_test"], case["name"]
             fired = any(f'"{name}"' in sample["labels"] for look in looks for sample in look["exp_samples"])
             assert fired == (state == "fires"), case["name"]
+
+
+def test_runbooks_explain_each_errcode_for_which_an_operator_must_act_or_wait() -> None:
+    explained: dict[Code, set[int]] = {Code.WECHAT_REFUSED: set(), Code.UNAVAILABLE: set()}
+    for alarm in ALARMS.values():
+        _, _, act = alarm["annotations"]["runbook"].partition("An operator must act")
+        act, _, wait = act.partition("Wait:")
+        for code, text in ((Code.WECHAT_REFUSED, act), (Code.UNAVAILABLE, wait)):
+            explained[code] |= {int(errcode) for errcode in re.findall(r"-1\b|\b\d{5}\b", text)}
+    assert explained == {code: errcodes.ERRCODES[code] for code in explained}
+    mentioned = re.findall(r"\b[4-9]\d{4}\b", (FOLDER / "rules.yml").read_text())
+    assert {int(errcode) for errcode in mentioned} <= set().union(*explained.values())
 
 
 def run(tool: str, *arguments: str, folder: Path = FOLDER) -> None:

@@ -93,6 +93,9 @@ def test_wechat_decides_whether_a_session_key_is_valid(client: Client, simulator
     assert not client.is_session_key_valid("o-alice", first.session_key)
     assert client.is_session_key_valid("o-alice", second.session_key)
     assert not client.is_session_key_valid("o-bob", second.session_key)
+    for errcode in (40003, 87007):
+        simulator.fault("errcode", path=CHECKSESSION, errcode=errcode)
+        assert not client.is_session_key_valid("o-alice", second.session_key)
     (call, *_) = simulator.calls(CHECKSESSION)
     assert call["parameters"] == ["access_token", "openid", "sig_method", "signature"]
 
@@ -101,7 +104,7 @@ def test_a_phone_code_yields_a_number_for_its_user_once(client: Client, simulato
     code = simulator.phone_code(openid="o-alice", phone="2025550123", country_code="1")
     assert code_of(lambda: client.code_to_phone(code, "o-bob")) is Code.WECHAT_CODE_INVALID
     assert client.code_to_phone(code, "o-alice") == "+12025550123"
-    for invalid in (code, simulator.code()):
+    for invalid in (code, simulator.code()):  # used, and of wx.login
         assert code_of(lambda: client.code_to_phone(invalid, "o-alice")) is Code.WECHAT_CODE_INVALID  # noqa: B023
 
 
@@ -127,10 +130,17 @@ def test_a_response_without_a_phone_number_for_our_app_is_invalid(
     assert code_of(lambda: client.code_to_phone("code", "o-alice")) is Code.UPSTREAM_INVALID
 
 
-def test_wechat_decides_which_text_of_a_recent_visitor_is_risky(client: Client, alice: str) -> None:
+def test_wechat_decides_which_text_of_a_recent_visitor_is_risky(
+    client: Client, simulator: Simulator, alice: str
+) -> None:
     texts = ("你好", "可疑", "违禁")
     assert [client.is_risky(text, alice, nickname="某人") for text in texts] == [False, False, True]
-    assert code_of(lambda: client.is_risky("text", "o-nobody")) is Code.SESSION_KEY_STALE
+    with pytest.raises(ApiError) as caught:
+        client.is_risky("text", "o-nobody")
+    assert caught.value.api_code is Code.SESSION_KEY_STALE
+    assert "wx.login" in str(caught.value.message)  # decrypted data has nothing to do with it
+    simulator.fault("errcode", path=CHECK, errcode=87014)
+    assert code_of(lambda: client.is_risky("text", alice)) is Code.CONTENT_REFUSED
 
 
 def test_a_subscribe_message_needs_a_subscription_and_43101_is_not_a_failure(
@@ -151,7 +161,7 @@ def test_a_subscribe_message_needs_a_subscription_and_43101_is_not_a_failure(
 def test_an_invalid_or_lost_subscribe_message_is_not_sent_twice(
     client: Client, simulator: Simulator, alice: str
 ) -> None:
-    assert code_of(lambda: client.send_subscribe_message(alice, "T-none", {})) is Code.UPSTREAM_INVALID
+    assert code_of(lambda: client.send_subscribe_message(alice, "T-none", {})) is Code.INTERNAL_ERROR
     simulator.fault("close", path=SEND)
     assert code_of(lambda: client.send_subscribe_message(alice, "T-paid", {})) is Code.UNAVAILABLE
     assert len(simulator.calls(SEND)) == 2
@@ -175,7 +185,7 @@ def test_any_interface_can_be_called(client: Client, simulator: Simulator, alice
         (200, "image/png", b"\x89PNG", b"\x89PNG"),
         (200, "video/mp4", b"\xff", b"\xff"),
         (200, "image/jpeg", b'{"errcode": 45009, "errmsg": "quota"}', Code.UNAVAILABLE),
-        (200, "application/json", b'{"errcode": 41030}', Code.UPSTREAM_INVALID),
+        (200, "application/json", b'{"errcode": 41030}', Code.INTERNAL_ERROR),
         (200, "image/jpeg", b'{"errcode": 0}', {"errcode": 0}),
         (500, "image/png", b"\x89PNG", Code.UPSTREAM_INVALID),
         (200, "text/html", b"\xff", Code.UPSTREAM_INVALID),
@@ -210,6 +220,6 @@ def test_an_invalid_access_token_is_replaced_and_the_call_repeated_once(
 def test_a_token_that_wechat_always_rejects_costs_two_calls_per_request(client: Client, simulator: Simulator) -> None:
     simulator.fault("errcode", times=100, errcode=40001, path=IMAGE)
     for number in range(1, 6):
-        assert code_of(lambda: client.call(IMAGE, body={"scene": "id=7"})) is Code.UPSTREAM_INVALID
+        assert code_of(lambda: client.call(IMAGE, body={"scene": "id=7"})) is Code.WECHAT_REFUSED
         assert len(simulator.calls(IMAGE)) == 2 * number
     assert len(simulator.calls(TOKEN)) <= 4  # and WeChat is not asked for a token again and again

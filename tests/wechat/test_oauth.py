@@ -106,7 +106,35 @@ def test_is_valid(web_app: WebApp, log_in: Callable[..., Grant], simulator: Simu
     assert not web_app.is_valid(authorization._replace(openid="o-bob"))[0]
     simulator.travel(31 * 86400)  # the refresh token has expired too
     assert web_app.is_valid(authorization) == (False, authorization)
-    assert refusal(web_app.userinfo, authorization) is Code.UPSTREAM_INVALID
+    assert refusal(web_app.userinfo, authorization) is Code.WECHAT_CODE_INVALID
+
+
+@pytest.mark.parametrize("errcode", [40001, 40003, 40029, 40030, 42002, 42003, 42007, 50001])
+@pytest.mark.parametrize("path", [REFRESH, AUTH])
+def test_a_refused_token_or_refresh_means_that_the_authorization_has_ended(
+    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, path: str, errcode: int
+) -> None:
+    authorization = log_in().authorization
+    simulator.travel(7201)
+    simulator.fault("errcode", times=2, path=path, errcode=errcode)
+    is_valid, kept = web_app.is_valid(authorization)
+    assert not is_valid
+    assert kept.refresh_token == authorization.refresh_token
+    simulator.fault("errcode", times=2, path=path.replace(AUTH, USERINFO), errcode=errcode)
+    assert refusal(web_app.userinfo, kept) is Code.WECHAT_CODE_INVALID
+
+
+@pytest.mark.parametrize(
+    ("errcode", "code"), [(-1, Code.UNAVAILABLE), (45009, Code.UNAVAILABLE), (40013, Code.WECHAT_REFUSED)]
+)
+def test_a_refresh_that_fails_does_not_mean_that_the_authorization_has_ended(
+    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, errcode: int, code: Code
+) -> None:
+    authorization = log_in().authorization
+    simulator.travel(7201)
+    simulator.fault("errcode", times=2 if errcode == -1 else 1, path=REFRESH, errcode=errcode)
+    assert refusal(web_app.is_valid, authorization) is code
+    assert web_app.is_valid(authorization)[0]
 
 
 @pytest.mark.parametrize("errcode", [40001, 40014, 42001])
