@@ -83,6 +83,8 @@ _UNAVAILABLE = (
 )
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status}
 _RETRY_AFTER_SECONDS = 3
+_ERRORS, _CHARACTERS = 20, 60
+"""How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
 
 
 class ErrorDetails(Schema):
@@ -151,7 +153,7 @@ def handle_http_exception(error: HTTPException) -> Response:
         return handle_unavailable(error.original_exception)
     code = _code_of(error)
     g.code = code.number  # for the log
-    errors = getattr(error, "errors", None)
+    errors = _first(getattr(error, "errors", None) or {}, [_ERRORS])
     response = cast(Response, error.get_response(request.environ))
     data = {"errors": errors} if errors else None
     response.data = jsonify(envelope(code, data, getattr(error, "message", None))).data
@@ -161,6 +163,21 @@ def handle_http_exception(error: HTTPException) -> Response:
     if response.status_code in (429, 503) and "Retry-After" not in response.headers:
         response.headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
     return response
+
+
+def _first(errors: dict[Any, Any], left: list[int]) -> dict[str, Any]:
+    """Keep the first errors, so that a response is small whatever came in.
+
+    :param left: how many, which is counted down.
+    """
+    kept: dict[str, Any] = {}
+    for name, problem in errors.items():
+        if not left[0]:
+            break
+        is_leaf = not isinstance(problem, dict)
+        left[0] -= is_leaf
+        kept[str(name)[:_CHARACTERS]] = problem if is_leaf else _first(problem, left)
+    return kept
 
 
 def _code_of(error: HTTPException) -> Code:

@@ -21,7 +21,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     :raises settings.SettingsError: listing every setting that is missing or malformed.
     """
     app = Flask("service", static_folder=None)
-    app.config.update(settings.load(environ), VERSION=settings.VERSION, MAX_CONTENT_LENGTH=1024 * 1024)
+    app.config.update(settings.load(environ), VERSION=settings.VERSION)
     app.config["INSTANCE"] = settings.instance(app.config["PORT"])
     telemetry.init_app(app)
     concurrency.init_app(app)

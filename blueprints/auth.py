@@ -43,7 +43,7 @@ class WechatSessionSchema(Schema):
 
 
 @login.route("/wechat", methods=["POST"])
-@login.arguments(WechatCodeSchema)
+@login.arguments(WechatCodeSchema, any_content_type=True)
 @login.response(200, LoginSchema, transaction=False)
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
 @login.fails(Code.FORBIDDEN, message=blocks.BLOCKED)

@@ -9,7 +9,7 @@ from sqlalchemy.orm import joinedload
 
 from blueprints.api import Blueprint
 from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
-from blueprints.parsing import MAXIMUM_ID
+from blueprints.parsing import MAXIMUM_ID, BoundedList
 from blueprints.policies import current_user
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code
@@ -50,7 +50,7 @@ class OrderSchema(Schema):
     status = fields.String(dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS)})
     remark = fields.String(load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL])
     total = fields.Integer(dump_only=True, required=True, metadata={"description": "Fen."})
-    items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
+    items = BoundedList(fields.Nested(ItemSchema), validate.Length(1, MAXIMUM_ITEMS), required=True)
     created_at = fields.DateTime(dump_only=True, required=True)
     updated_at = fields.DateTime(dump_only=True, required=True)
     version = VERSION
@@ -95,7 +95,7 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
 
 
 @blueprint.route("", methods=["POST"])
-@blueprint.arguments(OrderSchema)
+@blueprint.arguments(OrderSchema, max_bytes=128 * 1024)
 @blueprint.response(201, OrderSchema)
 def create_order(body: dict[str, Any]) -> tuple[Order, dict[str, str]]:
     """Create an order"""

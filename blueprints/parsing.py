@@ -1,56 +1,93 @@
-"""What comes in: JSON bodies, ids in URLs, codes of WeChat."""
+"""What comes in: JSON bodies, lists in them, ids in URLs, codes of WeChat."""
 
 import json
 from typing import Any, NoReturn
 
 from flask import Request
-from marshmallow import Schema, ValidationError, validate
+from marshmallow import Schema, ValidationError, fields, validate
 from webargs.flaskparser import FlaskParser
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.routing import BaseConverter, IntegerConverter, Map
 
 from errors import ApiError, Code
 
 MAXIMUM_ID = 2**63 - 1
+SMALL_BODY = 8 * 1024
+"""The longest body in bytes, unless a route declares another limit."""
+MAXIMUM_FIELDS = 100
+"""How many names an object or a query may have: each unknown one costs more time than it takes to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
 WECHAT_CODE_LIFETIME_SECONDS = 300
 """After that WeChat itself rejects a code."""
 
 
+class BoundedList(fields.List[Any]):
+    """A list whose length is checked before its contents, which may be dear to check.
+
+    :param inner: the field of each item.
+    :param length: the permitted lengths.
+    """
+
+    def __init__(self, inner: fields.Field[Any], length: validate.Length, **kwargs: Any) -> None:
+        super().__init__(inner, validate=length, **kwargs)
+        self.length = length
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, list):
+            self.length(value)
+        return super()._deserialize(value, *args, **kwargs)
+
+
 class JsonParser(FlaskParser):
-    """Reads request bodies as JSON, also without a Content-Type, and raises our errors."""
+    """Reads request bodies as JSON, and raises our errors."""
 
     DEFAULT_VALIDATION_STATUS = 400
     DEFAULT_UNKNOWN_BY_LOCATION: dict[str, str | None] = {"query": None}  # noqa: RUF012  as the schema says: rejected
 
     def load_json(self, req: Request, schema: Schema) -> Any:
-        if req.mimetype and not req.is_json:
-            raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
         body = read_body(req)
-        try:
-            document = json.loads(body.decode()) if body else {}  # undecoded, json takes UTF-16 and lone surrogates too
+        try:  # undecoded, json takes UTF-16 and lone surrogates too
+            document = json.loads(body.decode(), object_pairs_hook=_object) if body else {}
             if b"\\u" in body:
                 json.dumps(document, ensure_ascii=False).encode()  # no database stores half a surrogate pair
         except (ValueError, RecursionError):
             raise ApiError(Code.INVALID_INPUT, errors={"body": ["Not valid JSON in UTF-8."]}) from None
         return document
 
+    def load_querystring(self, req: Request, schema: Schema) -> Any:
+        _require_few("query", len(req.args))
+        return super().load_querystring(req, schema)
+
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **kwargs: Any) -> NoReturn:
         (errors,) = error.normalized_messages().values()  # of the one location that was parsed
         raise ApiError(Code.INVALID_INPUT, errors=errors)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _require_few("body", len(pairs))
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ApiError(Code.INVALID_INPUT, errors={"body": ["An object has a field twice."]})
+    return document
+
+
+def _require_few(part: str, count: int) -> None:
+    if count > MAXIMUM_FIELDS:
+        raise ApiError(Code.INVALID_INPUT, errors={part: [f"At most {MAXIMUM_FIELDS} fields."]})
+
+
 def read_body(req: Request) -> bytes:
     """Read a request's body.
 
-    :raises ApiError: INVALID_INPUT if it does not match its headers.
-    :raises werkzeug.exceptions.RequestEntityTooLarge: if it is longer than MAX_CONTENT_LENGTH.
+    :raises ApiError: PAYLOAD_TOO_LARGE if it is longer than the route allows, INVALID_INPUT if it does not match its
+        headers.
     """
     try:
         body = req.get_data()
-        req.stream.read(1)  # werkzeug cuts a chunked body off at MAX_CONTENT_LENGTH; only reading on raises the 413
-    except HTTPException:
-        raise
+        req.stream.read(1)  # werkzeug cuts a chunked body off at its limit; only reading on raises the 413
+    except RequestEntityTooLarge:
+        limit = f"At most {req.max_content_length} bytes."
+        raise ApiError(Code.PAYLOAD_TOO_LARGE, errors={"body": [limit]}) from None
     except Exception:  # noqa: BLE001  each server has its own exception for a body that does not match its headers
         raise ApiError(Code.INVALID_INPUT, errors={"body": ["Cannot be read."]}) from None
     return body

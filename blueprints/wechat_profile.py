@@ -69,7 +69,7 @@ def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
-@blueprint.arguments(PhoneSchema)
+@blueprint.arguments(PhoneSchema, max_bytes=64 * 1024)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=PHONE_CODE_REQUIRED)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
@@ -93,7 +93,7 @@ def put_phone(body: dict[str, str]) -> User:
 
 
 @blueprint.route("/me/profile", methods=["PUT"])
-@blueprint.arguments(ProfileSchema)
+@blueprint.arguments(ProfileSchema, max_bytes=64 * 1024)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)

@@ -1,0 +1,216 @@
+"""Any body and any query is cheap to refuse, and the refusal is small."""
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from marshmallow import Schema, fields, validate
+
+from blueprints.api import Blueprint
+from blueprints.parsing import MAXIMUM_FIELDS, SMALL_BODY, BoundedList
+from tests.blueprints.callers import API, ITEM, ORDER, Caller, bodies, code_of, data_of, ids_of, invalid_fields
+from tests.harness import Simulator
+
+LARGEST_REFUSAL = 16 * 1024
+LARGER_BODIES = {
+    "POST /api/v1/orders": 128 * 1024,
+    "PUT /api/v1/users/me/phone": 64 * 1024,
+    "PUT /api/v1/users/me/profile": 64 * 1024,
+}
+LOGINS = ("/api/v1/auth/wechat", "/api/auth/wechat")
+
+
+def schemas(app: Flask) -> Iterator[tuple[str, Schema]]:
+    """The schema of each body and query, with all that it nests."""
+    for endpoint, view in app.view_functions.items():
+        for parameter in getattr(view, "_apidoc", {}).get("arguments", {}).get("parameters", []):
+            if "schema" in parameter:
+                schema = parameter["schema"]
+                yield endpoint, schema() if isinstance(schema, type) else schema
+
+
+def unbounded(schema: Schema, path: str = "") -> list[str]:
+    """The fields of a schema that may cost more than their length, before that is checked."""
+    found = []
+    for name, field in schema.load_fields.items():
+        inner = field.inner if isinstance(field, BoundedList) and field.length.max else field
+        if isinstance(inner, fields.Nested) and not inner.many:
+            found += unbounded(inner.schema, f"{path}{name}.")
+        elif isinstance(inner, (fields.List, fields.Tuple, fields.Dict, fields.Nested)) or type(inner) is fields.Raw:
+            found.append(path + name)
+    return found
+
+
+def test_every_list_of_every_body_is_measured_before_its_contents_are_checked(app: Flask) -> None:
+    checked = dict(schemas(app))
+    assert {"orders.create_order", "orders.list_orders", "login.log_in"} <= set(checked)
+    assert {endpoint: unbounded(schema) for endpoint, schema in checked.items() if unbounded(schema)} == {}
+
+
+def test_a_list_that_is_not_measured_is_found() -> None:
+    class Inner(Schema):
+        good = BoundedList(fields.Integer(), validate.Length(max=3))
+        bad = fields.List(fields.Integer(), validate=validate.Length(max=3))
+
+    class Outer(Schema):
+        inners = BoundedList(fields.Nested(Inner), validate.Length(max=3))
+        limitless = BoundedList(fields.Integer(), validate.Length(min=3))
+        many = fields.Nested(Inner, many=True)
+        inner = fields.Nested(Inner)
+        anything = fields.Dict()
+
+    assert unbounded(Outer()) == ["inners.bad", "limitless", "many", "inner.bad", "anything"]
+
+
+def test_a_list_that_is_too_long_is_400_for_its_length_alone(alice: Caller) -> None:
+    for items in ([{}] * 101, [{"a": 1}] * 10_000, [1] * 30_000, []):
+        answer = alice.post("/orders", {"items": items})
+        assert code_of(answer) == (400, 400)
+        assert answer.get_json()["data"]["errors"] == {"items": ["Length must be between 1 and 100."]}
+    assert len(alice.order(items=[ITEM] * 100)["items"]) == 100
+
+
+def operations_with_a_body(client: FlaskClient) -> list[str]:
+    paths = client.get("/openapi.json").get_json()["paths"]
+    found = [f"{method.upper()} {path}" for path, item in paths.items() for method in item if method != "parameters"]
+    return [
+        operation
+        for operation in found
+        if "requestBody" in paths[operation.split()[1]][operation.split()[0].lower()]
+        and not operation.endswith("/wechat/messages")
+    ]
+
+
+def test_each_route_has_its_own_limit_and_it_is_small(app: Flask, simulator: Simulator) -> None:
+    admin = Caller(app, simulator, role="admin")
+    ids = ids_of(admin)
+    operations = operations_with_a_body(admin.client)
+    assert set(LARGER_BODIES) < set(operations)
+    for operation in operations:
+        method, path = operation.format(**ids).split()
+        limit = LARGER_BODIES.get(operation, SMALL_BODY)
+        headers = {**admin.headers, "Content-Type": "application/json", "If-Match": '"x"', "Idempotency-Key": "k"}
+        for stream in ({"data": b" " * (limit + 1)}, {"data": b" " * limit + b"{"}, chunked(limit + 1)):
+            answer = admin.client.open(path, method=method, headers=headers, **stream)
+            assert code_of(answer) == (413, 413), operation
+            assert answer.get_json()["data"] == {"errors": {"body": [f"At most {limit} bytes."]}}
+        answer = admin.client.open(path, method=method, headers=headers, data=b"{" + b" " * (limit - 1))
+        assert invalid_fields(answer) == {"body"}, operation
+
+
+def chunked(length: int) -> dict[str, Any]:
+    """A body without a Content-Length, as a server passes it on."""
+    return {"input_stream": io.BytesIO(b" " * length), "environ_overrides": {"wsgi.input_terminated": True}}
+
+
+def test_the_largest_valid_order_fits(alice: Caller) -> None:
+    item = {"sku": "茶" * 64, "name": "茶" * 128, "quantity": 9999, "unit_price": 10**9}
+    body = {"remark": "茶" * 500, "items": [item] * 100}
+    for ensure_ascii in (True, False):
+        headers = {**alice.headers, "Content-Type": "application/json"}
+        text = json.dumps(body, ensure_ascii=ensure_ascii)
+        assert data_of(alice.client.post(f"{API}/orders", data=text, headers=headers), 201)["remark"] == "茶" * 500
+
+
+def many(count: int, name: str = "") -> dict[str, int]:
+    return {f"{name}{number:x}": 1 for number in range(count)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        many(1000),
+        many(MAXIMUM_FIELDS),
+        many(MAXIMUM_FIELDS, "\x00" * 70),
+        {"items": [many(MAXIMUM_FIELDS, "名" * 20)]},
+        {"items": [many(MAXIMUM_FIELDS + 1)]},
+        {"items": [{"a": 1}] * 100},
+        {"\x00" * 1300: 1},
+        {"x" * 8000: 1},
+        {"a": [many(MAXIMUM_FIELDS + 1)]},
+    ],
+)
+def test_a_refusal_is_small_and_names_20_fields_at_most(app: Flask, simulator: Simulator, body: Any) -> None:
+    admin = Caller(app, simulator, role="admin")
+    ids = ids_of(admin)
+    for operation in [*operations_with_a_body(admin.client), "POST /api/auth/wechat"]:
+        method, path = operation.format(**ids).split()
+        answer = admin.client.open(path, method=method, json=body, headers={**admin.headers, "If-Match": '"x"'})
+        assert answer.status_code in (400, 413), operation
+        assert len(answer.data) <= LARGEST_REFUSAL
+        assert 0 < leaves(answer.get_json()["data"]["errors"]) <= 20
+        assert "\x00" * 70 not in str(answer.get_json())
+
+
+def leaves(errors: Any) -> int:
+    return sum(map(leaves, errors.values())) if isinstance(errors, dict) else 1
+
+
+def test_a_query_with_many_names_is_refused_in_short(alice: Caller) -> None:
+    answer = alice.get("/orders?" + "&".join(many(1000)))
+    assert answer.get_json()["data"]["errors"] == {"query": ["At most 100 fields."]}
+    answer = alice.get("/orders?" + "&".join(many(100)) + "&x" * 1000)
+    assert code_of(answer) == (400, 400)
+    assert len(answer.data) <= LARGEST_REFUSAL
+
+
+def test_an_object_with_a_field_twice_is_400(alice: Caller) -> None:
+    for text in ('{"remark": "a", "remark": "b"}', '{"items": [{"sku": "a", "sku": "a"}]}'):
+        headers = {**alice.headers, "Content-Type": "application/json"}
+        answer = alice.client.post(f"{API}/orders", data=text, headers=headers)
+        assert answer.get_json()["data"]["errors"] == {"body": ["An object has a field twice."]}
+
+
+@pytest.mark.parametrize("path", LOGINS)
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data", "nonsense", "", None],
+)
+def test_a_login_is_json_whatever_its_content_type_says(
+    client: FlaskClient, simulator: Simulator, path: str, content_type: str | None
+) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    answer = client.post(path, data=json.dumps({"code": simulator.code()}), headers=headers)
+    assert data_of(answer)["token"]
+
+
+def test_no_other_route_takes_text_as_json(app: Flask, simulator: Simulator) -> None:
+    admin = Caller(app, simulator, role="admin")
+    valid = bodies(simulator, admin.openid)
+    ids = ids_of(admin)
+    with_body = set(operations_with_a_body(admin.client)) - {"POST /api/v1/auth/wechat"}
+    assert with_body
+    for operation in with_body:
+        method, path = operation.format(**ids).split()
+        for content_type in ("text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "nonsense"):
+            headers = {**admin.headers, "If-Match": '"x"', "Content-Type": content_type}
+            text = json.dumps(valid.get(operation, ORDER))
+            answer = admin.client.open(path, method=method, data=text, headers=headers)
+            assert code_of(answer) == (415, 415), operation
+
+
+def test_a_parser_of_queries_leaves_the_limit_of_the_body(make_app: Any, simulator: Simulator) -> None:
+    app = make_app()
+    group = Blueprint("group", __name__)
+
+    class Body(Schema):
+        text = fields.String()
+
+    class Query(Schema):
+        page = fields.Integer()
+
+    @group.route("/", methods=["POST"])
+    @group.arguments(Body, max_bytes=20_000)
+    @group.arguments(Query, location="query")
+    @group.response(200, transaction=False)
+    def view(body: Any, query: Any) -> None:
+        assert len(body["text"]) == 15_000
+
+    from blueprints.policies import public
+
+    app.extensions["flask-smorest"]["apis"][""]["ext_obj"].register_blueprint(group, url_prefix="/group", auth=public)
+    assert app.test_client().post("/group/?page=1", json={"text": "x" * 15_000}).status_code == 200
