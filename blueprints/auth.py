@@ -13,9 +13,10 @@ from blueprints.policies import current_user, get_mini_program_user, set_current
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
 from errors import ApiError, Code
-from storage import blocks, wechat_session_keys
+from storage import blocks, database, wechat_session_keys
 from storage import sessions as stored_sessions
 from storage.identities import find_openid
+from storage.models import User
 from storage.single_flight import AlreadyDone, single_flight
 from telemetry.metrics import LOGINS
 from wechat.transport import PATIENCE_SECONDS
@@ -51,8 +52,8 @@ class WechatSessionSchema(Schema):
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
 
-    Two requests with the same code at the same moment get the same response. The token comes in the body for
-    `wx.request`, which keeps no cookies, and in a cookie for browsers.
+    Within five seconds a request with the same code gets the same response, as the first one may have been lost. The
+    token comes in the body for `wx.request`, which keeps no cookies; a page of this site gets it in a cookie as well.
     """
     code = body["code"]
     try:
@@ -69,10 +70,15 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
             raise ApiError(Code.FORBIDDEN, message=blocks.BLOCKED) from None
         raise
     set_current_user(outcome["user_id"])
+    user = database.session.get(User, outcome["user_id"])
+    if user is not None:
+        blocks.require_not_blocked(user)
+    if user is None or not stored_sessions.resume(outcome["token"]):  # gone since the first response
+        raise ApiError(Code.WECHAT_CODE_USED)
     return {
         "token": outcome["token"],
         "expires_in": min(current_app.config["SESSION_LIFETIME"], current_app.config["SESSION_ABSOLUTE_LIFETIME"]),
-        "user": current_user(),
+        "user": user,
     }
 
 

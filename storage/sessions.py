@@ -52,13 +52,17 @@ class LazySession(SessionMixin):
     def __init__(
         self, fetch: Callable[[], tuple[str, dict[str, Any], bool]], *, by_cookie: bool, refused: bool = False
     ) -> None:
-        self._fetch = fetch
-        self._fetched: dict[str, Any] | None = None
+        self.load(fetch)
         self.by_cookie = by_cookie
         self.refused = refused
         self.loaded = False
         self.accessed = False
         self.modified = False
+
+    def load(self, fetch: Callable[[], tuple[str, dict[str, Any], bool]]) -> None:
+        """Become another session, from its next use on."""
+        self._fetch = fetch
+        self._fetched: dict[str, Any] | None = None
 
     @property
     def _data(self) -> dict[str, Any]:
@@ -104,16 +108,16 @@ class SessionInterface(RedisSessionInterface):
     def open_session(self, app: Flask, request: Request) -> LazySession:
         credentials = request.authorization
         if credentials and credentials.type == "bearer":
-            return LazySession(partial(self._fetch, credentials.token), by_cookie=False)
+            return LazySession(partial(self.fetch, credentials.token), by_cookie=False)
         cookie = request.cookies.get(self.get_cookie_name(app))
         if request.method in SAFE_METHODS or _is_from_our_origin(request):
-            return LazySession(partial(self._fetch, cookie), by_cookie=True)
-        return LazySession(partial(self._fetch, None), by_cookie=False, refused=cookie is not None)
+            return LazySession(partial(self.fetch, cookie), by_cookie=True)
+        return LazySession(partial(self.fetch, None), by_cookie=False, refused=cookie is not None)
 
     def get_cookie_name(self, app: Flask) -> str:
         return cookie_name("session")
 
-    def _fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
+    def fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
         data = self._retrieve_session_data(self._get_store_id(token)) if token else None
         if token and data is not None:
             return token, data, False
@@ -219,6 +223,19 @@ def log_in(user_id: int, **facts: Any) -> str:
         raise
     SESSIONS.inc()
     return current.sid
+
+
+def resume(token: str) -> bool:
+    """Continue the session that an earlier request has started, whose response may have been lost.
+
+    :returns: whether it still exists.
+    :raises redis.exceptions.RedisError: if Redis is away.
+    """
+    interface, current = cast(SessionInterface, current_app.session_interface), cast(LazySession, session)
+    if not current.loaded or current.sid != token:
+        current.load(partial(interface.fetch, token))
+        current.modified = current.by_cookie and "user_id" in current  # so that a browser gets the cookie again
+    return "user_id" in current
 
 
 def revoke_sessions(user_id: int) -> None:

@@ -16,7 +16,7 @@ from storage.cipher import Cipher, DecryptionError
 
 _POLL_SECONDS = 0.02
 _FOLLOW_SECONDS = 5
-_RESULT_SECONDS = 10
+_RESULT_SECONDS = 5
 _ERROR_SECONDS = 3
 
 
@@ -112,14 +112,15 @@ class SingleFlight:
 
 
 def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember: int) -> Any:
-    """Make a call that can succeed only once, and share its outcome with callers that ask while it is running.
+    """Make a call that can succeed only once, and share its outcome with callers that ask while it is running, or
+    within five seconds after it succeeded: the response to the first one may have been lost.
 
     :param key: as for `SingleFlight.run`.
     :param call: its result must be JSON.
     :param patience: as for `SingleFlight.run`.
     :param remember: seconds for which a call that succeeded is not made again.
     :returns: what `call` returned, here or in another process.
-    :raises AlreadyDone: if the call had succeeded before.
+    :raises AlreadyDone: if the call had succeeded before that.
     :raises ApiError: what `call` raised, here or there, after which the call may be made again; UNAVAILABLE if it
         crashed there or takes too long.
     :raises redis.exceptions.RedisError: if Redis is away.
@@ -127,7 +128,7 @@ def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember:
 
     def look(kept: Kept, waited: bool) -> str | None:
         result, _, pause = kept
-        if waited and result is not None:
+        if result is not None:
             return result
         if pause == "":
             raise AlreadyDone

@@ -80,13 +80,57 @@ def test_a_login_costs_nine_round_trips_to_redis(app: Flask, client: FlaskClient
     assert count() == 9  # four for the code, two for the time, one for the session_key, and two for the session
 
 
-def test_a_used_code_gets_461(client: FlaskClient, simulator: Simulator, redis: Redis) -> None:
-    code = simulator.code()
-    assert client.post(LOGIN, json={"code": code}).status_code == 200
-    assert code_of(client.post(LOGIN, json={"code": code})) == (400, 461)
+def expire_results(redis: Redis) -> None:
+    """Do as Redis does five seconds after a call that succeeded."""
     (mark,) = redis.keys("login:*:pause")
-    assert 240 < redis.ttl(mark) <= 300  # after that WeChat rejects it
+    result = mark.removesuffix(b":pause")
+    assert 0 < redis.pttl(result) <= 5000
+    redis.delete(result)
+    assert 240 < redis.ttl(mark) <= 300  # after that WeChat rejects the code
+
+
+def test_a_code_sent_again_within_five_seconds_gets_the_same_response_and_later_461(
+    app: Flask, make_app: Callable[..., Flask], simulator: Simulator, redis: Redis
+) -> None:
+    code = simulator.code()
+    instances = [made.test_client(use_cookies=False) for made in (app, make_app(), app)]
+    answers = [client.post(LOGIN, json={"code": code}) for client in instances]
+    assert [(answer.status_code, answer.data) for answer in answers] == [(200, answers[0].data)] * 3
+    expire_results(redis)
+    assert [code_of(client.post(LOGIN, json={"code": code})) for client in instances] == [(400, 461)] * 3
     assert len(simulator.calls()) == 1
+    assert len(redis.keys("session:*")) == 1
+    assert instances[0].get(ME, headers=bearer(data_of(answers[0])["token"])).status_code == 200
+
+
+def test_a_browser_that_sends_a_code_again_gets_the_same_cookie(app: Flask, simulator: Simulator) -> None:
+    code, ours = simulator.code(), {"Sec-Fetch-Site": "same-origin"}
+    answers = [app.test_client().post(LOGIN, json={"code": code}, headers=ours) for _ in range(2)]
+    first, again = (answer.headers["Set-Cookie"].split(";")[0] for answer in answers)
+    assert first == again == f"session={data_of(answers[0])['token']}"
+    assert "Set-Cookie" not in app.test_client().post(LOGIN, json={"code": code}).headers
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("/auth/session", (400, 461)), ("/auth/sessions", (400, 461)), ("/users/me", (400, 461)), (None, (403, 403))],
+)
+def test_a_code_sent_again_begins_nothing_that_has_ended_meanwhile(
+    client: FlaskClient, app: Flask, simulator: Simulator, end: str | None, expected: tuple[int, int], redis: Redis
+) -> None:
+    user = Caller(app, simulator)
+    code = simulator.code(openid=user.openid)
+    login = data_of(client.post(LOGIN, json={"code": code}))
+    user.headers = bearer(login["token"])
+    if end:
+        assert user.delete(end).status_code == 200
+    else:
+        user.store(blocked=True)
+    for headers in ({}, {"Sec-Fetch-Site": "same-origin"}):
+        answer = client.post(LOGIN, json={"code": code}, headers=headers)
+        assert code_of(answer) == expected
+        assert login["token"] not in answer.text + str(answer.headers)
+    assert user.get("/users/me").status_code == (401 if end else 403)
 
 
 def test_a_code_can_be_sent_again_after_a_failed_login(client: FlaskClient, simulator: Simulator) -> None:

@@ -59,10 +59,12 @@ def test_a_phone_code_works_for_its_user_only(alice: Caller, bob: Caller) -> Non
     assert bob.me()["phone"] is None
 
 
-def test_an_invalid_phone_code_gets_a_message_about_phone_codes(alice: Caller) -> None:
+def test_an_invalid_phone_code_gets_a_message_about_phone_codes(alice: Caller, redis: Redis) -> None:
     simulator = alice.simulator
     used = simulator.phone_code(openid=alice.openid)
-    alice.put(PHONE, {"code": used})
+    answers = [alice.put(PHONE, {"code": used}) for _ in range(2)]
+    assert data_of(answers[0]) == data_of(answers[1])  # the first response may have been lost
+    redis.delete(*(mark.removesuffix(b":pause") for mark in redis.scan_iter("phone:*:pause")))  # as after five seconds
     expired = simulator.phone_code(openid=alice.openid, expires_in=-1)
     for code, number in ((simulator.code(openid=alice.openid), 460), ("unknown", 460), (expired, 460), (used, 461)):
         answer = alice.put(PHONE, {"code": code})

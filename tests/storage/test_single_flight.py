@@ -59,8 +59,13 @@ def test_waiting_callers_share_the_error_and_the_next_one_calls_again(app: Flask
     assert ask(app, lambda: "now it works") == "now it works"
 
 
-def test_a_later_caller_gets_already_done(app: Flask) -> None:
-    assert ask(app, lambda: None) is None
+def test_a_later_caller_gets_the_result_for_five_seconds_and_then_already_done(app: Flask, redis: Redis) -> None:
+    for result in ({"answer": 42}, None):
+        redis.flushall()
+        assert ask(app, lambda result=result: result) == result
+        assert ask(app, fail) == result
+        assert 4000 < redis.pttl("flight") <= 5000
+    redis.delete("flight")
     with pytest.raises(AlreadyDone):
         ask(app, lambda: None)
 
