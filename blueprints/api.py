@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flask_smorest
 from flask import Flask, Response, g, request
@@ -38,6 +38,7 @@ class Blueprint(flask_smorest.Blueprint):
     """A group of routes whose successes respond in the envelope."""
 
     ARGUMENTS_PARSER = JsonParser()
+    ERROR_CONTENT: ClassVar[dict[str, Any]] = {"application/json": {"schema": ErrorEnvelope}}
     auth: AuthPolicy
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -166,7 +167,7 @@ class Blueprint(flask_smorest.Blueprint):
             doc["responses"][status] = {
                 "description": "; ".join(lines),
                 "headers": {**TRACE_ID_HEADER, **HEADERS_BY_STATUS.get(status, {})},
-                "content": {"application/json": {"schema": ErrorEnvelope}},
+                "content": self.ERROR_CONTENT,
             }
         return doc
 

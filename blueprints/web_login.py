@@ -4,9 +4,10 @@ import hashlib
 import json
 import secrets
 import time
-from typing import cast
+from typing import Any, ClassVar, cast
+from urllib.parse import urlencode
 
-from flask import current_app, g, redirect, request, url_for
+from flask import Response, current_app, g, redirect, render_template, request, session, url_for
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from marshmallow import EXCLUDE, Schema, fields, validate
 from sqlalchemy import select
@@ -22,25 +23,31 @@ from storage import database
 from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user
 from storage.models import Identity
-from storage.redis_client import redis
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url
+from storage.single_flight import AlreadyDone, single_flight
 from telemetry.metrics import LOGINS
 from wechat.crypto import constant_time_equals
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
+from wechat.transport import PATIENCE_SECONDS
 
 STATE_SECONDS = 600
 COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
-STATE_REFUSED = {
-    "state": ["Unknown, used, expired after ten minutes, or from another browser: start again at authorize."]
-}
+STATE_REFUSED = {"state": ["Unknown, expired after ten minutes, or from another browser: start again at authorize."]}
 DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
 BEGIN_AGAIN = Message(
-    "code 无效、过期或已使用，请重新登录", "Code invalid, expired or used already: start again at authorize"
+    "登录链接无效、过期或已使用，请重新登录", "This login link is invalid, expired or used already: log in again"
 )
 
-blueprint = Blueprint("web_login", __name__, description="网页登录 Log in on the web")
+
+class PageBlueprint(Blueprint):
+    """Routes that a browser opens by itself: their errors are pages for people."""
+
+    ERROR_CONTENT: ClassVar[dict[str, Any]] = {"text/html": {"schema": {"type": "string"}}}
+
+
+blueprint = PageBlueprint("web_login", __name__, description="网页登录 Log in on the web", template_folder=".")
 
 
 class AuthorizeSchema(Schema):
@@ -99,16 +106,52 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 @blueprint.fails(Code.FORBIDDEN, message=DECLINED)
 @blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 def callback(query: dict[str, str]) -> BaseResponse:
-    """Return from WeChat, logged in"""
-    attempt = _consume(query["state"])
+    """Return from WeChat, logged in
+
+    Opened again, as by the back button, it leads to the same place. Errors are pages with a link to begin again.
+    """
+    mark = _hash(query["state"])
+    if session.get("web_login") == mark:
+        return redirect(public_url() + session["return_to"])
+    attempt = _load_attempt(query["state"])
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
-    app = wechat.web_app(attempt["scope"])
-    user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
-    stored_sessions.log_in(user_id, web_app_id=app.app_id)
+
+    def log_in() -> str:
+        app = wechat.web_app(attempt["scope"])
+        user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
+        return stored_sessions.log_in(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
+
+    try:  # browsers inside WeChat may open the page twice at once
+        token = single_flight(f"web_login:{mark}", log_in, patience=4 * PATIENCE_SECONDS, remember=STATE_SECONDS)
+    except AlreadyDone:
+        token = None
+    if token is None or not stored_sessions.resume(token):
+        raise ApiError(Code.WECHAT_CODE_USED, message=BEGIN_AGAIN)
     response = redirect(public_url() + attempt["return_to"])
     response.delete_cookie(_cookie(query["state"]), **COOKIE_OPTIONS)
     return response
+
+
+@blueprint.after_request
+def _make_page(response: Response) -> Response:
+    """Keep responses out of caches, and make a page of an error."""
+    response.cache_control.no_store = True
+    if response.status_code >= 400:
+        response.content_security_policy.default_src = "'none'"
+        error = response.get_json()
+        if response.status_code == 400:
+            error["message"] = str(BEGIN_AGAIN)
+        response.data = render_template("web_login.html", **error, again=_query_to_begin_again())
+        response.content_type = "text/html; charset=utf-8"
+    return response
+
+
+def _query_to_begin_again() -> str:
+    """What is known of the login that failed and is valid: where it leads, and its scope."""
+    known = _load_cookie(request.args.get("state", "")) or request.args
+    query = {name: known[name] for name in AuthorizeSchema().fields if name in known}
+    return urlencode({name: query[name] for name in query.keys() - AuthorizeSchema().validate(query)})
 
 
 @blueprint.teardown_request
@@ -142,21 +185,25 @@ def check_authorization(user_id: int, app_id: str) -> bool:
     return is_valid
 
 
-def _consume(state: str) -> dict[str, str]:
-    """Load the login that this browser started under a state, which works once.
+def _load_attempt(state: str) -> dict[str, str]:
+    """Load the login that this browser started under a state.
 
     :raises ApiError: INVALID_INPUT if there is none, or no longer.
     """
+    attempt = _load_cookie(state)
+    # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
+    if attempt is None or time.time() - attempt["began_at"] > STATE_SECONDS:
+        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
+    return attempt
+
+
+def _load_cookie(state: str) -> dict[str, Any] | None:
     try:
         attempt, made_at = _serializer().loads(request.cookies.get(_cookie(state), ""), return_timestamp=True)
     except BadSignature:
-        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED) from None
-    # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
-    if time.time() - made_at.timestamp() > STATE_SECONDS or not constant_time_equals(state, attempt["state"]):
-        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
-    if not redis.set(f"web_login:{hashlib.sha256(state.encode()).hexdigest()}", b"used", nx=True, ex=STATE_SECONDS):
-        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
-    return cast(dict[str, str], attempt)
+        return None
+    attempt["began_at"] = made_at.timestamp()
+    return cast(dict[str, Any], attempt) if constant_time_equals(state, attempt["state"]) else None
 
 
 def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
@@ -199,4 +246,8 @@ def _serializer() -> URLSafeTimedSerializer:
 
 def _cookie(state: str) -> str:
     """Name a cookie for each attempt, as each tab may have one."""
-    return cookie_name(COOKIE_PREFIX + hashlib.sha256(state.encode()).hexdigest()[:16])
+    return cookie_name(COOKIE_PREFIX + _hash(state)[:16])
+
+
+def _hash(state: str) -> str:
+    return hashlib.sha256(state.encode()).hexdigest()

@@ -1,8 +1,11 @@
+import html
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode, urljoin, urlsplit
 
 import pytest
 from flask import Flask
@@ -12,10 +15,11 @@ from sqlalchemy import select
 from werkzeug.test import TestResponse
 
 from blueprints import web_login
+from dev.redis_server import RedisServer
 from errors import Message
-from storage import database
-from storage.models import Identity
-from tests.blueprints.callers import code_of, data_of, invalid_fields, log_in
+from storage import blocks, database
+from storage.models import Identity, User
+from tests.blueprints.callers import data_of, log_in
 from tests.harness import APP_ID, WEB_APP_ID, Simulator
 from wechat.oauth import Authorization, WebApp
 from wechat.transport import Transport
@@ -56,6 +60,26 @@ class Browser:
 @pytest.fixture
 def browser(app: Flask, simulator: Simulator) -> Browser:
     return Browser(app, simulator)
+
+
+def page_of(answer: TestResponse, status: int = 400) -> set[str]:
+    """Check that a response is a page for people with a link to begin again; return the fields to blame."""
+    assert (answer.status_code, answer.content_type) == (status, "text/html; charset=utf-8"), answer.text
+    assert "重新登录" in answer.text
+    assert "Log in again" in answer.text
+    assert "<script" not in answer.text
+    assert answer.headers["Content-Security-Policy"] == "default-src 'none'"
+    assert "no-store" in answer.headers["Cache-Control"]
+    assert len(answer.headers["X-Trace-Id"]) == 32
+    errors = re.search("<pre>(.*)</pre>", answer.text)
+    return set(json.loads(errors[1])) if errors else set()
+
+
+def link_of(answer: TestResponse) -> str:
+    """The address at which a page lets the user begin again."""
+    link = re.search('<a href="([^"]*)"', answer.text)
+    assert link
+    return urljoin(SITE + CALLBACK, html.unescape(link[1]))
 
 
 def query_of(url: str) -> dict[str, str]:
@@ -108,7 +132,7 @@ def test_a_return_to_that_is_not_a_path_is_400(browser: Browser) -> None:
     elsewhere += ["/\t/evil.example.com", "/\n/evil.example.com", "/x\r\nSet-Cookie: a=b", "javascript:alert(1)"]
     for return_to in (*elsewhere, "", "orders", "/x\\y", " /x", "/x y", "/中文", "/" + "x" * 512):
         answer = browser.get(AUTHORIZE, query_string={"return_to": return_to})
-        assert invalid_fields(answer) == {"return_to"}, return_to
+        assert page_of(answer) == {"return_to"}, return_to
 
 
 def test_a_return_to_that_is_an_odd_path_stays_on_the_site(browser: Browser) -> None:
@@ -119,7 +143,7 @@ def test_a_return_to_that_is_an_odd_path_stays_on_the_site(browser: Browser) -> 
 
 
 def test_an_unknown_scope_is_400(browser: Browser) -> None:
-    assert invalid_fields(browser.get(AUTHORIZE, query_string={"scope": "snsapi_all"})) == {"scope"}
+    assert page_of(browser.get(AUTHORIZE, query_string={"scope": "snsapi_all"})) == {"scope"}
 
 
 def test_a_state_works_once(browser: Browser) -> None:
@@ -127,19 +151,20 @@ def test_a_state_works_once(browser: Browser) -> None:
     cookies = browser.client._cookies.copy()
     assert browser.call_back(url).status_code == 302
     browser.client._cookies = cookies
-    assert invalid_fields(browser.call_back(url)) == {"state"}
     assert len(browser.simulator.calls(TOKEN)) == 1
 
 
-def test_a_state_sent_to_two_instances_simultaneously_works_once(
-    make_app: Callable[..., Flask], simulator: Simulator
+def test_a_state_sent_to_two_instances_simultaneously_begins_one_session(
+    make_app: Callable[..., Flask], simulator: Simulator, redis: Redis
 ) -> None:
     browsers = [Browser(make_app(), simulator) for _ in range(2)]
     url = simulator.sign_in_on_the_web(browsers[0].begin())
     browsers[1].client._cookies = browsers[0].client._cookies.copy()
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda browser: browser.call_back(url).status_code, browsers))
-    assert sorted(answers) == [302, 400]
+        answers = list(pool.map(lambda browser: browser.call_back(url), browsers))
+    assert [answer.headers["Location"] for answer in answers] == [f"{SITE}/"] * 2
+    assert browsers[0].me() == browsers[1].me() is not None
+    assert len(simulator.calls(TOKEN)) == len(redis.keys("session:*")) == 1
 
 
 def test_a_state_lives_ten_minutes(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +179,7 @@ def test_redis_stores_a_state_once_it_is_used_and_for_its_lifetime(browser: Brow
     browser.begin()
     assert redis.dbsize() == 0
     browser.log_in()
-    (mark,) = redis.scan_iter("web_login:*")
+    (mark,) = redis.scan_iter("web_login:*:pause")
     assert 540 < redis.ttl(mark) <= 600
 
 
@@ -168,7 +193,7 @@ def test_a_state_works_only_in_the_browser_that_began(browser: Browser, app: Fla
     attackers = simulator.sign_in_on_the_web(browser.begin())
     victim = Browser(app, simulator)
     for _ in range(2):
-        assert invalid_fields(victim.call_back(attackers)) == {"state"}
+        assert page_of(victim.call_back(attackers)) == {"state"}
         victim.begin()
     assert victim.me() is None
     assert browser.call_back(attackers).status_code == 302  # it is not used up
@@ -179,14 +204,14 @@ def test_a_forged_state_or_cookie_is_400(browser: Browser) -> None:
     query = query_of(url)
     for state in ("x" * 43, "é"):
         forged_url = f"{SITE}{CALLBACK}?{urlencode({**query, 'state': state})}"
-        assert invalid_fields(browser.call_back(forged_url)) == {"state"}
+        assert page_of(browser.call_back(forged_url)) == {"state"}
     (cookie,) = (cookie for cookie in browser.client._cookies.values() if cookie.key.startswith("__Host-web_login_"))
     forged = json.dumps({"state": query["state"], "scope": "snsapi_base", "return_to": "//evil.example.com"})
     content, _, signature = cookie.value.rpartition(".")
     altered = f"{content}.{'A' if signature[0] != 'A' else 'B'}{signature[1:]}"
     for value in ("", "x", forged, altered):
         browser.client.set_cookie(cookie.key, value, domain="localhost", path=cookie.path)
-        assert invalid_fields(browser.call_back(url)) == {"state"}
+        assert page_of(browser.call_back(url)) == {"state"}
     assert browser.simulator.calls(TOKEN) == []
 
 
@@ -194,7 +219,97 @@ def test_the_cookie_of_one_state_does_not_serve_another(browser: Browser) -> Non
     _, second = (browser.simulator.sign_in_on_the_web(browser.begin()) for _ in range(2))
     names = [cookie.key for cookie in browser.client._cookies.values()]
     browser.client.set_cookie(names[1], browser.client.get_cookie(names[0]).value)
-    assert invalid_fields(browser.call_back(second)) == {"state"}
+    assert page_of(browser.call_back(second)) == {"state"}
+
+
+def test_a_callback_opened_again_leads_on_for_as_long_as_the_session_is_there(browser: Browser, redis: Redis) -> None:
+    url = browser.simulator.sign_in_on_the_web(browser.begin(return_to="/orders/7"))
+    for answer in (browser.call_back(url), browser.call_back(url)):
+        assert (answer.status_code, answer.headers["Location"]) == (302, f"{SITE}/orders/7")
+        assert "no-store" in answer.headers["Cache-Control"]
+    redis.delete(*redis.keys("web_login:*"))  # late
+    for again in (url, url.replace("code=", "code=another"), re.sub("code=[^&]*&", "", url)):
+        assert browser.call_back(again).headers["Location"] == f"{SITE}/orders/7"
+    assert len(browser.simulator.calls(TOKEN)) == 1
+    redis.delete(*redis.keys("session:*"))
+    assert page_of(browser.call_back(url)) == {"state"}
+
+
+def test_the_session_of_another_login_leads_nowhere(browser: Browser) -> None:
+    first = browser.simulator.sign_in_on_the_web(browser.begin(return_to="/1"))
+    browser.call_back(first)
+    browser.log_in(return_to="/2")
+    assert page_of(browser.call_back(first)) == {"state"}
+    assert browser.me() is not None
+
+
+def test_a_used_state_begins_no_session_after_five_seconds(browser: Browser, redis: Redis) -> None:
+    url = browser.simulator.sign_in_on_the_web(browser.begin(return_to="/orders?a=1&b=2"))
+    cookies = browser.client._cookies.copy()
+    browser.call_back(url)
+    (result,) = (key for key in redis.keys("web_login:*") if not key.endswith(b":pause"))
+    assert 0 < redis.pttl(result) <= 5000
+    redis.delete(result)
+    browser.client._cookies = cookies
+    answer = browser.call_back(url)
+    assert_not_logged_in(browser, answer, 400, 461, web_login.BEGIN_AGAIN)
+    assert query_of(link_of(answer)) == {"return_to": "/orders?a=1&b=2", "scope": "snsapi_userinfo"}
+
+
+def test_a_user_who_declined_can_go_back_and_agree(browser: Browser) -> None:
+    page = browser.begin(return_to="/orders")
+    declined = browser.call_back(browser.simulator.sign_in_on_the_web(page, agree=False))
+    assert query_of(link_of(declined))["return_to"] == "/orders"
+    agreed = browser.call_back(browser.simulator.sign_in_on_the_web(page))
+    assert agreed.headers["Location"] == f"{SITE}/orders"
+
+
+def test_a_page_shows_nothing_of_its_address_and_begins_again_only_on_this_site(browser: Browser) -> None:
+    for path in (AUTHORIZE, CALLBACK):
+        for return_to in ("//evil.example.com", '"><script>alert(1)</script>', r"/\evil.example.com"):
+            query = {"return_to": return_to, "scope": "snsapi_all", "state": "<script>", "code": "<script>"}
+            answer = browser.get(path, query_string={**query, "error": "<script>"})
+            page_of(answer)
+            assert link_of(answer) == SITE + AUTHORIZE
+            assert "evil" not in answer.text
+
+
+def test_the_page_is_in_the_language_of_the_browser(browser: Browser) -> None:
+    answer = browser.get(CALLBACK, headers={"Accept-Language": "en"})
+    assert page_of(answer) == {"state"}
+    assert web_login.BEGIN_AGAIN.english in answer.text
+
+
+def test_a_failure_of_redis_of_the_database_or_of_ours_is_a_page(
+    make_app: Callable[..., Flask],
+    simulator: Simulator,
+    own_redis: RedisServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_database = Browser(make_app(DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder.db"), simulator)
+    page_of(without_database.log_in(), 503)
+    browser = Browser(make_app(REDIS_URL=own_redis.url), simulator)
+    url = simulator.sign_in_on_the_web(browser.begin(return_to="/orders"))
+    monkeypatch.setattr(web_login, "_log_in", lambda *_, **__: 1 / 0)
+    crashed = browser.call_back(url)
+    page_of(crashed, 500)
+    own_redis.stop()
+    answer = browser.call_back(url)
+    page_of(answer, 503)
+    assert query_of(link_of(answer))["return_to"] == "/orders"
+
+
+def test_a_blocked_user_gets_a_page(browser: Browser, app: Flask) -> None:
+    browser.simulator.web_user(openid="o-blocked-web")
+    browser.log_in()
+    user_id = (browser.me() or {})["id"]
+    with app.app_context():
+        database.session.get_one(User, user_id).blocked = True
+        database.session.commit()
+    answer = browser.log_in()
+    page_of(answer, 403)
+    assert blocks.BLOCKED.chinese in answer.text
 
 
 def test_two_tabs_can_log_in_at_the_same_time(browser: Browser) -> None:
@@ -205,12 +320,13 @@ def test_two_tabs_can_log_in_at_the_same_time(browser: Browser) -> None:
 
 def test_a_callback_without_a_valid_state_is_400(browser: Browser) -> None:
     for query in ({}, {"code": "x"}, {"state": ""}, {"state": "x" * 129, "code": "x"}):
-        assert "state" in invalid_fields(browser.get(CALLBACK, query_string=query)), query
+        assert "state" in page_of(browser.get(CALLBACK, query_string=query)), query
 
 
 def assert_not_logged_in(browser: Browser, answer: TestResponse, status: int, code: int, message: Message) -> None:
-    assert code_of(answer) == (status, code)
-    assert answer.get_json()["message"] == message.chinese
+    assert page_of(answer, status) == set()
+    assert f"<p>{message.chinese}</p>" in answer.text
+    assert f"<small>{code}</small>" in answer.text
     assert browser.me() is None
 
 
@@ -238,8 +354,12 @@ def test_a_snapshot_user_gets_no_account(browser: Browser, app: Flask) -> None:
 )
 def test_a_failure_of_wechat_logs_no_user_in(browser: Browser, kind: str, path: str, status: int) -> None:
     browser.simulator.fault(kind, times=2, path=path)
-    assert browser.log_in().status_code == status
+    answer = browser.log_in(return_to="/orders")
+    page_of(answer, status)
+    assert ("Retry-After" in answer.headers) == (status == 503)
     assert browser.me() is None
+    assert query_of(link_of(answer))["return_to"] == "/orders"
+    assert browser.get(link_of(answer).removeprefix(SITE)).status_code == 302
 
 
 @pytest.mark.parametrize("only_in_userinfo", [False, True])
