@@ -174,9 +174,11 @@ def _first(errors: dict[Any, Any], left: list[int]) -> dict[str, Any]:
     for name, problem in errors.items():
         if not left[0]:
             break
-        is_leaf = not isinstance(problem, dict)
-        left[0] -= is_leaf
-        kept[str(name)[:_CHARACTERS]] = problem if is_leaf else _first(problem, left)
+        if isinstance(problem, dict):
+            problem = _first(problem, left)
+        else:
+            left[0] -= 1
+        kept[str(name)[:_CHARACTERS]] = problem
     return kept
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import flask_smorest
 from flask import Flask, Response, g, request
@@ -10,7 +10,7 @@ from marshmallow import Schema, fields
 
 from blueprints import idempotency, preconditions
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
-from errors import ApiError, Code, ErrorEnvelope, Message, envelope
+from errors import Code, ErrorEnvelope, Message, envelope
 from storage import database
 
 TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
@@ -44,40 +44,6 @@ class Blueprint(flask_smorest.Blueprint):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prepare_doc_cbks.append(self._document_failures)
-
-    def arguments(
-        self,
-        schema: Any,
-        *,
-        location: str = "json",
-        max_bytes: int = SMALL_BODY,
-        any_content_type: bool = False,
-        **kwargs: Any,
-    ) -> Callable[..., Any]:
-        """Parse and validate what comes in.
-
-        :param max_bytes: of the body; 413 if it is longer.
-        :param any_content_type: whether the body is JSON whatever Content-Type says: only for a route that no cookie
-            signs in, as any site may send a browser's text/plain there.
-        """
-        if location != "json":
-            return cast(Callable[..., Any], super().arguments(schema, location=location, **kwargs))
-        decorator = super().arguments(schema, description=f"At most {max_bytes // 1024} KiB.", **kwargs)
-
-        def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
-            parse = decorator(view)
-
-            @wraps(parse)
-            def wrapper(*args: Any, **arguments: Any) -> Any:
-                if request.mimetype and not request.is_json and not any_content_type:
-                    raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
-                request.max_content_length = max_bytes
-                return parse(*args, **arguments)
-
-            wrapper._apidoc = {**wrapper._apidoc, "any_content_type": any_content_type}  # type: ignore[attr-defined]
-            return wrapper
-
-        return decorate
 
     def response(
         self, status_code: int, schema: Any = None, *, transaction: bool = True, if_match: bool = True, **kwargs: Any
@@ -149,7 +115,9 @@ class Blueprint(flask_smorest.Blueprint):
         codes = [*self.auth.fails]
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE]
-            codes += [] if doc_info.get("any_content_type") else [Code.UNSUPPORTED_MEDIA_TYPE]
+            body = doc["requestBody"]["content"]["application/json"]["schema"]
+            codes += [] if getattr(body, "ANY_CONTENT_TYPE", False) else [Code.UNSUPPORTED_MEDIA_TYPE]
+            doc["requestBody"].setdefault("description", f"At most {getattr(body, 'MAXIMUM_BYTES', SMALL_BODY)} bytes.")
         if kwargs["method"] == "post" and doc_info.get("transaction"):
             doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED]

@@ -26,6 +26,8 @@ sessions = Blueprint("sessions", __name__, description="登录状态 The session
 
 
 class WechatCodeSchema(Schema):
+    ANY_CONTENT_TYPE = True  # a browser's fetch sends text/plain
+
     code = fields.String(
         required=True,
         validate=WECHAT_CODE_RULE,
@@ -44,7 +46,7 @@ class WechatSessionSchema(Schema):
 
 
 @login.route("/wechat", methods=["POST"])
-@login.arguments(WechatCodeSchema, any_content_type=True)
+@login.arguments(WechatCodeSchema)
 @login.response(200, LoginSchema, transaction=False)
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
 @login.fails(Code.FORBIDDEN, message=blocks.BLOCKED)

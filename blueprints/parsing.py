@@ -13,7 +13,7 @@ from errors import ApiError, Code
 
 MAXIMUM_ID = 2**63 - 1
 SMALL_BODY = 8 * 1024
-"""The longest body in bytes, unless a route declares another limit."""
+"""The longest body in bytes, unless its schema declares MAXIMUM_BYTES."""
 MAXIMUM_FIELDS = 100
 """How many names an object or a query may have: each unknown one costs more time than it takes to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
@@ -39,12 +39,19 @@ class BoundedList(fields.List[Any]):
 
 
 class JsonParser(FlaskParser):
-    """Reads request bodies as JSON, and raises our errors."""
+    """Reads request bodies as JSON, also without a Content-Type, and raises our errors.
+
+    A schema may declare MAXIMUM_BYTES, and ANY_CONTENT_TYPE: the body is JSON whatever Content-Type says. That is only
+    for a route that no cookie signs in, as any site may have a browser send text/plain.
+    """
 
     DEFAULT_VALIDATION_STATUS = 400
     DEFAULT_UNKNOWN_BY_LOCATION: dict[str, str | None] = {"query": None}  # noqa: RUF012  as the schema says: rejected
 
     def load_json(self, req: Request, schema: Schema) -> Any:
+        if req.mimetype and not req.is_json and not getattr(schema, "ANY_CONTENT_TYPE", False):
+            raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
+        req.max_content_length = getattr(schema, "MAXIMUM_BYTES", SMALL_BODY)
         body = read_body(req)
         try:  # undecoded, json takes UTF-16 and lone surrogates too
             document = json.loads(body.decode(), object_pairs_hook=_object) if body else {}

@@ -32,6 +32,8 @@ blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phon
 class PhoneSchema(Schema):
     """Either `code`, or `encryptedData` and `iv`."""
 
+    MAXIMUM_BYTES = 64 * 1024
+
     code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
     encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
     iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
@@ -43,6 +45,8 @@ class PhoneSchema(Schema):
 
 class ProfileSchema(TypedProfileSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
+
+    MAXIMUM_BYTES = 64 * 1024
 
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})
@@ -69,7 +73,7 @@ def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
-@blueprint.arguments(PhoneSchema, max_bytes=64 * 1024)
+@blueprint.arguments(PhoneSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=PHONE_CODE_REQUIRED)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
@@ -93,7 +97,7 @@ def put_phone(body: dict[str, str]) -> User:
 
 
 @blueprint.route("/me/profile", methods=["PUT"])
-@blueprint.arguments(ProfileSchema, max_bytes=64 * 1024)
+@blueprint.arguments(ProfileSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)

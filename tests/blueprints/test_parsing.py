@@ -198,13 +198,14 @@ def test_a_parser_of_queries_leaves_the_limit_of_the_body(make_app: Any, simulat
     group = Blueprint("group", __name__)
 
     class Body(Schema):
+        MAXIMUM_BYTES = 20_000
         text = fields.String()
 
     class Query(Schema):
         page = fields.Integer()
 
     @group.route("/", methods=["POST"])
-    @group.arguments(Body, max_bytes=20_000)
+    @group.arguments(Body)
     @group.arguments(Query, location="query")
     @group.response(200, transaction=False)
     def view(body: Any, query: Any) -> None:
