@@ -11,6 +11,7 @@ import sqlalchemy
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
+ORIGIN_PATTERN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 DATABASE_PATTERN = r"sqlite:///(?!:memory:).|(mysql|mariadb)(\+pymysql)?://."
 YEAR_SECONDS = 366 * 86400
 
@@ -108,6 +109,11 @@ class Settings(Schema):
         "Whether X-WX-OPENID identifies the user: safe only if the service is reachable through WeChat cloud run alone."
     )
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
+    CORS_ORIGINS = _optional(
+        "Comma-separated origins whose pages may call the API, such as https://h5.example.com; default: none.",
+        f"{ORIGIN_PATTERN}( *, *{ORIGIN_PATTERN})*",
+        "Must be origins as browsers send them: scheme and host in lower case, and a port only if it is unusual.",
+    )
     REDIS_URL = _required(
         "The Redis that all instances share, such as redis://:password@host:6379/0.",
         _url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Must be a redis:// or unix:// URL."),

@@ -5,7 +5,10 @@
 `database_session` and `after_commit` (database).
 """
 
-from flask import Flask
+import re
+
+from flask import Flask, Response, current_app, request
+from flask_cors import CORS
 
 from blueprints import (
     auth,
@@ -22,11 +25,20 @@ from blueprints import (
     wechat_profile,
 )
 from blueprints.api import Api
+from errors import ApiError, Code
 
 V1 = "/api/v1"
+SENT_HEADERS = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "traceparent"]
+READ_HEADERS = ["ETag", "Location", "Retry-After", "X-Trace-Id"]
+"""What pages of CORS_ORIGINS may send and read; never cookies, only bearer tokens."""
 
 
 def init_app(app: Flask) -> None:
+    app.before_request(_answer_before_policies)
+    if app.config["CORS_ORIGINS"]:
+        origins = re.split(" *, *", app.config["CORS_ORIGINS"])
+        CORS(app, origins=origins, allow_headers=SENT_HEADERS, expose_headers=READ_HEADERS, always_send=False)
+        app.after_request(_vary_by_origin)
     app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"])
     api = Api(app)
     api.guard("api-docs", auth=policies.public)  # flask-smorest mounts that one itself
@@ -47,3 +59,19 @@ def init_app(app: Flask) -> None:
 
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])
+
+
+def _answer_before_policies() -> Response | None:
+    if "//" in request.environ["PATH_INFO"]:  # a proxy's rules for paths may see another one than werkzeug
+        raise ApiError(Code.NOT_FOUND)
+    if request.method != "OPTIONS" or not request.url_rule:
+        return None
+    response = current_app.make_default_options_response()
+    response.status_code = 204
+    return response
+
+
+def _vary_by_origin(response: Response) -> Response:
+    """Also where nothing is allowed: a cache must not keep that for the pages that are."""
+    response.vary.add("Origin")
+    return response
