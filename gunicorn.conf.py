@@ -10,12 +10,15 @@ import runpy
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from gunicorn.http.errors import LimitRequestHeaders, ParseException
+from gunicorn.workers.gthread import ThreadWorker
 from pythonjsonlogger.msgspec import MsgspecFormatter
 
 # Refuse to start, here and once, if the environment lacks anything.
@@ -31,8 +34,61 @@ workers = settings["WEB_CONCURRENCY"]
 
 # Requests wait for WeChat, Redis and the database, not for the CPU; threads wait cheaply. They also wait for clients
 # that send slowly, and without a limit: a proxy that buffers requests belongs in front.
-worker_class = "gthread"
 threads = settings["WEB_THREADS"]
+
+
+class Worker(ThreadWorker):
+    """gthread that lets a client read its response before the connection is closed (RFC 9112, section 9.6).
+
+    gunicorn reads on for that in its main thread, which serves nobody for up to 2 s, and 64 KiB at most.
+    """
+
+    def handle(self, conn):  # type: ignore[no-untyped-def]
+        kept = super().handle(conn)
+        if not kept:
+            linger(conn.sock)
+        return kept
+
+    def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
+        # What gunicorn refuses it quotes, however long it is.
+        if isinstance(exc, ParseException):
+            vars(exc).update({name: value[:100] for name, value in vars(exc).items() if isinstance(value, str | bytes)})
+        super().handle_error(req, client, addr, exc)
+
+
+worker_class = Worker
+
+
+def linger(connection):  # type: ignore[no-untyped-def]
+    """Read what a client still sends, for 2 s and 16 MiB at most: to close earlier would take the response away."""
+    with suppress(OSError):  # of a client that has gone, or the time is up
+        connection.shutdown(socket.SHUT_WR)
+        left, end = 16 * 1024 * 1024, time.monotonic() + 2
+        while left > 0 and (seconds := end - time.monotonic()) > 0:
+            connection.settimeout(seconds)
+            received = connection.recv(65536)
+            left -= len(received) or left
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)  # and so gunicorn has nothing to wait for
+
+
+def pre_request(worker, req):  # type: ignore[no-untyped-def]
+    headers = dict(req.headers)
+    if sum(len(name) + len(value) for name, value in req.headers) > MAXIMUM_HEADERS:
+        raise LimitRequestHeaders(f"more than {MAXIMUM_HEADERS} bytes")
+    # A response may come before the body is read. gunicorn drops less than 64 KiB of it; for more, or if it is unknown
+    # whether it comes, the response says that the connection closes. Otherwise the next request on it would be lost.
+    if int(headers.get("CONTENT-LENGTH", 0)) >= 65536 or headers.keys() & {"TRANSFER-ENCODING", "EXPECT"}:
+        req.force_close()
+
+
+# Headers of a request say nothing about where the service is: PUBLIC_URL does. Trusted, SCRIPT_NAME would lead past a
+# proxy's rules for paths, and contradictory schemes would be a 400.
+forwarder_headers = ""
+secure_scheme_headers = {}  # type: ignore[var-annotated]
+
+# All of a request's headers together; each may have 8190 bytes, as cookies need.
+MAXIMUM_HEADERS = 32 * 1024
 
 # A worker whose main thread gives no sign of life for this long is replaced. A slow request is no reason: it has a
 # thread of its own, and its waits for WeChat, Redis and the database end by themselves.
