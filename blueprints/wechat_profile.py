@@ -16,8 +16,8 @@ from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
 from storage.single_flight import AlreadyDone, single_flight
-from wechat import strict_json
-from wechat.client import phone_number
+from wechat import lenient
+from wechat.client import phone_number, read_nickname
 from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
 from wechat.transport import PATIENCE_SECONDS
 
@@ -174,7 +174,7 @@ def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
     :raises ApiError: INVALID_INPUT, SESSION_KEY_STALE, SIGNATURE_MISMATCH.
     """
     try:
-        raw = strict_json.loads(body["rawData"])
+        raw = lenient.read(body["rawData"], "rawData")
     except ValueError:
         raw = None
     if not isinstance(raw, dict):
@@ -183,7 +183,7 @@ def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
     data, session_key = _decrypt(body, openid, expected=raw)
     if not constant_time_equals(body["signature"], raw_data_signature(body["rawData"], session_key)):
         raise ApiError(Code.SIGNATURE_MISMATCH)
-    found = {"nickname": data.get("nickName"), "avatar_url": data.get("avatarUrl")}
+    found = {"nickname": read_nickname(data.get("nickName")), "avatar_url": data.get("avatarUrl")}
     profile = {name: value for name, value in found.items() if value}  # an empty one must not replace a typed one
     errors = ProfileSchema().validate(profile)
     if errors:

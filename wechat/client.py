@@ -182,6 +182,11 @@ def read_unionid(path: str, answer: Mapping[str, Any]) -> str | None:
     return unionid
 
 
+def read_nickname(value: Any) -> Any:
+    """Read a nickname, on one line and without blanks around it."""
+    return re.sub("[\t\n\r]+", " ", value).strip() if isinstance(value, str) else value
+
+
 def is_identifier(value: object) -> bool:
     """Whether this has the form of an openid or unionid: up to 64 letters, digits, `-` and `_`."""
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None

@@ -7,6 +7,7 @@ https://developers.weixin.qq.com/miniprogram/dev/framework/server-ability/messag
 import base64
 import hashlib
 import hmac
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.padding import PKCS7
 
 from errors import ApiError, Code
-from wechat.strict_json import loads as strict_loads
+from wechat import lenient
 
 MAXIMUM_AGE_SECONDS = 600
 CLOCK_SKEW_SECONDS = 60
@@ -66,8 +67,9 @@ def decrypt_user_data(
     except ValueError:
         plaintext, is_padded = padded, False  # go on, so that timing does not distinguish bad padding from bad JSON
     try:
-        data = strict_loads(plaintext.decode())
-    except ValueError:
+        # Where nothing is expected, altered blocks show only by invalid UTF-8 and JSON.
+        data = lenient.read(plaintext, "encryptedData") if expected else json.loads(plaintext.decode())
+    except (ValueError, RecursionError):
         data = None
     if not is_padded or not isinstance(data, dict):
         raise ApiError(Code.SESSION_KEY_STALE)
@@ -134,8 +136,8 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
     return base64.b64encode(encryptor.update(padded) + encryptor.finalize()).decode()
 
 
-def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> str:
-    """Undo `encrypt_message`. It does not detect every change: check msg_signature first.
+def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> bytes:
+    """Undo `encrypt_message`, but for the encoding. It does not detect every change: check msg_signature first.
 
     :raises ValueError: whatever is wrong.
     """
@@ -144,7 +146,7 @@ def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> str:
     end = _HEADER_BYTES + int.from_bytes(plaintext[_RANDOM_BYTES:_HEADER_BYTES], "big")
     if end > len(plaintext) or not hmac.compare_digest(plaintext[end:], _encode(app_id)):
         raise ValueError("Wrong length or app id.")
-    return plaintext[_HEADER_BYTES:end].decode()
+    return plaintext[_HEADER_BYTES:end]
 
 
 def _is_fresh_watermark(watermark: object, app_id: str, now: float) -> bool:

@@ -9,24 +9,17 @@ import logging
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
-from xml.etree.ElementTree import Element, ParseError
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-import defusedxml.ElementTree
-
 from errors import ApiError, Code
-from wechat import strict_json
 from wechat.crypto import constant_time_equals, decode_aes_key, decrypt_message, encrypt_message, push_signature
+from wechat.lenient import UNSTORABLE, Form, read
 
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 300
 """The largest difference between a timestamp and our clock, in either direction."""
-
-_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-Form = Literal["json", "xml"]
 
 
 class PushMessage(NamedTuple):
@@ -109,16 +102,16 @@ class MessagePush:
                 raise ApiError(Code.INVALID_INPUT, errors={"body": ["Encrypted, but no EncodingAESKey is set."]})
             return message
         signature, timestamp, nonce = _parameters(query, "msg_signature", "timestamp", "nonce")
-        envelope = _parse(body)
+        envelope = _parse(body, source=None)
         encrypted = envelope.fields.get("Encrypt")
         if not isinstance(encrypted, str):
             raise _refused("plain, but an EncodingAESKey is set")
         self._verify(signature, timestamp, nonce, encrypted, now=now)
         try:
-            text = decrypt_message(encrypted, self._aes_key, self._app_id)
+            content = decrypt_message(encrypted, self._aes_key, self._app_id)
         except ValueError:
             raise _refused("wrong EncodingAESKey or app id") from None
-        return _parse(text.encode())._replace(form=envelope.form)
+        return _parse(content)._replace(form=envelope.form)
 
     def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
         """Compose the reply to a message, encrypted and signed in safe mode.
@@ -160,31 +153,17 @@ def _parameters(query: Mapping[str, str], *names: str) -> list[str]:
     return [query[name] for name in names]
 
 
-def _parse(body: bytes) -> PushMessage:
-    """Read a JSON object or an <xml> element in UTF-8; the first character that is not blank decides which."""
-    form: Form = "xml" if body.lstrip(b" \t\r\n").startswith(b"<") else "json"
+def _parse(body: bytes, source: str | None = "message push") -> PushMessage:
+    """Read a JSON object or an <xml> element; the first character that is not blank decides which."""
+    form: Form = "xml" if body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") else "json"
     try:
-        text = body.decode().strip(" \t\r\n")
-        if form == "json":
-            fields = strict_json.loads(text)
-        else:
-            root = defusedxml.ElementTree.fromstring(text, forbid_dtd=True)  # it forbids entities by default
-            fields = _children(root, strict_json.MAXIMUM_DEPTH) if root.tag == "xml" else None
-    except (ValueError, ParseError):
+        fields = read(body, source, form)
+    except ValueError:
         fields = None
     if not isinstance(fields, dict):
-        raise ApiError(Code.INVALID_INPUT, errors={"body": ["Neither a JSON object nor an <xml> element in UTF-8."]})
+        logger.warning("message push refused", extra={"reason": "neither a JSON object nor an <xml> element"})
+        raise ApiError(Code.INVALID_INPUT, errors={"body": ["Neither a JSON object nor an <xml> element."]})
     return PushMessage(fields, form)
-
-
-def _children(element: Element, levels: int) -> dict[str, Any]:
-    if levels == 0:
-        raise ValueError("Nested too deeply.")
-    values: dict[str, list[Any]] = {}
-    for child in element:
-        value = _children(child, levels - 1) if len(child) else child.text or ""
-        values.setdefault(child.tag, []).append(value)
-    return {name: several if len(several) > 1 else several[0] for name, several in values.items()}
 
 
 def _compose(reply: Mapping[str, Any], form: Form) -> str:
@@ -202,6 +181,6 @@ def _compose_xml(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         content = "".join(_compose_xml(child, item) for child, item in value.items())
     else:
-        text = _NOT_IN_XML.sub("", "" if value is None else str(value))
+        text = UNSTORABLE.sub("", "" if value is None else str(value))
         content = escape(text, {"\r": "&#13;"})  # parsers turn a bare one into a line feed
     return f"<{name}>{content}</{name}>"

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from errors import Code
-from wechat.client import is_identifier, read_unionid
+from wechat.client import is_identifier, read_nickname, read_unionid
 from wechat.errcodes import AUTHORIZATION_ENDED, INVALID_TOKEN
 from wechat.transport import Transport, failure, unexpected_response
 
@@ -90,7 +90,7 @@ class WebApp:
             raise failure(path, Code.WECHAT_CODE_INVALID, f"the authorization has ended, errcode {errcode}", errcode)
         if answer.get("openid") != authorization.openid:
             raise unexpected_response(path, "openid missing or different", answer)
-        nickname, avatar_url = (answer.get(name) or None for name in ("nickname", "headimgurl"))
+        nickname, avatar_url = read_nickname(answer.get("nickname")) or None, answer.get("headimgurl") or None
         return UserInfo(nickname, avatar_url, read_unionid(path, answer)), authorization
 
     def is_valid(self, authorization: Authorization) -> tuple[bool, Authorization]:

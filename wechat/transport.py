@@ -15,6 +15,7 @@ from requests.adapters import HTTPAdapter
 
 from errors import ApiError, Code
 from telemetry import metrics, traces
+from wechat import lenient
 from wechat.errcodes import MESSAGES, code_of
 
 logger = logging.getLogger(__name__)
@@ -175,10 +176,8 @@ def _parse(path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]
     :returns: the errcode, where absent and 0 both mean success, and the body.
     """
     try:
-        answer = json.loads(content.decode())
-        # Half of an emoji, where a name was cut, cannot be stored.
-        answer = json.loads(json.dumps(answer, ensure_ascii=False).encode(errors="replace"))
-    except (ValueError, RecursionError):
+        answer = lenient.read(content, path)
+    except ValueError:
         answer = None
     if status != 200 or not isinstance(answer, dict):
         raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, not a JSON object")

@@ -108,6 +108,23 @@ def test_a_repeated_message_is_handled_once(
     assert (fields["FromUserName"], fields["debug_str"]) == ("o-alice", "你好")
 
 
+@pytest.mark.parametrize(
+    ("content", "read"), [(b"a\x1db", "a\ufffdb"), (b"\xe5\xbe\xae\xe4\xbf", "微\ufffd"), (b"a&#29;", "a&#29;")]
+)
+def test_a_message_with_malformed_text_is_handled_and_the_log_says_what_it_was(
+    make_app: Callable[..., Flask], handled: Messages, log_lines: Any, content: bytes, read: str
+) -> None:
+    body = MessagePush(PUSH_TOKEN, None, APP_ID).seal({**TEXT, "Content": "?"}, "xml", 0).encode()
+    body = body.replace(b"?", b"<![CDATA[" + content + b"]]>")
+    app = make_app(WECHAT_PUSH_AES_KEY="")
+    with app.test_client().post(URL, query_string=signed(), data=body) as answer:
+        assert (answer.status_code, answer.data) == (200, b"success")
+    settled(app)
+    assert [message["Content"] for message in handled] == [read]
+    reasons = [line["reason"] for line in log_lines() if line["message"] == "WeChat sent malformed text"]
+    assert [reason.endswith(" in Content") for reason in reasons] == [True] * ("\ufffd" in read)
+
+
 def test_every_instance_recognises_a_repeat(make_app: Callable[..., Flask], handled: Messages) -> None:
     apps = [make_app() for _ in range(2)]
     for app in apps:

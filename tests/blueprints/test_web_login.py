@@ -391,6 +391,21 @@ def test_a_login_on_the_web_keeps_the_nickname_typed_by_the_user(browser: Browse
     assert (browser.me() or {})["nickname"] == "自己的名字"
 
 
+def test_a_nickname_with_a_raw_control_character_is_stored_without_it(
+    browser: Browser, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = Transport._exchange
+
+    def exchange_raw(self: Transport, path: str, *arguments: Any) -> tuple[int, str, bytes]:
+        status, content_type, content = exchange(self, path, *arguments)
+        return status, content_type, content.replace(rb"\u0014", b"\x14")
+
+    monkeypatch.setattr(Transport, "_exchange", exchange_raw)
+    simulator.web_user(nickname="a\x14b\n")
+    browser.log_in()
+    assert (browser.me() or {})["nickname"] == "a\ufffdb"
+
+
 def stored_authorization(app: Flask, openid: str) -> list[str]:
     with app.app_context():
         authorization = database.session.get_one(Identity, (WEB_APP_ID, openid)).authorization

@@ -1,4 +1,6 @@
+import base64
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,11 @@ from sqlalchemy import delete
 
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED
 from blueprints.wechat_profile import PHONE_CODE_REQUIRED
+from dev.wechat_simulator import crypto
 from storage import database
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of, data_of, invalid_fields
-from tests.harness import Simulator
+from tests.harness import APP_ID, Simulator
 from wechat.client import Client
 
 PHONE, PROFILE = "/users/me/phone", "/users/me/profile"
@@ -205,6 +208,31 @@ def test_put_a_profile_as_signed_and_encrypted_by_wechat(alice: Caller) -> None:
     assert profile(alice) == ("阿上", AVATAR_URL)
     data_of(alice.put(PROFILE, encrypted_profile(alice, openId=None, nickName="上", avatarUrl="")))
     assert profile(alice) == ("上", AVATAR_URL)
+
+
+@pytest.mark.parametrize(
+    ("in_json", "stored"),
+    [("a\x14b", "a\ufffdb"), (r"a\ud83d", "a\ufffd"), (r"\u0000a", "\ufffda"), (r"\ta\n b ", "a  b"), (r"\n", None)],
+)
+def test_a_nickname_with_odd_characters_is_stored_without_them(
+    alice: Caller, log_lines: Any, in_json: str, stored: str | None
+) -> None:
+    session_key, iv = alice.simulator.session_key(alice.openid), bytes(16)
+    raw_data = f'{{"nickName":"{in_json}","avatarUrl":"{AVATAR_URL}"}}'
+    watermark = {"timestamp": int(time.time()), "appid": APP_ID}
+    plaintext = f'{raw_data[:-1]},"watermark":{json.dumps(watermark)}}}'
+    body = {
+        "rawData": raw_data,
+        "signature": crypto.raw_data_signature(session_key, raw_data),
+        "encryptedData": crypto.encrypt_data(session_key, iv, plaintext),
+        "iv": base64.b64encode(iv).decode(),
+    }
+    assert data_of(alice.put(PROFILE, body))["nickname"] == stored
+    assert profile(alice) == (stored, AVATAR_URL)
+    reasons = {line["interface"]: line["reason"] for line in log_lines() if line["message"].startswith("WeChat sent")}
+    if "\ufffd" in (stored or ""):
+        kind = "half an emoji" if "ud83d" in in_json else "control character"
+        assert reasons == dict.fromkeys(("rawData", "encryptedData"), f"{kind} in nickName")
 
 
 def test_a_forged_profile_gets_464(alice: Caller) -> None:

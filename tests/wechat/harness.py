@@ -26,12 +26,17 @@ PROPERTY = settings(deadline=None, max_examples=100, database=None)
 ANY_TEXT = st.text(st.characters())
 """Including lone surrogates."""
 
+STORABLE = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufffe\uffff") | st.sampled_from("\t\n\r")
+)
+"""Text that is read as it is."""
+
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | STORABLE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(STORABLE, inner, max_size=3),
     max_leaves=8,
 )
-JSON_OBJECTS = st.dictionaries(st.text(), JSON, max_size=4)
+JSON_OBJECTS = st.dictionaries(STORABLE, JSON, max_size=4)
 
 
 def refusal(call: Callable[..., Any], *args: Any, **named: Any) -> Code:
@@ -51,7 +56,8 @@ def outcome(call: Callable[..., Any], *args: Any, **named: Any) -> Any:
 
 def any_text(chance: random.Random) -> str:
     """Empty, short or long; Chinese, emoji, ASCII or all of them."""
-    alphabet = chance.choice(["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", string.printable, "a微😀\u202e<&]]>\"'\\"])
+    printable = string.printable.translate({11: None, 12: None})
+    alphabet = chance.choice(["微信快上你好世界，。", "😀👨‍👩‍👧🇨🇳𠮷", printable, "a微😀\u202e<&]]>\"'\\"])
     return "".join(chance.choices(alphabet, k=chance.choice([0, 1, 7, 50, 500])))
 
 
