@@ -15,7 +15,7 @@ from blueprints.web_login import check_authorization
 from errors import ApiError, Code
 from storage import blocks, database, wechat_session_keys
 from storage import sessions as stored_sessions
-from storage.identities import find_openid
+from storage.identities import find_openid, start_session
 from storage.models import User
 from storage.single_flight import AlreadyDone, single_flight
 from telemetry.metrics import LOGINS
@@ -95,7 +95,7 @@ def _redeem(code: str) -> dict[str, Any]:
     answered_at = wechat_session_keys.clock()
     user = get_mini_program_user(identity.openid, identity.unionid)
     wechat_session_keys.keep(user.id, identity.session_key, asked_at, answered_at)
-    return {"token": stored_sessions.log_in(user.id), "user_id": user.id}
+    return {"token": start_session(user.id), "user_id": user.id}
 
 
 @sessions.route("/wechat")

@@ -15,13 +15,14 @@ fails, WeChat gets `success`:
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 import wechat
-from storage import database, sessions
-from storage.models import PROFILE_FIELDS, Identity, User
+from storage import database, ownership, sessions
+from storage.models import PROFILE_FIELDS, IdempotencyKey, Identity, User
 
 logger = logging.getLogger(__name__)
 
@@ -73,31 +74,37 @@ def erase_revoked_data(message: Fields) -> None:
 
 @on("event", "user_authorization_cancellation")
 def erase_all_data(message: Fields) -> None:
-    """Erase all personal data of somebody who has cancelled their WeChat account, and end all sessions."""
-    user_id = _erase(message, PROFILE_FIELDS, with_authorizations=True)
-    if user_id is not None:
-        sessions.revoke_sessions(user_id)
+    """Erase all personal data of somebody who has cancelled their WeChat account, and end all sessions.
 
-
-def _erase(message: Fields, names: Sequence[str], *, with_authorizations: bool = False) -> int | None:
-    """Erase some columns of the user whom a message is about.
-
-    :returns: the user's id; None if there is no such user.
+    The sessions end first, so that no request that is under way writes anything after it was erased.
     """
+    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
+    if identity is not None:
+        sessions.revoke_sessions(identity.user_id)
+        _erase(message, PROFILE_FIELDS, all_data=True)
+        while database.in_transaction(partial(ownership.erase_some, identity.user_id, detach=False)):
+            pass
+
+
+def _erase(message: Fields, names: Sequence[str], *, all_data: bool = False) -> None:
+    """Erase some columns of the user whom a message is about, and the stored responses that may hold them."""
 
     def erase() -> int | None:
         identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
         if identity is None or not names:
             return None
-        user = database.session.get_one(User, identity.user_id)
-        for name in names:
-            setattr(user, name, None)
-        if with_authorizations:
+        user = database.session.get_one(User, identity.user_id, with_for_update=True)
+        responses = delete(IdempotencyKey).where(IdempotencyKey.about_user_id == user.id)
+        if all_data:
             granted = update(Identity).where(Identity.user_id == user.id)
             database.session.execute(granted.values(authorization_encrypted=None))
+        else:  # the user's own are about orders, and must not be placed twice
+            responses = responses.where(IdempotencyKey.user_id != user.id)
+        database.session.execute(responses)
+        for name in names:
+            setattr(user, name, None)
         return user.id
 
     user_id = database.in_transaction(erase)
     if user_id is not None:
         logger.info("personal data erased", extra={"userId": user_id, "columns": names})
-    return user_id

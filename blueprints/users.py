@@ -173,11 +173,12 @@ def delete_user(user_id: str) -> None:
             raise ApiError(Code.NOT_FOUND)
         if user.blocked:
             blocks.keep_block(user)
-        ownership.detach_some(number)
+        while ownership.erase_some(number, detach=True):  # those made since; the lock keeps out more
+            pass
         database.session.delete(user)
 
     number = database.in_transaction(claim)
-    while database.in_transaction(partial(ownership.detach_some, number)):
+    while database.in_transaction(partial(ownership.erase_some, number, detach=True)):
         pass
     database.in_transaction(delete)
     audit("user deleted", number)

@@ -21,7 +21,7 @@ from blueprints.wechat_profile import ProfileSchema
 from errors import ApiError, Code, Message
 from storage import database
 from storage import sessions as stored_sessions
-from storage.identities import get_or_create_user
+from storage.identities import get_or_create_user, start_session
 from storage.models import Identity
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url
 from storage.single_flight import AlreadyDone, single_flight
@@ -120,7 +120,7 @@ def callback(query: dict[str, str]) -> BaseResponse:
     def log_in() -> str:
         app = wechat.web_app(attempt["scope"])
         user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
-        return stored_sessions.log_in(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
+        return start_session(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
 
     try:  # browsers inside WeChat may open the page twice at once
         token = single_flight(f"web_login:{mark}", log_in, patience=4 * PATIENCE_SECONDS, remember=STATE_SECONDS)

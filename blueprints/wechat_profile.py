@@ -116,7 +116,7 @@ def put_profile(body: dict[str, str | None]) -> User:
 
 def _store(**values: str | None) -> User:
     def change() -> User:
-        user = current_user(lock=True)
+        user = current_user()
         for name, value in values.items():
             setattr(user, name, value)
         return user

@@ -14,7 +14,9 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.local import LocalProxy
 
-from storage.models import Base
+from errors import ApiError, Code
+from storage import sessions
+from storage.models import Base, User
 
 STATEMENT_SECONDS = 3
 TRIES = 5
@@ -127,9 +129,14 @@ def _driver_codes(error: DBAPIError) -> set[Any]:
 def in_transaction(work: Callable[[], T]) -> T:
     """Run some work and commit; retry up to TRIES times in all if it lost a race against another transaction.
 
+    The row of the user who is signed in is locked, and their session must not have ended: what the work writes for them
+    is there before a deletion, a merge or a cancellation looks for it, or is not written.
+
     :param work: does nothing but database work, and loads the rows it needs itself. It locks rows whose version it does
         not check: `with_for_update`.
     :returns: what the last run of `work` returned.
+    :raises ApiError: UNAUTHORIZED if the user who was signed in has been deleted, or the session has ended.
+    :raises redis.exceptions.RedisError: if Redis is away.
     :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
     :raises sqlalchemy.exc.DBAPIError: if it failed otherwise.
     """
@@ -140,6 +147,11 @@ def in_transaction(work: Callable[[], T]) -> T:
             if session.get_bind().dialect.name == "sqlite":
                 # Makes writers wait for each other here, instead of failing when they write after a read.
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            if "user_id" in g:
+                # Referenced until the end: the work reads the user again without a statement.
+                me = session.get(User, g.user_id, with_for_update=True)
+                if me is None or sessions.is_revoked():
+                    raise ApiError(Code.UNAUTHORIZED)
             result = work()
             session.commit()
         except (DBAPIError, StaleDataError) as error:

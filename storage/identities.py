@@ -2,12 +2,14 @@
 
 import logging
 from functools import partial
+from typing import Any
 
+from flask import session
 from sqlalchemy import and_, select
 from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
-from storage import blocks, database, ownership
+from storage import blocks, database, ownership, sessions
 from storage.models import PROFILE_FIELDS, Identity, User, now
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,21 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     if unionid is not None:
         user.unionid = unionid
     return user
+
+
+def start_session(user_id: int, **facts: Any) -> str:
+    """Log a user in, unless a concurrent deletion or merge has ended the account; see `sessions.log_in`.
+
+    :raises ApiError: UNAVAILABLE if it has; then neither a session nor a session_key is left.
+    """
+    token = sessions.log_in(user_id, **facts)
+    # A deletion that commits after this finds the session and the session_key, and ends them.
+    database.session.rollback()
+    if database.session.scalar(select(User.id).where(User.id == user_id)) is None:
+        session.clear()
+        sessions.revoke_sessions(user_id)
+        raise ApiError(Code.UNAVAILABLE)
+    return token
 
 
 def find_openid(user_id: int, app_id: str) -> str | None:

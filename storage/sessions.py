@@ -238,6 +238,18 @@ def resume(token: str) -> bool:
     return "user_id" in current
 
 
+def is_revoked() -> bool:
+    """Whether the session that this request came with has ended since it was read; never if it uses none.
+
+    :raises redis.exceptions.RedisError: if Redis is away.
+    """
+    current = cast(LazySession, session)
+    if not current.loaded or current.new:
+        return False
+    interface = cast(SessionInterface, current_app.session_interface)
+    return not redis.exists(interface._get_store_id(current.sid))
+
+
 def revoke_sessions(user_id: int) -> None:
     """End all sessions of a user, and forget the session_keys. Works outside of a request.
 
