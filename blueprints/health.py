@@ -11,8 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from blueprints.api import Blueprint
 from concurrency import fan_out
 from errors import ApiError, Code
-from storage import database
-from storage.redis_client import redis
+from storage import database, redis_client
 from telemetry import metrics
 from telemetry.multiprocess import MULTIPROC_DIR
 
@@ -29,7 +28,7 @@ def failing_dependencies() -> dict[str, list[str]]:
     :raises Exception: the exception of a check if it is not an outage but a bug of ours.
     """
     down = {}
-    for name, outcome in fan_out.run({"redis": redis.ping, "database": database.ping}, CHECK_SECONDS).items():
+    for name, outcome in fan_out.run({"redis": redis_client.ping, "database": database.ping}, CHECK_SECONDS).items():
         failed = isinstance(outcome, Exception)
         metrics.DEPENDENCY_UP.labels(name).set(not failed)
         if not failed:

@@ -23,9 +23,14 @@ TRIES = 5
 T = TypeVar("T")
 # The same row was inserted concurrently (MySQL, SQLite, SQLite); a deadlock; MariaDB's snapshot isolation.
 _RACE_ERRORS = {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020}
+# Takes no writes, and has rolled the transaction back; a new connection may lead to a server that does.
+_READ_ONLY_ERRORS = {1036, 1290, 1792, 1836, "SQLITE_READONLY", "SQLITE_READONLY_DBMOVED"}
+# The same of one that serves nothing: Galera without quorum, a shutdown, offline mode, a primary that left its group.
+_FAILOVER_ERRORS = _READ_ONLY_ERRORS | {1047, 1053, 3032, 3100}
 # No such table; no such column; SQLite's for a wrong statement, which has no other cause here.
 _MISSING_SCHEMA_ERRORS = {1146, 1054, "SQLITE_ERROR"}
 _SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
+_WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
 _QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # greedy: a value may contain quotes
 
 
@@ -44,7 +49,9 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
         # A read under a lock must see the current row, not a snapshot from the first read of the transaction.
         options["isolation_level"] = "READ COMMITTED"
-        options["pool_pre_ping"] = True  # so that a server restart causes no error
+        options["pool_pre_ping"] = True  # so that a server restart causes no error, for a round trip
+        # A name that leads to another server now is followed within a minute; a new connection takes some milliseconds.
+        options["pool_recycle"] = 60
     engine = create_engine(
         address,
         pool_size=pool_size,
@@ -53,6 +60,7 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         hide_parameters=True,  # error messages are logged, and parameters are personal data
         **options,
     )
+    event.listen(engine, "handle_error", _drop_connections)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     else:
@@ -65,6 +73,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
     connection.execute("PRAGMA synchronous = NORMAL")  # safe with the write-ahead log, and saves a sync per commit
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _drop_connections(context: ExceptionContext) -> None:
+    """Replace all connections of the pool after a failover that left them open."""
+    if not _FAILOVER_ERRORS.isdisjoint(_driver_codes(context.original_exception)):
+        context.is_disconnect = True
 
 
 def _remove_values(context: ExceptionContext) -> None:
@@ -104,30 +118,33 @@ session = cast(Session, LocalProxy(_session))
 
 
 def ping() -> None:
-    """Run a query that returns no rows but names every table and column.
+    """Run a query that returns no rows but names every table and column, and a statement that would write.
 
-    :raises sqlalchemy.exc.SQLAlchemyError: if the database does not respond, or if `is_schema_missing`.
+    :raises sqlalchemy.exc.SQLAlchemyError: if the database does not respond or takes no writes, or if
+        `is_schema_missing`.
     """
     session.execute(_SCHEMA_PROBE)
+    if session.get_bind().dialect.name != "sqlite":  # which would wait for its only writer
+        in_transaction(lambda: session.execute(_WRITE_PROBE))
 
 
 def is_schema_missing(error: object) -> bool:
     """Whether an error means that the database lacks a migration of this version."""
-    return isinstance(error, DBAPIError) and not _MISSING_SCHEMA_ERRORS.isdisjoint(_driver_codes(error))
+    return isinstance(error, DBAPIError) and not _MISSING_SCHEMA_ERRORS.isdisjoint(_driver_codes(error.orig))
 
 
 def is_lost_race(error: DBAPIError | StaleDataError) -> bool:
     """Whether a transaction failed only because of a concurrent one, so that it can be retried."""
-    return isinstance(error, StaleDataError) or not _RACE_ERRORS.isdisjoint(_driver_codes(error))
+    return isinstance(error, StaleDataError) or not _RACE_ERRORS.isdisjoint(_driver_codes(error.orig))
 
 
-def _driver_codes(error: DBAPIError) -> set[Any]:
-    """Return the driver's names for an error: MySQL's number, SQLite's name."""
-    return {*(error.orig.args[:1] if error.orig else ()), getattr(error.orig, "sqlite_errorname", None)}
+def _driver_codes(error: BaseException | None) -> set[Any]:
+    """Return the names of a driver's error: MySQL's number, SQLite's name."""
+    return {*(error.args[:1] if error else ()), getattr(error, "sqlite_errorname", None)}
 
 
 def in_transaction(work: Callable[[], T]) -> T:
-    """Run some work and commit; retry up to TRIES times in all if it lost a race against another transaction.
+    """Run some work and commit; up to TRIES times in all if it lost a race, or met a server that takes no writes.
 
     The row of the user who is signed in is locked, and their session must not have ended: what the work writes for them
     is there before a deletion, a merge or a cancellation looks for it, or is not written.
@@ -156,7 +173,8 @@ def in_transaction(work: Callable[[], T]) -> T:
             session.commit()
         except (DBAPIError, StaleDataError) as error:
             session.rollback()
-            if not tries_left or not is_lost_race(error):
+            refused = isinstance(error, DBAPIError) and not _READ_ONLY_ERRORS.isdisjoint(_driver_codes(error.orig))
+            if not tries_left or not (refused or is_lost_race(error)):
                 raise
         except BaseException:
             session.rollback()

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pymysql
 
@@ -73,10 +74,14 @@ class SQLiteFiles:
 
 
 class MariaDB:
-    """A mariadbd process with its data in this folder, on a socket that only this user can open, and on no port."""
+    """A mariadbd process with its data in this folder, on a socket that only this user can open, and on no port.
 
-    def __init__(self, folder: Path) -> None:
+    :param options: further options of the server.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self._options = options
         # Not beside the data: the path of a socket has at most about 100 characters.
         self._socket_folder = tempfile.TemporaryDirectory(prefix="kuaishang-")
         self.socket = f"{self._socket_folder.name}/mariadb.sock"
@@ -106,7 +111,7 @@ class MariaDB:
         }
         words = [f"--{name}={value}" for name, value in options.items()]
         self.process = subprocess.Popen(
-            [*bound_to_this_process(), executable("mariadbd"), *common, "--skip-networking", *words],
+            [*bound_to_this_process(), executable("mariadbd"), *common, "--skip-networking", *words, *self._options],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -115,7 +120,7 @@ class MariaDB:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             if self._listens():
-                self._execute("DO 1")  # before it responds, it ignores a SIGTERM
+                self.execute("DO 1")  # before it responds, it ignores a SIGTERM
                 return
             time.sleep(0.02)
         self.kill()
@@ -152,16 +157,18 @@ class MariaDB:
     def create(self) -> str:
         """Create an empty database, and return its URL."""
         name = f"kuaishang_{secrets.token_hex(4)}"
-        self._execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+        self.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
         return f"mysql://root@localhost/{name}?unix_socket={self.socket}"
 
     def at_rest(self) -> bytes:
         """Return the contents of all files; stop the server first."""
         return _contents(self.folder)
 
-    def _execute(self, statement: str) -> None:
+    def execute(self, statement: str) -> Any:
+        """Run a statement as an administrator, and return the first row of its result, if any."""
         with pymysql.connect(unix_socket=self.socket, user="root") as connection, connection.cursor() as cursor:
             cursor.execute(statement)
+            return cursor.fetchone()
 
 
 Databases = SQLiteFiles | MariaDB

@@ -64,7 +64,7 @@ def test_a_database_without_the_latest_migration_is_not_ready(
 
 def test_a_check_that_takes_longer_than_a_second_fails(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    monkeypatch.setattr(Redis, "ping", lambda self: over.wait(WAIT_SECONDS))  # and then succeeds
+    monkeypatch.setattr("storage.redis_client.ping", lambda: over.wait(WAIT_SECONDS))  # and then succeeds
     answer = client.get("/readyz")
     over.set()
     assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"redis": ["Does not respond."]}})

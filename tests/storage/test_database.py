@@ -191,10 +191,10 @@ def test_a_database_that_dies_during_a_request_fails_that_request_only(
     app = make_app(DATABASE_URL=database_url)
 
     def view() -> dict[str, str]:
-        database.ping()
+        database.session.execute(text("SELECT 1"))
         if request.args.get("dies") == "before":
             own_databases.kill()
-        database.ping()
+        database.session.execute(text("SELECT 1"))
         if request.args.get("dies") == "after":
             own_databases.kill()
         return {}

@@ -1,0 +1,83 @@
+"""What Redis responds with after a failover that left the connections open."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from dev.redis_server import RedisServer
+from tests.harness import bound_to_this_process
+from tests.proxy import Proxy
+
+NOBODY = ("REPLICAOF", "127.0.0.1", "1")
+NOT_THE_PRIMARY = {
+    "READONLY": [NOBODY],
+    "MASTERDOWN": [NOBODY, ("CONFIG", "SET", "replica-serve-stale-data", "no")],
+    "NOREPLICAS": [("CONFIG", "SET", "min-replicas-to-write", "1")],
+    "OOM": [("CONFIG", "SET", "maxmemory", "1")],
+}
+"""By what a server responds to a write: what makes it respond so."""
+
+
+def transaction(redis: Redis) -> bool:
+    with redis.pipeline() as pipeline:
+        pipeline.get("key")
+        pipeline.incr("counted")
+        return pipeline.execute() == [None, 1]
+
+
+def lock(redis: Redis) -> bool:
+    with redis.lock("a lock", timeout=60, blocking=False) as lock:
+        return lock.reacquire()  # a script
+
+
+COMMANDS: dict[str, Callable[[Redis], object]] = {
+    "a command": lambda redis: redis.set("key", "value", nx=True),
+    "a transaction": transaction,
+    "a script": lambda redis: redis.eval("return redis.call('INCR', KEYS[1])", 1, "counted") == 1,
+    "a lock": lock,
+}
+
+
+@pytest.fixture
+def other_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with closing(RedisServer(tmp_path / "other", bound_to_this_process())) as server:
+        server.start()
+        yield server
+
+
+@pytest.mark.parametrize("refusal", NOT_THE_PRIMARY)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_refusal_is_followed_by_the_same_on_a_new_connection(
+    make_app: Callable[..., Flask], own_redis: RedisServer, other_redis: RedisServer, command: str, refusal: str
+) -> None:
+    with Proxy(own_redis.socket) as proxy, Redis.from_url(own_redis.url) as old:
+        redis = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10").extensions["redis"]
+        redis.ping()
+        proxy.target = other_redis.socket
+        for words in NOT_THE_PRIMARY[refusal]:
+            old.execute_command(*words)
+        with pytest.raises(ResponseError):
+            old.set("key", "value")
+        assert COMMANDS[command](redis)
+        assert COMMANDS["a command"](redis) or command == "a command"
+        assert proxy.accepted == 2 or command == "a lock"  # whose scripts the other server must be given first
+
+
+def test_a_refusal_is_raised_if_the_new_connection_has_the_same(
+    make_app: Callable[..., Flask], own_redis: RedisServer
+) -> None:
+    with Proxy(own_redis.socket) as proxy, Redis.from_url(own_redis.url) as old:
+        redis = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10").extensions["redis"]
+        redis.ping()
+        old.execute_command(*NOBODY)
+        with pytest.raises(ResponseError):
+            redis.set("key", "value")
+        assert proxy.accepted == 2
+        old.execute_command("REPLICAOF", "NO", "ONE")
+        assert redis.set("key", "value")
+        assert proxy.accepted == 3
