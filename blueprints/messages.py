@@ -18,7 +18,7 @@ from blueprints.parsing import read_body
 from concurrency import background
 from errors import ApiError, Code
 from storage.redis_client import redis
-from wechat.message_push import MessagePush, PushMessage
+from wechat.message_push import MAXIMUM_AGE_SECONDS, MessagePush, PushMessage, refused
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ MAXIMUM_BYTES = 128 * 1024
 PENDING_SECONDS = 4
 """Less than the 5 s after which WeChat sends a message again: the process that received it may have died."""
 HANDLED = b"handled"
-REMEMBER_SECONDS = 86400
+REMEMBER_SECONDS = 2 * MAXIMUM_AGE_SECONDS
+"""Longer than a message is accepted, also one from a clock that is ahead of ours."""
 
 blueprint = Blueprint("messages", __name__, description="消息推送 Message push")
 
@@ -76,6 +77,8 @@ def receive() -> Response:
         return _text("success")
     push = _push()
     message = push.open(request.args, body, time.time())
+    if not message.is_recent(time.time()):
+        raise refused("no CreateTime, or an old one, or our clock is wrong")
     background.ensure_capacity()
     response = _reply(push, message) or _text("success")
     key = f"message:{message.key}"

@@ -123,7 +123,7 @@ def callback(query: dict[str, str]) -> BaseResponse:
         return start_session(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
 
     try:  # browsers inside WeChat may open the page twice at once
-        token = single_flight(f"web_login:{mark}", log_in, patience=4 * PATIENCE_SECONDS, remember=STATE_SECONDS)
+        token = single_flight(f"web_login:{mark}", log_in, patience=4 * PATIENCE_SECONDS, remember=2 * STATE_SECONDS)
     except AlreadyDone:
         token = None
     if token is None or not stored_sessions.resume(token):
@@ -192,7 +192,7 @@ def _load_attempt(state: str) -> dict[str, str]:
     """
     attempt = _load_cookie(state)
     # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
-    if attempt is None or time.time() - attempt["began_at"] > STATE_SECONDS:
+    if attempt is None or abs(time.time() - attempt["began_at"]) > STATE_SECONDS:
         raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
     return attempt
 

@@ -1,5 +1,7 @@
 """A user from the first login to the last logout, on two instances of the service."""
 
+import time
+
 import pytest
 import requests
 
@@ -44,7 +46,7 @@ def test_the_journey_of_a_user_on_two_instances(services: tuple[Service, Service
     assert browser.get(f"{one.url}/api/v1/auth/wechat").json()["data"] == {"valid": True}
 
     # A push: the user revokes the phone number; it reaches both instances and is handled once.
-    event = {"MsgType": "event", "Event": "user_authorization_revoke", "OpenID": openid, "CreateTime": 1714037059}
+    event = {"MsgType": "event", "Event": "user_authorization_revoke", "OpenID": openid, "CreateTime": int(time.time())}
     event |= {"FromUserName": "o-wechat", "RevokeInfo": "8"}
     for service in (one, other):
         (answer,) = simulator.push(event, url=f"{service.url}/api/v1/wechat/messages")

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 300
 """The largest difference between a timestamp and our clock, in either direction."""
+MAXIMUM_AGE_SECONDS = 86400
+"""The largest age of a message: in safe mode too, a recorded one can be sent with timestamp and nonce exchanged."""
 
 
 class PushMessage(NamedTuple):
@@ -51,6 +53,13 @@ class PushMessage(NamedTuple):
         message_id = self.fields.get("MsgId")
         identity = {"MsgId": message_id} if message_id else self.fields
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def is_recent(self, now: float) -> bool:
+        """Whether CreateTime is near our clock, or at most MAXIMUM_AGE_SECONDS before it; False if there is none."""
+        created = str(self.fields.get("CreateTime")).strip()
+        return (
+            bool(re.fullmatch("[0-9]{1,12}", created)) and -WINDOW_SECONDS <= now - int(created) <= MAXIMUM_AGE_SECONDS
+        )
 
     def _text(self, name: str) -> str:
         value = self.fields.get(name)
@@ -86,7 +95,7 @@ class MessagePush:
         return echostr
 
     def open(self, query: Mapping[str, str], body: bytes, now: float) -> PushMessage:
-        """Verify and read a POST request. A replay within WINDOW_SECONDS has the same `PushMessage.key`.
+        """Verify and read a POST request. A replay has the same `PushMessage.key`, as long as it `is_recent`.
 
         In plain mode the signature does not cover the body: anybody who sees a request can send another body with it.
 
@@ -105,12 +114,12 @@ class MessagePush:
         envelope = _parse(body, source=None)
         encrypted = envelope.fields.get("Encrypt")
         if not isinstance(encrypted, str):
-            raise _refused("plain, but an EncodingAESKey is set")
+            raise refused("plain, but an EncodingAESKey is set")
         self._verify(signature, timestamp, nonce, encrypted, now=now)
         try:
             content = decrypt_message(encrypted, self._aes_key, self._app_id)
         except ValueError:
-            raise _refused("wrong EncodingAESKey or app id") from None
+            raise refused("wrong EncodingAESKey or app id") from None
         return _parse(content)._replace(form=envelope.form)
 
     def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
@@ -135,12 +144,12 @@ class MessagePush:
     def _verify(self, signature: str, timestamp: str, *others: str, now: float) -> None:
         """Check a signature over the token, the timestamp and the others, and that it is recent."""
         if not constant_time_equals(signature, push_signature(self._token, timestamp, *others)):
-            raise _refused("wrong token, or altered")
+            raise refused("wrong token, or altered")
         if not re.fullmatch("[0-9]{1,12}", timestamp) or abs(int(timestamp) - now) > WINDOW_SECONDS:
-            raise _refused("old timestamp, or our clock is wrong")
+            raise refused("old timestamp, or our clock is wrong")
 
 
-def _refused(why: str) -> ApiError:
+def refused(why: str) -> ApiError:
     """Log the reason, which the response does not reveal."""
     logger.warning("message push refused", extra={"reason": why})
     return ApiError(Code.SIGNATURE_MISMATCH)

@@ -27,7 +27,7 @@ URL = "/api/v1/wechat/messages"
 EVENT = {
     "ToUserName": "gh_97417a04a28d",
     "FromUserName": "o-alice",
-    "CreateTime": 1714037059,
+    "CreateTime": int(time.time()),
     "MsgType": "event",
     "Event": "debug_demo",
     "debug_str": "你好",
@@ -125,6 +125,46 @@ def test_a_message_with_malformed_text_is_handled_and_the_log_says_what_it_was(
     assert [reason.endswith(" in Content") for reason in reasons] == [True] * ("\ufffd" in read)
 
 
+@pytest.mark.parametrize(
+    ("age", "handled_times"), [(25 * 3600, 0), (86400 + 5, 0), (86400 - 60, 1), (-290, 1), (-310, 0)]
+)
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_recorded_message_is_not_accepted_a_day_later(
+    make_app: Callable[..., Flask], handled: Messages, log_lines: Any, safe: bool, age: int, handled_times: int
+) -> None:
+    app = make_app(**({} if safe else {"WECHAT_PUSH_AES_KEY": ""}))
+    now = int(time.time())
+    message = {**TEXT, "CreateTime": now - age, "MsgId": age}
+    body = (WECHAT if safe else MessagePush(PUSH_TOKEN, None, APP_ID)).seal(message, "json", now - age).encode()
+    encrypted = [json.loads(body)["Encrypt"]] if safe else []
+    # Recorded with a nonce that is the time of now: the signature is the same if both are exchanged.
+    signature = push_signature(PUSH_TOKEN, str(now - age), str(now), *encrypted)
+    query = {"timestamp": str(now), "nonce": str(now - age), "msg_signature" if safe else "signature": signature}
+    for _ in range(2):
+        with app.test_client().post(URL, query_string=query, data=body) as answer:
+            assert (answer.status_code, answer.data == b"success") == ((200, True) if handled_times else (400, False))
+        settled(app)
+    assert len(handled) == handled_times
+    reasons = [line["reason"] for line in log_lines() if line["message"] == "message push refused"]
+    assert reasons == ([] if handled_times else ["no CreateTime, or an old one, or our clock is wrong"] * 2)
+
+
+@pytest.mark.parametrize("created", [None, "", "yesterday", True, [1], "1e9", -1, "9" * 13])
+def test_a_message_without_a_valid_create_time_is_refused(
+    client: FlaskClient, handled: Messages, created: object
+) -> None:
+    assert code_of(push(client, {**TEXT, "CreateTime": created})) == (400, 464)
+    assert code_of(push(client, {name: value for name, value in TEXT.items() if name != "CreateTime"})) == (400, 464)
+    assert handled == []
+
+
+@pytest.mark.parametrize("form", ["json", "xml"])
+def test_a_create_time_may_be_text(app: Flask, client: FlaskClient, handled: Messages, form: str) -> None:
+    assert push(client, {**TEXT, "CreateTime": f" {int(time.time())} "}, form).data == b"success"
+    settled(app)
+    assert len(handled) == 1
+
+
 def test_every_instance_recognises_a_repeat(make_app: Callable[..., Flask], handled: Messages) -> None:
     apps = [make_app() for _ in range(2)]
     for app in apps:
@@ -157,7 +197,7 @@ def test_handlers_are_registered_by_type_and_by_event(app: Flask, client: FlaskC
     seen: list[str] = []
     message_handlers.on("event")(lambda message: seen.append(f"any: {message['Event']}"))
     message_handlers.on("event", "debug_demo")(lambda message: seen.append("demo"))
-    for message in (EVENT, {**EVENT, "Event": "other"}, {**EVENT, "Event": ["odd"]}, TEXT, {"ToUserName": "gh"}):
+    for message in (EVENT, {**EVENT, "Event": "other"}, {**EVENT, "Event": ["odd"]}, TEXT, {**TEXT, "MsgType": None}):
         assert push(client, message).data == b"success"
         settled(app)
     assert sorted(seen) == ["any: ['odd']", "any: debug_demo", "any: other", "demo"]
@@ -204,7 +244,7 @@ def test_a_message_lost_with_its_process_is_handled_when_wechat_sends_it_again(
     assert push(client, EVENT).status_code == 200
     settled(app)
     assert len(handled) == 1
-    assert redis.ttl(mark) > 86400 - 60
+    assert redis.ttl(mark) > 2 * 86400 - 60  # longer than the message is accepted
 
 
 def test_a_message_repeated_after_a_slow_response_is_handled_once(

@@ -169,18 +169,18 @@ def test_a_state_sent_to_two_instances_simultaneously_begins_one_session(
 
 def test_a_state_lives_ten_minutes(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     now = TimestampSigner.get_timestamp
-    for age, status in ((598, 302), (602, 400), (-5, 302)):  # the last by an instance whose clock is ahead
+    for age, status in ((598, 302), (602, 400), (-598, 302), (-602, 400)):  # the latter if another clock is ahead
         monkeypatch.setattr(TimestampSigner, "get_timestamp", lambda signer, age=age: now(signer) - age)
         url = browser.simulator.sign_in_on_the_web(browser.begin())
         assert browser.call_back(url).status_code == status
 
 
-def test_redis_stores_a_state_once_it_is_used_and_for_its_lifetime(browser: Browser, redis: Redis) -> None:
+def test_redis_stores_a_state_once_it_is_used_for_longer_than_it_is_accepted(browser: Browser, redis: Redis) -> None:
     browser.begin()
     assert redis.dbsize() == 0
     browser.log_in()
     (mark,) = redis.scan_iter("web_login:*:pause")
-    assert 540 < redis.ttl(mark) <= 600
+    assert 1140 < redis.ttl(mark) <= 1200
 
 
 def test_the_cookie_of_a_state_is_out_of_reach_and_expires_with_it(browser: Browser) -> None:
