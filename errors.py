@@ -1,6 +1,5 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
-import re
 from enum import Enum
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +20,7 @@ def language() -> str:
     """
     qualities: dict[str, float] = {}
     for wanted, quality in request.accept_languages if has_request_context() else ():  # the best first
-        qualities.setdefault(re.split("[-_]", wanted.lower())[0], quality)
+        qualities.setdefault(wanted.lower().replace("_", "-").partition("-")[0], quality)
     others = qualities.get("*", 0.0001)  # q=0 excludes
     return max([name for name in (*qualities, *LANGUAGES) if name in LANGUAGES], key=lambda n: qualities.get(n, others))
 
@@ -48,21 +47,21 @@ class Code(Enum):
     UNAUTHORIZED = 401, 401, "未登录或登录已过期，请重新登录", "Not logged in, or the session has expired: log in again"
     FORBIDDEN = 403, 403, "没有权限", "Forbidden"
     NOT_FOUND = 404, 404, "资源不存在", "Not found"
-    METHOD_NOT_ALLOWED = 405, 405, "不支持该请求方法", "Method not allowed; see the Allow header"
-    CONFLICT = 409, 409, "与资源的当前状态冲突", "Conflicts with the current state of the resource"
+    METHOD_NOT_ALLOWED = 405, 405, "不支持该请求方法，见 Allow 响应头", "Method not allowed; see the Allow header"
+    CONFLICT = 409, 409, "与资源的当前状态冲突，请刷新后再试", "Conflicts with the resource as it is now: read it again"
     PRECONDITION_FAILED = 412, 412, "资源已被修改，请重新获取", "The resource has changed: read it again"
     PAYLOAD_TOO_LARGE = 413, 413, "请求体过大", "The request body is too large"
-    UNSUPPORTED_MEDIA_TYPE = 415, 415, "请求体必须是 JSON", "The request body must be JSON"
-    PRECONDITION_REQUIRED = 428, 428, "缺少 If-Match 请求头", "The If-Match header is required"
+    UNSUPPORTED_MEDIA_TYPE = 415, 415, "Content-Type 必须是 application/json", "Content-Type must be application/json"
+    PRECONDITION_REQUIRED = 428, 428, "缺少 If-Match 请求头：请填 version", "If-Match is required: send the version"
     TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
     WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Code invalid or expired: call wx.login"
     WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code already used: call wx.login again"
     WECHAT_HIGH_RISK_USER = 462, 403, "微信判定该用户为高风险用户", "WeChat classifies this user as high-risk"
-    SESSION_KEY_STALE = 463, 401, "session_key 已失效，请重新登录再提交", "session_key is stale: log in, send again"
-    SIGNATURE_MISMATCH = 464, 400, "签名或水印校验失败", "Signature or watermark mismatch"
-    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 Idempotency-Key 已用于另一请求", "Idempotency-Key used with another request"
-    CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查", "Rejected by WeChat's content check"
-    INTERNAL_ERROR = 500, 500, "服务器内部错误", "Internal error"
+    SESSION_KEY_STALE = 463, 409, "数据已过时，请重新点按钮获取再提交", "Stale data: tap the button again, then send"
+    SIGNATURE_MISMATCH = 464, 400, "签名或水印不符，请重新获取数据", "Bad signature or watermark: get the data again"
+    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 key 已用于另一请求，请更换", "Idempotency-Key of another request: change it"
+    CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查，请修改", "Rejected by WeChat's content check: change it"
+    INTERNAL_ERROR = 500, 500, "服务器内部错误，反馈时请附 X-Trace-Id", "Internal error: report it with X-Trace-Id"
     UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "Unexpected response from WeChat"
     UNAVAILABLE = 503, 503, "服务暂时不可用，请稍后再试", "Temporarily unavailable: retry later"
     UPSTREAM_TIMEOUT = 504, 504, "微信响应超时，请稍后再试", "WeChat did not respond in time: retry later"
@@ -81,7 +80,7 @@ _UNAVAILABLE = (
     sqlalchemy.exc.TimeoutError,
     sqlalchemy.orm.exc.StaleDataError,  # the row was deleted concurrently, as when two users were merged
 )
-_CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status}
+_CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
 _RETRY_AFTER_SECONDS = 3
 _ERRORS, _CHARACTERS = 20, 60
 """How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
@@ -119,6 +118,14 @@ class ApiError(HTTPException):
         self.message = message
 
 
+def conflict(field: str, reason: Message) -> ApiError:
+    """Make the error of a write that the current state forbids.
+
+    :param reason: for a person; the message, and what is wrong with the field.
+    """
+    return ApiError(Code.CONFLICT, errors={field: [str(reason)]}, message=reason)
+
+
 def init_app(app: Flask) -> None:
     """Respond to every failure, of whatever kind, in the envelope."""
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
@@ -151,12 +158,12 @@ def handle_http_exception(error: HTTPException) -> Response:
     if isinstance(error, InternalServerError) and isinstance(error.original_exception, _UNAVAILABLE):
         # The session is saved after the view has returned, where Flask makes every failure a crash.
         return handle_unavailable(error.original_exception)
-    code = _code_of(error)
+    code, message = _code_and_message(error)
     g.code = code.number  # for the log
     errors = _first(getattr(error, "errors", None) or {}, [_ERRORS])
     response = cast(Response, error.get_response(request.environ))
     data = {"errors": errors} if errors else None
-    response.data = jsonify(envelope(code, data, getattr(error, "message", None))).data
+    response.data = jsonify(envelope(code, data, message)).data
     response.content_type = "application/json"
     if response.status_code == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
@@ -182,8 +189,12 @@ def _first(errors: dict[Any, Any], left: list[int]) -> dict[str, Any]:
     return kept
 
 
-def _code_of(error: HTTPException) -> Code:
+def _code_and_message(error: HTTPException) -> tuple[Code, Message | None]:
+    """Return a code, and a message if its own would not be true, such as that of 400 for a URL that is too long."""
     if isinstance(error, ApiError):
-        return error.api_code
+        return error.api_code, error.message
     status = error.code or 500
-    return _CODE_BY_STATUS.get(status, Code.INVALID_INPUT if status < 500 else Code.INTERNAL_ERROR)
+    if status in _CODE_BY_STATUS:
+        return _CODE_BY_STATUS[status], None
+    message = Message(f"无法处理该请求：{error.name}", f"This request cannot be handled: {error.name}")
+    return (Code.INVALID_INPUT if status < 500 else Code.INTERNAL_ERROR), message

@@ -8,7 +8,7 @@ from blueprints.api import Blueprint
 from blueprints.lists import ListSchema, page_schema
 from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, load_order, require_pending
 from blueprints.preconditions import VERSION, require_match
-from errors import ApiError, Code
+from errors import ApiError, Code, Message, conflict
 from storage import database
 from storage.models import Order, OrderItem
 
@@ -48,7 +48,7 @@ def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[st
     order = load_order(order_id, lock=True)
     require_pending(order)
     if len(order.items) >= MAXIMUM_ITEMS:
-        raise ApiError(Code.CONFLICT, errors={"items": [f"At most {MAXIMUM_ITEMS} items."]})
+        raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))
     item = OrderItem(**body)
     order.items.append(item)
     order.sum_up()

@@ -12,7 +12,7 @@ from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
 from blueprints.parsing import MAXIMUM_ID, BoundedList
 from blueprints.policies import current_user
 from blueprints.preconditions import VERSION, require_match
-from errors import ApiError, Code
+from errors import ApiError, Code, Message, conflict
 from storage import database
 from storage.models import Order, OrderItem
 
@@ -126,10 +126,11 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
     require_match(order)
     status = body.get("status", order.status)
     if status != order.status and status not in STATUS_TRANSITIONS[order.status]:
-        allowed = ", ".join(STATUS_TRANSITIONS[order.status]) or "nothing else"
-        raise ApiError(Code.CONFLICT, errors={"status": [f"A {order.status} order can become: {allowed}."]})
+        old, new = order.status, ", ".join(STATUS_TRANSITIONS[order.status])
+        reason = Message(f"{old} 订单只能变为：{new or '无'}", f"A {old} order can become: {new or 'nothing else'}")
+        raise conflict("status", reason)
     if status == "paid" and not order.items:
-        raise ApiError(Code.CONFLICT, errors={"items": ["The order has no items."]})
+        raise conflict("items", Message("订单中没有商品", "The order has no items"))
     order.status = status
     order.remark = body.get("remark", order.remark)
     return order
@@ -167,4 +168,4 @@ def require_pending(order: Order) -> None:
     :raises ApiError: CONFLICT if not.
     """
     if order.status != "pending":
-        raise ApiError(Code.CONFLICT, errors={"status": ["Only a pending order can be changed."]})
+        raise conflict("status", Message("只能修改 pending 状态的订单", "Only a pending order can be changed"))

@@ -11,6 +11,8 @@ from werkzeug.routing import BaseConverter, IntegerConverter, Map
 
 from errors import ApiError, Code
 
+Schema.error_messages = {"type": "Must be an object.", "unknown": "Unknown, or set by the server."}
+
 MAXIMUM_ID = 2**63 - 1
 SMALL_BODY = 8 * 1024
 """The longest body in bytes, unless its schema declares MAXIMUM_BYTES."""
@@ -96,7 +98,7 @@ def read_body(req: Request) -> bytes:
         limit = f"At most {req.max_content_length} bytes."
         raise ApiError(Code.PAYLOAD_TOO_LARGE, errors={"body": [limit]}) from None
     except Exception:  # noqa: BLE001  each server has its own exception for a body that does not match its headers
-        raise ApiError(Code.INVALID_INPUT, errors={"body": ["Cannot be read."]}) from None
+        raise ApiError(Code.INVALID_INPUT, errors={"body": ["Does not match its headers: send it again."]}) from None
     return body
 
 

@@ -14,7 +14,7 @@ from blueprints.api import Blueprint
 from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from blueprints.preconditions import VERSION, require_match
-from errors import ApiError, Code, Message
+from errors import ApiError, Code, Message, conflict
 from storage import blocks, database, ownership
 from storage import sessions as stored_sessions
 from storage.identities import find_openid
@@ -52,15 +52,21 @@ class UserSchema(Schema):
 
 
 NICKNAME_RULE = validate.Regexp(
-    r"^(?=.*\S)[^\x00-\x1f\x7f]{1,64}(?!\n)$", error="Must be 1 to 64 printable characters."
+    r"^(?=.*\S)[^\x00-\x1f\x7f]{1,64}(?!\n)$", error="Must be 1 to 64 printable characters, not only spaces."
 )
+
+
+# WeChat's pickers give the temporary path of a file on the phone.
+URL_REQUIRED: dict[str, Any] = {"invalid": "Must be an http or https URL: upload the file first, then send its URL."}
 
 
 class TypedProfileSchema(Schema):
     """What users may change about themselves."""
 
     nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata={"description": "null removes it."})
-    avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
+    avatar_url = fields.Url(
+        allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512), error_messages=URL_REQUIRED
+    )
 
 
 class UserChangeSchema(TypedProfileSchema):
@@ -76,7 +82,7 @@ class NewUserSchema(UserChangeSchema):
 
     openid = fields.String(
         required=True,
-        validate=validate.Regexp(r"^[A-Za-z0-9_-]{1,64}(?!\n)$", error="Not a valid openid."),
+        validate=validate.Regexp(r"^[A-Za-z0-9_-]{1,64}(?!\n)$", error="Must be 1 to 64 letters, digits, - or _."),
         metadata={"description": "The user's openid in the mini-program."},
     )
 
@@ -107,7 +113,7 @@ def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     openid, app_id = body["openid"], wechat.api.app_id
     blocks.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
-        raise ApiError(Code.CONFLICT, errors={"openid": ["A user with this openid already exists."]})
+        raise conflict("openid", Message("已有该 openid 的用户", "A user with this openid already exists"))
     user = User(app_id=app_id, **body)
     database.session.add(user)
     database.session.flush()
@@ -133,7 +139,7 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
     """Change a user; only administrators change a role or block a user"""
     reserved = body.keys() - TypedProfileSchema().fields.keys()
     if reserved and current_user().role != "admin":
-        raise ApiError(Code.INVALID_INPUT, errors={name: ["Unknown field."] for name in reserved})
+        raise ApiError(Code.INVALID_INPUT, errors={name: ["Only administrators can set this."] for name in reserved})
     user = load_user(user_id)
     require_match(user)
     if body.get("blocked") and user.id == g.user_id:

@@ -26,50 +26,50 @@ PHONE_CODE_REQUIRED = Message(
     "Code invalid, expired or used already: send the code of a getPhoneNumber button, not that of wx.login",
 )
 
+NO_SESSION_KEY = Message(
+    "请先登录，再重新点按钮获取数据并提交", "Log in, then tap the button again and send the new data"
+)
+
 blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phone number and profile from WeChat")
 
 
-class PhoneSchema(Schema):
-    """Either `code`, or `encryptedData` and `iv`."""
-
+class EncryptedSchema(Schema):
     MAXIMUM_BYTES = 64 * 1024
 
-    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
     encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
     iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+
+
+class PhoneSchema(EncryptedSchema):
+    """Either `code`, or `encryptedData` and `iv`."""
+
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
 
     @validates_schema
     def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
-        _require_one_of(body, {"code"}, {"encryptedData", "iv"})
+        _require_one_of(body, {"code"}, {"encryptedData", "iv"}, "Send either code, or encryptedData and iv.")
 
 
-class ProfileSchema(TypedProfileSchema):
+class ProfileSchema(TypedProfileSchema, EncryptedSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
-
-    MAXIMUM_BYTES = 64 * 1024
 
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})
-    encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
-    iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
 
     @validates_schema
     def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
         signed = {"rawData", "signature", "encryptedData", "iv"}
         typed = body.keys() & {"nickname", "avatar_url"}
-        _require_one_of(body, typed or {"nickname"}, signed)
+        reason = "Send either nickname, avatar_url or both, or all of rawData, signature, encryptedData and iv."
+        _require_one_of(body, typed or {"nickname", "avatar_url"}, signed, reason)
 
 
-def _require_one_of(body: dict[str, Any], *ways: set[str]) -> None:
-    """Let pass a body with all the fields of one way and none of another."""
+def _require_one_of(body: dict[str, Any], one_way: set[str], other_way: set[str], reason: str) -> None:
+    """Let pass a body with all the fields of one way and none of the other; blame what is missing or too much."""
     given = set(body)
-    if given in ways:
-        return
-    likeliest = max(ways, key=lambda way: len(given & way))
-    errors = {name: ["Missing data for required field."] for name in likeliest - given}
-    others = ", ".join(sorted(likeliest & given))
-    errors |= {name: [f"Cannot be combined with {others}."] for name in given - likeliest}
-    raise ValidationError(errors)
+    if given not in (one_way, other_way):
+        likeliest = max(one_way, other_way, key=lambda way: len(given & way)) if given else one_way | other_way
+        raise ValidationError({name: [reason] for name in given ^ likeliest})
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
@@ -148,23 +148,17 @@ def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tup
 
     :returns: the data, and the session_key that decrypted it.
     """
-    for session_key in wechat_session_keys.candidates(g.user_id):
+    session_keys = wechat_session_keys.candidates(g.user_id)
+    checks: dict[str, Any] = {"app_id": wechat.api.app_id, "openid": openid, "now": time.time(), "expected": expected}
+    for session_key in session_keys:
         try:
-            data = decrypt_user_data(
-                body["encryptedData"],
-                body["iv"],
-                session_key=session_key,
-                app_id=wechat.api.app_id,
-                openid=openid,
-                now=time.time(),
-                expected=expected,
-            )
+            data = decrypt_user_data(body["encryptedData"], body["iv"], session_key=session_key, **checks)
         except ApiError as error:
             if error.api_code is not Code.SESSION_KEY_STALE:
                 raise
         else:
             return data, session_key
-    raise ApiError(Code.SESSION_KEY_STALE)
+    raise ApiError(Code.SESSION_KEY_STALE, message=None if session_keys else NO_SESSION_KEY)
 
 
 def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:

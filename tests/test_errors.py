@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, abort
 from flask.testing import FlaskClient
+from werkzeug.exceptions import default_exceptions
 
 from errors import ApiError, Code, Message
 from tests.harness import bearer
@@ -28,6 +29,7 @@ def failing(make_app: Callable[..., Flask]) -> FlaskClient:
     def fail_with_message() -> None:
         raise ApiError(Code.FORBIDDEN, message=Message("用户未同意", "The user did not consent"))
 
+    app.add_url_rule("/abort/<int:code>", view_func=abort, endpoint="abort")
     app.add_url_rule("/crash", view_func=crash)
     app.add_url_rule("/fail/<name>", view_func=fail)
     app.add_url_rule("/fail-with-message", view_func=fail_with_message)
@@ -106,6 +108,19 @@ def test_messages_are_chinese_unless_english_is_preferred(
     for path, code in (("/nowhere", Code.NOT_FOUND), ("/livez", Code.SUCCESS)):
         message = client.get(path, headers=headers).get_json()["message"]
         assert message == (code.message.english if english else code.message.chinese)
+
+
+def test_only_a_response_with_errors_refers_to_them(failing: FlaskClient) -> None:
+    statuses = {*default_exceptions} - {code.status for code in Code} | {400}
+    assert {400, 414, 416, 417, 422, 431, 501} <= statuses
+    for status in statuses:
+        for language, text in (("zh", "无法处理该请求"), ("en", "This request cannot be handled")):
+            answer = failing.get(f"/abort/{status}", headers={"Accept-Language": language})
+            reason = default_exceptions[status]().name
+            message, number = f"{text}{'：' if language == 'zh' else ': '}{reason}", 400 if status < 500 else 500
+            assert answer.status_code == status
+            assert answer.get_json() == {"code": number, "message": message, "data": None}
+    assert "data.errors" in failing.post("/api/v1/auth/wechat", json={}).get_json()["message"]
 
 
 def test_every_failure_is_in_the_envelope_with_a_trace_id(failing: FlaskClient) -> None:

@@ -67,7 +67,9 @@ def test_2_data_decrypts_after_another_login_replaced_the_key(client: FlaskClien
     stale = encrypted_phone(simulator, "o-alice")
     log_in(client, simulator, openid="o-alice")  # on a tablet
     assert put_phone(client, phone, **encrypted_phone(simulator, "o-alice")).status_code == 200
-    assert put_phone(client, phone, **stale).get_json()["code"] == 463  # which says what to do
+    refused = put_phone(client, phone, **stale)
+    assert (refused.status_code, refused.get_json()["code"]) == (409, 463)  # not 401: a new login would not help
+    assert "重新点按钮获取" in refused.get_json()["message"]
 
 
 def test_3_a_token_that_is_always_rejected_is_not_retried_for_ever(client: FlaskClient, simulator: Simulator) -> None:

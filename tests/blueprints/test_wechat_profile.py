@@ -10,13 +10,14 @@ from redis import Redis
 from sqlalchemy import delete
 
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED
-from blueprints.wechat_profile import PHONE_CODE_REQUIRED
+from blueprints.wechat_profile import NO_SESSION_KEY, PHONE_CODE_REQUIRED
 from dev.wechat_simulator import crypto
 from storage import database
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of, data_of, invalid_fields
 from tests.harness import APP_ID, Simulator
 from wechat.client import Client
+from wechat.errcodes import MESSAGES
 
 PHONE, PROFILE = "/users/me/phone", "/users/me/profile"
 CHECK = "/wxa/msg_sec_check"
@@ -127,16 +128,17 @@ def test_data_under_an_old_or_missing_session_key_gets_463_until_the_next_login(
     phone, signed = encrypted_phone(alice), encrypted_profile(alice)
     alice.simulator.code(openid=alice.openid)
     alice.log_in()
-    assert code_of(alice.put(PHONE, phone)) == code_of(alice.put(PROFILE, signed)) == (401, 463)
+    assert code_of(alice.put(PHONE, phone)) == code_of(alice.put(PROFILE, signed)) == (409, 463)
     assert code_of(alice.put(PHONE, encrypted_phone(alice))) == (200, 200)
-    redis.delete(f"user:{alice.id}:session_keys")
-    assert code_of(alice.put(PHONE, encrypted_phone(alice))) == (401, 463)
+    redis.delete(f"user:{alice.id}:session_keys")  # then a tap alone helps no more
+    answer = alice.put(PHONE, encrypted_phone(alice))
+    assert (code_of(answer), answer.get_json()["message"]) == ((409, 463), NO_SESSION_KEY.chinese)
 
 
 def test_data_of_another_app_time_or_user_is_rejected(alice: Caller, bob: Caller) -> None:
     for different in ({"app_id": "wx-other"}, {"age": 3600}, {"age": -3600}):
         assert code_of(alice.put(PHONE, encrypted_phone(alice, **different))) == (400, 464), different
-    assert code_of(alice.put(PHONE, encrypted_phone(bob))) == (401, 463)
+    assert code_of(alice.put(PHONE, encrypted_phone(bob))) == (409, 463)
     assert code_of(alice.put(PROFILE, encrypted_profile(alice, openId=bob.openid))) == (400, 464)
     assert alice.me()["phone"] is None
 
@@ -149,14 +151,14 @@ def test_altered_data_is_rejected(alice: Caller, part: str) -> None:
         altered = letters.copy()
         altered[position] = "B" if letters[position] == "A" else "A"
         answer = alice.call("PUT", PHONE, {**body, part: "".join(altered)})
-        assert code_of(answer) in ((401, 463), (400, 464), (400, 400)), position
+        assert code_of(answer) in ((409, 463), (400, 464), (400, 400)), position
     assert alice.me()["phone"] is None
 
 
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [
-        (PHONE, {}, {"code"}),
+        (PHONE, {}, {"code", "encryptedData", "iv"}),
         (PHONE, {"iv": "x"}, {"encryptedData"}),
         (PHONE, {"code": "x", "iv": "x"}, {"iv"}),
         (PHONE, {"code": 5}, {"code"}),
@@ -164,7 +166,7 @@ def test_altered_data_is_rejected(alice: Caller, part: str) -> None:
         (PHONE, {"code": "x", "phone": "13812345678"}, {"phone"}),
         (PHONE, {"encryptedData": "AAAA", "iv": "AAAA"}, {"encryptedData", "iv"}),
         (PHONE, {"encryptedData": "!", "iv": "AAAAAAAAAAAAAAAAAAAAAA=="}, {"encryptedData"}),
-        (PROFILE, {}, {"nickname"}),
+        (PROFILE, {}, {"nickname", "avatar_url", "rawData", "signature", "encryptedData", "iv"}),
         (PROFILE, {"nickname": ""}, {"nickname"}),
         (PROFILE, {"nickname": " "}, {"nickname"}),
         (PROFILE, {"nickname": "x" * 65}, {"nickname"}),
@@ -185,6 +187,27 @@ def test_altered_data_is_rejected(alice: Caller, part: str) -> None:
 def test_invalid_input_names_the_fields(alice: Caller, path: str, body: Any, named: set[str]) -> None:
     assert invalid_fields(alice.put(path, body)) == named
     assert profile(alice) == (None, None)
+
+
+def test_a_body_of_neither_kind_is_told_both(alice: Caller) -> None:
+    for path, bodies, reason in (
+        (PHONE, ({}, {"iv": "x"}, {"code": "x", "iv": "x"}), "Send either code, or encryptedData and iv."),
+        (
+            PROFILE,
+            ({}, {"rawData": "{}"}, {"nickname": "x", "iv": "x"}),
+            "Send either nickname, avatar_url or both, or all of rawData, signature, encryptedData and iv.",
+        ),
+    ):
+        for body in bodies:
+            errors = alice.put(path, body).get_json()["data"]["errors"]
+            assert set(map(tuple, errors.values())) == {(reason,)}, body
+
+
+@pytest.mark.parametrize("url", ["wxfile://tmp_1.png", "http://tmp/a.png", "ftp://example.com/a.png", "a.png", "", 5])
+def test_a_picture_that_is_not_uploaded_yet_gets_400_saying_so(alice: Caller, url: object) -> None:
+    for path in (PROFILE, "/users/me"):
+        (reason,) = alice.put(path, {"avatar_url": url}).get_json()["data"]["errors"]["avatar_url"]
+        assert reason == "Must be an http or https URL: upload the file first, then send its URL."
 
 
 def test_encrypted_data_that_cannot_be_stored_is_400(alice: Caller) -> None:
@@ -273,5 +296,6 @@ def test_a_nickname_is_not_stored_if_the_content_check_fails(checked: Caller) ->
     checked.simulator.fault("http_500", path=CHECK)
     assert code_of(checked.put(PROFILE, {"nickname": "unchecked"})) == (502, 502)
     checked.simulator.travel(3 * 3600)
-    assert code_of(checked.put(PROFILE, {"nickname": "unchecked"})) == (401, 463)
+    answer = checked.put(PROFILE, {"nickname": "unchecked"})
+    assert (code_of(answer), answer.get_json()["message"]) == ((409, 463), MESSAGES[61010].chinese)
     assert checked.me()["nickname"] is None
