@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 from flask import Response, g, request
@@ -24,15 +25,21 @@ def run_once(make_response: Callable[[], Response]) -> Response:
     The key and what `make_response` does are committed together. Of two requests at the same moment the second waits
     for the first to commit, fails with an IntegrityError, is run again, and then finds the response.
 
+    Two requests are the same if method, path, query parameters and the JSON of their bodies are, in whatever order and
+    notation; 1, 1.0 and true differ.
+
     :raises ApiError: INVALID_INPUT for a malformed key, IDEMPOTENCY_KEY_REUSED if it came with another request before.
     """
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return database.in_transaction(make_response)
     if not re.fullmatch(r"[!-~]{1,255}", key):
-        raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Must be 1 to 255 ASCII characters."]})
-    content = f"{request.method} {request.full_path} ".encode() + read_body(request)  # before the transaction
-    fingerprint = hashlib.sha256(content).hexdigest()
+        raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Must be 1 to 255 characters from ! to ~."]})
+    content = read_body(request)  # before the transaction
+    with suppress(ValueError, RecursionError):  # the view rejects what is malformed
+        content = json.dumps(json.loads(content), sort_keys=True).encode()
+    query = sorted(request.args.items(multi=True))
+    fingerprint = hashlib.sha256(f"{request.method} {request.path} {query} ".encode() + content).hexdigest()
     return database.in_transaction(lambda: _replay_or_store(key, fingerprint, make_response))
 
 

@@ -1,6 +1,6 @@
 """Pages of a list: the query, the schema of a page, and the SQL."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -32,24 +32,21 @@ class ListSchema(Schema):
         metadata={"description": "Newest first by default; without the minus, oldest first."},
     )
 
-    @validates_schema
-    def _not_too_deep(self, query: dict[str, Any], **kwargs: Any) -> None:
-        if query["page"] * query["page_size"] > MAXIMUM_SKIP and query.get("after") is None:
+    @validates_schema(pass_original=True)
+    def _one_place(self, query: dict[str, Any], given: Mapping[str, Any], **kwargs: Any) -> None:
+        after = query.get("after")
+        if after is not None and "page" in given:
+            raise ValidationError({name: ["Send page or after, not both."] for name in ("page", "after")})
+        if after is None and query["page"] * query["page_size"] > MAXIMUM_SKIP:
             raise ValidationError(f"At most {MAXIMUM_SKIP:,} items can be skipped: use after.", "page")
 
 
 @cache
 def page_schema(item: type[Schema]) -> type[Schema]:
     """Describe a page of a list of such items."""
-    return Schema.from_dict(
-        {
-            "items": fields.List(fields.Nested(item), required=True),
-            "page": fields.Integer(required=True),
-            "page_size": fields.Integer(required=True),
-            "total": fields.Integer(required=True),
-        },
-        name=f"{item.__name__.removesuffix('Schema')}PageSchema",
-    )
+    items = fields.List(fields.Nested(item), required=True)
+    numbers = {name: fields.Integer(required=True) for name in ("page", "page_size", "total")}
+    return Schema.from_dict({"items": items, **numbers}, name=f"{item.__name__.removesuffix('Schema')}PageSchema")
 
 
 def load_page(
@@ -69,7 +66,7 @@ def load_page(
 
     :param model: has an `id`; an index must begin with the columns of the conditions.
     :param page: from 1.
-    :param after: the id of the last item of the previous page; if given, `page` is only repeated in the result.
+    :param after: the id of the last item of the previous page; if given, `page` counts no further.
     :param sort: `created_at`, or `-created_at` for the newest first.
     :param count_limit: where counting stops, and so the largest total; None counts all.
     :returns: `items`, `page`, `page_size` and `total`.

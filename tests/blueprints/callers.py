@@ -86,9 +86,10 @@ def ids_of(caller: Caller) -> dict[str, Any]:
 
 
 def bodies(simulator: Simulator, openid: str) -> dict[str, Any]:
-    """A valid body for each write of the database; a new one has its line here."""
+    """A valid body for each operation that takes one or writes to the database; a new one has its line here."""
     return {
         "POST /api/v1/users": {"openid": "oSomebodyNew"},
+        "POST /api/v1/users/search": {"phone": PERSON["phone"]},
         "PUT /api/v1/users/{user_id}": {"nickname": "小红"},
         "DELETE /api/v1/users/{user_id}": None,
         "PUT /api/v1/users/me/phone": {"code": simulator.phone_code(openid=openid)},

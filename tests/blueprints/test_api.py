@@ -14,7 +14,7 @@ from blueprints.policies import administrators, public, scrapers, session_holder
 from blueprints.wechat_profile import PHONE_CODE_REQUIRED
 from dev import openapi
 from errors import Code
-from tests.blueprints.callers import Caller, each_operation, ids_of, operations
+from tests.blueprints.callers import API, Caller, bodies, each_operation, ids_of, operations
 from tests.harness import Simulator
 
 POLICIES = {policy.check for policy in (public, signed_in, session_holders, administrators, scrapers)}
@@ -97,6 +97,30 @@ def find_patterns(part: Any) -> Any:
         yield part["pattern"]
 
 
+IN_URLS = {
+    *("page", "page_size", "after", "sort", "status", "user_id", "order_id", "item_id"),
+    *("return_to", "scope", "state", "code"),  # of OAuth2
+    *("signature", "msg_signature", "timestamp", "nonce", "echostr"),  # of message push
+}
+"""Proxies and browsers keep URLs: nothing that is about a person may join these."""
+
+
+def test_no_url_contains_personal_data(client: FlaskClient, app: Flask, simulator: Simulator) -> None:
+    for path, _, operation in each_operation(client.get("/openapi.json").get_json()):
+        named = {part["name"] for part in operation.get("parameters", []) if part["in"] == "query"}
+        assert named | set(re.findall(r"{(\w+)}", path)) <= IN_URLS, path
+    admin = Caller(app, simulator, openid="oCaller", role="admin")
+    ids = ids_of(admin)
+    created = 0
+    for route, body in bodies(simulator, "oCaller").items():
+        method, path = route.format(**ids).split()
+        if method == "POST":
+            location = admin.post(path.removeprefix(API), body).headers.get("Location")
+            created += location is not None
+            assert re.fullmatch(r"(/api/v1(/[a-z]+/\d+)+)?", location or ""), route
+    assert created >= 2
+
+
 def test_every_route_of_the_api_is_in_the_document(app: Flask, client: FlaskClient) -> None:
     documented = {(path, method) for path, method, _ in each_operation(client.get("/openapi.json").get_json())}
     served = {
@@ -140,6 +164,54 @@ def assert_not_modified(user: Caller, path: str, etag: str) -> None:
         assert (known.status_code, known.data, known.headers["ETag"]) == (304, b"", etag), path
         assert "X-Trace-Id" in known.headers
     assert user.get(path, If_None_Match='"another"').status_code == 200
+
+
+ODD_VALUES = [None, 5, 1.5, True, "", " ", "\x00", "x" * 1000, "١", "wxfile://a", [], [5], [{}], [[]], {}, {"a": {}}]
+VAGUE = {
+    "String does not match expected pattern.",
+    "Not a valid URL.",
+    "Invalid value.",
+    "Invalid input type.",
+    "Invalid input.",
+    "Unknown field.",
+}
+"""Defaults of marshmallow that do not say what would be right."""
+
+
+def test_what_is_wrong_with_a_field_says_what_would_be_right(app: Flask, simulator: Simulator) -> None:
+    document = app.test_client().get("/openapi.json").get_json()
+    admin = Caller(app, simulator, openid="oCaller", role="admin")
+    ids, reasons = ids_of(admin), set()
+    for path, method, operation in each_operation(document):
+        schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+        fields = document["components"]["schemas"].get(schema.get("$ref", "").rpartition("/")[2], {})
+        if "messages" in path or method == "delete":
+            continue
+        queries = [part["name"] for part in operation.get("parameters", []) if part["in"] == "query"]
+        for name in [*fields.get("properties", {}), *queries, "unheard_of"]:
+            for value in ODD_VALUES if fields else ["", "x", "-1", "1.5", "9" * 30, "\x00"]:
+                if fields:
+                    local = path.format(**ids).removeprefix(API)
+                    answer = admin.call(method.upper(), local, {name: value}, If_Match='"0"')
+                else:
+                    answer = app.test_client().open(
+                        path.format(**ids), method=method, query_string={name: value}, headers=admin.headers
+                    )
+                if answer.status_code == 400 and answer.is_json:
+                    errors = answer.get_json()["data"] and answer.get_json()["data"]["errors"]
+                    assert ("data.errors" in answer.get_json()["message"]) == bool(errors), (path, name, value)
+                    reasons |= set(each_reason(errors))
+    assert len(reasons) > 15
+    assert reasons & VAGUE == set()
+    assert [reason for reason in reasons if not re.fullmatch(r"[A-Z][ -~]+\.|.*: .+", reason)] == []
+
+
+def each_reason(errors: Any) -> Any:
+    for part in errors.values() if isinstance(errors, dict) else errors or []:
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from each_reason(part)
 
 
 UNBOUNDED = {"rawData", "signature", "encryptedData", "iv"}

@@ -1,12 +1,17 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import permutations
 
 import pytest
 from flask import Flask, Request
+from marshmallow import Schema, fields
 from sqlalchemy import select, update
+from werkzeug.test import TestResponse
 
+from blueprints.api import Blueprint
 from blueprints.parsing import read_body
+from blueprints.policies import signed_in
 from storage import database
 from storage.models import IdempotencyKey, Order, now
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields
@@ -52,6 +57,90 @@ def test_another_request_under_the_same_key_gets_465(alice: Caller) -> None:
     ):
         assert code_of(alice.post(different, body, Idempotency_Key="tap")) == (409, 465), different
     assert data_of(alice.get("/orders"))["total"] == 2
+
+
+def send(user: Caller, body: str | bytes, path: str = "/orders", **headers: str) -> TestResponse:
+    """Create an order from this very text, under one key."""
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    headers = {**user.headers, "Content-Type": "application/json", "Idempotency-Key": "tap", **given}
+    return user.client.post(f"/api/v1{path}", data=body, headers=headers)
+
+
+ONE = '{"remark": "茶", "items": [{"sku": "s", "name": "n", "quantity": 1, "unit_price": 5}]}'
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "same"),
+    [
+        ('{"items":[{"unit_price":5,"quantity":1,"name":"n","sku":"s"}],"remark":"茶"}', "/orders", True),
+        (f" \n{ONE}\t".replace("茶", "\\u8336").replace('"n"', '"\\u006e"'), "/orders", True),
+        (ONE, "/orders?", True),
+        (ONE.replace("茶", "咖啡"), "/orders", False),
+        (ONE.replace('"remark": "茶", ', ""), "/orders", False),
+        (ONE.replace('"茶"', "null"), "/orders", False),
+        (ONE.replace("}]", '}, {"sku": "s", "name": "n", "quantity": 1, "unit_price": 5}]'), "/orders", False),
+        (ONE, "/orders?a=1", False),
+    ],
+)
+def test_what_counts_as_the_same_request_is_the_parsed_body(alice: Caller, body: str, path: str, same: bool) -> None:
+    first, again = send(alice, ONE), send(alice, body, path)
+    assert first.status_code == 201
+    assert (again.data == first.data) == same
+    assert code_of(again) == ((201, 200) if same else (409, 465))
+    assert data_of(alice.get("/orders"))["total"] == 1
+
+
+@pytest.fixture
+def of_any_value(make_app: Callable[..., Flask], simulator: Simulator) -> Caller:
+    """A user of a POST that takes any JSON value, and reads its body only under its key."""
+    group = Blueprint("group", __name__)
+    schema = Schema.from_dict({"value": fields.Raw(allow_none=True)})
+    view = group.response(200, schema)(group.arguments(schema)(lambda body: body))
+    group.route("", methods=["POST"], endpoint="view")(view)
+    app = make_app()
+    api = app.extensions["flask-smorest"]["apis"][""]["ext_obj"]
+    api.register_blueprint(group, url_prefix="/api/v1/group", auth=signed_in)
+    return Caller(app, simulator)
+
+
+def test_values_of_another_type_are_another_request(of_any_value: Caller) -> None:
+    values = ["1", "1.0", "true", '"1"', "null", "[1]"]
+    for first, other in permutations(values, 2):
+        key = f"{first}/{other}".replace(" ", "")
+        assert send(of_any_value, f'{{"value": {first}}}', "/group", Idempotency_Key=key).status_code == 200
+        assert code_of(send(of_any_value, f'{{"value": {other}}}', "/group", Idempotency_Key=key)) == (409, 465), key
+        assert send(of_any_value, f'{{"value":{first}}}', "/group", Idempotency_Key=key).status_code == 200
+    for body, status in (("{", 400), ("[" * 8000, 400), ("1" * 5000, 400), ('{"value": 1.0}', 200)):
+        assert send(of_any_value, body, "/group").status_code == status
+
+
+def test_the_order_of_query_parameters_does_not_count(alice: Caller) -> None:
+    answers = [send(alice, ONE, f"/orders?{query}") for query in ("a=1&b=%20&a=2", "b=+&a=2&a=1", "a=1&b=2&a=2")]
+    assert [code_of(answer) for answer in answers] == [(201, 200), (201, 200), (409, 465)]
+    assert answers[0].data == answers[1].data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[" * 50_000,
+        b"9" * 5000,
+        ONE.replace("5}", '5, "sku": ""}').encode(),
+        b'{"remark": "\\ud800"}',
+        b"NaN",
+    ],
+)
+def test_a_malformed_body_under_a_key_is_400(alice: Caller, body: bytes) -> None:
+    assert send(alice, body).status_code == 400
+    assert send(alice, ONE).status_code == 201
+
+
+@pytest.mark.parametrize("depth", [*range(20, 1000, 49), *range(900, 1000, 7)])
+def test_a_deeply_nested_body_under_a_key_is_400(alice: Caller, depth: int) -> None:
+    assert send(alice, b'{"items": ' + b"[" * depth + b"]" * depth + b"}").status_code == 400
 
 
 def test_a_key_belongs_to_one_user(alice: Caller, app: Flask, simulator: Simulator) -> None:

@@ -10,14 +10,14 @@ import pytest
 from flask import Flask
 from sqlalchemy import Connection, event, insert, text
 
+from blueprints.lists import ListSchema
 from blueprints.orders import OrderListSchema
-from blueprints.users import UserListSchema
 from storage import database
 from storage.models import Order, User, now
 from tests.blueprints.callers import Caller, data_of, list_paths
 from tests.harness import Simulator
 
-FILTERS = {"/orders": {"status": "paid", "user_id": "{id}"}, "/users": {"phone": "13812345678"}}
+FILTERS: dict[str, dict[str, str]] = {"/orders": {"status": "paid", "user_id": "{id}"}, "/users": {}}
 ROWS = 3000
 
 
@@ -74,8 +74,16 @@ BAD = {
 
 def test_every_list_and_filter_is_tested(app: Flask) -> None:
     assert set(list_paths(app)) == FILTERS.keys(), "add it to FILTERS"
-    for schema, path in ((OrderListSchema, "/orders"), (UserListSchema, "/users")):
+    for schema, path in ((OrderListSchema, "/orders"), (ListSchema, "/users")):
         assert set(schema().fields) - {"page", "page_size", "after", "sort"} == set(FILTERS[path])
+
+
+def assert_served_by_an_index(app: Flask, explained: list[tuple[str, str]], request: object) -> None:
+    assert len(explained) >= 3
+    for statement, plan in explained:
+        signs = BAD[app.extensions["database"].dialect.name]
+        bad = [sign for sign in signs if sign in plan and ("WHERE" in statement or "SCAN" not in sign)]
+        assert not bad, f"{request}\n{statement}\n{plan}"
 
 
 @pytest.mark.parametrize("path", FILTERS)
@@ -96,11 +104,15 @@ def test_every_list_is_served_by_an_index(app: Flask, admin: Caller, simulator: 
             query = "&".join([*wanted, f"sort={sort}", place]).format(id=caller.id)
             with plans(app) as explained:
                 data_of(caller.get(f"{path}?{query}"))
-            assert len(explained) >= 3
-            for statement, plan in explained:
-                signs = BAD[app.extensions["database"].dialect.name]
-                bad = [sign for sign in signs if sign in plan and ("WHERE" in statement or "SCAN" not in sign)]
-                assert not bad, f"{query}\n{statement}\n{plan}"
+            assert_served_by_an_index(app, explained, query)
+
+
+def test_a_search_by_phone_is_served_by_an_index(app: Flask, admin: Caller) -> None:
+    for sort, place in product(["created_at", "-created_at"], [{"page": 1}, {"page": 7}, {"after": 50}]):
+        body = {"phone": "13812345678", "sort": sort, **place}
+        with plans(app) as explained:
+            data_of(admin.post("/users/search", body))
+        assert_served_by_an_index(app, explained, body)
 
 
 def test_orders_of_all_users_are_counted_up_to_the_limit(admin: Caller, monkeypatch: pytest.MonkeyPatch) -> None:

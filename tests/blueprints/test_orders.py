@@ -1,3 +1,4 @@
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -8,9 +9,10 @@ from sqlalchemy import event, select, update
 from sqlalchemy.orm.exc import StaleDataError
 
 from blueprints.orders import STATUS_TRANSITIONS
+from errors import Code
 from storage import database
 from storage.models import Order, OrderItem
-from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields
+from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields, list_paths
 from tests.harness import Simulator
 
 ORDERS = "/orders"
@@ -193,11 +195,46 @@ def test_orders_are_filtered_by_status_and_for_administrators_by_user(alice: Cal
     assert code_of(alice.get(f"{ORDERS}?user_id={admin.id}")) == (404, 404)
 
 
+def test_the_reasons_of_conflicts_are_in_the_language_of_the_request(alice: Caller, admin: Caller) -> None:
+    full, empty, paid = alice.order(items=[ITEM] * 100), alice.order(items=[ITEM]), alice.order()
+    data_of(alice.delete(f"{path_of(empty)}/items/{empty['items'][0]['id']}"))
+    data_of(admin.put(path_of(paid), {"status": "paid"}))
+    item = f"{path_of(paid)}/items/{paid['items'][0]['id']}"
+    writes: list[tuple[str, str, Any, str]] = [
+        ("POST", f"{path_of(full)}/items", ITEM, "items"),
+        ("PUT", path_of(empty), {"status": "paid"}, "items"),
+        ("PUT", path_of(paid), {"status": "pending"}, "status"),
+        ("DELETE", path_of(paid), None, "status"),
+        ("POST", f"{path_of(paid)}/items", ITEM, "status"),
+        ("PUT", item, {"quantity": 1}, "status"),
+        ("DELETE", item, None, "status"),
+        ("POST", "/users", {"openid": alice.openid}, "openid"),
+    ]
+    for method, path, body, field in writes:
+        chinese, english = (
+            admin.call(method, path, body, If_Match="*", Accept_Language=language) for language in ("zh-CN", "en-US")
+        )
+        assert code_of(chinese) == code_of(english) == (409, 409), (method, path)
+        for answer, is_chinese in ((chinese, True), (english, False)):
+            message = answer.get_json()["message"]
+            assert (re.search("[一-鿿]", message) is not None) == is_chinese, message
+            assert message not in Code.CONFLICT.message
+            assert answer.get_json()["data"] == {"errors": {field: [message]}}
+
+
 def test_invalid_queries_name_the_parameter(alice: Caller) -> None:
     queries = ["page=0", "page=x", "page=1000001", "page=5001", "page_size=0", "page_size=101", "sort=total"]
     queries += ["status=lost", "after=0", f"after={2**63}", "user_id=x", f"user_id={2**63}", "stauts=paid"]
     for query in queries:
         assert invalid_fields(alice.get(f"{ORDERS}?{query}")) == {query.partition("=")[0]}, query
+
+
+def test_a_list_takes_page_or_after_but_not_both(admin: Caller, app: Flask) -> None:
+    lists = [admin.get(f"{path}?after=9&page={page}") for path in list_paths(app) for page in (1, 2)]
+    lists += [admin.post("/users/search", {"phone": "13711112222", "after": 9, "page": 1})]
+    assert [invalid_fields(answer) for answer in lists] == [{"page", "after"}] * len(lists)
+    for body in ({"page": 2, "after": None}, {"page_size": 1, "after": 9}):
+        data_of(admin.post("/users/search", {"phone": "13711112222", **body}))
 
 
 def test_each_change_of_an_order_or_its_items_gives_it_another_etag(alice: Caller) -> None:
