@@ -130,7 +130,7 @@ class Settings(Schema):
         ),
     )
     ADMIN_OPENIDS = _optional(
-        "Comma-separated openids of the mini-program whose users become administrators at login.",
+        "Comma-separated mini-program openids: their users are administrators from login on, while they are named.",
         "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
         "Must be openids, separated by commas.",
     )

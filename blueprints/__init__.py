@@ -20,6 +20,7 @@ from blueprints import (
     orders,
     personal_data,
     policies,
+    user_commands,
     users,
     web_login,
     wechat_profile,
@@ -56,6 +57,8 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(order_items.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
+
+    app.cli.add_command(user_commands.users)
 
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])

@@ -5,13 +5,15 @@ import re
 from typing import cast
 
 from flask import current_app, g, request, session
+from sqlalchemy import select
 
 import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from storage import blocks, database
 from storage.identities import get_or_create_user
-from storage.models import User
+from storage.models import Identity, User
+from storage.roles import set_role
 from storage.sessions import SAFE_METHODS, LazySession
 from telemetry.logs import bind
 from wechat.client import is_identifier
@@ -48,16 +50,27 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
     :raises ApiError: what `get_or_create_user` does.
     """
     user = get_or_create_user(wechat.api.app_id, openid, unionid)
-    if user.role == "admin" or openid not in re.split(" *, *", current_app.config["ADMIN_OPENIDS"]):
+    if user.role == "admin" or openid not in _admin_openids():
         return user
+    g.user_id = user.id
+    return database.in_transaction(_apply_setting)
 
-    def promote() -> User:
-        g.user_id = user.id
-        promoted = current_user(lock=True)
-        promoted.role = "admin"
-        return promoted
 
-    return database.in_transaction(promote)
+def _admin_openids() -> set[str]:
+    return set(re.split(" *, *", current_app.config["ADMIN_OPENIDS"]))
+
+
+def _is_named_in_setting() -> bool:
+    mine = Identity.user_id == g.user_id, Identity.app_id == wechat.api.app_id
+    return not _admin_openids().isdisjoint(database.session.scalars(select(Identity.openid).where(*mine)))
+
+
+def _apply_setting() -> User:
+    """Make the current user an administrator or none, as ADMIN_OPENIDS says; one made otherwise stays one."""
+    user, is_named = current_user(), _is_named_in_setting()
+    if user.role != "admin" or user.admin_by_setting:
+        set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
+    return user
 
 
 def _require_session() -> None:
@@ -75,9 +88,16 @@ def _require_session() -> None:
         raise ApiError(Code.UNAUTHORIZED)
 
 
-def _require_user() -> None:
+def _load_caller() -> User:
     _require_session()
-    blocks.require_not_blocked(current_user())
+    user = blocks.require_not_blocked(current_user())
+    if user.admin_by_setting and not _is_named_in_setting():
+        return database.in_transaction(_apply_setting)
+    return user
+
+
+def _require_user() -> None:
+    _load_caller()
     if request.method not in ("GET", "HEAD"):
         database.session.rollback()  # no transaction waits for a body that a client sends slowly
 
@@ -93,8 +113,7 @@ def _cloud_run_user() -> User:
 
 
 def _require_admin() -> None:
-    _require_session()
-    if blocks.require_not_blocked(current_user()).role != "admin":
+    if _load_caller().role != "admin":
         raise ApiError(Code.FORBIDDEN)
     database.session.rollback()
 

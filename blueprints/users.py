@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import click
 from flask import current_app, g, session, url_for
 from marshmallow import Schema, fields, validate
 
@@ -20,6 +19,7 @@ from storage import sessions as stored_sessions
 from storage.identities import find_openid
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
+from storage.roles import set_role
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,9 @@ def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     blocks.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
         raise conflict("openid", Message("已有该 openid 的用户", "A user with this openid already exists"))
+    role = body.pop("role", "user")
     user = User(app_id=app_id, **body)
+    set_role(user, role, by="administrator")
     database.session.add(user)
     database.session.flush()
     database.session.add(Identity(app_id=app_id, openid=openid, user_id=user.id))
@@ -162,7 +164,10 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
         user = load_user(user_id)
         require_match(user)
         for name, value in body.items():
-            setattr(user, name, value)
+            if name == "role":
+                set_role(user, value, by="administrator")
+            else:
+                setattr(user, name, value)
         if "blocked" in body:
             database.after_commit(partial(audit, "user blocked" if user.blocked else "user unblocked", user.id))
         return user
@@ -203,26 +208,6 @@ def delete_user(user_id: str) -> None:
     if number == g.user_id:
         session.clear()
     stored_sessions.revoke_sessions(number)
-
-
-@blueprint.cli.command("block")
-@click.argument("user_id", type=int)
-def block(user_id: int) -> None:
-    """Reject a user's requests and logins from now on, also after the account has been deleted."""
-    _set_blocked(user_id, True)
-
-
-@blueprint.cli.command("unblock")
-@click.argument("user_id", type=int)
-def unblock(user_id: int) -> None:
-    """Lift the block of a user, also of one who has been deleted since."""
-    _set_blocked(user_id, False)
-
-
-def _set_blocked(user_id: int, blocked: bool) -> None:
-    if not database.in_transaction(partial(blocks.set_blocked, user_id, blocked)):
-        raise click.ClickException(f"There is no user {user_id}.")
-    audit("user blocked" if blocked else "user unblocked", user_id)
 
 
 def load_user(user_id: str) -> User:

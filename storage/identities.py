@@ -11,6 +11,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from errors import ApiError, Code
 from storage import blocks, database, ownership, sessions
 from storage.models import PROFILE_FIELDS, Identity, User, now
+from storage.roles import set_role
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
         for name in PROFILE_FIELDS:
             if getattr(user, name) is None:
                 setattr(user, name, getattr(other, name))
-        if other.role == "admin":
-            user.role = other.role
+        if other.role == "admin" and (user.role != "admin" or user.admin_by_setting):
+            set_role(user, "admin", by="merge", by_setting=other.admin_by_setting)
         user.blocked = user.blocked or other.blocked
         ownership.move_all(other, user)
         database.session.delete(other)

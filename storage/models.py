@@ -98,6 +98,8 @@ class User(Versioned, Base):
     bank_card_encrypted: Mapped[str | None] = mapped_column(String(255))
     bank_card_index: Mapped[str | None] = mapped_column(String(80), index=True)
     role: Mapped[str] = mapped_column(String(16), default="user")
+    admin_by_setting: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether an administrator is one only for as long as ADMIN_OPENIDS says so."""
     blocked: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)

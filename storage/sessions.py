@@ -20,6 +20,8 @@ from storage.redis_client import redis
 from telemetry.metrics import SESSIONS
 
 TOKEN_BYTES = 32
+LOGINS_KEPT = 1000
+_LOGINS = "logins"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
 
@@ -160,6 +162,8 @@ class SessionInterface(RedisSessionInterface):
                 pipeline.zadd(index, {store_id: ends_at})
                 pipeline.zremrangebyscore(index, "-inf", now)
                 pipeline.expire(index, self.absolute_lifetime)
+                pipeline.zadd(_LOGINS, {session["user_id"]: now})
+                pipeline.zremrangebyrank(_LOGINS, 0, -1 - LOGINS_KEPT)
             pipeline.execute()
         session.new = False
 
@@ -250,6 +254,12 @@ def is_revoked() -> bool:
     return not redis.exists(interface._get_store_id(current.sid))
 
 
+def last_logins() -> dict[int, float]:
+    """Return when the last LOGINS_KEPT users logged in, in seconds since the epoch by user id, the last one first."""
+    logins = cast(list[tuple[bytes, float]], redis.zrevrange(_LOGINS, 0, -1, withscores=True))
+    return {int(user_id): moment for user_id, moment in logins}
+
+
 def revoke_sessions(user_id: int) -> None:
     """End all sessions of a user, and forget the session_keys. Works outside of a request.
 
@@ -259,6 +269,7 @@ def revoke_sessions(user_id: int) -> None:
     store_ids = redis.zrange(index, 0, -1)
     with redis.pipeline() as pipeline:
         pipeline.delete(wechat_session_keys.redis_key(user_id), *store_ids)
+        pipeline.zrem(_LOGINS, user_id)
         if store_ids:
             # Only the sessions that were read: a concurrent login keeps its session and its entry.
             pipeline.zrem(index, *store_ids)

@@ -9,7 +9,7 @@ SERVICE = "kuaishang"
 _BY_TYPE = {
     "date": "timestamp",  # RFC 3339, UTC
     "keyword": "level service traceId spanId parentSpanId method route interface type event function columns "
-    "exceptionType undeclared instance version logger",  # route: the template
+    "exceptionType undeclared instance version logger by",  # route: the template
     "text": "message reason exceptionMessage stack",
     "long": "status code errcode expiresIn pending handlers pid userId aboutUserId mergedUserId",
     "float": "durationMs",

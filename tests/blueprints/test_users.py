@@ -105,14 +105,6 @@ def test_a_user_created_by_an_administrator_is_the_one_who_logs_in(
     assert invalid_fields(admin.post("/users", {})) == {"openid"}
 
 
-def test_admin_openids_of_the_settings_become_administrators_at_login(
-    make_app: Callable[..., Flask], simulator: Simulator
-) -> None:
-    app = make_app(ADMIN_OPENIDS="o-boss, o-deputy")
-    roles = [Caller(app, simulator, openid=openid).me()["role"] for openid in ("o-deputy", "o-bos")]
-    assert roles == ["admin", "user"]
-
-
 def test_an_etag_belongs_to_one_user_in_one_language(alice: Caller, app: Flask, simulator: Simulator) -> None:
     bob = Caller(app, simulator)
     for path in ("/users/me", "/users/me/personal-data", "/users/me/personal-data/full"):

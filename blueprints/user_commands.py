@@ -1,0 +1,87 @@
+"""`flask users`: what an operator does about users."""
+
+import json
+from datetime import UTC, datetime
+from functools import partial
+
+import click
+from flask.cli import AppGroup
+from sqlalchemy import select
+
+import wechat
+from blueprints.parsing import MAXIMUM_ID
+from blueprints.users import UserSchema, audit
+from storage import blocks, database
+from storage import sessions as stored_sessions
+from storage.models import Identity, User
+from storage.roles import set_role
+
+users = AppGroup("users", help="List users, block them, and make them administrators.")
+USER_ID = click.argument("user_id", type=int)
+
+
+@users.command("list")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--after", type=int, default=MAXIMUM_ID, help="The last id of the previous page.")
+@click.option("--recent", is_flag=True, help="Only users whose last login is known, the last one first.")
+def list_users(limit: int, after: int, recent: bool) -> None:
+    """Print users as JSON, one per line, the newest first.
+
+    The openid is that of the mini-program. The last login is known of the 1000 users who logged in last.
+    """
+    logins = stored_sessions.last_logins()
+    query = select(User).where(User.id < after).order_by(User.id.desc()).limit(limit)
+    if recent:
+        query = query.where(User.id.in_([*logins][:limit]))
+    found = database.session.scalars(query).all()
+    ours = Identity.app_id == wechat.api.app_id, Identity.user_id.in_(user.id for user in found)
+    pairs = database.session.execute(select(Identity.user_id, Identity.openid).where(*ours))
+    openids = {user_id: openid for user_id, openid in pairs}  # noqa: C416  mypy knows no dict of rows
+    for user in sorted(found, key=lambda user: logins[user.id] if recent else user.id, reverse=True):
+        more = {"blocked": user.blocked, "admin_by_setting": user.admin_by_setting, "openid": openids.get(user.id)}
+        last_login = datetime.fromtimestamp(logins[user.id], UTC).isoformat() if user.id in logins else None
+        click.echo(json.dumps({**UserSchema().dump(user), **more, "last_login": last_login}, ensure_ascii=False))
+
+
+@users.command("grant-admin")
+@USER_ID
+def grant_admin(user_id: int) -> None:
+    """Make a user an administrator, whatever ADMIN_OPENIDS says."""
+    _set_role(user_id, "admin")
+
+
+@users.command("revoke-admin")
+@USER_ID
+def revoke_admin(user_id: int) -> None:
+    """Make an administrator a user; one whom ADMIN_OPENIDS names becomes one again at the next login."""
+    _set_role(user_id, "user")
+
+
+@users.command("block")
+@USER_ID
+def block(user_id: int) -> None:
+    """Reject a user's requests and logins from now on, also after the account has been deleted."""
+    _set_blocked(user_id, True)
+
+
+@users.command("unblock")
+@USER_ID
+def unblock(user_id: int) -> None:
+    """Lift the block of a user, also of one who has been deleted since."""
+    _set_blocked(user_id, False)
+
+
+def _set_role(user_id: int, role: str) -> None:
+    def change() -> None:
+        user = database.session.get(User, user_id, with_for_update=True)
+        if user is None:
+            raise click.ClickException(f"There is no user {user_id}.")
+        set_role(user, role, by="command")
+
+    database.in_transaction(change)
+
+
+def _set_blocked(user_id: int, blocked: bool) -> None:
+    if not database.in_transaction(partial(blocks.set_blocked, user_id, blocked)):
+        raise click.ClickException(f"There is no user {user_id}.")
+    audit("user blocked" if blocked else "user unblocked", user_id)
