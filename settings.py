@@ -6,13 +6,21 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import redis.connection
+import redis
 import sqlalchemy
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
 ORIGIN_PATTERN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
-DATABASE_PATTERN = r"sqlite:///(?!:memory:).|(mysql|mariadb)(\+pymysql)?://."
+# Of the options that the drivers know, the URLs take those that are known to work.
+_MYSQL_OPTION = r"(charset=\w+|(unix_socket|ssl_(ca|capath|cert|key|cipher))=[^&]+|ssl_check_hostname=(true|false))"
+_MYSQL_PATTERN = rf"(mysql|mariadb)(\+pymysql)?://([^@]*@)?[^/?@]*/[^/?]+(\?{_MYSQL_OPTION}(&{_MYSQL_OPTION})*)?"
+DATABASE_PATTERN = rf"sqlite:///(?!:memory:)[^?]+|{_MYSQL_PATTERN}"
+_REDIS_OPTION = (
+    r"(db=\d+|socket_(connect_)?timeout=(?=[\d.]*[1-9])\d*\.?\d+"
+    r"|ssl_(ca_certs|certfile|keyfile|cert_reqs)=[^&#]+|ssl_check_hostname=(true|false))"
+)
+REDIS_PATTERN = rf"(rediss?://[^/?#]+(/\d*)?|unix://[^?#]*/[^?#]+)(\?{_REDIS_OPTION}(&{_REDIS_OPTION})*)?"
 YEAR_SECONDS = 366 * 86400
 
 
@@ -33,6 +41,8 @@ class EncryptionKeys(fields.Field[list[bytes]]):
             raise ValidationError("Must be base64.") from None
         if any(len(key) != 32 for key in keys):
             raise ValidationError("Each key must be the base64 of exactly 32 bytes.")
+        if len({*keys}) < len(keys):
+            raise ValidationError("Each key must be listed once.")
         return keys
 
 
@@ -45,8 +55,8 @@ def _url(pattern: str, parse: Callable[[str], object], error: str) -> Callable[[
 
     def validator(value: str) -> None:
         try:
-            parsed = re.match(pattern, value) and parse(value)
-        except (ValueError, TypeError, sqlalchemy.exc.ArgumentError):
+            parsed = re.fullmatch(pattern, value) and parse(value)
+        except (ValueError, TypeError, redis.RedisError, sqlalchemy.exc.ArgumentError):
             parsed = None
         if not parsed:
             raise ValidationError(error)
@@ -59,7 +69,9 @@ def _required(text: str, check: Callable[[str], Any] | None = None) -> fields.St
 
 
 def _site(default: str, text: str) -> fields.Url:
-    return fields.Url(schemes={"http", "https"}, require_tld=False, load_default=default, metadata=_help(text))
+    plain = validate.Regexp(r"[^?#]*\Z", error="Must have no query and no fragment.")
+    schemes = {"http", "https"}
+    return fields.Url(schemes=schemes, require_tld=False, load_default=default, validate=plain, metadata=_help(text))
 
 
 def _optional(text: str, pattern: str = ".*", error: str = "") -> fields.String:
@@ -115,14 +127,27 @@ class Settings(Schema):
         "Must be origins as browsers send them: scheme and host in lower case, and a port only if it is unusual.",
     )
     REDIS_URL = _required(
-        "The Redis that all instances share, such as redis://:password@host:6379/0.",
-        _url(r"(redis|rediss|unix)://.", redis.connection.parse_url, "Must be a redis:// or unix:// URL."),
+        "The one Redis, 6.2 or later, that all instances share, such as redis://:password@host:6379/0; not a Cluster or"
+        " Sentinel. Options: db, socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile,"
+        " ssl_cert_reqs, ssl_check_hostname.",
+        _url(
+            REDIS_PATTERN,
+            lambda url: redis.ConnectionPool.from_url(url).make_connection(),
+            "Must be a redis://, rediss:// or unix:// URL with these options only.",
+        ),
     )
     DATABASE_URL = _required(
-        "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db.",
-        _url(DATABASE_PATTERN, sqlalchemy.make_url, "Must be a sqlite:///path or mysql:// URL."),
+        "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db. Options of"
+        " MySQL: unix_socket, ssl_ca, ssl_capath, ssl_cert, ssl_key, ssl_cipher, ssl_check_hostname; charset is always"
+        " utf8mb4.",
+        _url(
+            DATABASE_PATTERN, sqlalchemy.make_url, "Must be a sqlite:///path or mysql:// URL with these options only."
+        ),
     )
-    SECRET_KEY = _required("Signing key, 32 characters or more: openssl rand -base64 32", validate.Length(min=32))
+    SECRET_KEY = _required(
+        "Signing key, 32 random characters or more: openssl rand -base64 32",
+        validate.Regexp(r"(?!(.+)\1+\Z).{32,}", error="Must be 32 or more random characters."),  # no repetition
+    )
     ENCRYPTION_KEYS = EncryptionKeys(
         required=True,
         metadata=_help(
@@ -171,6 +196,8 @@ class Settings(Schema):
         for name, other in needs.items():
             if settings.get(name) and not settings.get(other):
                 raise ValidationError(f"Required because {name} is set.", other)
+        if settings.get("SESSION_LIFETIME", 0) > settings.get("SESSION_ABSOLUTE_LIFETIME", 0):
+            raise ValidationError("Must not exceed SESSION_ABSOLUTE_LIFETIME.", "SESSION_LIFETIME")
 
 
 def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[str, Any]:
@@ -181,7 +208,7 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
     :raises SettingsError: with one message that lists every missing or malformed setting with its help.
     """
     try:
-        given = {name: value for name, value in environ.items() if value.strip()}
+        given = {name: value.strip() for name, value in environ.items() if value.strip()}
         return Settings(only=only).load(given)  # type: ignore[no-any-return]
     except ValidationError as error:
         raise SettingsError(_explain(error.normalized_messages())) from None

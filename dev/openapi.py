@@ -16,7 +16,7 @@ def main() -> None:
             "WECHAT_APP_SECRET": "none",
             "REDIS_URL": "redis://127.0.0.1",
             "DATABASE_URL": "sqlite:///none.db",
-            "SECRET_KEY": "0" * 32,
+            "SECRET_KEY": "for the document alone, no secret",
             "ENCRYPTION_KEYS": base64.b64encode(bytes(32)).decode(),
         }
     )

@@ -46,7 +46,14 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
     if address.get_backend_name() != "sqlite":
         # PyMySQL is the only driver installed, and MariaDB speaks MySQL's protocol.
         address = address.set(drivername="mysql+pymysql")
-        options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
+        options["connect_args"] = {
+            "connect_timeout": 1,
+            "read_timeout": seconds,
+            "write_timeout": seconds,
+            # Whatever URL and server say: no character is lost, no value is cut off, every table has transactions.
+            "charset": "utf8mb4",
+            "init_command": "SET SESSION sql_mode = 'TRADITIONAL', default_storage_engine = 'InnoDB'",
+        }
         # A read under a lock must see the current row, not a snapshot from the first read of the transaction.
         options["isolation_level"] = "READ COMMITTED"
         options["pool_pre_ping"] = True  # so that a server restart causes no error, for a round trip

@@ -9,7 +9,7 @@ COMPLETE = {
     "WECHAT_APP_SECRET": "secret",
     "REDIS_URL": "redis://localhost",
     "DATABASE_URL": "sqlite:///x.db",
-    "SECRET_KEY": "k" * 32,
+    "SECRET_KEY": "0123456789abcdefghijklmnopqrstuv",
     "ENCRYPTION_KEYS": base64.b64encode(bytes(32)).decode(),
 }
 
@@ -39,17 +39,66 @@ def test_an_empty_variable_is_missing() -> None:
         load({**COMPLETE, "WECHAT_APP_ID": " "})
 
 
+UNKNOWN_REDIS_OPTIONS = [
+    "decode_responses=true",
+    "%64ecode_responses=true",
+    "DECODE_RESPONSES=true",
+    "protocol=2",
+    "encoding=latin-1",
+    "retry_on_timeout=true",
+    "max_connections=1",
+    "unknown=1",
+    "db=0&unknown=1",
+    "socket_timeout=0",
+    "socket_timeout=soon",
+    "socket_timeout=-1",
+    "ssl_ca_certs=/ca.pem",  # without TLS
+    "db",
+]
+UNKNOWN_MYSQL_OPTIONS = [
+    "autocommit=true",
+    "sql_mode=",
+    "init_command=SET%20x=1",
+    "read_timeout=0",
+    "use_unicode=0",
+    "collation=utf8_general_ci",
+    "local_infile=1",
+    "ssl=true",
+    "ssl_check_hostname=perhaps",
+    "charset=utf8&unknown=1",
+    "compress",
+]
 MALFORMED = {
     "PORT": ["eighty", "70000"],
-    "SESSION_LIFETIME": ["-7", "99999999999999"],
-    "REDIS_URL": ["localhost:6379", "redis://:s3cret/w0rd@host:6379/0", "redis://[::1/0"],
+    "SESSION_LIFETIME": ["-7", "99999999999999", "86401"],
+    "REDIS_URL": [
+        "localhost:6379",
+        "redis://:s3cret/w0rd@host:6379/0",
+        "redis://:12#s3cret@host/0",
+        "redis://:12?s3cret@host/0",
+        "redis://[::1/0",
+        "redis:///0",
+        "redis://host/zero",
+        "redis://host/0/1",
+        "redis://host?db=zero",
+        "redis+sentinel://host:26379/mymaster/0",
+        "redis://one:6379,two:6379/0",
+        *(f"redis://host/0?{option}" for option in UNKNOWN_REDIS_OPTIONS),
+        "rediss://host?ssl_cert_reqs=perhaps",
+        "unix://nowhere",
+        "unix:///redis.sock?decode_responses=true",
+    ],
     "DATABASE_URL": [
         "postgresql://localhost/x",
         "mysql://user:s3cret@host:notaport/x",
         "sqlite://",
         "sqlite:///:memory:",
+        "sqlite:///x.db?mode=ro",
+        "mysql://user:s3cret@host",
+        "mysql://user:s3cret@host/",
+        *(f"mysql://user:s3cret@host/x?{option}" for option in UNKNOWN_MYSQL_OPTIONS),
     ],
-    "WECHAT_API_BASE_URL": ["api.weixin.qq.com"],
+    "WECHAT_API_BASE_URL": ["api.weixin.qq.com", "https://api.weixin.qq.com?", "https://api.weixin.qq.com/#x"],
     "WECHAT_OPEN_BASE_URL": ["javascript:x"],
     "PUBLIC_URL": ["shop.example.com"],
     "CORS_ORIGINS": [
@@ -67,13 +116,13 @@ MALFORMED = {
         "https://a.example.com https://b.example.com",
         "https://a.example.com;https://b.example.com",
         "ftp://h5.example.com",
-        "https://h5.example.com\n",
+        "https://h5.example.com\nx",
     ],
     "SECRET_KEY": ["too-short"],
     "ENCRYPTION_KEYS": ["%%%-not-base64", "密钥", base64.b64encode(bytes(16)).decode()],
     "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],
-    "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "token\n"],
+    "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "tok\nen"],
     "WECHAT_PUSH_AES_KEY": ["x" * 42],
     "WECHAT_CONTENT_CHECK": ["perhaps"],
     "TRUST_WXCLOUD_HEADERS": ["perhaps"],
@@ -114,3 +163,32 @@ def test_encryption_keys_keep_their_order() -> None:
     keys = [bytes([number]) * 32 for number in range(3)]
     listed = ", ".join(base64.b64encode(key).decode() for key in keys)
     assert load({**COMPLETE, "ENCRYPTION_KEYS": listed})["ENCRYPTION_KEYS"] == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_URL", "redis://host"),
+        ("REDIS_URL", "redis://user:pass%23word@[::1]:6379/15"),
+        ("REDIS_URL", "redis://host/0?socket_timeout=10&socket_connect_timeout=.5"),
+        ("REDIS_URL", "rediss://:password@host:6380?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&ssl_cert_reqs=none"),
+        ("REDIS_URL", "unix:///run/redis.sock?db=1&socket_timeout=10"),
+        ("DATABASE_URL", "mysql://user:p#a/s?s%40@host:3306/kuaishang?charset=utf8"),
+        ("DATABASE_URL", "mariadb+pymysql:///kuaishang?unix_socket=/run/mysql.sock"),
+        ("DATABASE_URL", "mysql://user@host/kuaishang?ssl_ca=/ca.pem&ssl_check_hostname=true"),
+        ("DATABASE_URL", "sqlite:////data/my#shop.db"),
+        ("PUBLIC_URL", "https://shop.example.com/path/"),
+    ],
+)
+def test_urls_that_work_are_taken_as_they_are(name: str, value: str) -> None:
+    assert load({**COMPLETE, name: value})[name] == value
+
+
+def test_white_space_around_a_value_is_removed() -> None:
+    """As of a secret that was read from a file."""
+    assert load({**COMPLETE, "WECHAT_APP_SECRET": " secret\r\n"})["WECHAT_APP_SECRET"] == "secret"
+
+
+def test_a_session_may_last_as_long_as_its_absolute_lifetime() -> None:
+    loaded = load({**COMPLETE, "SESSION_LIFETIME": "90000", "SESSION_ABSOLUTE_LIFETIME": "90000"})
+    assert loaded["SESSION_LIFETIME"] == 90000

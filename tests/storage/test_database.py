@@ -15,6 +15,7 @@ from alembic.migration import MigrationContext
 from flask import Flask, g, request
 from sqlalchemy import Connection, Engine, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.orm import Session
 
 from storage import database
 from storage.models import Base, User, now
@@ -144,11 +145,27 @@ def test_alembic_names_a_missing_or_invalid_database_url_without_a_traceback(url
         pytest.param("PRAGMA busy_timeout", 3000, marks=pytest.mark.only_on("sqlite")),
         pytest.param("PRAGMA foreign_keys", 1, marks=pytest.mark.only_on("sqlite")),
         pytest.param("SELECT @@tx_isolation", "READ-COMMITTED", marks=pytest.mark.only_on("mariadb")),
+        pytest.param("SELECT @@sql_mode LIKE '%STRICT_ALL_TABLES%'", 1, marks=pytest.mark.only_on("mariadb")),
+        pytest.param("SELECT @@default_storage_engine", "InnoDB", marks=pytest.mark.only_on("mariadb")),
     ],
 )
 def test_settings_of_a_connection(app: Flask, setting: str, value: object) -> None:
     with app.app_context():
         assert database.session.scalar(text(setting)) == value
+
+
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize("charset", ["utf8", "latin1", "utf8mb4"])
+def test_every_character_is_kept_whatever_charset_the_url_names(databases: Databases, charset: str) -> None:
+    url = f"{databases.create()}&charset={charset}"
+    migrate(url)
+    engine = database.engine_for(url)
+    with Session(engine) as session:
+        session.add(User(app_id="wx1", openid="o-emoji", nickname="快上👩‍💻𠮷"))
+        session.commit()
+        assert session.scalar(text("SELECT length(nickname) FROM users")) == 21
+        assert session.scalar(select(User.nickname)) == "快上👩‍💻𠮷"
+    engine.dispose()
 
 
 @pytest.mark.parametrize("scheme", ["mysql", "mariadb", "mysql+pymysql"])
