@@ -17,6 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.associationproxy import AssociationProxy, association_proxy
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
@@ -181,21 +182,13 @@ class OrderItem(Base):
     unit_price: Mapped[int] = mapped_column(BigInteger)
     order: Mapped[Order] = relationship(back_populates="items")
 
+    user_id: AssociationProxy[int | None] = association_proxy("order", "user_id")
+    version: AssociationProxy[int] = association_proxy("order", "version")
+    etag: AssociationProxy[str] = association_proxy("order", "etag")
+
     @property
     def subtotal(self) -> int:
         return self.quantity * self.unit_price
-
-    @property
-    def user_id(self) -> int | None:
-        return self.order.user_id
-
-    @property
-    def version(self) -> int:
-        return self.order.version
-
-    @property
-    def etag(self) -> str:
-        return self.order.etag
 
 
 class IdempotencyKey(Base):
