@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 # nothing.)
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile
 
-export PORT SIMULATOR_PORT LOG_FORMAT
+export HOST PORT SIMULATOR_PORT LOG_FORMAT
 # Taken literally, so that neither make nor the shell interprets pasted text.
 override ID := $(value ID)
 override LOGS := $(value LOGS)
@@ -18,7 +18,7 @@ export ID LOGS
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port)
+run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port, HOST=0.0.0.0 for phones)
 	@exec $(VENV)/bin/python -m dev.run
 
 trace: $(INSTALLED) ## print all lines of a trace, the failing span first (ID=… from X-Trace-Id; LOGS="files or folders", or - for stdin)

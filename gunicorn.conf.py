@@ -26,8 +26,9 @@ declared = runpy.run_path(str(Path(__file__).with_name("settings.py")))
 settings = declared["load"](os.environ)
 instance = declared["instance"](settings["PORT"])
 
-# All interfaces: the container or the machine's firewall decides who gets this far.
-bind = f"0.0.0.0:{settings['PORT']}"
+# All interfaces by default: the container or the machine's firewall decides who gets this far.
+host = str(settings["HOST"])
+bind = f"[{host}]:{settings['PORT']}" if ":" in host else f"{host}:{settings['PORT']}"
 
 # At least two processes, so that one that dies or reloads leaves another that serves.
 workers = settings["WEB_CONCURRENCY"]

@@ -163,6 +163,7 @@ class Settings(Schema):
     SESSION_ABSOLUTE_LIFETIME = _integer(
         86400, 60, YEAR_SECONDS, "Seconds after which a session ends even if it is used, 60 or more."
     )
+    HOST = fields.IP(load_default="0.0.0.0", metadata=_help("The IP address to listen on; :: for IPv6 too."))  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
     WEB_THREADS = _integer(16, 1, 256, "Threads per worker, 1 to 256: the requests that one process serves at once.")

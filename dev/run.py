@@ -1,7 +1,8 @@
 """The launcher behind `make run`: the service with code reload, and stand-ins for whatever is not configured.
 
-Reads the service's settings (settings.py), SIMULATOR_PORT and LOG_FORMAT. Keeps its data under `--var`, including the
-service's log lines in `log/<port>.jsonl`. Prints the log lines on stdout and its own messages on stderr.
+Reads the service's settings (settings.py), of which HOST is 127.0.0.1 by default, and SIMULATOR_PORT and LOG_FORMAT.
+Keeps its data under `--var`, including the service's log lines in `log/<port>.jsonl`. Prints the log lines on stdout
+and its own messages on stderr.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from dev import log_reader
 from dev.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = "127.0.0.1"
+LOCALHOST = "127.0.0.1"
+LOCALHOST_OF_ALL = {"0.0.0.0": LOCALHOST, "::": "::1"}
+"""Where this machine itself reaches a service that listens on all interfaces."""
 SIMULATED_ACCOUNT = {
     "WECHAT_APP_ID": "wx0123456789abcdef",
     "WECHAT_APP_SECRET": "simulated",
@@ -126,7 +129,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, _: signals.append(number))
     for name in ("NO_PROXY", "no_proxy"):  # a proxy to the internet does not lead here
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOCALHOST, os.environ.get("HOST"), "::1"]))
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # no line may end the reading
     with ExitStack() as stack, suppress(Stopped):
         launch(var, {name: value for name, value in os.environ.items() if value.strip()}, stack)
@@ -140,10 +143,12 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     """
     show = log_format(env.get("LOG_FORMAT", "text"))
     var.mkdir(parents=True, exist_ok=True)
-    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000")))  # reserved from now on
+    host = env.setdefault("HOST", LOCALHOST)
+    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000"), host))  # reserved from now on
     port = door.getsockname()[1]
     env["PORT"] = str(port)
-    url = f"http://{HOST}:{port}"
+    local = LOCALHOST_OF_ALL.get(host, host)
+    url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
     simulator_url = None
 
     lock = lock_folder(var, stack) if {"REDIS_URL", "DATABASE_URL"} - env.keys() else None
@@ -164,7 +169,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     log = stack.enter_context(closing(log_file(path)))
     service = Part(
         "the service",
-        ["gunicorn", "wsgi:app", "--bind", f"{HOST}:{port}", "--log-level", "warning", "--graceful-timeout", "1"],
+        ["gunicorn", "wsgi:app", "--log-level", "warning", "--graceful-timeout", "1"],
         env,
         read=partial(relay, log=log, show=show),
     )
@@ -217,22 +222,23 @@ def free_port(name: str, value: str) -> int:
         return int(listener.getsockname()[1])
 
 
-def listen(name: str, value: str) -> socket.socket:
-    """Listen on a port of this machine.
+def listen(name: str, value: str, host: str = LOCALHOST) -> socket.socket:
+    """Listen on a port of an address of this machine.
 
-    :raises SystemExit: if it is not a port, or taken.
+    :raises SystemExit: if it is not a port, or taken, or the address is not this machine's.
     """
-    listener = socket.socket()
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((HOST, int(value)))
+        listener.bind((host, int(value)))
         listener.listen()
     except (ValueError, OverflowError):
         listener.close()
         raise fail(f"{name}={value} is not a port number") from None
     except OSError as error:
         listener.close()
-        raise fail(f"port {value} cannot be used ({error.strerror}); set {name} to another port") from None
+        where = f"port {value}" if host == LOCALHOST else f"port {value} of HOST={host}"
+        raise fail(f"{where} cannot be used ({error.strerror}); set {name} to another port") from None
     return listener
 
 
@@ -270,7 +276,7 @@ def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> 
             raise
         listener = listen("SIMULATOR_PORT", "0")  # the usual port is taken
     with listener:
-        url = f"http://{HOST}:{listener.getsockname()[1]}"
+        url = f"http://{LOCALHOST}:{listener.getsockname()[1]}"
         if "WECHAT_PUSH_TOKEN" not in env:  # a configured token without a key means plain messages
             env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
         env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)

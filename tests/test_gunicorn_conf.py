@@ -31,6 +31,14 @@ def test_the_settings_of_the_environment_are_used(configured: dict[str, Any]) ->
     assert (configured["workers"], configured["threads"]) == (5, 7)
 
 
+@pytest.mark.parametrize(
+    ("host", "bind"),
+    [("", "0.0.0.0:9123"), ("127.0.0.1", "127.0.0.1:9123"), ("::", "[::]:9123"), ("::1", "[::1]:9123")],
+)
+def test_host_is_the_address_to_listen_on(configure: Callable[..., dict[str, Any]], host: str, bind: str) -> None:
+    assert configure(HOST=host, PORT="9123")["bind"] == bind
+
+
 def test_requests_run_in_threads_and_may_finish_what_they_wait_for(configure: Callable[..., dict[str, Any]]) -> None:
     configured = configure(DRAIN_SECONDS="")
     assert configured["settings"]["DRAIN_SECONDS"] > 0

@@ -69,6 +69,7 @@ UNKNOWN_MYSQL_OPTIONS = [
     "compress",
 ]
 MALFORMED = {
+    "HOST": ["localhost", "[::1]", "127.0.0.1:8000", "1.2.3"],
     "PORT": ["eighty", "70000"],
     "SESSION_LIFETIME": ["-7", "99999999999999", "86401"],
     "REDIS_URL": [

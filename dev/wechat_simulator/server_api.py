@@ -8,7 +8,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from dev.wechat_simulator import crypto
-from dev.wechat_simulator.wire import OK, Refused, answer, read_body, require, text
+from dev.wechat_simulator.wire import OK, UNKNOWN_CODE, Refused, answer, read_body, require, text
 from dev.wechat_simulator.world import World, new_session_key
 
 VISIT_SECONDS = 2 * 3600
@@ -58,7 +58,9 @@ def server_api(world: World) -> Blueprint:
         with world.lock:
             memory = world.memory
             code = memory.codes.get(given["js_code"])
-            if code is None or code.expires_at <= world.now():
+            if code is None:
+                raise Refused(40029, UNKNOWN_CODE)
+            if code.expires_at <= world.now():
                 raise Refused(40029)
             if code.used:
                 raise Refused(40163)
@@ -113,7 +115,9 @@ def server_api(world: World) -> Blueprint:
             memory = world.memory
             now = world.now()
             found = memory.phone_codes.get(code)
-            if found is None or found.expires_at <= now:
+            if found is None:
+                raise Refused(40029, UNKNOWN_CODE)
+            if found.expires_at <= now:
                 raise Refused(40029)
             if openid and found.openid not in (None, openid):
                 raise Refused(40003)

@@ -6,7 +6,7 @@ from flask import Blueprint, Response, redirect, render_template_string, request
 from werkzeug.wrappers import Response as BaseResponse
 
 from dev.wechat_simulator.tokens import new_token
-from dev.wechat_simulator.wire import OK, Refused, answer, require
+from dev.wechat_simulator.wire import OK, UNKNOWN_CODE, Refused, answer, require
 from dev.wechat_simulator.world import CODE_SECONDS, Grant, Person, WebCode, WebToken, World, new_code, new_openid
 
 ACCESS_TOKEN_SECONDS = 7200
@@ -99,7 +99,9 @@ def web_login(world: World) -> Blueprint:
             raise Refused(40125)
         with world.lock:
             code = world.memory.web_codes.get(given["code"])
-            if code is None or code.expires_at <= world.now() or code.grant.app_id != given["appid"]:
+            if code is None:
+                raise Refused(40029, UNKNOWN_CODE)
+            if code.expires_at <= world.now() or code.grant.app_id != given["appid"]:
                 raise Refused(40029)
             if code.used:
                 raise Refused(40163)

@@ -45,14 +45,23 @@ ERRMSG = {
     87009: "invalid signature",
 }
 OK = {"errcode": 0, "errmsg": "ok"}
+UNKNOWN_CODE = (
+    "invalid code, as this is the WeChat simulator, which knows only its own codes; "
+    "for codes of DevTools or a phone set WECHAT_APP_ID and WECHAT_APP_SECRET to those of a real account"
+)
+"""Instead of WeChat's errmsg. The service logs it."""
 
 
 class Refused(Exception):
-    """WeChat responds with an errcode."""
+    """WeChat responds with an errcode.
 
-    def __init__(self, errcode: int) -> None:
+    :param errmsg: WeChat's by default.
+    """
+
+    def __init__(self, errcode: int, errmsg: str = "") -> None:
         super().__init__(errcode)
         self.errcode = errcode
+        self.errmsg = errmsg or ERRMSG.get(errcode, "unknown error")
 
 
 def answer(body: dict[str, Any]) -> Response:
@@ -64,9 +73,8 @@ def answer(body: dict[str, Any]) -> Response:
 
 def error_response(refused: Refused) -> Response:
     """An error in WeChat's format: HTTP 200, with a request id for its support in errmsg."""
-    errmsg = ERRMSG.get(refused.errcode, "unknown error")
     rid = f"{int(time.time()):08x}-{secrets.token_hex(4)}-{secrets.token_hex(4)}"
-    return answer({"errcode": refused.errcode, "errmsg": f"{errmsg}, rid: {rid}"})
+    return answer({"errcode": refused.errcode, "errmsg": f"{refused.errmsg}, rid: {rid}"})
 
 
 def require(**errcode_if_missing: int) -> None:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -133,6 +134,38 @@ def everyday(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
         launched.end_by(signal.SIGINT)
     finally:
         launched.kill()
+
+
+def reachable(host: str, url: str) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return probe.connect_ex((host, urlsplit(url).port)) == 0
+
+
+@pytest.mark.parametrize(("host", "others"), [("127.0.0.2", ["127.0.0.1"]), ("::1", ["127.0.0.1"]), ("::", [])])
+def test_host_is_where_the_service_listens_and_nothing_else(launch: Launch, host: str, others: list[str]) -> None:
+    launched = launch(HOST=host, **PROXY).ready()
+    (url,) = re.findall(r"API +(http://\S+)", launched.printed())
+    assert requests.get(f"{url}/livez", timeout=WAIT_SECONDS).ok
+    assert [other for other in others if reachable(other, url)] == []
+    if host == "::":
+        assert reachable("127.0.0.2", url)
+    for elsewhere in {host, "127.0.0.2", "::1"} - {"::"}:
+        assert not reachable(elsewhere, launched.simulator_url()), elsewhere
+    assert reachable("127.0.0.1", launched.simulator_url())
+
+
+def test_by_default_nothing_listens_on_another_address(everyday: Launched) -> None:
+    for url in (everyday.url, everyday.simulator_url()):
+        assert reachable("127.0.0.1", url)
+        assert not reachable("127.0.0.2", url)
+
+
+def test_the_log_says_that_the_simulator_does_not_know_a_code_of_devtools(everyday: Launched) -> None:
+    login = requests.post(f"{everyday.url}/api/v1/auth/wechat", json={"code": "0devtools"}, timeout=WAIT_SECONDS)
+    assert login.json()["code"] == 460
+    wait_until(lambda: "WECHAT_APP_ID and WECHAT_APP_SECRET" in everyday.on_stdout())
+    (line,) = (line for line in everyday.on_stdout().splitlines() if "WeChat call failed" in line)
+    assert "this is the WeChat simulator, which knows only its own codes" in line
 
 
 def test_the_printed_login_works(everyday: Launched) -> None:

@@ -141,6 +141,8 @@ def test_every_setting_is_a_secret_or_known_to_be_none() -> None:
         "WECHAT_WEBSITE_APP_ID",
         "WECHAT_CONTENT_CHECK",
         "TRUST_WXCLOUD_HEADERS",
+        "CORS_ORIGINS",
+        "HOST",
         "PORT",
         "WEB_CONCURRENCY",
         "WEB_THREADS",

@@ -300,7 +300,7 @@ def test_neither_the_exception_nor_the_log_contains_the_secret_or_the_code(
 
 
 def test_errmsg_and_its_request_id_are_logged(client: FlaskClient, simulator: Simulator, log_lines: Any) -> None:
-    client.post("/api/v1/auth/wechat", json={"code": "0unknown"})
+    client.post("/api/v1/auth/wechat", json={"code": simulator.code(expires_in=-1)})
     (line,) = [line for line in log_lines() if line["message"] == "WeChat call failed"]
     assert re.match(r"errcode 40029: invalid code, rid: [0-9a-f-]+", line["reason"])
     assert (line["interface"], line["errcode"], line["level"]) == (PATH, 40029, "INFO")
