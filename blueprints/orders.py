@@ -58,6 +58,11 @@ class OrderSchema(Schema):
     version = VERSION
 
 
+class OrderSummarySchema(OrderSchema):
+    class Meta:
+        exclude = ("items",)
+
+
 class OrderChangeSchema(Schema):
     remark = fields.String(allow_none=True, validate=[validate.Length(max=500), NO_NUL])
     status = fields.String(
@@ -75,12 +80,12 @@ class OrderListSchema(ListSchema):
 
 @blueprint.route("")
 @blueprint.arguments(OrderListSchema, location="query")
-@blueprint.response(200, page_schema(OrderSchema))
+@blueprint.response(200, page_schema(OrderSummarySchema))
 @blueprint.fails(Code.INVALID_INPUT)
 def list_orders(query: dict[str, Any]) -> dict[str, Any]:
-    """List your orders; an administrator lists those of all users
+    """List your orders, without their items; an administrator lists those of all users
 
-    The total of one user's orders is exact; those of all users are counted up to 10,000.
+    `GET /orders/{id}` shows the items. The total of one user's orders is exact; those of all users are counted up to 10,000.
     """
     me = current_user()
     filters = {name: query.pop(name) for name in ("user_id", "status") if name in query}

@@ -159,7 +159,6 @@ class Order(Versioned, Base):
         order_by="OrderItem.id",
         cascade="all, delete-orphan",
         passive_deletes=True,
-        lazy="selectin",
     )
 
     def sum_up(self) -> None:

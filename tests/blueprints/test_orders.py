@@ -171,6 +171,18 @@ def test_users_list_their_own_orders_newest_first(alice: Caller, app: Flask, sim
     assert ids(alice, f"?sort=created_at&after={created[2]}") == created[3:]
 
 
+def test_a_list_shows_no_items_and_reads_none(alice: Caller, app: Flask) -> None:
+    order = alice.order(items=[ITEM] * 100)
+    statements: list[str] = []
+    listen = app.extensions["database"], "before_cursor_execute", lambda *executed: statements.append(executed[2])
+    event.listen(*listen)
+    listed = data_of(alice.get(ORDERS))["items"]
+    event.remove(*listen)
+    del order["items"]
+    assert listed == [order]
+    assert [statement for statement in statements if "order_items" in statement] == []
+
+
 def test_after_continues_a_list_although_orders_are_added(alice: Caller) -> None:
     created = [alice.order()["id"] for _ in range(5)]
     seen: list[int] = []
