@@ -6,7 +6,7 @@ from flask import url_for
 
 from blueprints.api import Blueprint
 from blueprints.lists import ListSchema, page_schema
-from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, load_order, require_pending
+from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, fill_item, load_order, require_pending
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
 from storage import database
@@ -49,7 +49,7 @@ def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[st
     require_pending(order)
     if len(order.items) >= MAXIMUM_ITEMS:
         raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))
-    item = OrderItem(**body)
+    item = fill_item(OrderItem(), body)
     order.items.append(item)
     order.sum_up()
     database.session.flush()
@@ -74,8 +74,7 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     item = load_item(order, item_id)
     require_match(order)
     require_pending(order)
-    for name, value in body.items():
-        setattr(item, name, value)
+    fill_item(item, body)
     order.sum_up()
     return item
 

@@ -1,4 +1,7 @@
-"""Orders: amounts in fen, totals by the server, a table of status transitions. The model for a new resource."""
+"""Orders: amounts in fen, totals by the server, a table of status transitions. The model for a new resource.
+
+A shop puts its price list into `price_of`; a payment's callback calls `set_status`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +29,13 @@ STATUS_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
     "cancelled": (),
 }
 
+OWNER_STATUSES = ("pending", "cancelled", "completed")
+"""What the buyer may set, as far as the table allows; an administrator or the service itself sets the others."""
+
+NOT_THE_BUYERS = Message(
+    "买家只能取消或完成订单；其他状态由管理员或支付回调设定",
+    "A buyer may only cancel or complete an order; an administrator or the payment sets other statuses",
+)
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
 
 blueprint = Blueprint("orders", __name__, description="订单 Orders")
@@ -37,7 +47,7 @@ class ItemSchema(Schema):
     name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL])
     quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999))
     unit_price = fields.Integer(
-        required=True, strict=True, validate=validate.Range(0, 10**9), metadata={"description": "Fen."}
+        required=True, strict=True, validate=validate.Range(0, 10**9), metadata={"description": "Fen; 0 for a gift."}
     )
     subtotal = fields.Integer(dump_only=True, required=True, metadata={"description": "Fen."})
 
@@ -69,6 +79,9 @@ class OrderChangeSchema(Schema):
         validate=validate.OneOf(list(STATUS_TRANSITIONS)),
         metadata={
             "description": "; ".join(f"{old} → {', '.join(new)}" for old, new in STATUS_TRANSITIONS.items() if new)
+            + ". Only an administrator sets the others than "
+            + ", ".join(OWNER_STATUSES)
+            + "."
         },
     )
 
@@ -85,7 +98,8 @@ class OrderListSchema(ListSchema):
 def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     """List your orders, without their items; an administrator lists those of all users
 
-    `GET /orders/{id}` shows the items. The total of one user's orders is exact; those of all users are counted up to 10,000.
+    `GET /orders/{id}` shows the items. The total of one user's orders is exact; those of all users are counted up to
+    10,000.
     """
     me = current_user()
     filters = {name: query.pop(name) for name in ("user_id", "status") if name in query}
@@ -106,7 +120,8 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
 @blueprint.response(201, OrderSchema)
 def create_order(body: dict[str, Any]) -> tuple[Order, dict[str, str]]:
     """Create an order"""
-    order = Order(user_id=current_user().id, remark=body["remark"], items=[OrderItem(**item) for item in body["items"]])
+    items = [fill_item(OrderItem(), item) for item in body["items"]]
+    order = Order(user_id=current_user().id, remark=body["remark"], items=items)
     order.sum_up()
     database.session.add(order)
     database.session.flush()
@@ -125,18 +140,15 @@ def get_order(order_id: int) -> Order:
 @blueprint.arguments(OrderChangeSchema)
 @blueprint.response(200, OrderSchema)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+@blueprint.fails(Code.FORBIDDEN, message=NOT_THE_BUYERS)
 def put_order(body: dict[str, Any], order_id: int) -> Order:
     """Change the remark or the status"""
     order = load_order(order_id)
     require_match(order)
     status = body.get("status", order.status)
-    if status != order.status and status not in STATUS_TRANSITIONS[order.status]:
-        old, new = order.status, ", ".join(STATUS_TRANSITIONS[order.status])
-        reason = Message(f"{old} 订单只能变为：{new or '无'}", f"A {old} order can become: {new or 'nothing else'}")
-        raise conflict("status", reason)
-    if status == "paid" and not order.items:
-        raise conflict("items", Message("订单中没有商品", "The order has no items"))
-    order.status = status
+    if status not in (order.status, *OWNER_STATUSES) and current_user().role != "admin":
+        raise ApiError(Code.FORBIDDEN, message=NOT_THE_BUYERS)
+    _change_status(order, status)
     order.remark = body.get("remark", order.remark)
     return order
 
@@ -150,6 +162,52 @@ def delete_order(order_id: int) -> None:
     require_match(order)
     require_pending(order)
     database.session.delete(order)
+
+
+def set_status(order_id: int, status: str, *, total: int | None = None) -> None:
+    """Set a status for the service itself, as the callback of a payment does; again the same one changes nothing.
+
+    In a transaction of its own: the view of the callback has `transaction=False`.
+
+    :param total: what was paid, in fen: a pending order may have changed since.
+    :raises ApiError: NOT_FOUND; CONFLICT if the status cannot follow the current one, or the total is another.
+    """
+
+    def change() -> None:
+        order = database.session.get(Order, order_id, with_for_update=True)
+        if order is None:
+            raise ApiError(Code.NOT_FOUND)
+        if total not in (None, order.total):
+            raise conflict("total", Message(f"订单总额为 {order.total}", f"The order's total is {order.total}"))
+        _change_status(order, status)
+
+    database.in_transaction(change)
+
+
+def _change_status(order: Order, status: str) -> None:
+    if status not in (order.status, *STATUS_TRANSITIONS[order.status]):
+        old, new = order.status, ", ".join(STATUS_TRANSITIONS[order.status])
+        reason = Message(f"{old} 订单只能变为：{new or '无'}", f"A {old} order can become: {new or 'nothing else'}")
+        raise conflict("status", reason)
+    order.status = status
+
+
+def price_of(item: Mapping[str, Any]) -> int:
+    """Return the unit price of an item in fen: the caller's, until a shop's price list stands here.
+
+    Called for each item that enters an order or changes.
+
+    :param item: `sku`, `name`, `quantity` and `unit_price`, all valid.
+    """
+    return int(item["unit_price"])
+
+
+def fill_item(item: OrderItem, body: Mapping[str, Any]) -> OrderItem:
+    """Set what a request says about an item, and its price; returns the item."""
+    for name, value in body.items():
+        setattr(item, name, value)
+    item.unit_price = price_of({name: getattr(item, name) for name in ("sku", "name", "quantity", "unit_price")})
+    return item
 
 
 def load_order(order_id: int, *, lock: bool = False) -> Order:

@@ -8,8 +8,9 @@ from flask import Flask
 from sqlalchemy import event, select, update
 from sqlalchemy.orm.exc import StaleDataError
 
-from blueprints.orders import STATUS_TRANSITIONS
-from errors import Code
+from blueprints import orders
+from blueprints.orders import STATUS_TRANSITIONS, set_status
+from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields, list_paths
@@ -74,26 +75,82 @@ def test_invalid_orders_and_items_name_the_fields(alice: Caller) -> None:
 def test_a_put_keeps_fields_that_it_does_not_name(alice: Caller) -> None:
     order = alice.order()
     assert data_of(alice.put(path_of(order), {"remark": None}))["remark"] is None
-    changed = data_of(alice.put(path_of(order), {"status": "paid"}))
-    assert (changed["status"], changed["total"], changed["items"]) == ("paid", order["total"], order["items"])
+    changed = data_of(alice.put(path_of(order), {"status": "cancelled"}))
+    assert (changed["status"], changed["total"], changed["items"]) == ("cancelled", order["total"], order["items"])
 
 
-def test_only_the_status_transitions_of_the_table_are_allowed(alice: Caller, app: Flask) -> None:
+def test_only_the_status_transitions_of_the_table_are_allowed(alice: Caller, admin: Caller, app: Flask) -> None:
     path = path_of(alice.order())
     for old, new in product(STATUS_TRANSITIONS, repeat=2):
         with app.app_context():
             database.session.execute(update(Order).where(Order.user_id == alice.id).values(status=old))
             database.session.commit()
         allowed = new in (old, *STATUS_TRANSITIONS[old])
-        assert code_of(alice.put(path, {"status": new})) == ((200, 200) if allowed else (409, 409)), (old, new)
+        expected = (403, 403) if new in ("paid", "shipped") and new != old else (200, 200) if allowed else (409, 409)
+        with app.app_context():
+            assert code_of(alice.put(path, {"status": new})) == expected, (old, new)
+            database.session.execute(update(Order).where(Order.user_id == alice.id).values(status=old))
+            database.session.commit()
+        assert code_of(admin.put(path, {"status": new})) == ((200, 200) if allowed else (409, 409)), (old, new)
         assert data_of(alice.get(path))["status"] == (new if allowed else old)
 
 
+def test_a_buyer_learns_who_sets_paid_and_shipped(alice: Caller, app: Flask) -> None:
+    path = path_of(alice.order())
+    for language, who in (("zh", "管理员或支付回调"), ("en", "an administrator or the payment")):
+        answer = alice.call("PUT", path, {"status": "paid"}, If_Match="*", Accept_Language=language)
+        assert (code_of(answer), who in answer.get_json()["message"]) == ((403, 403), True)
+    assert data_of(alice.get(path))["status"] == "pending"
+
+
+def test_a_payment_sets_the_status_of_the_order_that_was_paid(alice: Caller, app: Flask) -> None:
+    order = alice.order()
+    with app.app_context():
+        for _ in range(2):  # payments are reported again until the response arrives
+            set_status(order["id"], "paid", total=order["total"])
+        for arguments, code in (
+            ((order["id"], "pending", None), Code.CONFLICT),
+            ((order["id"], "shipped", order["total"] - 1), Code.CONFLICT),
+            ((2**53, "paid", None), Code.NOT_FOUND),
+        ):
+            with pytest.raises(ApiError) as refused:
+                set_status(arguments[0], arguments[1], total=arguments[2])
+            assert refused.value.api_code is code, arguments
+    paid = data_of(alice.get(path_of(order)))
+    assert (paid["status"], paid["version"]) == ("paid", order["version"] + 1)
+
+
+def test_a_price_list_decides_wherever_an_item_enters_or_changes(
+    alice: Caller, admin: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prices = {"tea-1": 1200, "cup": 400}
+    monkeypatch.setattr(orders, "price_of", lambda item: prices[item["sku"]] - (item["quantity"] >= 10) * 100)
+    free = {**ITEM, "unit_price": 0}
+    order = alice.order(items=[free, {**free, "sku": "cup"}])
+    path = path_of(order)
+    assert [item["unit_price"] for item in order["items"]] == [1200, 400]
+    item = data_of(alice.post(f"{path}/items", free), 201)
+    assert item["unit_price"] == 1200
+    for caller, change, price in (
+        (alice, {"unit_price": 0}, 1200),
+        (alice, {"sku": "cup"}, 400),
+        (alice, {"quantity": 10}, 300),
+        (admin, {"unit_price": 0}, 300),
+    ):
+        assert data_of(caller.put(f"{path}/items/{item['id']}", change))["unit_price"] == price, change
+    assert data_of(alice.get(path))["total"] == 2 * 1200 + 2 * 400 + 10 * 300
+
+
+def test_without_a_price_list_a_price_is_the_callers_and_may_be_0(alice: Caller) -> None:
+    order = alice.order(items=[{**ITEM, "unit_price": 0}])
+    assert (order["items"][0]["unit_price"], order["total"]) == (0, 0)
+
+
 @pytest.mark.parametrize("status", ["paid", "cancelled"])
-def test_only_a_pending_order_can_be_deleted_or_its_items_changed(alice: Caller, status: str) -> None:
+def test_only_a_pending_order_can_be_deleted_or_its_items_changed(alice: Caller, admin: Caller, status: str) -> None:
     order = alice.order()
     path, item = path_of(order), f"{path_of(order)}/items/{order['items'][0]['id']}"
-    alice.put(path, {"status": status})
+    admin.put(path, {"status": status})
     rejected = (
         alice.delete(path),
         alice.post(f"{path}/items", ITEM),
@@ -135,12 +192,6 @@ def test_items_are_listed_by_pages(alice: Caller) -> None:
     listed = data_of(alice.get(f"{path_of(order)}/items?page=2&page_size=2"))
     assert [item["sku"] for item in listed["items"]] == ["sku-2", "sku-3"]
     assert (listed["page"], listed["page_size"], listed["total"]) == (2, 2, 5)
-
-
-def test_an_order_without_items_cannot_be_paid(alice: Caller) -> None:
-    order = alice.order(items=[ITEM])
-    data_of(alice.delete(f"{path_of(order)}/items/{order['items'][0]['id']}"))
-    assert code_of(alice.put(path_of(order), {"status": "paid"})) == (409, 409)
 
 
 def test_an_order_has_at_most_a_hundred_items(alice: Caller) -> None:
@@ -194,7 +245,7 @@ def test_after_continues_a_list_although_orders_are_added(alice: Caller) -> None
 
 def test_orders_are_filtered_by_status_and_for_administrators_by_user(alice: Caller, admin: Caller) -> None:
     paid, pending, own = alice.order()["id"], alice.order()["id"], admin.order()["id"]
-    alice.put(f"{ORDERS}/{paid}", {"status": "paid"})
+    admin.put(f"{ORDERS}/{paid}", {"status": "paid"})
     for user, query, expected in (
         (alice, "?status=paid", [paid]),
         (alice, f"?user_id={alice.id}", [pending, paid]),
