@@ -83,11 +83,16 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 @blueprint.response(200)
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_item(order_id: int, item_id: int) -> None:
-    """Remove an item from a pending order"""
+    """Remove an item from a pending order, but not the last one"""
     order = load_order(order_id)
     item = load_item(order, item_id)
     require_match(order)
     require_pending(order)
+    if len(order.items) == 1:
+        reason = Message(
+            "订单至少要有一项明细：请改为删除订单", "An order needs at least one item: delete the order instead"
+        )
+        raise conflict("items", reason)
     order.items.remove(item)
     order.sum_up()
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
 from storage import blocks, database, ownership, sessions
-from storage.models import PROFILE_FIELDS, Identity, User, now
+from storage.models import PROFILE_FIELDS, Identity, User
 from storage.roles import set_role
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,7 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
 def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
     """Create the user and the identity unless they exist, and merge all users who are the same person."""
     if database.session.get(Identity, (app_id, openid)) is None:
-        moment = now()
-        database.insert_unless_exists(
-            User, app_id=app_id, openid=openid, unionid=unionid, created_at=moment, updated_at=moment
-        )
+        database.insert_unless_exists(User, app_id=app_id, openid=openid, unionid=unionid)
     user = _merge(app_id, openid, unionid)
     database.insert_unless_exists(Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at)
     # Last: the inserts have waited for a concurrent deletion of the same user to commit.

@@ -1,7 +1,7 @@
 """The tables. `storage/migrations` has the same schema in steps; a test compares the two."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     BigInteger,
@@ -46,6 +46,11 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def creation(context: Any) -> datetime:
+    """The default of `updated_at`: the `created_at` of the same new row."""
+    return cast(datetime, context.get_current_parameters()["created_at"])
 
 
 class Base(DeclarativeBase):
@@ -103,7 +108,7 @@ class User(Versioned, Base):
     """Whether an administrator is one only for as long as ADMIN_OPENIDS says so."""
     blocked: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=creation, onupdate=now)
 
     phone = Encrypted(searchable=True)
     real_name = Encrypted(searchable=True)
@@ -153,7 +158,7 @@ class Order(Versioned, Base):
     remark: Mapped[str | None] = mapped_column(String(500))
     total: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=creation, onupdate=now)
     items: Mapped[list["OrderItem"]] = relationship(
         back_populates="order",
         order_by="OrderItem.id",
@@ -164,7 +169,8 @@ class Order(Versioned, Base):
     def sum_up(self) -> None:
         """Recompute the total after the items have changed."""
         self.total = sum(item.subtotal for item in self.items)
-        self.updated_at = now()  # also if the total is the same: items are part of the order and of its version
+        if self.id is not None:
+            self.updated_at = now()  # also if the total is the same: items are part of the order and of its version
 
 
 class OrderItem(Base):

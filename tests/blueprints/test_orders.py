@@ -194,6 +194,29 @@ def test_items_are_listed_by_pages(alice: Caller) -> None:
     assert (listed["page"], listed["page_size"], listed["total"]) == (2, 2, 5)
 
 
+def test_the_last_item_cannot_be_deleted(alice: Caller) -> None:
+    order = alice.order()
+    items = [f"{path_of(order)}/items/{item['id']}" for item in order["items"]]
+    assert alice.delete(items[0]).status_code == 200
+    for language, hint in (("zh", "删除订单"), ("en", "delete the order")):
+        answer = alice.call("DELETE", items[1], If_Match="*", Accept_Language=language)
+        assert (code_of(answer), hint in answer.get_json()["message"]) == ((409, 409), True)
+    assert len(data_of(alice.get(path_of(order)))["items"]) == 1
+    assert alice.delete(path_of(order)).status_code == 200
+
+
+def test_of_the_last_two_items_deleted_at_once_one_stays(alice: Caller, admin: Caller) -> None:
+    for _ in range(10):
+        order = alice.order()
+        items = [f"{path_of(order)}/items/{item['id']}" for item in order["items"]]
+        with ThreadPoolExecutor(4) as pool:
+            calls = [(caller, item) for item in items for caller in (alice, admin)]
+            answers = list(pool.map(lambda call: call[0].call("DELETE", call[1], If_Match="*"), calls))
+        assert sorted(answer.status_code for answer in answers) == [200, 404, 409, 409]
+        left = data_of(alice.get(path_of(order)))
+        assert [item["subtotal"] for item in left["items"]] == [left["total"]]
+
+
 def test_an_order_has_at_most_a_hundred_items(alice: Caller) -> None:
     order = alice.order(items=[ITEM] * 100)
     assert code_of(alice.post(f"{path_of(order)}/items", ITEM)) == (409, 409)
@@ -259,13 +282,12 @@ def test_orders_are_filtered_by_status_and_for_administrators_by_user(alice: Cal
 
 
 def test_the_reasons_of_conflicts_are_in_the_language_of_the_request(alice: Caller, admin: Caller) -> None:
-    full, empty, paid = alice.order(items=[ITEM] * 100), alice.order(items=[ITEM]), alice.order()
-    data_of(alice.delete(f"{path_of(empty)}/items/{empty['items'][0]['id']}"))
+    full, short, paid = alice.order(items=[ITEM] * 100), alice.order(items=[ITEM]), alice.order()
     data_of(admin.put(path_of(paid), {"status": "paid"}))
     item = f"{path_of(paid)}/items/{paid['items'][0]['id']}"
     writes: list[tuple[str, str, Any, str]] = [
         ("POST", f"{path_of(full)}/items", ITEM, "items"),
-        ("PUT", path_of(empty), {"status": "paid"}, "items"),
+        ("DELETE", f"{path_of(short)}/items/{short['items'][0]['id']}", None, "items"),
         ("PUT", path_of(paid), {"status": "pending"}, "status"),
         ("DELETE", path_of(paid), None, "status"),
         ("POST", f"{path_of(paid)}/items", ITEM, "status"),
