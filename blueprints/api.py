@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flask_smorest
 from flask import Flask, Response, g, request
@@ -38,7 +38,7 @@ class Blueprint(flask_smorest.Blueprint):
     """A group of routes whose successes respond in the envelope."""
 
     ARGUMENTS_PARSER = JsonParser()
-    ERROR_CONTENT: ClassVar[dict[str, Any]] = {"application/json": {"schema": ErrorEnvelope}}
+    error_content: dict[str, Any] = {"application/json": {"schema": ErrorEnvelope}}  # noqa: RUF012  of the documents
     auth: AuthPolicy
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -135,7 +135,7 @@ class Blueprint(flask_smorest.Blueprint):
             doc["responses"][status] = {
                 "description": "; ".join(lines),
                 "headers": {**TRACE_ID_HEADER, **HEADERS_BY_STATUS.get(status, {})},
-                "content": self.ERROR_CONTENT,
+                "content": self.error_content,
             }
         return doc
 

@@ -11,8 +11,7 @@ from sqlalchemy import select
 import wechat
 from blueprints.parsing import MAXIMUM_ID
 from blueprints.users import UserSchema, audit
-from storage import blocks, database
-from storage import sessions as stored_sessions
+from storage import blocks, database, sessions
 from storage.models import Identity, User
 from storage.roles import set_role
 
@@ -29,14 +28,13 @@ def list_users(limit: int, after: int, recent: bool) -> None:
 
     The openid is that of the mini-program. The last login is known of the 1000 users who logged in last.
     """
-    logins = stored_sessions.last_logins()
+    logins = sessions.last_logins()
     query = select(User).where(User.id < after).order_by(User.id.desc()).limit(limit)
     if recent:
         query = query.where(User.id.in_([*logins][:limit]))
     found = database.session.scalars(query).all()
     ours = Identity.app_id == wechat.api.app_id, Identity.user_id.in_(user.id for user in found)
-    pairs = database.session.execute(select(Identity.user_id, Identity.openid).where(*ours))
-    openids = {user_id: openid for user_id, openid in pairs}  # noqa: C416  mypy knows no dict of rows
+    openids = {identity.user_id: identity.openid for identity in database.session.query(Identity).where(*ours)}
     for user in sorted(found, key=lambda user: logins[user.id] if recent else user.id, reverse=True):
         more = {"blocked": user.blocked, "admin_by_setting": user.admin_by_setting, "openid": openids.get(user.id)}
         last_login = datetime.fromtimestamp(logins[user.id], UTC).isoformat() if user.id in logins else None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import secrets
 import time
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from urllib.parse import urlencode
 
 from flask import Response, current_app, g, redirect, render_template, request, session, url_for
@@ -40,14 +40,8 @@ BEGIN_AGAIN = Message(
     "登录链接无效、过期或已使用，请重新登录", "This login link is invalid, expired or used already: log in again"
 )
 
-
-class PageBlueprint(Blueprint):
-    """Routes that a browser opens by itself: their errors are pages for people."""
-
-    ERROR_CONTENT: ClassVar[dict[str, Any]] = {"text/html": {"schema": {"type": "string"}}}
-
-
-blueprint = PageBlueprint("web_login", __name__, description="网页登录 Log in on the web", template_folder=".")
+blueprint = Blueprint("web_login", __name__, description="网页登录 Log in on the web", template_folder=".")
+blueprint.error_content = {"text/html": {"schema": {"type": "string"}}}
 
 
 class AuthorizeSchema(Schema):

@@ -23,6 +23,7 @@ TOKEN_BYTES = 32
 LOGINS_KEPT = 1000
 _LOGINS = "logins"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+Fetch = Callable[[], tuple[str, dict[str, Any], bool]]
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
 
 
@@ -51,9 +52,7 @@ class LazySession(SessionMixin):
     permanent = True  # the cookie ends when the session does
     sid: str
 
-    def __init__(
-        self, fetch: Callable[[], tuple[str, dict[str, Any], bool]], *, by_cookie: bool, refused: bool = False
-    ) -> None:
+    def __init__(self, fetch: Fetch, *, by_cookie: bool, refused: bool = False) -> None:
         self.load(fetch)
         self.by_cookie = by_cookie
         self.refused = refused
@@ -61,7 +60,7 @@ class LazySession(SessionMixin):
         self.accessed = False
         self.modified = False
 
-    def load(self, fetch: Callable[[], tuple[str, dict[str, Any], bool]]) -> None:
+    def load(self, fetch: Fetch) -> None:
         """Become another session, from its next use on."""
         self._fetch = fetch
         self._fetched: dict[str, Any] | None = None
@@ -196,12 +195,8 @@ def _index_key(user_id: int) -> str:
 
 
 def init_app(app: Flask) -> None:
-    app.config.update(
-        PERMANENT_SESSION_LIFETIME=app.config["SESSION_LIFETIME"],
-        SESSION_COOKIE_HTTPONLY=True,
-        SESSION_COOKIE_SECURE=True,
-        SESSION_COOKIE_SAMESITE="Lax",
-    )
+    app.config["PERMANENT_SESSION_LIFETIME"] = app.config["SESSION_LIFETIME"]
+    app.config.update({f"SESSION_COOKIE_{option.upper()}": value for option, value in COOKIE_OPTIONS.items()})
     app.session_interface = SessionInterface(app, app.extensions["redis"])
 
 

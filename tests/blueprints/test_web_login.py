@@ -11,6 +11,7 @@ import pytest
 from flask import Flask
 from itsdangerous import TimestampSigner
 from redis import Redis
+from redis.exceptions import RedisError
 from sqlalchemy import select
 from werkzeug.test import TestResponse
 
@@ -19,6 +20,7 @@ from dev.redis_server import RedisServer
 from errors import Message
 from storage import blocks, database
 from storage.models import Identity, User
+from storage.sessions import SessionInterface
 from tests.blueprints.callers import data_of, log_in
 from tests.harness import APP_ID, WEB_APP_ID, Simulator
 from wechat.oauth import Authorization, WebApp
@@ -295,6 +297,20 @@ def test_a_failure_of_redis_of_the_database_or_of_ours_is_a_page(
     crashed = browser.call_back(url)
     page_of(crashed, 500)
     own_redis.stop()
+    answer = browser.call_back(url)
+    page_of(answer, 503)
+    assert query_of(link_of(answer))["return_to"] == "/orders"
+
+
+def test_a_session_that_cannot_be_saved_after_the_view_is_a_page(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = browser.simulator.sign_in_on_the_web(browser.begin(return_to="/orders"))
+
+    def fail(*_: Any) -> None:
+        raise RedisError
+
+    monkeypatch.setattr(SessionInterface, "should_set_storage", fail)
     answer = browser.call_back(url)
     page_of(answer, 503)
     assert query_of(link_of(answer))["return_to"] == "/orders"
