@@ -79,7 +79,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
         raise ApiError(Code.WECHAT_CODE_USED)
     return {
         "token": outcome["token"],
-        "expires_in": min(current_app.config["SESSION_LIFETIME"], current_app.config["SESSION_ABSOLUTE_LIFETIME"]),
+        "expires_in": current_app.config["SESSION_LIFETIME"],
         "user": user,
     }
 

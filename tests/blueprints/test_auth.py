@@ -39,11 +39,6 @@ def test_a_login_returns_a_token_its_lifetime_and_the_user(client: FlaskClient, 
     assert "Set-Cookie" not in again.headers
 
 
-def test_expires_in_is_not_beyond_the_absolute_lifetime(make_app: Callable[..., Flask], simulator: Simulator) -> None:
-    client = make_app(SESSION_ABSOLUTE_LIFETIME="60").test_client()
-    assert data_of(post_code(client, simulator))["expires_in"] == 60
-
-
 def test_an_openid_is_one_user_and_a_unionid_is_kept(app: Flask, simulator: Simulator) -> None:
     ids = set()
     for unionids, kept in ({}, None), ({"unionid": "u-alice"}, "u-alice"), ({}, "u-alice"):
