@@ -89,9 +89,7 @@ def delete_item(order_id: int, item_id: int) -> None:
     require_match(order)
     require_pending(order)
     if len(order.items) == 1:
-        reason = Message(
-            "订单至少要有一项明细：请改为删除订单", "An order needs at least one item: delete the order instead"
-        )
+        reason = Message("订单至少要有一项明细：请改为删除订单", "An order needs an item: delete the order instead")
         raise conflict("items", reason)
     order.items.remove(item)
     order.sum_up()

@@ -126,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serve on this machine; Ctrl-C stops everything.")
     parser.add_argument("--var", type=Path, default=ROOT / "var", help="where to keep data and secrets")
     var: Path = parser.parse_args().var.resolve()
+    os.umask(0o077)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, _: signals.append(number))
     for name in ("NO_PROXY", "no_proxy"):  # a proxy to the internet does not lead here
@@ -143,6 +144,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     """
     show = log_format(env.get("LOG_FORMAT", "text"))
     var.mkdir(parents=True, exist_ok=True)
+    var.chmod(0o700)  # also one that exists: secrets, personal data and logs are in it
     host = env.setdefault("HOST", LOCALHOST)
     door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000"), host))  # reserved from now on
     port = door.getsockname()[1]

@@ -128,6 +128,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 def everyday(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     """With nothing configured, on a machine that reaches the internet through a proxy."""
     folder = tmp_path_factory.mktemp("run")
+    (folder / "var").mkdir(mode=0o755)  # as an earlier version made it
     launched = Launched(folder / "var", folder / "output", **PROXY)
     try:
         yield launched.ready()
@@ -152,6 +153,12 @@ def test_host_is_where_the_service_listens_and_nothing_else(launch: Launch, host
     for elsewhere in {host, "127.0.0.2", "::1"} - {"::"}:
         assert not reachable(elsewhere, launched.simulator_url()), elsewhere
     assert reachable("127.0.0.1", launched.simulator_url())
+
+
+def test_nothing_that_is_kept_is_readable_by_others(everyday: Launched) -> None:
+    kept = [everyday.var, *everyday.var.rglob("*")]
+    assert {"secrets.env", "kuaishang.db", "log", "redis"} <= {path.name for path in kept}
+    assert [path for path in kept if path.stat().st_mode & 0o077] == []
 
 
 def test_by_default_nothing_listens_on_another_address(everyday: Launched) -> None:
