@@ -1,6 +1,7 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
 from enum import Enum
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import redis.exceptions
@@ -160,7 +161,7 @@ def handle_http_exception(error: HTTPException) -> Response:
         return handle_unavailable(error.original_exception)
     code, message = _code_and_message(error)
     g.code = code.number  # for the log
-    errors = _first(getattr(error, "errors", None) or {}, [_ERRORS])
+    errors = _first(getattr(error, "errors", None) or {}, _ERRORS)
     response = cast(Response, error.get_response(request.environ))
     data = {"errors": errors} if errors else None
     response.data = jsonify(envelope(code, data, message)).data
@@ -172,21 +173,13 @@ def handle_http_exception(error: HTTPException) -> Response:
     return response
 
 
-def _first(errors: dict[Any, Any], left: list[int]) -> dict[str, Any]:
-    """Keep the first errors, so that a response is small whatever came in.
-
-    :param left: how many, which is counted down.
-    """
-    kept: dict[str, Any] = {}
-    for name, problem in errors.items():
-        if not left[0]:
-            break
-        if isinstance(problem, dict):
-            problem = _first(problem, left)
-        else:
-            left[0] -= 1
-        kept[str(name)[:_CHARACTERS]] = problem
-    return kept
+def _first(errors: dict[Any, Any], count: int) -> dict[str, Any]:
+    """Keep the first errors, so that a response is small whatever came in; nested ones share the count."""
+    share = max(1, count // (len(errors) or 1))
+    return {
+        str(name)[:_CHARACTERS]: _first(problem, share) if isinstance(problem, dict) else problem
+        for name, problem in islice(errors.items(), count)
+    }
 
 
 def _code_and_message(error: HTTPException) -> tuple[Code, Message | None]:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gunicorn.http.errors import LimitRequestHeaders, ParseException
+from gunicorn.util import close_graceful
 from gunicorn.workers.gthread import ThreadWorker
 from pythonjsonlogger.msgspec import MsgspecFormatter
 
@@ -41,13 +42,16 @@ threads = settings["WEB_THREADS"]
 class Worker(ThreadWorker):
     """gthread that lets a client read its response before the connection is closed (RFC 9112, section 9.6).
 
-    gunicorn reads on for that in its main thread, which serves nobody for up to 2 s, and 64 KiB at most.
+    gunicorn's own reads on in its main thread, which serves nobody for up to 2 s, and 64 KiB at most. This one does so
+    in the thread of the request, and 16 MiB.
     """
 
     def handle(self, conn):  # type: ignore[no-untyped-def]
         kept = super().handle(conn)
         if not kept:
-            linger(conn.sock)
+            with suppress(OSError):  # the client has gone
+                close_graceful(conn.sock.dup(), max_drain=16 * 1024 * 1024)
+                conn.sock.shutdown(socket.SHUT_RD)  # and so gunicorn has nothing left to wait for
         return kept
 
     def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
@@ -58,19 +62,6 @@ class Worker(ThreadWorker):
 
 
 worker_class = Worker
-
-
-def linger(connection):  # type: ignore[no-untyped-def]
-    """Read what a client still sends, for 2 s and 16 MiB at most: to close earlier would take the response away."""
-    with suppress(OSError):  # of a client that has gone, or the time is up
-        connection.shutdown(socket.SHUT_WR)
-        left, end = 16 * 1024 * 1024, time.monotonic() + 2
-        while left > 0 and (seconds := end - time.monotonic()) > 0:
-            connection.settimeout(seconds)
-            received = connection.recv(65536)
-            left -= len(received) or left
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RD)  # and so gunicorn has nothing to wait for
 
 
 def pre_request(worker, req):  # type: ignore[no-untyped-def]

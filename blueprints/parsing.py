@@ -17,7 +17,7 @@ MAXIMUM_ID = 2**63 - 1
 SMALL_BODY = 8 * 1024
 """The longest body in bytes, unless its schema declares MAXIMUM_BYTES."""
 MAXIMUM_FIELDS = 100
-"""How many names an object or a query may have: each unknown one costs more time than it takes to send."""
+"""How many fields an object may have: each unknown one takes longer to refuse than to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
 WECHAT_CODE_LIFETIME_SECONDS = 300
 """After that WeChat itself rejects a code."""
@@ -31,13 +31,8 @@ class BoundedList(fields.List[Any]):
     """
 
     def __init__(self, inner: fields.Field[Any], length: validate.Length, **kwargs: Any) -> None:
-        super().__init__(inner, validate=length, **kwargs)
-        self.length = length
-
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        if isinstance(value, list):
-            self.length(value)
-        return super()._deserialize(value, *args, **kwargs)
+        first = lambda value: length(value) if isinstance(value, list) else value  # noqa: E731
+        super().__init__(inner, pre_load=first, validate=length, **kwargs)
 
 
 class JsonParser(FlaskParser):
@@ -63,26 +58,17 @@ class JsonParser(FlaskParser):
             raise ApiError(Code.INVALID_INPUT, errors={"body": ["Not valid JSON in UTF-8."]}) from None
         return document
 
-    def load_querystring(self, req: Request, schema: Schema) -> Any:
-        _require_few("query", len(req.args))
-        return super().load_querystring(req, schema)
-
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **kwargs: Any) -> NoReturn:
         (errors,) = error.normalized_messages().values()  # of the one location that was parsed
         raise ApiError(Code.INVALID_INPUT, errors=errors)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _require_few("body", len(pairs))
     document = dict(pairs)
-    if len(document) < len(pairs):
-        raise ApiError(Code.INVALID_INPUT, errors={"body": ["An object has a field twice."]})
+    if len(pairs) > MAXIMUM_FIELDS or len(document) < len(pairs):
+        wrong = f"An object has more than {MAXIMUM_FIELDS} fields, or one of them twice."
+        raise ApiError(Code.INVALID_INPUT, errors={"body": [wrong]})
     return document
-
-
-def _require_few(part: str, count: int) -> None:
-    if count > MAXIMUM_FIELDS:
-        raise ApiError(Code.INVALID_INPUT, errors={part: [f"At most {MAXIMUM_FIELDS} fields."]})
 
 
 def read_body(req: Request) -> bytes:

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
@@ -124,14 +125,18 @@ def test_a_body_that_is_read_keeps_the_connection(services: Services, simulator:
 
 
 def test_clients_that_do_not_close_their_connection_keep_nobody_waiting(start_service: StartService) -> None:
-    service = start_service(WEB_CONCURRENCY="1", WEB_THREADS="64")
+    service = start_service(WEB_CONCURRENCY="1", WEB_THREADS="128")
+    (worker,) = service.workers()
     with ExitStack() as stack:
-        for request in (b"GET /livez HTTP/1.0\r\n\r\n", b"malformed\r\n\r\n") * 25:
+        for request in (b"GET /livez HTTP/1.0\r\n\r\n", b"malformed\r\n\r\n") * 50:
             client = Client(service)
             stack.callback(client.socket.close)
             client.socket.sendall(request)
-        # gunicorn's own worker would wait for each of them for 2 s, one after the other.
+        # gunicorn's own worker would wait for each of them for 2 s, one after the other, and be killed for it.
         assert requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS).status_code == 200
+        time.sleep(2.5)  # also when ours has waited
+        assert requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS).status_code == 200
+        assert service.workers() == [worker]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def unbounded(schema: Schema, path: str = "") -> list[str]:
     """The fields of a schema that may cost more than their length, before that is checked."""
     found = []
     for name, field in schema.load_fields.items():
-        inner = field.inner if isinstance(field, BoundedList) and field.length.max else field
+        limits = [rule.max for rule in field.validators if isinstance(rule, validate.Length)]
+        inner = field.inner if isinstance(field, BoundedList) and any(limits) else field
         if isinstance(inner, fields.Nested) and not inner.many:
             found += unbounded(inner.schema, f"{path}{name}.")
         elif isinstance(inner, (fields.List, fields.Tuple, fields.Dict, fields.Nested)) or type(inner) is fields.Raw:
@@ -151,18 +152,31 @@ def leaves(errors: Any) -> int:
 
 
 def test_a_query_with_many_names_is_refused_in_short(alice: Caller) -> None:
-    answer = alice.get("/orders?" + "&".join(many(1000)))
-    assert answer.get_json()["data"]["errors"] == {"query": ["At most 100 fields."]}
-    answer = alice.get("/orders?" + "&".join(many(100)) + "&x" * 1000)
-    assert code_of(answer) == (400, 400)
-    assert len(answer.data) <= LARGEST_REFUSAL
+    for query in ("&".join(many(2000)), "&".join(many(100)) + "&x" * 2000, "x" * 4000):
+        answer = alice.get(f"/orders?{query}")
+        assert code_of(answer) == (400, 400)
+        assert len(answer.data) <= LARGEST_REFUSAL
+        assert 0 < leaves(answer.get_json()["data"]["errors"]) <= 20
 
 
-def test_an_object_with_a_field_twice_is_400(alice: Caller) -> None:
-    for text in ('{"remark": "a", "remark": "b"}', '{"items": [{"sku": "a", "sku": "a"}]}'):
+def test_an_object_with_too_many_fields_or_one_of_them_twice_is_400(alice: Caller) -> None:
+    for text in (
+        json.dumps(many(MAXIMUM_FIELDS + 1)),
+        json.dumps({"items": [many(MAXIMUM_FIELDS + 1)]}),
+        '{"remark": "a", "remark": "b"}',
+        '{"items": [{"sku": "a", "sku": "a"}]}',
+    ):
         headers = {**alice.headers, "Content-Type": "application/json"}
         answer = alice.client.post(f"{API}/orders", data=text, headers=headers)
-        assert answer.get_json()["data"]["errors"] == {"body": ["An object has a field twice."]}
+        assert answer.get_json()["data"]["errors"] == {
+            "body": ["An object has more than 100 fields, or one of them twice."]
+        }
+
+
+def test_the_first_errors_of_a_list_are_named_in_full(alice: Caller) -> None:
+    answer = alice.post("/orders", {"items": [ITEM, {"sku": "", "quantity": 0}]})
+    wrong = answer.get_json()["data"]["errors"]["items"]["1"]
+    assert set(wrong) == {"sku", "name", "quantity", "unit_price"}
 
 
 @pytest.mark.parametrize("path", LOGINS)
