@@ -167,11 +167,8 @@ def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
     :returns: nickname and avatar_url.
     :raises ApiError: INVALID_INPUT, SESSION_KEY_STALE, SIGNATURE_MISMATCH.
     """
-    try:
-        raw = lenient.read(body["rawData"], "rawData")
-    except ValueError:
-        raw = None
-    if not isinstance(raw, dict):
+    raw = lenient.read(body["rawData"], "rawData")
+    if raw is None:
         raise ApiError(Code.INVALID_INPUT, errors={"rawData": ["Not a JSON object."]})
     # First, as it tells a session_key that was replaced from a forgery.
     data, session_key = _decrypt(body, openid, expected=raw)

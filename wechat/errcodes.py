@@ -36,7 +36,6 @@ ERRCODES = {
     | {41003, 41005, 41006, 41007, 41009, 41030, 43001, 43002, 43003, 43104, 43302, 44001, 44002, 44003, 44004}
     | {45001, 45002, 47001, 47003, 85064, 87007, 87008, 87009},
 }
-_CODES = {errcode: code for code, errcodes in ERRCODES.items() for errcode in errcodes}
 _CODES_AT = {("/wxa/business/getuserphonenumber", 40003): Code.WECHAT_CODE_INVALID}
 """Where an interface means something else: the phone code is another user's."""
 MESSAGES = {
@@ -47,4 +46,5 @@ MESSAGES = {
 
 def code_of(interface: str, errcode: int) -> Code:
     """The code for an errcode of an interface; UPSTREAM_INVALID for an unknown errcode."""
-    return _CODES_AT.get((interface, errcode)) or _CODES.get(errcode, Code.UPSTREAM_INVALID)
+    here = _CODES_AT.get((interface, errcode))
+    return here or next((code for code in ERRCODES if errcode in ERRCODES[code]), Code.UPSTREAM_INVALID)

@@ -29,14 +29,15 @@ _ESCAPES = {
 _DAMAGED_FIELD = re.compile(r'[<"](\w{1,40})(?:"\s*:\s*"|>(?:<!\[CDATA\[)?)[^"<]*\ufffd', re.ASCII)
 
 
-def read(content: bytes | str, source: str | None, form: Form = "json") -> Any:
-    """Read a JSON text, or the children of an <xml> element: each a str or a dict, or a list if it is repeated.
+def read(content: bytes | str, source: str | None, form: Form = "json") -> dict[str, Any] | None:
+    """Read a JSON object, or the children of an <xml> element: each a str or a dict, or a list if it is repeated.
 
     What follows is ignored. Of several equal keys in JSON the last one counts. In XML references to anything but
     characters are text.
 
-    :param source: the interface or field, for the log; None if the sender is not verified yet.
-    :raises ValueError: for anything else, a document type, and more than MAXIMUM_DEPTH levels.
+    :param source: the interface or field, for the log; None if the sender is not verified yet, for whom no escape is
+        repaired, as that takes time, and nothing is logged.
+    :returns: None for anything else, a document type, and more than MAXIMUM_DEPTH levels.
     """
     kinds: set[str] = set()
 
@@ -52,18 +53,18 @@ def read(content: bytes | str, source: str | None, form: Form = "json") -> Any:
         return match[0] if match[0][0] == "<" else escape(clean(html.unescape(match[0]) or "\0"), {"\r": "&#13;"})
 
     text = clean(content if isinstance(content, str) else content.decode(errors="replace")).strip(" \t\r\n\ufeff")
-    text = _ESCAPES[form].sub(clean_escape, text)
     try:
+        text = _ESCAPES[form].sub(clean_escape, text) if source else text
         if form == "xml":
             before, end, after = text.rpartition("</xml>")
             root = defusedxml.ElementTree.fromstring(before + end or after, forbid_dtd=True)
             document: Any = _children(root) if root.tag == "xml" else None
         else:
             document, _ = json.JSONDecoder(strict=False, parse_constant=str).raw_decode(text)
-    except (ParseError, RecursionError) as error:
-        raise ValueError(type(error).__name__) from None
-    if _is_deeper(document, MAXIMUM_DEPTH):
-        raise ValueError("Nested too deeply.")
+    except (ValueError, ParseError, RecursionError):
+        return None
+    if not isinstance(document, dict) or _is_deeper(document, MAXIMUM_DEPTH):
+        return None
     if source and "\ufffd" in text:
         what, where = sorted(kinds) or ["broken UTF-8"], sorted(set(_DAMAGED_FIELD.findall(text))) or ["a field"]
         extra = {"interface": source, "reason": f"{', '.join(what)} in {', '.join(where)}"}

@@ -165,11 +165,8 @@ def _parameters(query: Mapping[str, str], *names: str) -> list[str]:
 def _parse(body: bytes, source: str | None = "message push") -> PushMessage:
     """Read a JSON object or an <xml> element; the first character that is not blank decides which."""
     form: Form = "xml" if body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") else "json"
-    try:
-        fields = read(body, source, form)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
+    fields = read(body, source, form)
+    if fields is None:
         logger.warning("message push refused", extra={"reason": "neither a JSON object nor an <xml> element"})
         raise ApiError(Code.INVALID_INPUT, errors={"body": ["Neither a JSON object nor an <xml> element."]})
     return PushMessage(fields, form)

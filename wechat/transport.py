@@ -175,11 +175,8 @@ def _parse(path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]
 
     :returns: the errcode, where absent and 0 both mean success, and the body.
     """
-    try:
-        answer = lenient.read(content, path)
-    except ValueError:
-        answer = None
-    if status != 200 or not isinstance(answer, dict):
+    answer = lenient.read(content, path)
+    if status != 200 or answer is None:
         raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, not a JSON object")
     try:
         errcode = int(answer.get("errcode") or 0)
