@@ -69,7 +69,7 @@ def _require_one_of(body: dict[str, Any], one_way: set[str], other_way: set[str]
     given = set(body)
     if given not in (one_way, other_way):
         likeliest = max(one_way, other_way, key=lambda way: len(given & way)) if given else one_way | other_way
-        raise ValidationError({name: [reason] for name in given ^ likeliest})
+        raise ValidationError({name: [reason] for name in sorted(given ^ likeliest)})
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
