@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from blueprints.api import Blueprint
 from concurrency import fan_out
 from errors import ApiError, Code
-from storage import database, redis_client
+from storage import database, failures, redis_client
 from telemetry import metrics
 from telemetry.multiprocess import MULTIPROC_DIR
 
@@ -33,9 +33,9 @@ def failing_dependencies() -> dict[str, list[str]]:
         metrics.DEPENDENCY_UP.labels(name).set(not failed)
         if not failed:
             continue
-        if not isinstance(outcome, RedisError | SQLAlchemyError | TimeoutError):
+        if not isinstance(outcome, RedisError | SQLAlchemyError | OSError):
             raise outcome
-        wrong = "Not migrated." if database.is_schema_missing(outcome) else "Does not respond."
+        wrong = failures.kind(outcome)
         current_app.logger.error(
             "%s cannot serve: %s",
             name,

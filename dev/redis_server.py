@@ -37,11 +37,13 @@ class RedisServer:
 
     :param data: the folder of that file.
     :param wrapper: a command that runs the server's.
+    :param options: further options of the server.
     """
 
-    def __init__(self, data: Path, wrapper: Sequence[str] = ()) -> None:
+    def __init__(self, data: Path, wrapper: Sequence[str] = (), **options: str) -> None:
         self._data = data
         self._wrapper = wrapper
+        self._options = options
         # Not beside the data: the path of a socket has at most about 100 characters, and a clone may be nested deeper.
         self._socket_folder = tempfile.TemporaryDirectory(prefix="kuaishang-")
         self.socket = f"{self._socket_folder.name}/redis.sock"
@@ -63,6 +65,7 @@ class RedisServer:
             "appendonly": "yes",
             "save": "",
             "logfile": "redis.log",
+            **self._options,
         }
         self.process = subprocess.Popen(
             [*self._wrapper, executable(), *(word for name, value in options.items() for word in (f"--{name}", value))],

@@ -1,8 +1,12 @@
 """The SQL database: one engine per process, one session per request."""
 
+import errno
+import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
@@ -15,23 +19,21 @@ from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code
-from storage import sessions
+from storage import failures, sessions
 from storage.models import Base, User
 
 STATEMENT_SECONDS = 3
 TRIES = 5
+SQLITE_BYTES = 1_000_000
+"""That its file system must have free for it to be ready."""
 T = TypeVar("T")
-# The same row was inserted concurrently (MySQL, SQLite, SQLite); a deadlock; MariaDB's snapshot isolation.
-_RACE_ERRORS = {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020}
-# Takes no writes, and has rolled the transaction back; a new connection may lead to a server that does.
-_READ_ONLY_ERRORS = {1036, 1290, 1792, 1836, "SQLITE_READONLY", "SQLITE_READONLY_DBMOVED"}
-# The same of one that serves nothing: Galera without quorum, a shutdown, offline mode, a primary that left its group.
-_FAILOVER_ERRORS = _READ_ONLY_ERRORS | {1047, 1053, 3032, 3100}
-# No such table; no such column; SQLite's for a wrong statement, which has no other cause here.
-_MISSING_SCHEMA_ERRORS = {1146, 1054, "SQLITE_ERROR"}
 _SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
 _WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
-_QUOTED = re.compile(r"'.*'( for key '[^']*')\Z|'.*'", re.DOTALL)  # greedy: a value may contain quotes
+# Greedy: a value may contain quotes.
+_QUOTED = re.compile(r"'.*'( for (?:key|column) '[^']*'(?: at row \d+)?)\Z|'.*'", re.DOTALL)
+_QUOTES_NAMES_ALONE = {1048, 1054, 1146, 1264, 1364, 1406}
+_CLAUSES = {"field list", "where clause", "order clause", "SELECT", "WHERE", "ORDER BY"}  # MySQL, MariaDB
+_NAMES = {*_CLAUSES, *Base.metadata.tables}.union(*(table.columns.keys() for table in Base.metadata.tables.values()))
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
@@ -84,7 +86,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
 
 def _drop_connections(context: ExceptionContext) -> None:
     """Replace all connections of the pool after a failover that left them open."""
-    if not _FAILOVER_ERRORS.isdisjoint(_driver_codes(context.original_exception)):
+    if failures.codes(context.original_exception) & (failures.READ_ONLY | failures.OUT_OF_SERVICE):
         context.is_disconnect = True
 
 
@@ -94,9 +96,15 @@ def _remove_values(context: ExceptionContext) -> None:
         return
     driver, ours = context.original_exception, context.sqlalchemy_exception
     message = str(driver)
-    driver.args = tuple(_QUOTED.sub(r"'…'\1", part) if isinstance(part, str) else part for part in driver.args)
+    hide = _hide_other_names if failures.codes(driver) & _QUOTES_NAMES_ALONE else partial(_QUOTED.sub, r"'…'\1")
+    driver.args = tuple(hide(part) if isinstance(part, str) else part for part in driver.args)
     if ours is not None:
         ours.args = (ours.args[0].replace(message, str(driver)),)
+
+
+def _hide_other_names(text: str) -> str:
+    """Keep the names of our own tables and columns, as in `Unknown column 'users.phone' in 'field list'`."""
+    return re.sub(r"'(?:[^']*\.)?([^']*)'", lambda name: name[0] if name[1] in _NAMES else "'…'", text)
 
 
 def init_app(app: Flask) -> None:
@@ -127,27 +135,22 @@ session = cast(Session, LocalProxy(_session))
 def ping() -> None:
     """Run a query that returns no rows but names every table and column, and a statement that would write.
 
-    :raises sqlalchemy.exc.SQLAlchemyError: if the database does not respond or takes no writes, or if
-        `is_schema_missing`.
+    :raises sqlalchemy.exc.SQLAlchemyError: if the database does not respond, lacks a migration or takes no writes.
+    :raises OSError: if the file of SQLite takes no writes.
     """
     session.execute(_SCHEMA_PROBE)
-    if session.get_bind().dialect.name != "sqlite":  # which would wait for its only writer
+    address = session.get_bind().engine.url
+    if address.get_backend_name() != "sqlite":
         in_transaction(lambda: session.execute(_WRITE_PROBE))
-
-
-def is_schema_missing(error: object) -> bool:
-    """Whether an error means that the database lacks a migration of this version."""
-    return isinstance(error, DBAPIError) and not _MISSING_SCHEMA_ERRORS.isdisjoint(_driver_codes(error.orig))
+    elif not os.access(address.database or "", os.W_OK):  # a write would wait for the only writer
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    elif shutil.disk_usage(address.database or "").free < SQLITE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def is_lost_race(error: DBAPIError | StaleDataError) -> bool:
     """Whether a transaction failed only because of a concurrent one, so that it can be retried."""
-    return isinstance(error, StaleDataError) or not _RACE_ERRORS.isdisjoint(_driver_codes(error.orig))
-
-
-def _driver_codes(error: BaseException | None) -> set[Any]:
-    """Return the names of a driver's error: MySQL's number, SQLite's name."""
-    return {*(error.args[:1] if error else ()), getattr(error, "sqlite_errorname", None)}
+    return isinstance(error, StaleDataError) or bool(failures.codes(error.orig) & failures.RACES)
 
 
 def in_transaction(work: Callable[[], T]) -> T:
@@ -180,7 +183,7 @@ def in_transaction(work: Callable[[], T]) -> T:
             session.commit()
         except (DBAPIError, StaleDataError) as error:
             session.rollback()
-            refused = isinstance(error, DBAPIError) and not _READ_ONLY_ERRORS.isdisjoint(_driver_codes(error.orig))
+            refused = isinstance(error, DBAPIError) and failures.codes(error.orig) & failures.READ_ONLY
             if not tries_left or not (refused or is_lost_race(error)):
                 raise
         except BaseException:

@@ -31,7 +31,5 @@ def ping() -> None:
 
     :raises redis.exceptions.RedisError: if Redis does not respond, takes no writes, is older than 6.2 or a Cluster.
     """
-    with redis.pipeline() as pipeline:
-        pipeline.set("readiness", "", ex=60, get=True)  # GET is unknown to older versions
-        pipeline.exists("readiness", "another-slot")  # refused by a Cluster, as are logins
-        pipeline.execute()
+    redis.set("readiness", "", ex=60, get=True)  # GET is unknown to older versions
+    redis.exists("readiness", "another-slot")  # refused by a Cluster, as are logins

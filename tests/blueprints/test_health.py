@@ -1,18 +1,26 @@
+import gc
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from redis import Redis
+from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 import settings
+from dev.redis_server import RedisServer
+from dev.run import free_port
 from service import create_app
 from telemetry.metrics import REGISTRY
-from tests.databases import Databases
-from tests.harness import WAIT_SECONDS, bearer, migrate
+from tests.databases import Databases, MariaDB
+from tests.harness import WAIT_SECONDS, bearer, bound_to_this_process, migrate, wait_until
 
 
 def up(dependency: str) -> float | None:
@@ -35,7 +43,8 @@ def test_readiness_names_a_failing_dependency_and_liveness_checks_none(
     client = app.test_client()
     answer = client.get("/readyz")
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
-    assert answer.get_json()["data"]["errors"] == {away: ["Does not respond."]}
+    why = {"redis": "Refuses connections.", "database": "Cannot be opened."}
+    assert answer.get_json()["data"]["errors"] == {away: [why[away]]}
     assert (up("redis"), up("database")) == (away != "redis", away != "database")
     assert "Retry-After" in answer.headers
     monkeypatch.setattr(Session, "execute", lambda *_: pytest.fail("asked the database"))
@@ -60,6 +69,100 @@ def test_a_database_without_the_latest_migration_is_not_ready(
     migrate(url)
     assert client.get("/readyz").status_code == 200
     assert up("database") == 1
+
+
+def reason(make_app: Callable[..., Flask], **settings: str) -> object:
+    """What /readyz says of the one dependency that fails."""
+    answer = make_app(**settings).test_client().get("/readyz")
+    if answer.status_code == 200:
+        return None
+    ((said,),) = answer.get_json()["data"]["errors"].values()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("commands", "url", "said"),
+    [
+        ([("REPLICAOF", "127.0.0.1", "1")], "unix://{}", "Read-only."),
+        ([("CONFIG", "SET", "min-replicas-to-write", "1")], "unix://{}", "Refuses writes."),
+        ([("CONFIG", "SET", "maxmemory", "1")], "unix://{}", "Out of memory or space."),
+        ([("CONFIG", "SET", "requirepass", "right")], "unix://:wr0ngpass@{}", "Wrong user or password."),
+        ([("CONFIG", "SET", "requirepass", "right")], "unix://{}", "Wrong user or password."),
+        (
+            [("ACL", "SETUSER", "reader", "on", ">wr0ngpass", "~*", "+@all", "-set")],
+            "unix://reader:wr0ngpass@{}",
+            "No permission.",
+        ),
+        ([], "unix://{}?db=99", "Unknown database."),
+        ([], "redis://no-such-host.invalid", "Unknown host."),
+        ([], "redis://127.0.0.1:1", "Refuses connections."),
+    ],
+)
+def test_readiness_says_why_redis_cannot_be_used(
+    make_app: Callable[..., Flask],
+    own_redis: RedisServer,
+    log_lines: Any,
+    commands: list[tuple[str, ...]],
+    url: str,
+    said: str,
+) -> None:
+    with Redis.from_url(own_redis.url) as administrator:
+        for words in commands:
+            administrator.execute_command(*words)
+        assert reason(make_app, REDIS_URL=url.format(own_redis.socket)) == said
+    assert "wr0ngpass" not in str(log_lines())
+
+
+def test_readiness_names_a_redis_cluster(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "port": str(free_port("a port", "0"))}
+    with closing(RedisServer(tmp_path / "cluster", bound_to_this_process(), **options)) as server:
+        server.start()
+        assert reason(make_app, REDIS_URL=server.url) == "Is a Redis Cluster."  # without slots
+        with Redis.from_url(server.url) as administrator:
+            administrator.execute_command("CLUSTER", "ADDSLOTS", *map(str, range(16384)))
+            wait_until(lambda: b"cluster_state:ok" in administrator.execute_command("CLUSTER", "INFO"))
+        assert reason(make_app, REDIS_URL=server.url) == "Is a Redis Cluster."  # with all of them
+
+
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize(
+    ("privileges", "address", "said"),
+    [
+        ("ALL ON {}.*", "app:app-password@localhost/{}", None),
+        ("ALL ON {}.*", "app:wr0ngpass@localhost/{}", "Wrong user or password."),
+        ("ALL ON {}.*", "root@localhost/absent", "Unknown database."),
+        ("USAGE ON *.*", "app:app-password@localhost/{}", "No permission."),
+        ("SELECT ON {}.*", "app:app-password@localhost/{}", "No permission."),
+        ("ALL ON {}.*", "app:app-password@no-such-host.invalid/{}", "Unknown host."),
+        ("ALL ON {}.*", "app:app-password@127.0.0.1:1/{}", "Refuses connections."),
+    ],
+)
+def test_readiness_says_why_mariadb_cannot_be_used(
+    make_app: Callable[..., Flask],
+    own_databases: MariaDB,
+    log_lines: Any,
+    privileges: str,
+    address: str,
+    said: str | None,
+) -> None:
+    url = make_url(own_databases.create())
+    migrate(url.render_as_string())
+    own_databases.execute("CREATE USER app@localhost IDENTIFIED BY 'app-password'")
+    own_databases.execute(f"GRANT {privileges.format(url.database)} TO app@localhost")
+    socket = f"?unix_socket={own_databases.socket}" if "localhost" in address else ""
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # of PyMySQL, where it cannot connect
+        assert reason(make_app, DATABASE_URL=f"mysql://{address.format(url.database)}{socket}") == said
+        gc.collect()
+    assert "wr0ngpass" not in str(log_lines())
+
+
+@pytest.mark.only_on("sqlite")
+def test_readiness_notices_a_file_that_takes_no_writes(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        assert client.get("/readyz").get_json()["data"] == {"errors": {"database": ["Read-only."]}}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
+    assert client.get("/readyz").get_json()["data"] == {"errors": {"database": ["Out of memory or space."]}}
 
 
 def test_a_check_that_takes_longer_than_a_second_fails(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:

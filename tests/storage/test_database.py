@@ -7,17 +7,18 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask import Flask, g, request
-from sqlalchemy import Connection, Engine, inspect, select, text, update
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy import Connection, Engine, TextClause, inspect, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
-from storage import database
+from storage import database, failures
 from storage.models import Base, User, now
 from tests.databases import Databases, MariaDB
 from tests.harness import PERSON, ROOT, WAIT_SECONDS, migrate
@@ -247,6 +248,77 @@ def test_errors_of_the_server_name_keys_and_hosts_without_parameters(app: Flask)
     engine = database.engine_for("mysql://user:password@127.0.0.1:1/kuaishang")
     with pytest.raises(OperationalError, match=r"Can't connect to MySQL server on '127\.0\.0\.1'"):
         engine.connect()
+
+
+@pytest.mark.only_on("mariadb")
+def test_errors_of_the_server_name_our_tables_and_columns_alone(databases: Databases) -> None:
+    engine = database.engine_for(databases.create())
+
+    def message(statement: str) -> str:
+        with engine.connect() as connection, pytest.raises(DBAPIError) as caught:
+            connection.execute(text(statement))
+        return str(caught.value.orig)
+
+    assert re.fullmatch(r"""\(1146, "Table '\w+\.users' doesn't exist"\)""", message("SELECT phone FROM users"))
+    assert message("SELECT * FROM elsewhere") == """(1146, "Table '…' doesn't exist")"""
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE users (id int, nickname varchar(3))"))
+    unknown = message("SELECT users.openid FROM users")
+    assert re.fullmatch(r"""\(1054, "Unknown column 'users\.openid' in '(SELECT|field list)'"\)""", unknown)
+    unknown = message("SELECT id FROM users WHERE openid = 'x'")
+    assert re.fullmatch(r"""\(1054, "Unknown column 'openid' in '(WHERE|where clause)'"\)""", unknown)
+    unknown = message("SELECT secret FROM users")
+    assert re.fullmatch(r"""\(1054, "Unknown column '…' in '(SELECT|field list)'"\)""", unknown)
+    too_long = message("INSERT INTO users (nickname) VALUES ('secret')")
+    assert too_long == """(1406, "Data too long for column 'nickname' at row 1")"""
+    wrong = message("INSERT INTO users (id) VALUES ('users'' in ''secret')")
+    assert "secret" not in wrong
+    assert "id" in wrong
+    engine.dispose()
+
+
+def signal_error(number: int) -> TextClause:
+    """A statement that the server responds to with this error, which is hard to cause otherwise."""
+    return text(f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'refused'")
+
+
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize("number", [1036, 1047, 1053, 1290, 1792, 1836, 3032, 3100])
+def test_an_error_after_a_failover_replaces_the_connections(databases: Databases, number: int) -> None:
+    engine = database.engine_for(databases.create(), pool_size=2)
+
+    def connection_id() -> int | None:
+        with engine.connect() as connection:
+            return connection.scalar(text("SELECT connection_id()"))
+
+    with engine.connect():
+        other = connection_id()
+    first = connection_id()
+    with engine.connect() as connection, pytest.raises(OperationalError) as caught:
+        connection.execute(signal_error(number))
+    assert failures.kind(caught.value) in ("Read-only.", "Out of service.")
+    with engine.connect():
+        assert connection_id() not in (first, other)
+    engine.dispose()
+
+
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize(("number", "tries"), [(1290, 2), (1792, 2), (1047, 1), (2013, 1), (1205, 1)])
+def test_a_transaction_that_a_read_only_server_refused_is_run_again(app: Flask, number: int, tries: int) -> None:
+    runs: list[int] = []
+
+    def work() -> None:
+        database.session.add(User(app_id="wx1", openid=f"o-refused-{number}"))
+        database.session.flush()
+        runs.append(number)
+        if len(runs) == 1:
+            database.session.execute(signal_error(number))
+
+    with app.app_context(), suppress(OperationalError):
+        database.in_transaction(work)
+    with app.app_context():
+        found = database.session.scalars(select(User).where(User.openid == f"o-refused-{number}")).all()
+    assert (len(runs), len(found)) == (tries, tries - 1)
 
 
 @pytest.mark.only_on("mariadb")
