@@ -196,6 +196,7 @@ def delete_user(user_id: str) -> None:
             raise ApiError(Code.NOT_FOUND)
         if user.blocked:
             blocks.keep_block(user)
+        set_role(user, "user", by="deletion")
         while ownership.erase_some(number, detach=True):  # those made since; the lock keeps out more
             pass
         database.session.delete(user)

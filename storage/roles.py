@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 def set_role(user: User, role: str, *, by: str, by_setting: bool = False) -> None:
     """Give a user a role, and log it if that changes anything. Runs within a transaction of `database.in_transaction`.
 
-    :param by: what changes it: an administrator, whom the line names too; the setting; a merge; or a command.
+    :param by: an administrator, whom the line names too; or the setting, a merge, a deletion or a command.
     :param by_setting: whether an administrator is one only for as long as ADMIN_OPENIDS says so.
     """
     before = user.role == "admin", bool(user.admin_by_setting)

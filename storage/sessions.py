@@ -161,7 +161,7 @@ class SessionInterface(RedisSessionInterface):
                 pipeline.zadd(index, {store_id: ends_at})
                 pipeline.zremrangebyscore(index, "-inf", now)
                 pipeline.expire(index, self.absolute_lifetime)
-                pipeline.zadd(_LOGINS, {session["user_id"]: now})
+                pipeline.zadd(_LOGINS, {session["user_id"]: time.time()})
                 pipeline.zremrangebyrank(_LOGINS, 0, -1 - LOGINS_KEPT)
             pipeline.execute()
         session.new = False

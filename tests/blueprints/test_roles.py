@@ -102,6 +102,12 @@ def test_an_explicit_grant_outlives_the_setting(
     revoke(app, boss)
 
 
+def test_an_administrator_who_leaves_is_logged_as_one(admin: Caller, alice: Caller, log_lines: Any) -> None:
+    for user in (alice, admin):
+        assert user.delete("/users/me").status_code == 200
+    assert audits(log_lines()) == [("admin revoked", admin.id, "deletion", admin.id)]
+
+
 def revoke(app: Flask, user: Caller) -> None:
     assert flask(app, "revoke-admin", str(user.id)).exit_code == 0
 
@@ -196,8 +202,9 @@ def test_an_operator_finds_who_has_just_logged_in_and_makes_them_an_administrato
     assert listed(app, "--limit", "1", "--after", str(bob.id))[0]["id"] == alice.id
     alice.log_in()
     recent = listed(app, "--recent")
-    assert {user["id"] for user in recent} == {alice.id, bob.id}
-    (found,) = (user for user in recent if user["openid"] == alice.openid)
+    assert [user["id"] for user in recent] == [alice.id, bob.id]
+    found = recent[0]
+    assert found["openid"] == alice.openid
     assert (found["role"], found["blocked"], found["admin_by_setting"]) == ("user", False, False)
     assert found["last_login"] is not None
     assert "13700001111" not in str(recent)
