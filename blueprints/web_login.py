@@ -30,7 +30,9 @@ from wechat.crypto import constant_time_equals
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
 from wechat.transport import PATIENCE_SECONDS
 
-STATE_SECONDS = 600
+STATE_SECONDS, COOKIE_SECONDS = 600, 3600
+"""A state that comes too late begins no session, but its cookie still tells where it would have led."""
+
 COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
 STATE_REFUSED = {"state": ["Unknown, expired after ten minutes, or from another browser: start again at authorize."]}
@@ -86,7 +88,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     response.set_cookie(
         _cookie(state),
         _serializer().dumps({"state": state, "scope": scope, "return_to": query["return_to"]}),
-        max_age=STATE_SECONDS,
+        max_age=COOKIE_SECONDS,
         **COOKIE_OPTIONS,
     )
     return response
