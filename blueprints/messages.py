@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 NOT_CONFIGURED = errors.Message("未配置消息推送", "Message push is not configured")
 CONTENT_TYPES = {"json": "application/json", "xml": "text/xml; charset=utf-8"}
-MAXIMUM_BYTES = 128 * 1024
+MAXIMUM_BYTES = 64 * 1024
 """A body must be read before its signature can be checked."""
 PENDING_SECONDS = 4
 """Less than the 5 s after which WeChat sends a message again: the process that received it may have died."""
@@ -53,7 +53,10 @@ def verify_url() -> Response:
 @blueprint.doc(
     parameters=_parameters("timestamp", "nonce", required=True)
     + _parameters("signature", "msg_signature", required=False),
-    requestBody={"content": {"application/json": {"schema": {"type": "object"}}, "text/xml": {}}},
+    requestBody={
+        "description": f"At most {MAXIMUM_BYTES} bytes.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/xml": {}},
+    },
 )
 @blueprint.response(
     200,
