@@ -12,6 +12,8 @@ from werkzeug.routing import BaseConverter, IntegerConverter, Map
 from errors import ApiError, Code
 
 Schema.error_messages = {"type": "Must be an object.", "unknown": "Unknown, or set by the server."}
+# WeChat's pickers give the temporary path of a file on the phone.
+fields.Url.default_error_messages = {"invalid": "Must be an http(s) URL: upload the file, then send its URL."}
 
 MAXIMUM_ID = 2**63 - 1
 SMALL_BODY = 8 * 1024

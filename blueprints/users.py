@@ -58,17 +58,12 @@ NICKNAME_RULE = validate.Regexp(
 
 PHONE_RULE = validate.Regexp(r"^\+?[0-9]{5,20}(?!\n)$", error="Must be digits, with + and country code if foreign.")
 
-# WeChat's pickers give the temporary path of a file on the phone.
-URL_REQUIRED: dict[str, Any] = {"invalid": "Must be an http or https URL: upload the file first, then send its URL."}
-
 
 class TypedProfileSchema(Schema):
     """What users may change about themselves."""
 
     nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata={"description": "null removes it."})
-    avatar_url = fields.Url(
-        allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512), error_messages=URL_REQUIRED
-    )
+    avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
 
 
 class UserChangeSchema(TypedProfileSchema):

@@ -26,9 +26,7 @@ PHONE_CODE_REQUIRED = Message(
     "Code invalid, expired or used already: send the code of a getPhoneNumber button, not that of wx.login",
 )
 
-NO_SESSION_KEY = Message(
-    "请先登录，再重新点按钮获取数据并提交", "Log in, then tap the button again and send the new data"
-)
+NO_SESSION_KEY = Message("请先登录，再点按钮获取数据提交", "Log in, tap the button again, then send the data")
 
 blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phone number and profile from WeChat")
 

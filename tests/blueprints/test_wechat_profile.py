@@ -207,7 +207,7 @@ def test_a_body_of_neither_kind_is_told_both(alice: Caller) -> None:
 def test_a_picture_that_is_not_uploaded_yet_gets_400_saying_so(alice: Caller, url: object) -> None:
     for path in (PROFILE, "/users/me"):
         (reason,) = alice.put(path, {"avatar_url": url}).get_json()["data"]["errors"]["avatar_url"]
-        assert reason == "Must be an http or https URL: upload the file first, then send its URL."
+        assert reason == "Must be an http(s) URL: upload the file, then send its URL."
 
 
 def test_encrypted_data_that_cannot_be_stored_is_400(alice: Caller) -> None:
