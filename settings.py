@@ -39,10 +39,8 @@ class EncryptionKeys(fields.Field[list[bytes]]):
             keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
         except ValueError:
             raise ValidationError("Must be base64.") from None
-        if any(len(key) != 32 for key in keys):
-            raise ValidationError("Each key must be the base64 of exactly 32 bytes.")
-        if len({*keys}) < len(keys):
-            raise ValidationError("Each key must be listed once.")
+        if any(len(key) != 32 for key in keys) or len({*keys}) < len(keys):
+            raise ValidationError("Each key must be the base64 of exactly 32 bytes, and listed once.")
         return keys
 
 
@@ -50,7 +48,7 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-def _url(pattern: str, parse: Callable[[str], object], error: str) -> Callable[[str], None]:
+def _url(pattern: str, parse: Callable[[str], object]) -> Callable[[str], None]:
     """Accept a URL that matches and can be parsed; a parser's own message may quote a password, so it is not shown."""
 
     def validator(value: str) -> None:
@@ -59,7 +57,7 @@ def _url(pattern: str, parse: Callable[[str], object], error: str) -> Callable[[
         except (ValueError, TypeError, redis.RedisError, sqlalchemy.exc.ArgumentError):
             parsed = None
         if not parsed:
-            raise ValidationError(error)
+            raise ValidationError("Must be such a URL, with these options only.")
 
     return validator
 
@@ -130,19 +128,13 @@ class Settings(Schema):
         "The one Redis, 6.2 or later, that all instances share, such as redis://:password@host:6379/0; not a Cluster or"
         " Sentinel. Options: db, socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile,"
         " ssl_cert_reqs, ssl_check_hostname.",
-        _url(
-            REDIS_PATTERN,
-            lambda url: redis.ConnectionPool.from_url(url).make_connection(),
-            "Must be a redis://, rediss:// or unix:// URL with these options only.",
-        ),
+        _url(REDIS_PATTERN, lambda url: redis.ConnectionPool.from_url(url).make_connection()),
     )
     DATABASE_URL = _required(
         "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db. Options of"
         " MySQL: unix_socket, ssl_ca, ssl_capath, ssl_cert, ssl_key, ssl_cipher, ssl_check_hostname; charset is always"
         " utf8mb4.",
-        _url(
-            DATABASE_PATTERN, sqlalchemy.make_url, "Must be a sqlite:///path or mysql:// URL with these options only."
-        ),
+        _url(DATABASE_PATTERN, sqlalchemy.make_url),
     )
     SECRET_KEY = _required(
         "Signing key, 32 random characters or more: openssl rand -base64 32",

@@ -24,16 +24,16 @@ from storage.models import Base, User
 
 STATEMENT_SECONDS = 3
 TRIES = 5
-SQLITE_BYTES = 1_000_000
-"""That its file system must have free for it to be ready."""
+SQLITE_FREE_BYTES = 1_000_000
+"""What must be free for SQLite to count as ready."""
 T = TypeVar("T")
 _SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
 _WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
 # Greedy: a value may contain quotes.
 _QUOTED = re.compile(r"'.*'( for (?:key|column) '[^']*'(?: at row \d+)?)\Z|'.*'", re.DOTALL)
 _QUOTES_NAMES_ALONE = {1048, 1054, 1146, 1264, 1364, 1406}
-_CLAUSES = {"field list", "where clause", "order clause", "SELECT", "WHERE", "ORDER BY"}  # MySQL, MariaDB
-_NAMES = {*_CLAUSES, *Base.metadata.tables}.union(*(table.columns.keys() for table in Base.metadata.tables.values()))
+_NAMES = {name for table in Base.metadata.sorted_tables for name in (table.name, *table.columns.keys())}
+_NAMES |= {"field list", "where clause", "order clause", "SELECT", "WHERE", "ORDER BY"}  # of MySQL, of MariaDB
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
@@ -48,14 +48,10 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
     if address.get_backend_name() != "sqlite":
         # PyMySQL is the only driver installed, and MariaDB speaks MySQL's protocol.
         address = address.set(drivername="mysql+pymysql")
-        options["connect_args"] = {
-            "connect_timeout": 1,
-            "read_timeout": seconds,
-            "write_timeout": seconds,
-            # Whatever URL and server say: no character is lost, no value is cut off, every table has transactions.
-            "charset": "utf8mb4",
-            "init_command": "SET SESSION sql_mode = 'TRADITIONAL', default_storage_engine = 'InnoDB'",
-        }
+        options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
+        # Whatever URL and server say: no character is lost, no value is cut off, every table has transactions.
+        setup = "SET SESSION sql_mode = 'TRADITIONAL', default_storage_engine = 'InnoDB'"
+        options["connect_args"] |= {"charset": "utf8mb4", "init_command": setup}
         # A read under a lock must see the current row, not a snapshot from the first read of the transaction.
         options["isolation_level"] = "READ COMMITTED"
         options["pool_pre_ping"] = True  # so that a server restart causes no error, for a round trip
@@ -70,10 +66,9 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         **options,
     )
     event.listen(engine, "handle_error", _drop_connections)
+    event.listen(engine, "handle_error", _remove_values)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
-    else:
-        event.listen(engine, "handle_error", _remove_values)
     return engine
 
 
@@ -86,8 +81,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
 
 def _drop_connections(context: ExceptionContext) -> None:
     """Replace all connections of the pool after a failover that left them open."""
-    if failures.codes(context.original_exception) & (failures.READ_ONLY | failures.OUT_OF_SERVICE):
-        context.is_disconnect = True
+    context.is_disconnect |= bool(failures.codes(context.original_exception) & failures.FAILOVERS)
 
 
 def _remove_values(context: ExceptionContext) -> None:
@@ -142,15 +136,15 @@ def ping() -> None:
     address = session.get_bind().engine.url
     if address.get_backend_name() != "sqlite":
         in_transaction(lambda: session.execute(_WRITE_PROBE))
-    elif not os.access(address.database or "", os.W_OK):  # a write would wait for the only writer
+    elif not os.access(str(address.database), os.W_OK):  # a write would wait for the only writer
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    elif shutil.disk_usage(address.database or "").free < SQLITE_BYTES:
+    elif shutil.disk_usage(str(address.database)).free < SQLITE_FREE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def is_lost_race(error: DBAPIError | StaleDataError) -> bool:
-    """Whether a transaction failed only because of a concurrent one, so that it can be retried."""
-    return isinstance(error, StaleDataError) or bool(failures.codes(error.orig) & failures.RACES)
+    """Whether a transaction can be retried: it failed because of a concurrent one, or where nothing can be written."""
+    return isinstance(error, StaleDataError) or bool(failures.codes(error.orig) & failures.LOST)
 
 
 def in_transaction(work: Callable[[], T]) -> T:
@@ -183,8 +177,7 @@ def in_transaction(work: Callable[[], T]) -> T:
             session.commit()
         except (DBAPIError, StaleDataError) as error:
             session.rollback()
-            refused = isinstance(error, DBAPIError) and failures.codes(error.orig) & failures.READ_ONLY
-            if not tries_left or not (refused or is_lost_race(error)):
+            if not tries_left or not is_lost_race(error):
                 raise
         except BaseException:
             session.rollback()

@@ -2,35 +2,31 @@
 
 import errno
 import socket
-import ssl
 from typing import Any
 
-import sqlalchemy.exc
 from redis import exceptions
 
-RACES = {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020}
-"""The same row was inserted concurrently (MySQL, SQLite, SQLite); a deadlock; MariaDB's snapshot isolation."""
 READ_ONLY = {1036, 1290, 1792, 1836, "SQLITE_READONLY", "SQLITE_READONLY_DBMOVED"}
-"""Takes no writes, and has rolled the transaction back; a new connection may lead to a server that does."""
-OUT_OF_SERVICE = {1047, 1053, 3032, 3100}
-"""Galera without quorum, a shutdown, offline mode, a primary that left its group; likewise."""
+"""Takes no writes, and has rolled the transaction back."""
+LOST = READ_ONLY | {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020}
+"""Nothing is committed, and a retry may succeed: also if the same row was inserted concurrently (MySQL, SQLite,
+SQLite), after a deadlock, and by MariaDB's snapshot isolation."""
+FAILOVERS = READ_ONLY | {1047, 1053, 3032, 3100}
+"""A new connection may lead to a better server: also from Galera without quorum, a shutdown, offline mode, and a
+primary that left its group."""
 _KINDS: dict[str, set[Any]] = {
     "Not migrated.": {1146, 1054, "SQLITE_ERROR"},  # the latter for any wrong statement, which has no other cause here
     "Read-only.": {*READ_ONLY, exceptions.ReadOnlyError, errno.EROFS},
     "Refuses writes.": {"MISCONF", "NOREPLICAS", exceptions.MasterDownError},
-    "Out of service.": {*OUT_OF_SERVICE, exceptions.BusyLoadingError},
+    "Out of service.": {*FAILOVERS, exceptions.BusyLoadingError},
     "Out of memory or space.": {1021, 1041, 1114, "SQLITE_FULL", errno.ENOSPC, exceptions.OutOfMemoryError},
     "Is a Redis Cluster.": {exceptions.MovedError, exceptions.ClusterCrossSlotError, exceptions.ClusterDownError},
-    "Is older than Redis 6.2.": {"syntax", "unknown"},
     "Wrong user or password.": {1045, 1698, exceptions.AuthenticationError},
     "No permission.": {1044, 1142, 1143, 1227, exceptions.NoPermissionError, PermissionError},
-    "Unknown database.": {1046, 1049, "DB"},
-    "Cannot be opened.": {"SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_CORRUPT"},
-    "Too many connections.": {1040, 1203, 1226, "max", sqlalchemy.exc.TimeoutError},
-    "TLS fails.": {ssl.SSLError},
+    "Unknown database.": {1046, 1049, "DB", "SQLITE_CANTOPEN", "SQLITE_NOTADB"},
     "Unknown host.": {socket.gaierror},
-    "Refuses connections.": {ConnectionRefusedError, FileNotFoundError},
-    "Does not respond.": {2006, 2013, TimeoutError, OSError},
+    "Refuses connections.": {1040, 1203, 1226, "max", ConnectionRefusedError, FileNotFoundError},
+    "Does not respond.": {2006, 2013, TimeoutError},
 }
 
 

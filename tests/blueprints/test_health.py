@@ -43,7 +43,7 @@ def test_readiness_names_a_failing_dependency_and_liveness_checks_none(
     client = app.test_client()
     answer = client.get("/readyz")
     assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
-    why = {"redis": "Refuses connections.", "database": "Cannot be opened."}
+    why = {"redis": "Refuses connections.", "database": "Unknown database."}
     assert answer.get_json()["data"]["errors"] == {away: [why[away]]}
     assert (up("redis"), up("database")) == (away != "redis", away != "database")
     assert "Retry-After" in answer.headers
