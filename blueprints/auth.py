@@ -77,11 +77,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
         blocks.require_not_blocked(user)
     if user is None or not stored_sessions.resume(outcome["token"]):  # gone since the first response
         raise ApiError(Code.WECHAT_CODE_USED)
-    return {
-        "token": outcome["token"],
-        "expires_in": current_app.config["SESSION_LIFETIME"],
-        "user": user,
-    }
+    return {"token": outcome["token"], "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
 
 
 @login.teardown_request

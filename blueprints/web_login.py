@@ -109,7 +109,10 @@ def callback(query: dict[str, str]) -> BaseResponse:
     mark = _hash(query["state"])
     if session.get("web_login") == mark:
         return redirect(public_url() + session["return_to"])
-    attempt = _load_attempt(query["state"])
+    attempt = _load_cookie(query["state"])
+    # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
+    if attempt is None or abs(time.time() - attempt["began_at"]) > STATE_SECONDS:
+        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
 
@@ -123,7 +126,7 @@ def callback(query: dict[str, str]) -> BaseResponse:
     except AlreadyDone:
         token = None
     if token is None or not stored_sessions.resume(token):
-        raise ApiError(Code.WECHAT_CODE_USED, message=BEGIN_AGAIN)
+        raise ApiError(Code.WECHAT_CODE_USED)
     response = redirect(public_url() + attempt["return_to"])
     response.delete_cookie(_cookie(query["state"]), **COOKIE_OPTIONS)
     return response
@@ -136,7 +139,7 @@ def _make_page(response: Response) -> Response:
     if response.status_code >= 400:
         response.content_security_policy.default_src = "'none'"
         error = response.get_json()
-        if response.status_code == 400:
+        if response.status_code == 400:  # the code's own message is for developers of the mini-program
             error["message"] = str(BEGIN_AGAIN)
         response.data = render_template("web_login.html", **error, again=_query_to_begin_again())
         response.content_type = "text/html; charset=utf-8"
@@ -181,19 +184,8 @@ def check_authorization(user_id: int, app_id: str) -> bool:
     return is_valid
 
 
-def _load_attempt(state: str) -> dict[str, str]:
-    """Load the login that this browser started under a state.
-
-    :raises ApiError: INVALID_INPUT if there is none, or no longer.
-    """
-    attempt = _load_cookie(state)
-    # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
-    if attempt is None or abs(time.time() - attempt["began_at"]) > STATE_SECONDS:
-        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
-    return attempt
-
-
 def _load_cookie(state: str) -> dict[str, Any] | None:
+    """Load the login that this browser started under a state; None if there is none."""
     try:
         attempt, made_at = _serializer().loads(request.cookies.get(_cookie(state), ""), return_timestamp=True)
     except BadSignature:
@@ -207,18 +199,12 @@ def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
 
     :returns: the id of its user.
     """
-    info = UserInfo(None, None, None)
-    try:
-        grant = app.redeem(code)
-        if grant.is_snapshot_user:
-            raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
-        authorization = grant.authorization
-        if with_profile:
-            info, authorization = app.userinfo(authorization)
-    except ApiError as error:
-        if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
-            raise ApiError(error.api_code, message=BEGIN_AGAIN) from None
-        raise
+    grant = app.redeem(code)
+    if grant.is_snapshot_user:
+        raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
+    info, authorization = UserInfo(None, None, None), grant.authorization
+    if with_profile:
+        info, authorization = app.userinfo(authorization)
     user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
     set_current_user(user_id)
     profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}
