@@ -13,7 +13,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -40,11 +42,11 @@ def beats(a_second: float, seconds: float) -> Iterator[None]:
 
 
 def attack(url: str, headers: dict[str, str]) -> None:
-    """Send the lists, in a process of its own."""
-    statuses = Counter(
-        requests.post(f"{url}/api/v1/orders", BODY, headers=headers, timeout=60).status_code
-        for _ in beats(ATTACKS_A_SECOND, ATTACK_SECONDS)
-    )
+    """Send the lists, in a process of its own, without waiting for responses to earlier ones."""
+    send = partial(requests.post, f"{url}/api/v1/orders", BODY, headers=headers, timeout=60)
+    with ThreadPoolExecutor(ATTACKS_A_SECOND) as pool:
+        sent = [pool.submit(send) for _ in beats(ATTACKS_A_SECOND, ATTACK_SECONDS)]
+    statuses = Counter(one.result().status_code for one in sent)
     print(f"attacks: {sum(statuses.values())}, responses: {dict(statuses)}")
 
 

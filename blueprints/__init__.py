@@ -29,16 +29,16 @@ from blueprints.api import Api
 from errors import ApiError, Code
 
 V1 = "/api/v1"
-SENT_HEADERS = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "traceparent"]
-READ_HEADERS = ["ETag", "Location", "Retry-After", "X-Trace-Id"]
-"""What pages of CORS_ORIGINS may send and read; never cookies, only bearer tokens."""
+ALLOWED = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "traceparent"]
+EXPOSED = ["ETag", "Location", "Retry-After", "X-Trace-Id"]
+"""The headers that pages of CORS_ORIGINS may send and read; no cookies, as they have bearer tokens."""
 
 
 def init_app(app: Flask) -> None:
     app.before_request(_answer_before_policies)
     if app.config["CORS_ORIGINS"]:
         origins = re.split(" *, *", app.config["CORS_ORIGINS"])
-        CORS(app, origins=origins, allow_headers=SENT_HEADERS, expose_headers=READ_HEADERS, always_send=False)
+        CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
         app.after_request(_vary_by_origin)
     app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"])
     api = Api(app)

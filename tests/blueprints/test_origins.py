@@ -55,6 +55,7 @@ def test_a_page_of_a_named_origin_may_call_every_route(shop: FlaskClient, origin
             assert method.lower() in listed(answer, "Allow-Methods")
             assert listed(answer, "Allow-Headers") == set(sent.split(","))
             assert "Origin" in answer.vary
+            assert answer.headers["Access-Control-Max-Age"] == "600"
     for path, status in (("/livez", 200), ("/api/v1/orders", 401), ("/nowhere", 404)):
         answer = shop.get(path, headers={"Origin": origin, **bearer("unknown")})
         assert (answer.status_code, allowed(answer)) == (status, origin)
