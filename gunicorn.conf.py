@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import runpy
+import secrets
 import select
 import shutil
 import signal
@@ -17,6 +18,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from gunicorn.errors import HaltServer
 from gunicorn.http.errors import LimitRequestHeaders, ParseException
 from gunicorn.util import close_graceful
 from gunicorn.workers.gthread import ThreadWorker
@@ -93,12 +95,14 @@ graceful_timeout = 28 - settings["DRAIN_SECONDS"]
 # and never send a request into a connection that is being closed.
 keepalive = 75
 
-# The heartbeat file in memory: on a slow disk a healthy worker would be taken for dead.
-memory = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+# The heartbeat file in memory: on a slow disk a healthy worker would be taken for dead. It takes no room but an inode.
+memory = "/dev/shm"
+if not os.access(memory, os.W_OK) or not os.statvfs(memory).f_favail:
+    memory = tempfile.gettempdir()
 worker_tmp_dir = memory
 
-# The metrics of the workers are in a directory that the instance holds; the next start removes what a crash left.
-# prometheus_client reads this variable when it is first imported, so not before when_ready.
+# The metrics of the workers are in a directory that the instance holds. A stop removes it; what a crash left tells the
+# next start on this port of it. prometheus_client reads this variable when it is first imported: not before when_ready.
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 # No socket in the home directory through which the server could be steered.
@@ -137,21 +141,20 @@ def lock(directory):  # type: ignore[no-untyped-def]
 
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
-    for left in Path(memory).glob("kuaishang-*"):
+    server.started, server.after = time.time(), "stop"
+    for left in Path(memory).glob(f"kuaishang-{settings['PORT']}-*"):
         with suppress(OSError):
             lock(left)
+            server.after = "crash"
             shutil.rmtree(left)
-    directory = os.environ[MULTIPROC_DIR] = tempfile.mkdtemp(prefix="kuaishang-", dir=memory)
-    lock(directory)
-    os.chown(directory, server.cfg.uid, server.cfg.gid)
-    server.started = time.time()
+    os.environ[MULTIPROC_DIR] = f"{memory}/kuaishang-{settings['PORT']}-{secrets.token_hex(8)}"
     if settings["DRAIN_SECONDS"]:
         server.handle_term = lambda: drain(server)
 
 
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]
-    # A worker cannot start without the directory, and systemd empties /dev/shm when a user logs out.
-    with suppress(FileExistsError, BlockingIOError):
+    # Also for a later worker: systemd empties /dev/shm when a user logs out, and at the start there may be no room.
+    with suppress(OSError):
         os.mkdir(os.environ[MULTIPROC_DIR], 0o700)
         os.chown(os.environ[MULTIPROC_DIR], server.cfg.uid, server.cfg.gid)
         lock(os.environ[MULTIPROC_DIR])
@@ -163,13 +166,14 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     # Until gunicorn sets a worker's handlers, a signal ends it: the master's, which it has inherited, would ignore it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
+    logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
     from telemetry import logs, metrics, redaction
 
     redaction.hide_settings(settings)
     lines.setFormatter(logs.JsonLineFormatter(instance, declared["VERSION"]))  # an exception at start-up is redacted
     metrics.WORKER_STARTS.inc()
     metrics.WORKER_DEATHS.inc(worker.replaces)
-    metrics.START_TIME.set(server.started)
+    metrics.START_TIME.labels(server.after).set(server.started)
 
 
 def post_worker_init(worker):  # type: ignore[no-untyped-def]
@@ -189,7 +193,8 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
 
 
 def on_exit(server):  # type: ignore[no-untyped-def]
-    shutil.rmtree(os.environ[MULTIPROC_DIR], ignore_errors=True)
+    if not isinstance(sys.exc_info()[1], HaltServer):  # because a worker could not start, which is a crash too
+        shutil.rmtree(os.environ[MULTIPROC_DIR], ignore_errors=True)
 
 
 def drain(server):  # type: ignore[no-untyped-def]

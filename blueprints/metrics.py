@@ -1,12 +1,13 @@
 """The metrics that Prometheus scrapes."""
 
 from flask import Response, current_app, request
+from prometheus_client.exposition import choose_encoder
 
 from blueprints.api import Blueprint
 from blueprints.health import failing_dependencies
 from blueprints.policies import METRICS_TOKEN_WRONG
 from errors import Code, Message
-from telemetry.multiprocess import exposition
+from telemetry.metrics import SCRAPED
 
 blueprint = Blueprint("metrics", __name__, description="指标 Metrics")
 
@@ -21,5 +22,5 @@ def scrape() -> Response:
     In OpenMetrics where `Accept` prefers it.
     """
     failing_dependencies()
-    body, content_type = exposition(request.headers.get("Accept", ""))
-    return current_app.response_class(body, content_type=content_type)
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return current_app.response_class(encode(SCRAPED), content_type=content_type)

@@ -3,15 +3,22 @@
 Under gunicorn every worker counts in files of PROMETHEUS_MULTIPROC_DIR, and the one that is scraped adds them up.
 """
 
+import os
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client.registry import Collector
+
+from telemetry import multiprocess
 
 REGISTRY = CollectorRegistry()
 """Not the default one: a module that is imported again must not find its metrics registered already."""
+SCRAPED: Collector = REGISTRY
+"""What a scrape returns: all metrics of this instance, or of this process alone if it shares no directory."""
+if multiprocess.MULTIPROC_DIR in os.environ:
+    SCRAPED, values.ValueClass = multiprocess.Instance(), multiprocess.number
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-
 
 _counter = partial(Counter, namespace="kuaishang", registry=REGISTRY)
 _sum = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="livesum")
@@ -35,5 +42,5 @@ LINES_DROPPED = _counter("log_lines_dropped", "Log lines lost because the reader
 DEPENDENCY_UP = _latest("dependency_up", "1 if it responded to the last probe or scrape, else 0.", ("dependency",))
 WORKER_STARTS = _counter("worker_starts", "Worker processes started: at a start, a reload, or for one that died.")
 WORKER_DEATHS = _counter("worker_deaths", "Worker processes that died, not those stopped or replaced.")
-START_TIME = _latest("start_time_seconds", "When the instance started, since the epoch.")
-BUILD = _latest("build_info", "Always 1, for the version that runs.", ("version",))
+START_TIME = _latest("start_time_seconds", "When the instance started, after a stop or a crash.", ("after",))
+BUILD = _latest("build_info", "Always 1; name: the instance in logs and traces.", ("version", "name"))

@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -292,8 +292,9 @@ def start_service(
     """Start services, with these settings changed from the usual ones."""
     with ExitStack() as stack:
 
-        def start(module: str = "wsgi", **different: str) -> Service:
-            service = Service({**environ, **different}, tmp_path / f"output-{secrets.token_hex(4)}", module)
+        def start(module: str = "wsgi", within: Sequence[str] = (), **different: str) -> Service:
+            output = tmp_path / f"output-{secrets.token_hex(4)}"
+            service = Service({**environ, **different}, output, module, within)
             journal.services.append(service)
             stack.callback(service.discard)  # an orderly stop takes almost as long as the start
             return service

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,9 @@ class Process:
         output: Path,
         root: Path = ROOT,
         last_signal: signal.Signals = signal.SIGKILL,
+        within: Sequence[str] = (),
     ) -> None:
-        words = [*bound_to_this_process(last_signal), sys.executable, "-m", *command]
+        words = [*bound_to_this_process(last_signal), *within, sys.executable, "-m", *command]
         with output.open("ab") as stdout, output.with_suffix(".errors").open("ab") as stderr:
             self.popen = subprocess.Popen(words, cwd=root, env=env, stdout=stdout, stderr=stderr)
 
@@ -220,10 +221,12 @@ class Service:
     """The service as in production: gunicorn, its configuration file, settings from the environment alone.
 
     :param module: where gunicorn finds the application.
+    :param within: words before its command.
     """
 
-    def __init__(self, environ: dict[str, str], output: Path, module: str = "wsgi") -> None:
+    def __init__(self, environ: dict[str, str], output: Path, module: str = "wsgi", within: Sequence[str] = ()) -> None:
         self.module = module
+        self.within = within
         self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(free_port("PORT", "0"))}
         self.url = f"http://127.0.0.1:{self.environ['PORT']}"
         self.output = output
@@ -232,7 +235,8 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        self.process = Process(["gunicorn", f"{self.module}:app"], self.environ, self.output)
+        command = ["gunicorn", f"{self.module}:app"]
+        self.process = Process(command, self.environ, self.output, within=self.within)
         self.process.wait_for(f"{self.url}/livez")
 
     def stop(self) -> None:

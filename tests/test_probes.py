@@ -70,7 +70,8 @@ WITHIN_TEN = ("kuaishang_http_request_duration_seconds_bucket", "10.0", "GET", "
 IN_FLIGHT = ("kuaishang_http_requests_in_flight",)
 WORKER_STARTS = ("kuaishang_worker_starts_total",)
 WORKER_DEATHS = ("kuaishang_worker_deaths_total",)
-START_TIME = ("kuaishang_start_time_seconds",)
+START_TIME = ("kuaishang_start_time_seconds", "stop")
+AFTER_CRASH = ("kuaishang_start_time_seconds", "crash")
 
 
 def wait_for_starts(service: Service, count: int) -> None:
@@ -165,9 +166,10 @@ def test_deaths_are_counted_and_reloads_are_not_and_the_instance_stays_ready(sta
         worker.wait(PLATFORM_SECONDS)
         wait_for_starts(service, 2 + deaths)
         assert scrape(service)[WORKER_DEATHS] == deaths
-    for number, count in ((signal.SIGTTIN, 3), (signal.SIGTTOU, 2)):
-        service.process.popen.send_signal(number)
-        wait_until(lambda count=count: len(service.workers()) == count)
+    service.process.popen.send_signal(signal.SIGTTIN)
+    wait_for_starts(service, 2 + 3 + 1)  # one that is retired before it has begun would not be counted
+    service.process.popen.send_signal(signal.SIGTTOU)
+    wait_until(lambda: len(service.workers()) == 2)
     old = service.workers()
     service.process.popen.send_signal(signal.SIGHUP)
     while set(service.workers()) & set(old) or len(service.workers()) != 2:
@@ -199,6 +201,11 @@ def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_
     assert not left.exists()
     assert others.exists()
     assert VERSIONS not in scrape(service)
+    assert (AFTER_CRASH in scrape(service), START_TIME in scrape(service)) == (True, False)
+    service.stop()
+    service.start()
+    wait_for_starts(service, 1)
+    assert (AFTER_CRASH in scrape(service), START_TIME in scrape(service)) == (False, True)
 
     # Workers start also if it is removed, as systemd does to what a user has in /dev/shm when that user logs out.
     directory = directory_of(service)
@@ -332,3 +339,15 @@ def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
     booting.send_signal(signal.SIGTERM)  # it must not wait until it serves
     booting.wait(WAIT_SECONDS)
     wait_until(lambda: answers(f"{service.url}/livez"))
+
+
+def test_an_end_because_a_worker_cannot_start_is_a_crash(start_service: StartService, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    service = start_service("tests.apps.breakable", WEB_CONCURRENCY="1", BROKEN_IF=str(broken))
+    broken.touch()
+    for worker in service.workers():
+        worker.kill()
+    assert service.process.popen.wait(WAIT_SECONDS) != 0
+    broken.unlink()
+    service.start()
+    assert AFTER_CRASH in scrape(service)
