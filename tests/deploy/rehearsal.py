@@ -11,6 +11,7 @@ not. All faults use up one budget, so the tests belong together and run in this 
 import logging
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -72,7 +73,8 @@ class Prometheus:
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         del config["alerting"]
         (scraped,) = config["scrape_configs"]
-        scraped["static_configs"] = [{"targets": [service.url.removeprefix("http://")]}]
+        name = f"{socket.gethostname()}:{service.environ['PORT']}"
+        scraped["static_configs"] = [{"targets": [service.url.removeprefix("http://")], "labels": {"instance": name}}]
         folder.mkdir()
         (folder / "metrics_token").write_text(METRICS_TOKEN)
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from errors import Code
 from telemetry import metrics
-from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, bearer
+from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, bearer, wait_until
 from wechat import errcodes
 
 FOLDER = ROOT / "deploy" / "prometheus"
@@ -42,8 +42,8 @@ def queries() -> dict[str, str]:
     """Every query of the rules and the dashboard, by its place."""
     found = {f"{rule.get('alert') or rule['record']} {number}": rule["expr"] for number, rule in enumerate(RULES)}
     for name, alarm in ALARMS.items():
-        for query in re.findall(r'range printf "((?:\\.|[^"])*)"', alarm["annotations"]["description"]):
-            found[f"description of {name}"] = query.replace("%q", '"kuaishang"').replace('\\"', '"')
+        for query in re.findall(r'range printf "((?:\\.|[^"])*)"', "".join(alarm["annotations"].values())):
+            found[f"{name}: {query}"] = query.replace("%q", '"kuaishang"').replace('\\"', '"')
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             found[f"{panel['title']} {target['refId']}"] = target["expr"]
@@ -66,7 +66,9 @@ def series() -> dict[str, set[str]]:
             for suffix in SUFFIXES[metric._type]:
                 more = {"le"} if suffix == "_bucket" else set()
                 there[metric._name + suffix] = {*metric._labelnames, *more, *OF_PROMETHEUS}
-    return there | {rule["record"]: {"job"} for rule in RULES if "record" in rule}
+    return there | {
+        rule["record"]: set(rule["record"].partition(":")[0].split("_")) for rule in RULES if "record" in rule
+    }
 
 
 def read(query: str) -> tuple[list[tuple[str, set[str]]], set[str]]:
@@ -101,6 +103,15 @@ def test_a_scrape_has_every_series_that_the_queries_name(
     of_rules = {rule.get("record") for rule in RULES} | {"up", "ALERTS"}
     named = [(name, labels) for query in queries().values() for name, labels in read(query)[0]]
     assert [name for name, labels in named if name not in of_rules and not labels <= there.get(name, set())] == []
+
+
+def test_an_instance_has_one_name_in_metrics_and_logs(start_service: Callable[..., Service]) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    scraped = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=10).text
+    samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
+    (build,) = [sample for sample in samples if sample.name == "kuaishang_build_info"]
+    lines = wait_until(lambda: [line for line in service.log_lines() if line["message"] == "request"])
+    assert {line["instance"] for line in lines} == {build.labels["name"]}
 
 
 def test_every_metric_is_on_the_dashboard() -> None:
