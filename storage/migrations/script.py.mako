@@ -6,6 +6,7 @@ Safe beside the old version that still runs: add, fill, switch, drop, each in a 
 import sqlalchemy as sa
 from alembic import op
 ${imports if imports else ""}
+
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = None

@@ -104,6 +104,61 @@ def test_a_new_migration_is_empty_and_states_the_rule(tmp_path: Path) -> None:
     alembic("upgrade", "head")
 
 
+MORE_MODELS = """
+
+class Coupon(Versioned, Base):
+    __tablename__ = "coupons"
+    __table_args__ = (
+        Index("uq_coupons_code", "code", unique=True),
+        {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
+    )
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    code: Mapped[str] = mapped_column(identifier(32))
+    phone_encrypted: Mapped[str | None] = mapped_column(Text)
+    blob: Mapped[bytes | None] = mapped_column(LargeBinary().with_variant(mysql.MEDIUMBLOB, "mysql"))
+    is_used: Mapped[bool] = mapped_column(default=False, server_default=false())
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+"""
+MORE_COLUMNS = """
+    paid_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    is_gift: Mapped[bool] = mapped_column(default=False, server_default=false())
+"""
+
+
+def test_a_generated_migration_runs_up_and_down_and_needs_no_model(tmp_path: Path, databases: Databases) -> None:
+    for name in ("pyproject.toml", "settings.py", "errors.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("storage", "telemetry"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    env = {**os.environ, "DATABASE_URL": databases.create()}
+
+    def alembic(*words: str) -> None:
+        command = [sys.executable, "-m", "alembic", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    alembic("upgrade", "head")
+    models, versions = tmp_path / "storage/models.py", tmp_path / "storage/migrations/versions"
+    before, orders = models.read_text(), '    __tablename__ = "orders"\n'
+    assert orders in before
+    models.write_text(before.replace(orders, orders + MORE_COLUMNS) + MORE_MODELS)
+    alembic("revision", "--autogenerate", "--rev-id", "9998", "-m", "more")
+    written = (versions / "9998_more.py").read_text()
+    assert "storage" not in written
+    for words in (["check"], ["format", "--check"]):
+        subprocess.run([sys.executable, "-m", "ruff", *words, versions], cwd=tmp_path, check=True)
+    for _ in range(2):
+        alembic("upgrade", "head")
+        alembic("check")
+        alembic("downgrade", "-1")
+    alembic("upgrade", "head")
+    models.write_text(before)  # and one that drops them again
+    alembic("revision", "--autogenerate", "--rev-id", "9999", "-m", "less")
+    alembic("upgrade", "head")
+    alembic("downgrade", "-1")
+
+
 def test_a_migration_creates_identities_and_leaves_a_unionid_to_one_user(databases: Databases) -> None:
     url = databases.create()
     engine = database.engine_for(url)
