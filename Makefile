@@ -21,8 +21,9 @@ help: ## list the targets
 run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port, HOST=0.0.0.0 for phones)
 	@exec $(VENV)/bin/python -m dev.run
 
-trace: $(INSTALLED) ## print all lines of a trace, the failing span first (ID=… from X-Trace-Id; LOGS="files or folders", or - for stdin)
-	@$(VENV)/bin/python -m dev.trace
+# With the standard library alone: it installs nothing where the service runs.
+trace: ## print all lines of a trace, the failing span first (ID=… from X-Trace-Id; LOGS="files or folders", or - for stdin)
+	@$(PYTHON) -m dev.trace
 
 # Both halves run, also if the first one fails. On MariaDB ARGS may select no test, for which pytest exits with 5.
 test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS="-k login" for a part, "-n 0 --pdb" to debug)

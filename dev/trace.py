@@ -1,8 +1,9 @@
-"""`make trace ID=…`: prints all log lines of one trace, the failing span first.
+"""`make trace ID=…` or `python3 -m dev.trace ID [LOGS]`: prints all log lines of one trace, the failing span first.
 
-Reads ID and LOGS from the environment. ID is a trace id, also in upper case or with dashes, a `traceparent`, or at
-least the first 8 digits of either. LOGS names files and folders, by default `var/log`; `-` is stdin. The exit status is
-1 if no trace or several match, 2 if ID or LOGS is invalid.
+Needs nothing but Python, so it runs on a server as on a laptop. Reads ID and LOGS from the arguments or from the
+environment. ID is a trace id, also in upper case or with dashes, a `traceparent`, or at least the first 8 digits of
+either. LOGS names files and folders, by default `var/log`; `-` is stdin. The exit status is 1 if no trace or several
+match, 2 if ID or LOGS is invalid.
 """
 
 import gzip
@@ -30,8 +31,8 @@ Line = dict[str, Any]
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may stop early
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
-    places = os.environ.get("LOGS", "").strip() or DEFAULT_LOGS
-    given = os.environ.get("ID", "").strip()
+    places = (shlex.join(sys.argv[2:]) or os.environ.get("LOGS", "")).strip() or DEFAULT_LOGS
+    given = (sys.argv[1] if sys.argv[1:] else os.environ.get("ID", "")).strip()
     if not given:
         fail(2, "ID is missing: set ID=… to an X-Trace-Id, or at least its first 8 digits")
     digits = trace_id_of(given)

@@ -19,6 +19,8 @@ from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, wait_until
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 HEADING = "\n\nAll lines\n"
+ALONE = f"{sys.executable} -S -E -s"
+"""Python with nothing but its standard library."""
 
 
 def execute(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
@@ -27,13 +29,14 @@ def execute(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedP
 
 
 def make(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `make trace`, but install nothing."""
-    return execute("make", f"VENV={sys.prefix}", f"--assume-old={sys.prefix}/installed", "trace", *words, stdin=stdin)
+    """Run `make trace` as on a machine where nothing is installed, and where nothing may be."""
+    return execute("make", "VENV=/nowhere", f"PYTHON={ALONE}", "trace", *words, stdin=stdin)
 
 
 def run(given: str, *logs: Path | str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The same without make, which has an exit status of its own."""
-    return execute(sys.executable, "-m", "dev.trace", stdin=stdin, TZ="UTC", ID=given, LOGS=shlex.join(map(str, logs)))
+    command = [*ALONE.split(), "-m", "dev.trace"]
+    return execute(*command, stdin=stdin, TZ="UTC", ID=given, LOGS=shlex.join(map(str, logs)))
 
 
 def line(second: float, message: str, level: str = "INFO", span: str = "a", **fields: Any) -> str:
@@ -103,6 +106,15 @@ def test_lines_of_two_instances_with_one_traceparent_are_merged(
         rows = [row for row in rest.splitlines() if not row.startswith(" ")]
         assert [row.split()[2] for row in rows] == [line["instance"] for line in ours + theirs]
         assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
+
+
+def test_the_id_and_the_logs_may_be_arguments(tmp_path: Path) -> None:
+    for name in ("one two.jsonl", "three.jsonl"):
+        (tmp_path / name).write_text(line(1, "request", instance=name))
+    done = execute(*ALONE.split(), "-m", "dev.trace", TRACE_ID[:8], str(tmp_path / "one two.jsonl"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert messages(below(done.stdout)) != []
+    assert "2 lines of" in done.stdout
 
 
 def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:
