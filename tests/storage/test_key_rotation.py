@@ -4,18 +4,18 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import pymysql
 import pytest
 from click.testing import Result
 from flask import Flask
-from sqlalchemy import event, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import select, text
 
 from storage import blocks, database, key_rotation
+from storage.encrypted import Encrypted
 from storage.models import PERSONAL_FIELDS, Base, Identity, User
+from tests.databases import Databases
 from tests.harness import PERSON, ROOT
 
 OLD, NEW, LOST = (base64.b64encode(secrets.token_bytes(32)).decode() for _ in range(3))
@@ -23,9 +23,9 @@ ApplicationWith = Callable[..., Flask]
 
 
 @pytest.fixture
-def application_with(make_app: Callable[..., Flask], tmp_path: Path) -> ApplicationWith:
+def application_with(make_app: Callable[..., Flask], databases: Databases) -> ApplicationWith:
     """The application with these keys. Its database has five users under the old key, and is of this test alone."""
-    url = f"sqlite:///{tmp_path / 'rotated.db'}"
+    url = databases.create()
     engine = database.engine_for(url)
     Base.metadata.create_all(engine)
     engine.dispose()
@@ -56,7 +56,12 @@ def rows(app: Flask, model: type[Base] = User) -> list[dict[str, Any]]:
 
 
 def run(app: Flask, *arguments: str) -> Result:
-    return app.test_cli_runner().invoke(args=["keys", *arguments])
+    engine = app.extensions["database"]
+    try:
+        return app.test_cli_runner().invoke(args=["keys", *arguments])
+    finally:
+        app.extensions["database"].dispose()  # the command's own
+        app.extensions["database"] = engine
 
 
 def is_complete(app: Flask) -> bool:
@@ -70,10 +75,12 @@ def is_complete(app: Flask) -> bool:
         return tokens == {f"token {number}" for number in range(1, 6)}
 
 
-@pytest.mark.parametrize("batch_size", ["1", "2", "5", "500"])
+@pytest.mark.parametrize("batch", [1, 2, 5, 100])
 def test_a_rotation_makes_the_old_key_removable_and_changes_nothing_else(
-    application_with: ApplicationWith, rotating: Flask, batch_size: str
+    application_with: ApplicationWith, rotating: Flask, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
+    monkeypatch.setattr(key_rotation, "BATCH", batch)
+
     def columns(encrypted: bool) -> list[dict[str, Any]]:
         return [
             {name: value for name, value in row.items() if name.endswith(("_encrypted", "_index")) == encrypted}
@@ -84,7 +91,7 @@ def test_a_rotation_makes_the_old_key_removable_and_changes_nothing_else(
     assert is_complete(rotating)
     before = columns(encrypted=False)
     assert "updated_at" in before[0]
-    assert run(rotating, "rotate", "--batch-size", batch_size).exit_code == 0
+    assert run(rotating, "rotate").exit_code == 0
     values = [value for row in columns(encrypted=True) for value in row.values() if value is not None]
     assert {value.partition(".")[0] for value in values} == {rotating.extensions["cipher"].key_id}
     assert is_complete(application_with(NEW))
@@ -95,45 +102,54 @@ def test_an_interrupted_rotation_can_be_continued(
     application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = application_with(NEW, OLD)
-    store, batches = key_rotation._store, []
+    monkeypatch.setattr(key_rotation, "BATCH", 2)
+    rotate_batch, batches = key_rotation._rotate_batch, []
 
-    def stop_at_the_second(*arguments: Any) -> None:
-        if batches:
+    def stop_in_the_second(*arguments: Any) -> Any:
+        batches.append(rotate_batch(*arguments))
+        if len(batches) == 2:
             raise KeyboardInterrupt
-        batches.append(arguments)
-        store(*arguments)
+        return batches[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(key_rotation, "_store", stop_at_the_second)
-        assert run(app, "rotate", "--batch-size", "2").exit_code == 1
+        patch.setattr(key_rotation, "_rotate_batch", stop_in_the_second)
+        assert run(app, "rotate").exit_code == 1
     halfway, key_id = rows(app), app.extensions["cipher"].key_id
     assert [row["phone_encrypted"].startswith(key_id) for row in halfway] == [True, True, False, False, False]
     assert is_complete(app)
     assert is_complete(application_with(OLD, NEW))
-    assert run(app, "rotate", "--batch-size", "2").exit_code == 0
+    assert run(app, "rotate").exit_code == 0
     assert [row["phone_encrypted"] for row in rows(app)[:2]] == [row["phone_encrypted"] for row in halfway[:2]]
     assert is_complete(application_with(NEW))
 
 
-@pytest.mark.parametrize(("writer", "exit_code"), [([NEW, OLD], 0), ([OLD, NEW], 1)], ids=["restarted", "not yet"])
+@pytest.mark.parametrize("writer", [[NEW, OLD], [OLD, NEW]], ids=["restarted", "not yet"])
 def test_concurrent_changes_are_not_overwritten(
-    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, writer: list[str], exit_code: int
+    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, writer: list[str]
 ) -> None:
     app, service = application_with(NEW, OLD), application_with(*writer)
-    store = key_rotation._store
-
-    def change_then_store(*arguments: Any) -> None:
-        monkeypatch.undo()
-        with service.app_context():
-            changed, cleared = database.session.scalars(select(User).order_by(User.id).limit(2))
-            changed.phone, cleared.phone = "13900000000", None
-            database.session.commit()
-        written.extend(rows(service))
-        store(*arguments)
-
     written: list[dict[str, Any]] = []
-    monkeypatch.setattr(key_rotation, "_store", change_then_store)
-    assert run(app, "rotate").exit_code == exit_code
+
+    def change() -> None:
+        changed, cleared = database.session.scalars(select(User).order_by(User.id).limit(2).with_for_update())
+        changed.phone, cleared.phone = "13900000000", None
+
+    def change_in_service() -> None:
+        with service.app_context():
+            database.in_transaction(change)
+        written.extend(rows(service))
+
+    def open_during_a_change(field: Encrypted, row: Any) -> str | None:
+        monkeypatch.undo()
+        changes.append(pool.submit(change_in_service))
+        wait(changes, 0.5)
+        return field.open(row)
+
+    changes: list[Future[None]] = []
+    monkeypatch.setattr(Encrypted, "open", open_during_a_change)
+    with ThreadPoolExecutor(1) as pool:
+        run(app, "rotate")
+    changes[0].result()
     for row, before in zip(rows(app)[:2], written[:2], strict=True):
         columns = ("phone_encrypted", "phone_index", "updated_at")
         assert [row[name] for name in columns] == [before[name] for name in columns]
@@ -144,7 +160,10 @@ def test_concurrent_changes_are_not_overwritten(
     assert phones == ["13900000000", None, *[PERSON["phone"]] * 3]
 
 
-def test_a_value_that_no_key_decrypts_is_named_and_left_unchanged(application_with: ApplicationWith) -> None:
+def test_a_value_that_no_key_decrypts_is_named_and_left_unchanged(
+    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_rotation, "BATCH", 1)
     add_lost = application_with(LOST)
     with add_lost.app_context():
         database.session.get_one(User, 2).phone = "13700000000"
@@ -153,7 +172,7 @@ def test_a_value_that_no_key_decrypts_is_named_and_left_unchanged(application_wi
         database.session.commit()
     app = application_with(NEW, OLD)
     before = rows(app)
-    result = run(app, "rotate", "--batch-size", "1")
+    result = run(app, "rotate")
     assert result.exit_code == 1
     assert [line for line in result.stderr.splitlines() if "decrypts" in line] == [
         "users.phone of id 2: no key decrypts it; left as it is",
@@ -199,44 +218,6 @@ def test_the_status_counts_values_under_other_keys(rotating: Flask) -> None:
     result = run(rotating, "status")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == "users.phone: 4 under the first key, 0 not"
-
-
-@pytest.mark.parametrize(("number", "is_left"), [(1213, True), (1020, True), (2013, False)])
-def test_a_batch_that_lost_a_race_is_left_for_the_next_run_and_other_errors_are_raised(
-    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch, number: int, is_left: bool
-) -> None:
-    app = application_with(NEW, OLD)
-    error = OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))
-
-    def lose(*_: Any) -> None:
-        monkeypatch.undo()
-        raise error
-
-    monkeypatch.setattr(key_rotation, "update", lose)
-    result = run(app, "rotate", "--batch-size", "2")
-    assert result.exit_code == 1
-    assert (result.exception is not error) == is_left
-    if is_left:
-        assert "users.phone: 3 under the first key, 2 not" in result.stdout
-    assert run(app, "rotate").exit_code == 0
-    assert is_complete(application_with(NEW))
-
-
-def test_each_batch_is_a_transaction_that_only_writes(
-    application_with: ApplicationWith, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    statements: list[str] = []
-
-    def watched(url: str) -> Any:
-        engine = database.engine_for(url)
-        event.listen(engine, "before_cursor_execute", lambda _c, _u, statement, *_: statements.append(statement[:6]))
-        event.listen(engine, "commit", lambda _: statements.append("commit"))
-        return engine
-
-    monkeypatch.setattr(key_rotation, "engine_for", watched)
-    run(application_with(NEW, OLD), "rotate", "--batch-size", "2")
-    one_field = ["SELECT", "commit", "UPDATE", "commit"] * 3 + ["SELECT", "commit"]
-    assert statements[: 2 + len(one_field)] == ["SELECT", "commit", *one_field]
 
 
 def test_the_command_of_the_readme_runs_in_production(
