@@ -21,6 +21,7 @@ HEADERS_BY_STATUS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}}},
     503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
 }
+HEADERS_BY_STATUS[429] = HEADERS_BY_STATUS[503]
 
 
 class AuthPolicy(NamedTuple):
@@ -56,7 +57,9 @@ class Blueprint(flask_smorest.Blueprint):
         :param transaction: False for a view that stores nothing in the database or begins its own transactions; its
             POST takes no Idempotency-Key.
         :param if_match: False for a PUT or DELETE of something without a version.
+        :param etag: False for a GET that streams its response.
         """
+        has_etag = kwargs.pop("etag", True)
         kwargs.setdefault("headers", TRACE_ID_HEADER)
         decorator: Callable[..., Any] = super().response(status_code, schema, **kwargs)
 
@@ -82,8 +85,10 @@ class Blueprint(flask_smorest.Blueprint):
                     return idempotency.run_once(make_response)
                 return database.in_transaction(make_response)
 
-            has_version = isinstance(schema, type) and "version" in schema().fields
-            wrapper._apidoc.update(transaction=transaction, if_match=if_match, has_version=has_version)  # type: ignore[attr-defined]
+            methods = ["get"] if has_etag else []
+            if isinstance(schema, type) and "version" in schema().fields:
+                methods += ["post", "put", "delete"]
+            wrapper._apidoc.update(transaction=transaction, if_match=if_match, with_etag=methods)  # type: ignore[attr-defined]
             return wrapper
 
         return decorate
@@ -125,7 +130,7 @@ class Blueprint(flask_smorest.Blueprint):
             doc.setdefault("parameters", []).append(preconditions.IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
         for status in (200, 201) if self.auth.security else ():
-            if status in doc["responses"] and (kwargs["method"] == "get" or doc_info["has_version"]):
+            if status in doc["responses"] and kwargs["method"] in doc_info["with_etag"]:
                 doc["responses"][status]["headers"] = TRACE_ID_HEADER | preconditions.ETAG_HEADER
                 if kwargs["method"] == "get":
                     doc["responses"][304] = {"description": "Not modified.", "headers": preconditions.ETAG_HEADER}

@@ -1,20 +1,27 @@
 """Personal data of a user: masked; in full, which is logged; and the export of everything."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-from flask import Response
+from flask import Flask, Response, current_app, request
 from marshmallow import Schema, fields, validate
+from redis.exceptions import RedisError
+from redis.lock import Lock
 
 from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
 from blueprints.preconditions import VERSION, require_match
 from blueprints.users import NICKNAME_RULE, UserSchema, audit, load_user, masked
-from errors import Code
+from errors import ApiError, Code, Message, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
-from storage.models import PERSONAL_FIELDS, User
+from storage.models import User
 from storage.ownership import OWNED
+from storage.redis_client import redis
 
 MASKS = {
     "phone": mask_phone,
@@ -23,6 +30,12 @@ MASKS = {
     "email": mask_email,
     "bank_card": mask_bank_card,
 }
+
+EXPORT_SECONDS = 60
+"""For how long the lock of an export outlives its last part, if its process has died."""
+EXPORT_RUNNING = Message("正在导出，请待其完成后再试", "An export is running already: retry when it is complete")
+
+logger = logging.getLogger(__name__)
 
 blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
 
@@ -112,14 +125,53 @@ def get_full_personal_data(user_id: str) -> User:
 
 
 @blueprint.route("/me/export")
-@blueprint.response(200, ExportSchema)
-def export() -> dict[str, Any]:
-    """Export everything that is stored about you, in full, which is logged"""
+@blueprint.response(200, ExportSchema, etag=False)
+@blueprint.fails(Code.TOO_MANY_REQUESTS, message=EXPORT_RUNNING)
+def export() -> Response:
+    """Export everything that is stored about you, in full, which is logged
+
+    One export at a time. The lists are read and sent in parts: each order is shown as it was at one moment, and what is
+    added or changed during the export may be missing. A response that breaks off is not valid JSON.
+    """
     user = load_user("me")
-    audit("user exported", user.id)
-    return {
-        "user": user,
-        "unionid": user.unionid,
-        "personal_data": {name: getattr(user, name) for name in PERSONAL_FIELDS},
-        **ownership.export(user.id),
-    }
+    data = {"user": user, "unionid": user.unionid, "personal_data": user}
+    head = envelope(Code.SUCCESS, ExportSchema(only=data.keys()).dump(data))
+    lock = redis.lock(f"user:{user.id}:export", timeout=EXPORT_SECONDS, blocking=False, thread_local=False)
+    if request.method == "GET" and not lock.acquire():
+        raise ApiError(Code.TOO_MANY_REQUESTS, message=EXPORT_RUNNING)
+    parts = _parts(current_app._get_current_object(), user.id, head, lock)  # type: ignore[attr-defined]
+    # In the context of this request, which has ended by then, so that log lines have its trace id.
+    response = Response(iter(partial(copy_context().run, next, parts, None), None), content_type="application/json")
+    response.call_on_close(partial(_release, lock))  # also if the client goes away
+    return response
+
+
+def _parts(app: Flask, user_id: int, head: dict[str, Any], lock: Lock) -> Iterator[str]:
+    """Make the export in parts, each with a context and a transaction of its own: no slow client holds a connection."""
+    audit("user exported", user_id)
+    try:
+        yield app.json.dumps(head).removesuffix("}}")
+        for name, owned in [(owned.export, owned) for owned in OWNED if owned.export]:
+            yield f', "{name}": ['
+            schema, separator, last = EXPORTED[name](), "", None
+            while True:
+                lock.reacquire()
+                with app.app_context():
+                    rows = ownership.export_some(owned, user_id, after=last)
+                    part = ", ".join(map(app.json.dumps, schema.dump(rows, many=True)))
+                if not rows:
+                    break
+                yield separator + part
+                separator, last = ", ", rows[-1]
+            yield "]"
+        yield "}}"
+    except Exception:
+        logger.exception("an export broke off")
+        raise
+    finally:
+        _release(lock)
+
+
+def _release(lock: Lock) -> None:
+    with suppress(RedisError):  # it is released already, or expires by itself
+        lock.release()

@@ -39,7 +39,7 @@ def set_etag(response: Response, row: Any, *, hash_body: bool) -> Response:
     :param row: its version is the ETag, with the language, as messages are translated.
     :param hash_body: whether a read without a version gets a hash of its body.
     """
-    is_read = request.method in ("GET", "HEAD")
+    is_read = request.method in ("GET", "HEAD") and not response.is_streamed  # a hash would read it to the end
     if hasattr(row, "etag"):
         response.set_etag(f"{row.etag}-{language()}")
     elif is_read and hash_body:

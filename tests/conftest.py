@@ -57,6 +57,8 @@ class Journal:
 
     def read_token(self, response: Response) -> Response:
         """Remember the token that somebody is given by the application in this process."""
+        if response.is_streamed:
+            return response
         answer = response.get_json(silent=True)
         if isinstance(answer, dict) and isinstance(answer.get("data"), dict):
             self.secrets.add(str(answer["data"].get("token", "")))

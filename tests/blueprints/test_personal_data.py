@@ -1,11 +1,16 @@
+import json
 from typing import Any
 
 import pytest
 from flask import Flask
+from redis import Redis
+from redis.exceptions import LockNotOwnedError
 from werkzeug.test import TestResponse
 
-from storage.models import PERSONAL_FIELDS
-from tests.blueprints.callers import Caller, data_of, invalid_fields
+from blueprints import orders, personal_data
+from storage import database, ownership
+from storage.models import PERSONAL_FIELDS, Identity
+from tests.blueprints.callers import Caller, code_of, data_of, invalid_fields
 from tests.harness import PERSON, Simulator
 
 PATH = "/users/me/personal-data"
@@ -84,6 +89,81 @@ def test_invalid_input_names_the_fields_without_their_values(alice: Caller, body
     assert invalid_fields(answer) == set(body)
     assert not [value for value in body.values() if len(value) > 5 and value in answer.text]
     assert shown(alice.get(PATH)) == MASKED
+
+
+def test_an_export_is_read_in_parts_that_hold_no_connection(
+    alice: Caller, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "EXPORTED_AT_ONCE", 2)
+    openids = [f"o{number}-{alice.id}" for number in range(4)]
+    with app.app_context():
+        database.session.add_all(
+            Identity(app_id=f"wy-{number // 2}", openid=openid, user_id=alice.id)
+            for number, openid in enumerate(openids)
+        )
+        database.session.commit()
+    placed = [alice.order() for _ in range(5)]
+    answer = alice.get("/users/me/export")
+    parts = []
+    for part in answer.response:
+        parts.append(part)
+        assert app.extensions["database"].pool.checkedout() == 0
+    answer.close()
+    assert len(parts) > 8
+    exported = json.loads(b"".join(parts))
+    assert (list(exported), exported["code"], exported["message"]) == (["code", "message", "data"], 200, "操作成功")
+    assert exported["data"]["orders"] == placed
+    assert [identity["openid"] for identity in exported["data"]["identities"]] == [alice.openid, *openids]
+
+
+def test_one_export_of_a_user_at_a_time(alice: Caller, admin: Caller) -> None:
+    for end in ("close", "get_data"):  # the client goes away, or reads to the end
+        first = alice.get("/users/me/export")
+        for _ in range(2):
+            second = alice.get("/users/me/export")
+            assert code_of(second) == (429, 429)
+            assert int(second.headers["Retry-After"]) > 0
+        assert data_of(admin.get("/users/me/export"))["user"]["id"] == admin.id
+        getattr(first, end)()
+        first.close()
+        assert data_of(alice.get("/users/me/export"))["user"]["id"] == alice.id
+
+
+def test_the_lock_of_an_export_expires_if_its_process_dies(alice: Caller, redis: Redis) -> None:
+    running = alice.get("/users/me/export")
+    assert 0 < redis.ttl(f"user:{alice.id}:export") <= personal_data.EXPORT_SECONDS
+    redis.delete(f"user:{alice.id}:export")
+    with pytest.raises(LockNotOwnedError):
+        running.get_data()
+    running.close()
+    assert data_of(alice.get("/users/me/export"))["user"]["id"] == alice.id
+
+
+def test_an_export_that_breaks_off_is_logged_with_its_trace_id_and_is_no_json(
+    alice: Caller, app: Flask, log_lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice.order()
+    parts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(orders.OrderSchema, "dump", lambda *args, **options: 1 / 0)
+        answer = alice.get("/users/me/export")
+        with pytest.raises(ZeroDivisionError):
+            parts.extend(answer.response)
+        answer.close()
+    with pytest.raises(ValueError, match="Expecting"):
+        json.loads(b"".join(parts))
+    (line,) = [line for line in log_lines() if line["level"] == "ERROR"]
+    assert (line["message"], line["traceId"]) == ("an export broke off", answer.headers["X-Trace-Id"])
+    assert "ZeroDivisionError" in line["stack"]
+    assert (line["userId"], app.extensions["database"].pool.checkedout()) == (alice.id, 0)
+    assert data_of(alice.get("/users/me/export"))["user"]["id"] == alice.id
+
+
+def test_the_head_of_an_export_reads_nothing_and_has_no_etag(alice: Caller, log_lines: Any) -> None:
+    answer = alice.call("HEAD", "/users/me/export", If_None_Match="*")
+    assert (answer.status_code, answer.data, "ETag" in answer.headers) == (200, b"", False)
+    assert audits(log_lines) == []
+    assert alice.get("/users/me/export", If_None_Match="*").status_code == 200
 
 
 def test_export(alice: Caller, log_lines: Any) -> None:
