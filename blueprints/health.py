@@ -65,7 +65,7 @@ def live() -> None:
 @blueprint.response(200, ReadinessSchema)
 @blueprint.fails(Code.UNAVAILABLE)
 def ready() -> dict[str, str]:
-    """Whether Redis and the database respond; `data.errors` names what does not, or says that a stop has begun"""
+    """Whether Redis and the database take writes; `data.errors` says which does not and why, or that it is stopping"""
     is_stopping = os.path.exists(f"{os.environ.get(MULTIPROC_DIR)}/stopping")  # announced by gunicorn.conf.py
     down = {"instance": ["Stopping."]} if is_stopping else failing_dependencies()
     if down:
