@@ -89,10 +89,10 @@ def erase_all_data(message: Fields) -> None:
 def _erase(message: Fields, names: Sequence[str], *, all_data: bool = False) -> None:
     """Erase some columns of the user whom a message is about, and the stored responses that may hold them."""
 
-    def erase() -> int | None:
+    def erase() -> None:
         identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
         if identity is None or not names:
-            return None
+            return
         user = database.session.get_one(User, identity.user_id, with_for_update=True)
         responses = delete(IdempotencyKey).where(IdempotencyKey.about_user_id == user.id)
         if all_data:
@@ -103,8 +103,7 @@ def _erase(message: Fields, names: Sequence[str], *, all_data: bool = False) -> 
         database.session.execute(responses)
         for name in names:
             setattr(user, name, None)
-        return user.id
+        erased = {"userId": user.id, "columns": names}
+        database.after_commit(partial(logger.info, "personal data erased", extra=erased))
 
-    user_id = database.in_transaction(erase)
-    if user_id is not None:
-        logger.info("personal data erased", extra={"userId": user_id, "columns": names})
+    database.in_transaction(erase)

@@ -29,6 +29,11 @@ def rows_with(app: Flask, text: str) -> list[Any]:
     return [row for row in rows if any(text.encode() in _bytes(value) for value in row)]
 
 
+def kept_of_users(redis: Redis) -> list[bytes]:
+    """The keys of sessions, session_keys and last logins."""
+    return [key for key in redis.scan_iter() if key.startswith((b"user:", b"session:", b"logins"))]
+
+
 def _bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode()
 
@@ -81,7 +86,7 @@ def test_a_cancellation_leaves_nothing_of_orders_that_are_being_placed(app: Flas
         assert {order["user_id"] for order in data_of(caller.get("/orders"))["items"]} == {caller.id}
 
 
-def test_a_merge_loses_no_order_that_is_being_placed(app: Flask, simulator: Simulator) -> None:
+def test_a_merge_loses_no_order_that_is_being_placed(app: Flask, simulator: Simulator, redis: Redis) -> None:
     for number in range(ROUNDS):
         with app.app_context():
             older = get_or_create_user(WEB_APP_ID, f"o-merge-{number}", f"u-merge-{number}").id
@@ -94,6 +99,7 @@ def test_a_merge_loses_no_order_that_is_being_placed(app: Flask, simulator: Simu
                 select(Order.user_id).where(Order.remark == f"secret-of-{caller.id}-")
             ).all()
         assert owners == [older] * codes.count(200)
+        assert kept_of_users(redis) == []
 
 
 def test_a_login_during_a_deletion_leaves_no_session_and_no_session_key(
@@ -111,7 +117,7 @@ def test_a_login_during_a_deletion_leaves_no_session_and_no_session_key(
 
     monkeypatch.setattr(sessions, "log_in", delete_first)
     assert code_of(log_in(app, simulator, caller.openid)) == (503, 503)
-    assert [key for key in redis.scan_iter() if key.startswith((b"user:", b"session:"))] == []
+    assert kept_of_users(redis) == []
     assert log_in(app, simulator, caller.openid).status_code == 200
 
 
