@@ -276,7 +276,9 @@ class Service:
         return self.tokens[-1]
 
     def call(self, method: str, path: str, token: str, **options: Any) -> requests.Response:
-        return requests.request(method, f"{self.url}/api/v1{path}", headers=bearer(token), timeout=20, **options)
+        return requests.request(
+            method, f"{self.url}/api/v1{path}", headers=bearer(token), timeout=WAIT_SECONDS, **options
+        )
 
     def read_me(self, token: str) -> requests.Response:
         return self.call("GET", "/users/me", token)

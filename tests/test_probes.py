@@ -298,7 +298,7 @@ def test_readiness_names_what_hangs_in_less_than_a_second_and_the_end_comes_soon
 def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
     start_service: StartService, simulator: Simulator
 ) -> None:
-    service = start_service(DRAIN_SECONDS="3", WEB_CONCURRENCY="1")
+    service = start_service(DRAIN_SECONDS="8", WEB_CONCURRENCY="1")
     assert readiness(service)[0] == 200
     started = time.monotonic()
     service.process.popen.terminate()
@@ -310,7 +310,7 @@ def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
     assert scrape(service)[VERSIONS] > 0
     assert service.log_in(simulator)
     assert service.process.popen.wait(PLATFORM_SECONDS) == 0
-    assert time.monotonic() - started >= 3
+    assert time.monotonic() - started >= 8
     with pytest.raises(requests.ConnectionError):
         version(service)
 
@@ -339,6 +339,17 @@ def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
     booting.send_signal(signal.SIGTERM)  # it must not wait until it serves
     booting.wait(WAIT_SECONDS)
     wait_until(lambda: answers(f"{service.url}/livez"))
+
+
+def test_deaths_count_also_if_the_next_worker_dies_before_it_can_count_them(start_service: StartService) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    wait_for_starts(service, 1)
+    for _ in range(4):
+        (worker,) = wait_until(service.workers)
+        worker.kill()
+        worker.wait(WAIT_SECONDS)
+    wait_until(lambda: answers(f"{service.url}/livez"))
+    assert scrape(service)[WORKER_DEATHS] == 4
 
 
 def test_an_end_because_a_worker_cannot_start_is_a_crash(start_service: StartService, tmp_path: Path) -> None:

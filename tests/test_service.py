@@ -50,7 +50,9 @@ def test_many_new_users_who_log_in_at_the_same_moment_all_get_in(services: Servi
     service = services[0]
     codes = [simulator.code(openid=f"o-new-{number}") for number in range(96)]
     with ThreadPoolExecutor(24) as pool:
-        answers = pool.map(lambda code: requests.post(service.url + LOGIN, json={"code": code}, timeout=20), codes)
+        answers = pool.map(
+            lambda code: requests.post(service.url + LOGIN, json={"code": code}, timeout=WAIT_SECONDS), codes
+        )
         assert [answer.status_code for answer in answers] == [200] * 96
 
 

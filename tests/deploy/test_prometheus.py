@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from errors import Code
 from telemetry import metrics
-from tests.harness import METRICS_TOKEN, ROOT, Service, Simulator, bearer, wait_until
+from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Service, Simulator, bearer, wait_until
 from wechat import errcodes
 
 FOLDER = ROOT / "deploy" / "prometheus"
@@ -97,7 +97,7 @@ def test_a_scrape_has_every_series_that_the_queries_name(
     service = start_service(WEB_CONCURRENCY="1")
     token = service.log_in(simulator)
     assert service.call("GET", "/auth/wechat", token).json()["data"] == {"valid": True}  # takes an access token
-    scraped = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=10).text
+    scraped = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS).text
     samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
     there = {sample.name: {*sample.labels, *OF_PROMETHEUS} for sample in samples}
     of_rules = {rule.get("record") for rule in RULES} | {"up", "ALERTS"}
@@ -107,7 +107,7 @@ def test_a_scrape_has_every_series_that_the_queries_name(
 
 def test_an_instance_has_one_name_in_metrics_and_logs(start_service: Callable[..., Service]) -> None:
     service = start_service(WEB_CONCURRENCY="1")
-    scraped = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=10).text
+    scraped = requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS).text
     samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
     (build,) = [sample for sample in samples if sample.name == "kuaishang_build_info"]
     lines = wait_until(lambda: [line for line in service.log_lines() if line["message"] == "request"])

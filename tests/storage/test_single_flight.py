@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from storage.single_flight import AlreadyDone, single_flight
-from tests.harness import round_trips, suspend, wait_until
+from tests.harness import WAIT_SECONDS, round_trips, suspend, wait_until
 
 
 def ask(app: Flask, call: Any, patience: int = 5, key: str = "flight") -> Any:
@@ -41,14 +41,16 @@ def test_simultaneous_callers_share_one_call(app: Flask) -> None:
 
 
 def test_waiting_callers_share_the_error_and_the_next_one_calls_again(app: Flask) -> None:
-    calls = []
+    calls, callers = [], []
 
     def call() -> None:
         calls.append(None)
-        time.sleep(0.3)
+        wait_until(lambda: len(callers) == 4)
+        time.sleep(0.5)  # until the last caller has looked
         raise ApiError(Code.WECHAT_REFUSED)
 
     def code(_: int) -> Code:
+        callers.append(None)
         with pytest.raises(ApiError) as caught:
             ask(app, call)
         return caught.value.api_code
@@ -80,12 +82,12 @@ def test_waiting_callers_learn_of_a_crash_and_the_next_one_calls_again(app: Flas
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, app, crash)
-        started.wait(5)
+        started.wait(WAIT_SECONDS)
         second = pool.submit(ask, app, lambda: pytest.fail("the call may have been made"))
         with pytest.raises(ApiError) as caught:
-            second.result(5)
+            second.result(WAIT_SECONDS)
         with pytest.raises(RuntimeError):
-            first.result(5)
+            first.result(WAIT_SECONDS)
     assert caught.value.api_code is Code.UNAVAILABLE
     assert ask(app, lambda: "now it works") == "now it works"
 
@@ -117,10 +119,10 @@ def test_result_under_another_encryption_key_counts_as_done(app: Flask, make_app
 
     with ThreadPoolExecutor(1) as pool:
         leader = pool.submit(ask, other, call)
-        started.wait(5)
+        started.wait(WAIT_SECONDS)
         with pytest.raises(AlreadyDone):
             ask(app, lambda: "mine")
-        leader.result(5)
+        leader.result(WAIT_SECONDS)
 
 
 def test_a_new_call_does_not_share_the_error_of_an_earlier_one(app: Flask) -> None:
@@ -135,8 +137,8 @@ def test_a_new_call_does_not_share_the_error_of_an_earlier_one(app: Flask) -> No
 
     with ThreadPoolExecutor(1) as pool:
         leader = pool.submit(ask, app, call)
-        started.wait(5)
-        assert ask(app, fail) == leader.result(5) == "now it works"
+        started.wait(WAIT_SECONDS)
+        assert ask(app, fail) == leader.result(WAIT_SECONDS) == "now it works"
 
 
 def fail() -> None:
