@@ -13,7 +13,7 @@ from storage import database
 
 MAXIMUM_SKIP = 100_000
 COUNT_LIMIT = 10_000
-"""How far the rows of all users are counted."""
+"""The largest total: where counting stops."""
 
 
 class ListSchema(Schema):
@@ -34,10 +34,9 @@ class ListSchema(Schema):
 
     @validates_schema(pass_original=True)
     def _one_place(self, query: dict[str, Any], given: Mapping[str, Any], **kwargs: Any) -> None:
-        after = query.get("after")
-        if after is not None and "page" in given:
+        if query.get("after") is not None and "page" in given:
             raise ValidationError({name: ["Send page or after, not both."] for name in ("page", "after")})
-        if after is None and query["page"] * query["page_size"] > MAXIMUM_SKIP:
+        if query["page"] * query["page_size"] > MAXIMUM_SKIP:
             raise ValidationError(f"At most {MAXIMUM_SKIP:,} items can be skipped: use after.", "page")
 
 
@@ -50,14 +49,7 @@ def page_schema(item: type[Schema]) -> type[Schema]:
 
 
 def load_page(
-    model: Any,
-    conditions: Sequence[ColumnElement[bool]],
-    *,
-    page: int,
-    page_size: int,
-    after: int | None,
-    sort: str,
-    count_limit: int | None = None,
+    model: Any, conditions: Sequence[ColumnElement[bool]], *, page: int, page_size: int, after: int | None, sort: str
 ) -> dict[str, Any]:
     """Load a page of the rows that meet the conditions, in the order of their ids, which is that of their creation.
 
@@ -66,21 +58,18 @@ def load_page(
 
     :param model: has an `id`; an index must begin with the columns of the conditions.
     :param page: from 1.
-    :param after: the id of the last item of the previous page; if given, `page` counts no further.
+    :param after: the id of an item; pages are those of the items that follow it.
     :param sort: `created_at`, or `-created_at` for the newest first.
-    :param count_limit: where counting stops, and so the largest total; None counts all.
-    :returns: `items`, `page`, `page_size` and `total`.
+    :returns: `items`, `page`, `page_size` and `total`, which is at most COUNT_LIMIT.
     """
     key: InstrumentedAttribute[int] = model.id
     descending = sort.startswith("-")
     order = key.desc() if descending else key.asc()
-    ids = select(key).where(*conditions).order_by(order).limit(page_size)
-    if after is None:
-        ids = ids.offset((page - 1) * page_size)
-    else:
+    ids = select(key).where(*conditions).order_by(order).limit(page_size).offset((page - 1) * page_size)
+    if after is not None:
         ids = ids.where(key < after) if descending else ids.where(key > after)
     found = database.session.scalars(ids).all()
     items = database.session.scalars(select(model).where(key.in_(found)).order_by(order)).all()
-    counted = select(key).where(*conditions).limit(count_limit).subquery()
+    counted = select(key).where(*conditions).limit(COUNT_LIMIT).subquery()
     total = database.session.scalar(select(func.count()).select_from(counted))
     return {"items": items, "page": page, "page_size": page_size, "total": total}

@@ -10,7 +10,7 @@ from marshmallow import Schema, fields, validate
 
 import wechat
 from blueprints.api import Blueprint
-from blueprints.lists import COUNT_LIMIT, ListSchema, load_page, page_schema
+from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
@@ -97,7 +97,7 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 
     They are counted up to 10,000.
     """
-    return load_page(User, [], count_limit=COUNT_LIMIT, **query)
+    return load_page(User, [], **query)
 
 
 @administration.route("/search", methods=["POST"])

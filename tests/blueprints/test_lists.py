@@ -115,8 +115,9 @@ def test_a_search_by_phone_is_served_by_an_index(app: Flask, admin: Caller) -> N
         assert_served_by_an_index(app, explained, body)
 
 
-def test_orders_of_all_users_are_counted_up_to_the_limit(admin: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blueprints.orders.COUNT_LIMIT", 100)
+def test_a_list_is_counted_up_to_the_limit(admin: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blueprints.lists.COUNT_LIMIT", 100)
     assert data_of(admin.get("/orders"))["total"] == 100
     assert data_of(admin.get("/orders?status=paid"))["total"] == 100
+    assert data_of(admin.get("/users?page_size=1"))["total"] <= 100
     assert data_of(admin.get(f"/orders?user_id={admin.id}"))["total"] == 0
