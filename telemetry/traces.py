@@ -22,27 +22,24 @@ from telemetry.fields import SERVICE
 
 _W3C = TraceContextTextMapPropagator()
 
-_provider: trace.TracerProvider | None = None
+_provider: trace.TracerProvider = trace.NoOpTracerProvider()
 _tracer: trace.Tracer = trace.NoOpTracer()
 
 
 def init_app(app: Flask) -> None:
     """Send spans to OTEL_EXPORTER_OTLP_ENDPOINT; nothing is loaded for it if that is empty."""
     global _provider, _tracer
-    _provider, _tracer = None, trace.NoOpTracer()
-    endpoint = app.config["OTEL_EXPORTER_OTLP_ENDPOINT"]
-    if endpoint:
+    _provider = trace.NoOpTracerProvider()
+    if endpoint := app.config["OTEL_EXPORTER_OTLP_ENDPOINT"]:
         from telemetry import span_export
 
-        provider = span_export.provider(endpoint, app.config["INSTANCE"], app.config["VERSION"])
-        tracer = provider.get_tracer(SERVICE, app.config["VERSION"])
-        if not isinstance(tracer, trace.NoOpTracer):  # as with OTEL_SDK_DISABLED, which leaves no ids to log
-            _provider, _tracer = provider, tracer
+        _provider = span_export.provider(endpoint, app.config["INSTANCE"], app.config["VERSION"])
+    _tracer = _provider.get_tracer(SERVICE, app.config["VERSION"])
 
 
 def instrument(redis: Redis, engine: Engine) -> None:
     """Make a span of each command of this client, and of each statement of this engine."""
-    if _provider:
+    if not isinstance(_provider, trace.NoOpTracerProvider):
         from telemetry import span_export
 
         span_export.instrument(redis, engine, _provider)
@@ -57,13 +54,6 @@ def current_ids() -> dict[str, Any]:
     fields = {"traceId": trace.format_trace_id(ids.trace_id), "spanId": trace.format_span_id(ids.span_id)}
     parent: SpanContext | None = getattr(current, "parent", None)
     return fields | ({"parentSpanId": trace.format_span_id(parent.span_id)} if parent else {})
-
-
-def outgoing_headers() -> dict[str, str]:
-    """Return the headers with which another service of ours continues this trace. Send them to nobody else."""
-    headers: dict[str, str] = {}
-    _W3C.inject(headers)
-    return headers
 
 
 def span(name: str, kind: SpanKind = SpanKind.INTERNAL, attributes: Attributes = None) -> AbstractContextManager[Span]:
@@ -90,7 +80,7 @@ class RequestSpan:
         # https://opentelemetry.io/docs/specs/semconv/http/http-spans/ has its own names for unknown methods.
         self._verb, known = ("HTTP", "_OTHER") if method == "OTHER" else (method, method)
         self._span: Span = trace.NonRecordingSpan(_new_ids(caller))
-        if _provider:
+        if not isinstance(_tracer, trace.NoOpTracer):  # which makes no ids, also of a provider by OTEL_SDK_DISABLED
             above = trace.set_span_in_context(trace.NonRecordingSpan(caller), Context())
             self._span = _tracer.start_span(self._verb, above, SpanKind.SERVER, {"http.request.method": known})
         self.trace_id = trace.format_trace_id(self._span.get_span_context().trace_id)

@@ -8,4 +8,4 @@ __all__ = ["app"]
 
 with app.app_context():
     redis.ping()
-traces._provider.force_flush()  # type: ignore[union-attr]
+traces._provider.force_flush()  # type: ignore[attr-defined]

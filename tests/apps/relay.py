@@ -3,9 +3,9 @@
 import os
 
 import requests
+from opentelemetry import propagate
 
 from storage.redis_client import redis
-from telemetry.traces import outgoing_headers
 from wsgi import app
 
 __all__ = ["app"]
@@ -14,5 +14,7 @@ __all__ = ["app"]
 @app.get("/relay")
 def relay() -> dict[str, int]:
     redis.ping()
-    answer = requests.get(os.environ["RELAY_TO"], headers=outgoing_headers(), timeout=5)
+    headers: dict[str, str] = {}
+    propagate.inject(headers)
+    answer = requests.get(os.environ["RELAY_TO"], headers=headers, timeout=5)
     return {"status": answer.status_code}
