@@ -33,9 +33,8 @@ class Background:
         self._app = app
         self._backlog = backlog
         # Its queue is finished before the interpreter exits.
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="background")
-        self._lock = threading.Lock()
-        self.pending = 0
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="background")
+        self.pending: set[Future[None]] = set()
 
     def ensure_capacity(self) -> None:
         """Make sure that there is room for more work.
@@ -44,38 +43,31 @@ class Background:
 
         :raises ApiError: UNAVAILABLE if too much is pending.
         """
-        if self.pending >= self._backlog:
+        if len(self.pending) >= self._backlog:
             metrics.BACKGROUND.labels("rejected").inc()
-            logger.error("background work rejected", extra={"pending": self.pending})
+            logger.error("background work rejected", extra={"pending": len(self.pending)})
             raise ApiError(Code.UNAVAILABLE)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
         """Run a function soon, in an application context of its own. A failure is logged and counted."""
-        with self._lock:
-            self.pending += 1
         metrics.BACKGROUND_PENDING.inc()
-        self._pool.submit(copy_context().run, self._run, function, args)
+        future = self.pool.submit(copy_context().run, self._run, function, args)
+        self.pending.add(future)
+        future.add_done_callback(self.pending.discard)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         name = f"{function.__module__}.{getattr(function, '__qualname__', '?')}"
-        outcome = "failure"
         with suppress(Exception), traces.span(f"background {name}", attributes={"code.function.name": name}):
             try:
                 with self._app.app_context():
                     function(*args)
-                outcome = "success"
+                metrics.BACKGROUND.labels("success").inc()
             except Exception:
+                metrics.BACKGROUND.labels("failure").inc()
                 logger.exception("background work failed", extra={"function": name})
                 raise  # which fails the span
             finally:
-                metrics.BACKGROUND.labels(outcome).inc()
                 metrics.BACKGROUND_PENDING.dec()
-                with self._lock:
-                    self.pending -= 1
-
-    def close(self) -> None:
-        """Finish pending functions and accept no more."""
-        self._pool.shutdown()
 
 
 class FanOut:
@@ -89,7 +81,7 @@ class FanOut:
 
     def __init__(self, app: Flask, threads: int) -> None:
         self._app = app
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
         self._lock = threading.Lock()
         self._running: dict[Callable[[], Any], Future[Any]] = {}
 
@@ -104,7 +96,7 @@ class FanOut:
             self._running = {function: future for function, future in self._running.items() if not future.done()}
             for function in functions.values():
                 if function not in self._running:
-                    self._running[function] = self._pool.submit(copy_context().run, self._run, function)
+                    self._running[function] = self.pool.submit(copy_context().run, self._run, function)
             futures = {name: self._running[function] for name, function in functions.items()}
         wait(futures.values(), seconds)
         return {name: self._outcome(future) for name, future in futures.items()}
@@ -116,12 +108,7 @@ class FanOut:
     def _outcome(self, future: Future[Any]) -> Any:
         if future.cancel() or not future.done():  # one that has not started never will
             return TimeoutError("not done in time")
-        error = future.exception()
-        return future.result() if error is None else error
-
-    def close(self) -> None:
-        """Finish running functions and accept no more."""
-        self._pool.shutdown()
+        return future.exception() or future.result()
 
 
 background = cast(Background, LocalProxy(lambda: current_app.extensions["background"]))

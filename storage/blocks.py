@@ -37,9 +37,8 @@ def require_identity_not_blocked(app_id: str, openid: str, unionid: str | None) 
 
 def keep_block(user: User) -> None:
     """Let the block of a user who is about to be deleted outlive the account. Leaves the commit to the caller."""
-    identities = database.session.scalars(select(Identity).where(Identity.user_id == user.id))
-    pairs = [(identity.app_id, identity.openid) for identity in (user, *identities)]
-    for name in _names(pairs, user.unionid):
+    identities = database.session.execute(select(Identity.app_id, Identity.openid).where(Identity.user_id == user.id))
+    for name in _names(identities, user.unionid):
         fingerprint = cipher.blind_index(name, _CONTEXT)
         database.insert_unless_exists(BlockedIdentity, fingerprint=fingerprint, former_user_id=user.id)
 
@@ -57,6 +56,5 @@ def set_blocked(user_id: int, blocked: bool) -> bool:
 
 
 def _names(identities: Iterable[tuple[str, str]], unionid: str | None) -> set[str]:
-    return {f"openid:{app_id}:{openid}" for app_id, openid in identities} | (
-        {f"unionid:{unionid}"} if unionid else set()
-    )
+    names = {f"openid:{app_id}:{openid}" for app_id, openid in identities}
+    return names | {f"unionid:{unionid}"} if unionid else names

@@ -201,8 +201,8 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
             stack.callback(app.extensions["database"].dispose)
             stack.callback(app.extensions["wechat"].client._transport.close)
             stack.callback(app.extensions["redis"].close)
-            stack.callback(app.extensions["background"].close)
-            stack.callback(app.extensions["fan_out"].close)
+            stack.callback(app.extensions["background"].pool.shutdown)
+            stack.callback(app.extensions["fan_out"].pool.shutdown)
             return app
 
         yield make
@@ -225,8 +225,8 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     concurrency.init_app(shared_app)
     wechat.init_app(shared_app)
     yield shared_app
-    shared_app.extensions["background"].close()
-    shared_app.extensions["fan_out"].close()
+    shared_app.extensions["background"].pool.shutdown()
+    shared_app.extensions["fan_out"].pool.shutdown()
     shared_app.extensions["wechat"].client._transport.close()
 
 

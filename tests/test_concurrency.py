@@ -16,7 +16,7 @@ from tests.harness import WAIT_SECONDS, counted, wait_until
 def small(app: Flask) -> Any:
     background = Background(app, threads=2, backlog=3)
     yield background
-    background.close()
+    background.pool.shutdown()
 
 
 def test_work_has_an_application_context_and_the_trace_id_of_its_request(small: Background, app: Flask) -> None:
@@ -29,7 +29,7 @@ def test_work_has_an_application_context_and_the_trace_id_of_its_request(small: 
     request = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
     small.submit(work, "argument")
     request.end(200)
-    small.close()
+    small.pool.shutdown()
     assert seen == [("argument", "service", "a" * 32)]
     assert app.extensions["database"].pool.checkedout() == 0
 
@@ -46,7 +46,7 @@ def test_a_failure_is_logged_with_its_trace_id_and_counted_and_the_next_one_runs
         background.submit(done.set)
         request.end(200)
         assert done.wait(WAIT_SECONDS)
-        wait_until(lambda: background.pending == 0)
+        wait_until(lambda: not background.pending)
     (line,) = [line for line in log_lines() if line["message"] == "background work failed"]
     assert line["traceId"] == "b" * 32
     assert line["function"].endswith("fail")
@@ -70,7 +70,7 @@ def test_the_backlog_is_bounded_and_two_functions_run_at_a_time(small: Backgroun
         small.ensure_capacity()
     assert caught.value.api_code is Code.UNAVAILABLE
     gate.set()
-    wait_until(lambda: small.pending == 0)
+    wait_until(lambda: not small.pending)
     small.ensure_capacity()
 
 
@@ -86,7 +86,7 @@ def test_work_is_counted_by_outcome_and_closing_finishes_it(small: Background) -
     with pytest.raises(ApiError):
         small.ensure_capacity()
     gate.set()
-    small.close()
+    small.pool.shutdown()
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [0, 2, 1, 1]
 
 
@@ -94,7 +94,7 @@ def test_work_is_counted_by_outcome_and_closing_finishes_it(small: Background) -
 def small_fan_out(app: Flask) -> Any:
     fan_out = FanOut(app, threads=2)
     yield fan_out
-    fan_out.close()
+    fan_out.pool.shutdown()
 
 
 def test_functions_run_concurrently_in_contexts_of_their_own_with_the_trace_id_of_the_caller(app: Flask) -> None:
@@ -156,5 +156,5 @@ def test_a_function_not_started_by_the_deadline_never_runs(small_fan_out: FanOut
     outcomes = small_fan_out.run({"late": lambda: begun.append(1)}, 0.1)
     assert isinstance(outcomes["late"], TimeoutError)
     gate.set()
-    small_fan_out.close()
+    small_fan_out.pool.shutdown()
     assert begun == []
