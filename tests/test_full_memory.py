@@ -74,6 +74,16 @@ def test_a_start_without_room_serves_without_metrics_until_there_is_some(
     assert len(warnings(service)) == len(workers)
 
 
+@pytest.mark.parametrize("options", ["nr_inodes=1", "ro"])
+def test_where_nothing_can_be_made_at_all_the_disk_takes_its_place(start_service: StartService, options: str) -> None:
+    mount = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"'
+    service = start_service(within=[*OWN_MOUNTS, mount, "sh"], WEB_CONCURRENCY="1")
+    assert version(service) == 200
+    assert scrape(service)[VERSIONS] == 1
+    service.stop()
+    assert service.process.popen.returncode == 0
+
+
 def test_memory_that_fills_up_stops_no_worker_and_counts_go_on_where_they_were(
     start_service: StartService, simulator: Simulator
 ) -> None:
