@@ -12,12 +12,11 @@ from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
-from errors import ApiError, Code
-from storage import blocks, database, wechat_session_keys
+from errors import Code
+from storage import blocks, wechat_session_keys
 from storage import sessions as stored_sessions
 from storage.identities import find_openid, start_session
-from storage.models import User
-from storage.single_flight import AlreadyDone, single_flight
+from storage.single_flight import single_flight
 from telemetry.metrics import LOGINS
 from wechat.transport import PATIENCE_SECONDS
 
@@ -58,26 +57,18 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     token comes in the body for `wx.request`, which keeps no cookies; a page of this site gets it in a cookie as well.
     """
     code = body["code"]
-    try:
-        outcome = single_flight(
-            f"login:{hashlib.sha256(code.encode()).hexdigest()}",
-            lambda: _redeem(code),
-            patience=PATIENCE_SECONDS + 2,  # for the database and Redis, after WeChat
-            remember=WECHAT_CODE_LIFETIME_SECONDS,
-        )
-    except AlreadyDone:
-        raise ApiError(Code.WECHAT_CODE_USED) from None
-    except ApiError as error:
-        if error.api_code is Code.FORBIDDEN:  # for those who waited for the same code it comes without its message
-            raise ApiError(Code.FORBIDDEN, message=blocks.BLOCKED) from None
-        raise
-    set_current_user(outcome["user_id"])
-    user = database.session.get(User, outcome["user_id"])
-    if user is not None:
-        blocks.require_not_blocked(user)
-    if user is None or not stored_sessions.resume(outcome["token"]):  # gone since the first response
-        raise ApiError(Code.WECHAT_CODE_USED)
-    return {"token": outcome["token"], "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
+    token = single_flight(
+        f"login:{hashlib.sha256(code.encode()).hexdigest()}",
+        lambda: _redeem(code),
+        patience=PATIENCE_SECONDS + 2,  # for the database and Redis, after WeChat
+        remember=WECHAT_CODE_LIFETIME_SECONDS,
+        messages={Code.FORBIDDEN: blocks.BLOCKED},
+    )
+    stored_sessions.resume(token)
+    set_current_user(session["user_id"])
+    user = blocks.require_not_blocked(current_user())
+    session.modified = True  # a browser gets the cookie again
+    return {"token": token, "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
 
 
 @login.teardown_request
@@ -85,13 +76,13 @@ def _count(error: BaseException | None) -> None:
     LOGINS.labels("mini_program", g.get("code", "success")).inc()
 
 
-def _redeem(code: str) -> dict[str, Any]:
+def _redeem(code: str) -> str:
     asked_at = wechat_session_keys.clock()
     identity = wechat.api.code_to_session(code)
     answered_at = wechat_session_keys.clock()
     user = get_mini_program_user(identity.openid, identity.unionid)
     wechat_session_keys.keep(user.id, identity.session_key, asked_at, answered_at)
-    return {"token": start_session(user.id), "user_id": user.id}
+    return start_session(user.id)
 
 
 @sessions.route("/wechat")

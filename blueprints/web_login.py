@@ -4,7 +4,7 @@ import hashlib
 import json
 import secrets
 import time
-from typing import Any, cast
+from functools import partial
 from urllib.parse import urlencode
 
 from flask import Response, current_app, g, redirect, render_template, request, session, url_for
@@ -24,10 +24,9 @@ from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user, start_session
 from storage.models import Identity
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url
-from storage.single_flight import AlreadyDone, single_flight
+from storage.single_flight import single_flight
 from telemetry.metrics import LOGINS
-from wechat.crypto import constant_time_equals
-from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo, WebApp
+from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo
 from wechat.transport import PATIENCE_SECONDS
 
 STATE_SECONDS, COOKIE_SECONDS = 600, 3600
@@ -47,9 +46,6 @@ blueprint.error_content = {"text/html": {"schema": {"type": "string"}}}
 
 
 class AuthorizeSchema(Schema):
-    class Meta:
-        unknown = EXCLUDE  # browsers and WeChat add parameters of their own
-
     # Only a path: `//host` and `/\host` lead to other sites, and browsers skip blanks.
     return_to = fields.String(
         load_default="/",
@@ -63,15 +59,12 @@ class AuthorizeSchema(Schema):
 
 
 class CallbackSchema(Schema):
-    class Meta:
-        unknown = EXCLUDE
-
     state = fields.String(required=True, validate=validate.Length(1, 128), metadata={"description": "From authorize."})
     code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "Missing if the user declined."})
 
 
 @blueprint.route("/authorize")
-@blueprint.arguments(AuthorizeSchema, location="query")
+@blueprint.arguments(AuthorizeSchema(unknown=EXCLUDE), location="query")
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
 @blueprint.fails(Code.INVALID_INPUT)
 def authorize(query: dict[str, str]) -> BaseResponse:
@@ -85,17 +78,13 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
         response.delete_cookie(name, **COOKIE_OPTIONS)
     # Kept by the browser: nothing is stored here for users who never come back.
-    response.set_cookie(
-        _cookie(state),
-        _serializer().dumps({"state": state, "scope": scope, "return_to": query["return_to"]}),
-        max_age=COOKIE_SECONDS,
-        **COOKIE_OPTIONS,
-    )
+    attempt = _serializer(state).dumps({"scope": scope, "return_to": query["return_to"]})
+    response.set_cookie(_cookie(state), attempt, max_age=COOKIE_SECONDS, **COOKIE_OPTIONS)
     return response
 
 
 @blueprint.route("/callback")
-@blueprint.arguments(CallbackSchema, location="query")
+@blueprint.arguments(CallbackSchema(unknown=EXCLUDE), location="query")  # WeChat adds parameters of its own
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
 @blueprint.fails(Code.INVALID_INPUT)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=BEGIN_AGAIN)
@@ -106,29 +95,26 @@ def callback(query: dict[str, str]) -> BaseResponse:
 
     Opened again, as by the back button, it leads to the same place. Errors are pages with a link to begin again.
     """
-    mark = _hash(query["state"])
+    mark = _cookie(query["state"])
     if session.get("web_login") == mark:
         return redirect(public_url() + session["return_to"])
-    attempt = _load_cookie(query["state"])
+    attempt, began_at = _load_attempt(query["state"])
     # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
-    if attempt is None or abs(time.time() - attempt["began_at"]) > STATE_SECONDS:
+    if abs(time.time() - began_at) > STATE_SECONDS:
         raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
-
-    def log_in() -> str:
-        app = wechat.web_app(attempt["scope"])
-        user_id = _log_in(app, query["code"], with_profile=attempt["scope"] != "snsapi_base")
-        return start_session(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
-
-    try:  # browsers inside WeChat may open the page twice at once
-        token = single_flight(f"web_login:{mark}", log_in, patience=4 * PATIENCE_SECONDS, remember=2 * STATE_SECONDS)
-    except AlreadyDone:
-        token = None
-    if token is None or not stored_sessions.resume(token):
-        raise ApiError(Code.WECHAT_CODE_USED)
+    token = single_flight(  # browsers inside WeChat may open the page twice at once
+        f"web_login:{mark}",
+        partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"]),
+        patience=4 * PATIENCE_SECONDS,
+        remember=2 * STATE_SECONDS,
+        messages={},
+    )
+    stored_sessions.resume(token)
+    session.modified = True  # a browser gets the cookie again
     response = redirect(public_url() + attempt["return_to"])
-    response.delete_cookie(_cookie(query["state"]), **COOKIE_OPTIONS)
+    response.delete_cookie(mark, **COOKIE_OPTIONS)
     return response
 
 
@@ -141,16 +127,10 @@ def _make_page(response: Response) -> Response:
         error = response.get_json()
         if response.status_code == 400:  # the code's own message is for developers of the mini-program
             error["message"] = str(BEGIN_AGAIN)
-        response.data = render_template("web_login.html", **error, again=_query_to_begin_again())
+        again, _ = _load_attempt(request.args.get("state", ""))
+        response.data = render_template("web_login.html", **error, again=urlencode(again))
         response.content_type = "text/html; charset=utf-8"
     return response
-
-
-def _query_to_begin_again() -> str:
-    """What is known of the login that failed and is valid: where it leads, and its scope."""
-    known = _load_cookie(request.args.get("state", "")) or request.args
-    query = {name: known[name] for name in AuthorizeSchema().fields if name in known}
-    return urlencode({name: query[name] for name in query.keys() - AuthorizeSchema().validate(query)})
 
 
 @blueprint.teardown_request
@@ -184,26 +164,27 @@ def check_authorization(user_id: int, app_id: str) -> bool:
     return is_valid
 
 
-def _load_cookie(state: str) -> dict[str, Any] | None:
-    """Load the login that this browser started under a state; None if there is none."""
+def _load_attempt(state: str) -> tuple[dict[str, str], float]:
+    """Load the login that this browser began under a state, and when in seconds since the epoch; empty if none."""
     try:
-        attempt, made_at = _serializer().loads(request.cookies.get(_cookie(state), ""), return_timestamp=True)
+        attempt, began_at = _serializer(state).loads(request.cookies.get(_cookie(state), ""), return_timestamp=True)
     except BadSignature:
-        return None
-    attempt["began_at"] = made_at.timestamp()
-    return cast(dict[str, Any], attempt) if constant_time_equals(state, attempt["state"]) else None
+        return {}, 0
+    return attempt, began_at.timestamp()
 
 
-def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
-    """Redeem a code.
+def _log_in(scope: str, code: str, **facts: str) -> str:
+    """Redeem a code, and start a session.
 
-    :returns: the id of its user.
+    :param facts: further items of the session.
+    :returns: its token.
     """
+    app = wechat.web_app(scope)
     grant = app.redeem(code)
     if grant.is_snapshot_user:
         raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
     info, authorization = UserInfo(None, None, None), grant.authorization
-    if with_profile:
+    if scope != "snsapi_base":
         info, authorization = app.userinfo(authorization)
     user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
     set_current_user(user_id)
@@ -219,17 +200,14 @@ def _log_in(app: WebApp, code: str, with_profile: bool) -> int:
         identity.authorization = json.dumps(authorization)
 
     database.in_transaction(store)
-    return user_id
+    return start_session(user_id, web_app_id=app.app_id, **facts)
 
 
-def _serializer() -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(current_app.config["SECRET_KEY"], salt="web_login")
+def _serializer(state: str) -> URLSafeTimedSerializer:
+    """Sign for one state: what is kept for another one has no valid signature."""
+    return URLSafeTimedSerializer(current_app.config["SECRET_KEY"], salt=f"web_login:{state}")
 
 
 def _cookie(state: str) -> str:
-    """Name a cookie for each attempt, as each tab may have one."""
-    return cookie_name(COOKIE_PREFIX + _hash(state)[:16])
-
-
-def _hash(state: str) -> str:
-    return hashlib.sha256(state.encode()).hexdigest()
+    """Name a cookie for each attempt, as each tab may have one; the name does not reveal the state."""
+    return cookie_name(COOKIE_PREFIX + hashlib.sha256(state.encode()).hexdigest())

@@ -15,7 +15,7 @@ from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, Us
 from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
-from storage.single_flight import AlreadyDone, single_flight
+from storage.single_flight import single_flight
 from wechat import lenient
 from wechat.client import phone_number, read_nickname
 from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
@@ -126,19 +126,13 @@ def _redeem_phone_code(code: str, openid: str) -> None:
     def redeem() -> None:
         _store(phone=wechat.api.code_to_phone(code, openid))
 
-    try:
-        single_flight(
-            f"phone:{g.user_id}:{hashlib.sha256(code.encode()).hexdigest()}",
-            redeem,
-            patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
-            remember=WECHAT_CODE_LIFETIME_SECONDS,
-        )
-    except AlreadyDone:
-        raise ApiError(Code.WECHAT_CODE_USED, message=PHONE_CODE_REQUIRED) from None
-    except ApiError as error:
-        if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
-            raise ApiError(error.api_code, message=PHONE_CODE_REQUIRED) from None
-        raise
+    single_flight(
+        f"phone:{g.user_id}:{hashlib.sha256(code.encode()).hexdigest()}",
+        redeem,
+        patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
+        remember=WECHAT_CODE_LIFETIME_SECONDS,
+        messages=dict.fromkeys([Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED], PHONE_CODE_REQUIRED),
+    )
 
 
 def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tuple[dict[str, Any], str]:

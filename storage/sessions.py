@@ -12,16 +12,13 @@ from flask import Flask, Request, Response, current_app, request, session
 from flask.sessions import SessionMixin
 from flask_session.base import Serializer
 from flask_session.redis import RedisSessionInterface
-from redis import Redis
 from redis.exceptions import RedisError
 
+from errors import ApiError, Code
 from storage import wechat_session_keys
 from storage.redis_client import redis
 from telemetry.metrics import SESSIONS
 
-TOKEN_BYTES = 32
-LOGINS_KEPT = 1000
-_LOGINS = "logins"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 Fetch = Callable[[], tuple[str, dict[str, Any], bool]]
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
@@ -50,15 +47,13 @@ class LazySession(SessionMixin):
     """
 
     permanent = True  # the cookie ends when the session does
+    loaded = accessed = modified = False
     sid: str
 
     def __init__(self, fetch: Fetch, *, by_cookie: bool, refused: bool = False) -> None:
         self.load(fetch)
         self.by_cookie = by_cookie
         self.refused = refused
-        self.loaded = False
-        self.accessed = False
-        self.modified = False
 
     def load(self, fetch: Fetch) -> None:
         """Become another session, from its next use on."""
@@ -91,6 +86,10 @@ class LazySession(SessionMixin):
         return len(self._data)
 
 
+current = cast(LazySession, session)
+"""flask.session by its type here."""
+
+
 class SessionInterface(RedisSessionInterface):
     """flask-session's Redis backend, with a bearer token in place of the cookie where a request has one.
 
@@ -100,11 +99,6 @@ class SessionInterface(RedisSessionInterface):
     Each session holds `expires_at`, when it expires in Redis unless it is used, and `ends_at`, when it expires in any
     case; both in seconds since the epoch.
     """
-
-    def __init__(self, app: Flask, client: Redis) -> None:
-        super().__init__(app, client, sid_length=TOKEN_BYTES)
-        self.serializer = JsonSerializer()
-        self.absolute_lifetime: int = app.config["SESSION_ABSOLUTE_LIFETIME"]
 
     def open_session(self, app: Flask, request: Request) -> LazySession:
         credentials = request.authorization
@@ -145,13 +139,10 @@ class SessionInterface(RedisSessionInterface):
         half_gone = expires_at - time.time() < app.permanent_session_lifetime.total_seconds() / 2
         return session.modified or (half_gone and expires_at < session.get("ends_at", 0))
 
-    def store(self, session: LazySession) -> None:
-        """Write the session to Redis now."""
-        self._upsert_session(self.app.permanent_session_lifetime, session, self._get_store_id(session.sid))
-
     def _upsert_session(self, session_lifetime: timedelta, session: LazySession, store_id: str) -> None:
         now = int(time.time())
-        ends_at = session.setdefault("ends_at", now + self.absolute_lifetime)
+        lifetime: int = self.app.config["SESSION_ABSOLUTE_LIFETIME"]
+        ends_at = session.setdefault("ends_at", now + lifetime)
         session["expires_at"] = expires_at = min(now + int(session_lifetime.total_seconds()), ends_at)
         with self.client.pipeline() as pipeline:
             # A session that was revoked since it was read must not come back: only a new one may be created.
@@ -160,9 +151,7 @@ class SessionInterface(RedisSessionInterface):
                 index = _index_key(session["user_id"])
                 pipeline.zadd(index, {store_id: ends_at})
                 pipeline.zremrangebyscore(index, "-inf", now)
-                pipeline.expire(index, self.absolute_lifetime)
-                pipeline.zadd(_LOGINS, {session["user_id"]: time.time()})
-                pipeline.zremrangebyrank(_LOGINS, 0, -1 - LOGINS_KEPT)
+                pipeline.expire(index, lifetime)
             pipeline.execute()
         session.new = False
 
@@ -197,7 +186,8 @@ def _index_key(user_id: int) -> str:
 def init_app(app: Flask) -> None:
     app.config["PERMANENT_SESSION_LIFETIME"] = app.config["SESSION_LIFETIME"]
     app.config.update({f"SESSION_COOKIE_{option.upper()}": value for option, value in COOKIE_OPTIONS.items()})
-    app.session_interface = SessionInterface(app, app.extensions["redis"])
+    app.session_interface = interface = SessionInterface(app, app.extensions["redis"], sid_length=32)
+    interface.serializer = JsonSerializer()
 
 
 def log_in(user_id: int, **facts: Any) -> str:
@@ -207,34 +197,27 @@ def log_in(user_id: int, **facts: Any) -> str:
     :returns: the token.
     :raises redis.exceptions.RedisError: if Redis is away; then there is no session.
     """
-    interface = cast(SessionInterface, current_app.session_interface)
-    current = cast(LazySession, session)
     if current:
-        interface.regenerate(current)
+        _interface().regenerate(current)
         current.clear()
     current.new = True
     current.update(facts, user_id=user_id)
-    try:
-        # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
-        interface.store(current)
-    except RedisError:
-        current.loaded = False
-        raise
+    # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
+    _interface().save_session(current_app, current, current_app.response_class())
     SESSIONS.inc()
     return current.sid
 
 
-def resume(token: str) -> bool:
+def resume(token: str) -> None:
     """Continue the session that an earlier request has started, whose response may have been lost.
 
-    :returns: whether it still exists.
+    :raises ApiError: WECHAT_CODE_USED if it has ended since.
     :raises redis.exceptions.RedisError: if Redis is away.
     """
-    interface, current = cast(SessionInterface, current_app.session_interface), cast(LazySession, session)
     if not current.loaded or current.sid != token:
-        current.load(partial(interface.fetch, token))
-        current.modified = current.by_cookie and "user_id" in current  # so that a browser gets the cookie again
-    return "user_id" in current
+        current.load(partial(_interface().fetch, token))
+    if "user_id" not in current:
+        raise ApiError(Code.WECHAT_CODE_USED)
 
 
 def is_revoked() -> bool:
@@ -242,17 +225,11 @@ def is_revoked() -> bool:
 
     :raises redis.exceptions.RedisError: if Redis is away.
     """
-    current = cast(LazySession, session)
-    if not current.loaded or current.new:
-        return False
-    interface = cast(SessionInterface, current_app.session_interface)
-    return not redis.exists(interface._get_store_id(current.sid))
+    return current.loaded and not current.new and not redis.exists(_interface()._get_store_id(current.sid))
 
 
-def last_logins() -> dict[int, float]:
-    """Return when the last LOGINS_KEPT users logged in, in seconds since the epoch by user id, the last one first."""
-    logins = cast(list[tuple[bytes, float]], redis.zrevrange(_LOGINS, 0, -1, withscores=True))
-    return {int(user_id): moment for user_id, moment in logins}
+def _interface() -> SessionInterface:
+    return cast(SessionInterface, current_app.session_interface)
 
 
 def revoke_sessions(user_id: int) -> None:
@@ -264,7 +241,6 @@ def revoke_sessions(user_id: int) -> None:
     store_ids = redis.zrange(index, 0, -1)
     with redis.pipeline() as pipeline:
         pipeline.delete(wechat_session_keys.redis_key(user_id), *store_ids)
-        pipeline.zrem(_LOGINS, user_id)
         if store_ids:
             # Only the sessions that were read: a concurrent login keeps its session and its entry.
             pipeline.zrem(index, *store_ids)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,17 +11,13 @@ from redis import Redis
 from redis.exceptions import RedisError
 from redis.lock import Lock
 
-from errors import ApiError, Code
+from errors import ApiError, Code, Message
 from storage.cipher import Cipher, DecryptionError
 
 _POLL_SECONDS = 0.02
 _FOLLOW_SECONDS = 5
 _RESULT_SECONDS = 5
 _ERROR_SECONDS = 3
-
-
-class AlreadyDone(Exception):
-    """The call was made earlier and succeeded."""
 
 
 Kept = tuple[str | None, float, str | None]
@@ -111,18 +107,20 @@ class SingleFlight:
         return result
 
 
-def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember: int) -> Any:
-    """Make a call that can succeed only once, and share its outcome with callers that ask while it is running, or
+def single_flight(
+    key: str, call: Callable[[], Any], *, patience: int, remember: int, messages: Mapping[Code, Message]
+) -> Any:
+    """Redeem a code of WeChat's, which works once, and share the outcome with callers that ask while it is running, or
     within five seconds after it succeeded: the response to the first one may have been lost.
 
     :param key: as for `SingleFlight.run`.
     :param call: its result must be JSON.
     :param patience: as for `SingleFlight.run`.
     :param remember: seconds for which a call that succeeded is not made again.
+    :param messages: what these codes say here; of an error that was raised there, only the code is known.
     :returns: what `call` returned, here or in another process.
-    :raises AlreadyDone: if the call had succeeded before that.
-    :raises ApiError: what `call` raised, here or there, after which the call may be made again; UNAVAILABLE if it
-        crashed there or takes too long.
+    :raises ApiError: WECHAT_CODE_USED if the call had succeeded before that; what `call` raised, here or there, after
+        which it may be made again; UNAVAILABLE if it crashed there or takes too long.
     :raises redis.exceptions.RedisError: if Redis is away.
     """
 
@@ -131,7 +129,7 @@ def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember:
         if result is not None:
             return result
         if pause == "":
-            raise AlreadyDone
+            raise ApiError(Code.WECHAT_CODE_USED)
         if waited and pause:
             raise ApiError(Code[pause])
         return None
@@ -140,4 +138,8 @@ def single_flight(key: str, call: Callable[[], Any], *, patience: int, remember:
         return json.dumps(call()), _RESULT_SECONDS, remember
 
     flights: SingleFlight = current_app.extensions["single_flight"]
-    return json.loads(flights.run(key, look, call_once, patience=patience, wait=_FOLLOW_SECONDS))
+    try:
+        return json.loads(flights.run(key, look, call_once, patience=patience, wait=_FOLLOW_SECONDS))
+    except ApiError as error:
+        error.message = messages.get(error.api_code, error.message)
+        raise

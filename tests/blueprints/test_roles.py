@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from storage import database
 from storage.identities import get_or_create_user
-from tests.blueprints.callers import API, Caller, code_of, data_of, log_in
+from tests.blueprints.callers import API, Caller, code_of, data_of
 from tests.databases import Databases
 from tests.harness import APP_ID, WEB_APP_ID, Simulator, migrate
 
@@ -194,42 +194,26 @@ def listed(app: Flask, *options: str) -> list[dict[str, Any]]:
     return [line for line in lines if "openid" in line]
 
 
-def test_an_operator_finds_who_has_just_logged_in_and_makes_them_an_administrator(
+def test_an_operator_finds_who_has_just_come_and_makes_them_an_administrator(
     app: Flask, simulator: Simulator, alice: Caller
 ) -> None:
     bob = Caller(app, simulator, phone="13700001111")
-    assert [user["id"] for user in listed(app, "--limit", "2")] == [bob.id, alice.id]
-    assert listed(app, "--limit", "1", "--after", str(bob.id))[0]["id"] == alice.id
-    alice.log_in()
-    recent = listed(app, "--recent")
-    assert [user["id"] for user in recent] == [alice.id, bob.id]
-    found = recent[0]
-    assert found["openid"] == alice.openid
-    assert (found["role"], found["blocked"], found["admin_by_setting"]) == ("user", False, False)
-    assert found["last_login"] is not None
-    assert "13700001111" not in str(recent)
-    assert flask(app, "grant-admin", str(found["id"])).exit_code == 0
+    newest = listed(app, "--limit", "2")
+    assert [(user["id"], user["openid"]) for user in newest] == [(bob.id, bob.openid), (alice.id, alice.openid)]
+    assert (newest[0]["role"], newest[0]["blocked"], newest[0]["admin_by_setting"]) == ("user", False, False)
+    assert "13700001111" not in str(newest)
+    assert listed(app, "--limit", "1", "--after", str(bob.id)) == newest[1:]
+    assert flask(app, "grant-admin", str(newest[1]["id"])).exit_code == 0
     assert alice.get("/users").status_code == 200
     assert listed(app, "--limit", "2")[1]["role"] == "admin"
     revoke(app, alice)
 
 
-def test_the_last_login_comes_first_and_goes_with_the_user(app: Flask, alice: Caller, redis: Any) -> None:
-    redis.zadd("logins", {str(alice.id): 1, "999999999": 2})
-    bob = Caller(app, alice.simulator)
-    assert [user["id"] for user in listed(app, "--recent")] == [bob.id, alice.id]
-    assert [user["id"] for user in listed(app, "--recent", "--limit", "1")] == [bob.id]
-    assert bob.delete("/users/me").status_code == 200
-    assert redis.zscore("logins", bob.id) is None
-
-
-def test_redis_keeps_the_last_logins_of_so_many_users(
-    app: Flask, simulator: Simulator, redis: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("storage.sessions.LOGINS_KEPT", 2)
-    ids = [data_of(log_in(app, simulator, f"o-login-{number}"))["user"]["id"] for number in range(3)]
-    assert redis.zcard("logins") == 2
-    assert {int(user_id) for user_id in redis.zrange("logins", 0, -1)} <= set(ids)
+def test_a_user_of_the_web_alone_is_listed_without_an_openid(app: Flask) -> None:
+    with app.app_context():
+        user = get_or_create_user(WEB_APP_ID, f"o-{secrets.token_hex(8)}", None)
+    (newest,) = listed(app, "--limit", "1")
+    assert (newest["id"], newest["openid"]) == (user.id, None)
 
 
 def test_a_list_is_bounded_and_says_so(app: Flask) -> None:

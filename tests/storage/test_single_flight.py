@@ -11,14 +11,16 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from dev.redis_server import RedisServer
-from errors import ApiError, Code
-from storage.single_flight import AlreadyDone, single_flight
+from errors import ApiError, Code, Message
+from storage.single_flight import single_flight
 from tests.harness import WAIT_SECONDS, round_trips, suspend, wait_until
+
+REFUSED = Message("被拒", "Refused")
 
 
 def ask(app: Flask, call: Any, patience: int = 5, key: str = "flight") -> Any:
     with app.app_context():
-        return single_flight(key, call, patience=patience, remember=60)
+        return single_flight(key, call, patience=patience, remember=60, messages={Code.WECHAT_REFUSED: REFUSED})
 
 
 def test_simultaneous_callers_share_one_call(app: Flask) -> None:
@@ -49,27 +51,28 @@ def test_waiting_callers_share_the_error_and_the_next_one_calls_again(app: Flask
         time.sleep(0.5)  # until the last caller has looked
         raise ApiError(Code.WECHAT_REFUSED)
 
-    def code(_: int) -> Code:
+    def failure(_: int) -> tuple[Code, Message | None]:
         callers.append(None)
         with pytest.raises(ApiError) as caught:
             ask(app, call)
-        return caught.value.api_code
+        return caught.value.api_code, caught.value.message
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(code, range(4))) == [Code.WECHAT_REFUSED] * 4
+        assert list(pool.map(failure, range(4))) == [(Code.WECHAT_REFUSED, REFUSED)] * 4
     assert len(calls) == 1
     assert ask(app, lambda: "now it works") == "now it works"
 
 
-def test_a_later_caller_gets_the_result_for_five_seconds_and_then_already_done(app: Flask, redis: Redis) -> None:
+def test_a_later_caller_gets_the_result_for_five_seconds_and_then_an_error(app: Flask, redis: Redis) -> None:
     for result in ({"answer": 42}, None):
         redis.flushall()
         assert ask(app, lambda result=result: result) == result
         assert ask(app, fail) == result
         assert 4000 < redis.pttl("flight") <= 5000
     redis.delete("flight")
-    with pytest.raises(AlreadyDone):
+    with pytest.raises(ApiError) as caught:
         ask(app, lambda: None)
+    assert caught.value.api_code is Code.WECHAT_CODE_USED
 
 
 def test_waiting_callers_learn_of_a_crash_and_the_next_one_calls_again(app: Flask) -> None:
@@ -120,9 +123,10 @@ def test_result_under_another_encryption_key_counts_as_done(app: Flask, make_app
     with ThreadPoolExecutor(1) as pool:
         leader = pool.submit(ask, other, call)
         started.wait(WAIT_SECONDS)
-        with pytest.raises(AlreadyDone):
+        with pytest.raises(ApiError) as caught:
             ask(app, lambda: "mine")
         leader.result(WAIT_SECONDS)
+    assert caught.value.api_code is Code.WECHAT_CODE_USED
 
 
 def test_a_new_call_does_not_share_the_error_of_an_earlier_one(app: Flask) -> None:
