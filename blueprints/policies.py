@@ -2,19 +2,18 @@
 
 import hmac
 import re
-from typing import cast
+from functools import partial
 
-from flask import current_app, g, request, session
+from flask import current_app, g, request
 from sqlalchemy import select
 
 import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from storage import blocks, database
-from storage.identities import get_or_create_user
+from storage.identities import get_or_create_user, set_role
 from storage.models import Identity, User
-from storage.roles import set_role
-from storage.sessions import SAFE_METHODS, LazySession
+from storage.sessions import SAFE_METHODS, current
 from telemetry.logs import bind
 from wechat.client import is_identifier
 
@@ -74,12 +73,11 @@ def _apply_setting() -> User:
 
 
 def _require_session() -> None:
-    current = cast(LazySession, session)
-    if "user_id" in session:
+    if "user_id" in current:
         has_body = bool(request.content_length) or "Transfer-Encoding" in request.headers
         if current.by_cookie and request.method not in SAFE_METHODS and has_body and not request.is_json:
             raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
-        set_current_user(session["user_id"])
+        set_current_user(current["user_id"])
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
     elif current.refused:
@@ -88,17 +86,14 @@ def _require_session() -> None:
         raise ApiError(Code.UNAUTHORIZED)
 
 
-def _load_caller() -> User:
+def _require_role(*roles: str) -> None:
     _require_session()
     user = blocks.require_not_blocked(current_user())
     if user.admin_by_setting and not _is_named_in_setting():
-        return database.in_transaction(_apply_setting)
-    return user
-
-
-def _require_user() -> None:
-    _load_caller()
-    if request.method not in ("GET", "HEAD"):
+        user = database.in_transaction(_apply_setting)
+    if user.role not in roles:
+        raise ApiError(Code.FORBIDDEN)
+    if request.method not in SAFE_METHODS:
         database.session.rollback()  # no transaction waits for a body that a client sends slowly
 
 
@@ -110,12 +105,6 @@ def _cloud_run_user() -> User:
     if app_id not in (None, wechat.api.app_id) or not all(is_identifier(name) for name in (openid, unionid or openid)):
         raise ApiError(Code.UNAUTHORIZED)
     return get_mini_program_user(str(openid), unionid or None)
-
-
-def _require_admin() -> None:
-    if _load_caller().role != "admin":
-        raise ApiError(Code.FORBIDDEN)
-    database.session.rollback()
 
 
 def _require_metrics_token() -> None:
@@ -130,11 +119,11 @@ def _require_metrics_token() -> None:
 
 public = AuthPolicy(lambda: None, security=[])
 signed_in = AuthPolicy(
-    _require_user,
+    partial(_require_role, "user", "admin"),
     security=[{"bearer": []}, {"cookie": []}],
     fails=(Code.UNAUTHORIZED, Code.FORBIDDEN, Code.UNAVAILABLE),
 )
-administrators = signed_in._replace(check=_require_admin)
+administrators = signed_in._replace(check=partial(_require_role, "admin"))
 session_holders = signed_in._replace(check=_require_session)
 """Logging out needs no database, and blocked users may."""
 scrapers = AuthPolicy(_require_metrics_token, security=[{"metrics": []}], fails=(Code.UNAUTHORIZED, Code.UNAVAILABLE))

@@ -11,8 +11,8 @@ import wechat
 from blueprints.parsing import MAXIMUM_ID
 from blueprints.users import UserSchema, audit
 from storage import blocks, database
+from storage.identities import set_role
 from storage.models import Identity, User
-from storage.roles import set_role
 
 users = AppGroup("users", help="List users, block them, and make them administrators.")
 USER_ID = click.argument("user_id", type=int)

@@ -16,10 +16,9 @@ from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
 from storage import blocks, database, ownership
 from storage import sessions as stored_sessions
-from storage.identities import find_openid
+from storage.identities import find_openid, set_role
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
-from storage.roles import set_role
 
 logger = logging.getLogger(__name__)
 
@@ -149,15 +148,13 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
     reserved = body.keys() - TypedProfileSchema().fields.keys()
     if reserved and current_user().role != "admin":
         raise ApiError(Code.INVALID_INPUT, errors={name: ["Only administrators can set this."] for name in reserved})
-    user = load_user(user_id)
-    require_match(user)
-    if body.get("blocked") and user.id == g.user_id:
-        raise ApiError(Code.INVALID_INPUT, errors={"blocked": ["You cannot block yourself."]})
     check_nickname(body.get("nickname"))  # may wait for WeChat, so it comes before the transaction
 
     def change() -> User:
         user = load_user(user_id)
         require_match(user)
+        if body.get("blocked") and user.id == g.user_id:
+            raise ApiError(Code.INVALID_INPUT, errors={"blocked": ["You cannot block yourself."]})
         for name, value in body.items():
             if name == "role":
                 set_role(user, value, by="administrator")

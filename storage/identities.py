@@ -1,4 +1,4 @@
-"""The one user behind several openids, one for each of our apps."""
+"""The one user behind several openids, one for each of our apps, and the one place that changes a user's role."""
 
 import logging
 from functools import partial
@@ -11,7 +11,6 @@ from sqlalchemy.orm.exc import StaleDataError
 from errors import ApiError, Code
 from storage import blocks, database, ownership, sessions
 from storage.models import PROFILE_FIELDS, Identity, User
-from storage.roles import set_role
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +75,19 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     if unionid is not None:
         user.unionid = unionid
     return user
+
+
+def set_role(user: User, role: str, *, by: str, by_setting: bool = False) -> None:
+    """Give a user a role, and log it if that changes anything. Runs within a transaction of `database.in_transaction`.
+
+    :param by: an administrator, whom the line names too; or the setting, a merge, a deletion or a command.
+    :param by_setting: whether an administrator is one only for as long as ADMIN_OPENIDS says so.
+    """
+    before = user.role == "admin", bool(user.admin_by_setting)
+    user.role, user.admin_by_setting = role, by_setting
+    if before != (role == "admin", by_setting):
+        event = "admin granted" if role == "admin" else "admin revoked"
+        database.after_commit(lambda: logger.info("audit", extra={"event": event, "aboutUserId": user.id, "by": by}))
 
 
 def start_session(user_id: int, **facts: Any) -> str:
