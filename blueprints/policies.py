@@ -25,13 +25,12 @@ NOT_OUR_ORIGIN = Message(
 METRICS_TOKEN_WRONG = Message("METRICS_TOKEN 不正确", "Not the METRICS_TOKEN")
 
 
-def current_user(*, lock: bool = False) -> User:
+def current_user() -> User:
     """Load the user who is signed in.
 
-    :param lock: whether to keep others from changing the row until the transaction ends.
     :raises ApiError: UNAUTHORIZED if the user has been deleted.
     """
-    user = database.session.get(User, g.user_id, with_for_update=lock or None)
+    user = database.session.get(User, g.user_id)
     if user is None:
         raise ApiError(Code.UNAUTHORIZED)
     return user
