@@ -65,8 +65,7 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         hide_parameters=True,  # error messages are logged, and parameters are personal data
         **options,
     )
-    event.listen(engine, "handle_error", _drop_connections)
-    event.listen(engine, "handle_error", _remove_values)
+    event.listen(engine, "handle_error", _handle_error)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     return engine
@@ -79,13 +78,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _drop_connections(context: ExceptionContext) -> None:
-    """Replace all connections of the pool after a failover that left them open."""
+def _handle_error(context: ExceptionContext) -> None:
+    """Replace all connections of the pool after a failover that left them open.
+
+    Remove the parameters that the server quotes in an error, as in `Duplicate entry '…' for key 'name'`.
+    """
     context.is_disconnect |= bool(failures.codes(context.original_exception) & failures.FAILOVERS)
-
-
-def _remove_values(context: ExceptionContext) -> None:
-    """Remove the parameters that the server quotes in an error, as in `Duplicate entry '…' for key 'name'`."""
     if context.statement is None:  # a failed connect quotes only the host
         return
     driver, ours = context.original_exception, context.sqlalchemy_exception
