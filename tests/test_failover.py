@@ -21,8 +21,11 @@ THREADS = 8
 
 
 @contextmanager
-def load(service: Service, simulator: Simulator) -> Iterator[Callable[[int], None]]:
-    """Log in and order in several threads, where no request may fail; yield a function that waits for some rounds."""
+def load(service: Service, simulator: Simulator, failed: list[str] | None = None) -> Iterator[Callable[[int], None]]:
+    """Log in, order and read in several threads; yield a function that waits for some rounds.
+
+    :param failed: gets the responses of requests that fail; without it none may.
+    """
     rounds: list[int] = []
     stop = threading.Event()
 
@@ -30,9 +33,12 @@ def load(service: Service, simulator: Simulator) -> Iterator[Callable[[int], Non
         while not stop.is_set():
             token = service.log_in(simulator, openid=f"o-failover-{number}")
             item = {"sku": "tea", "name": "茶", "quantity": 1, "unit_price": 100}
-            answer = service.call("POST", "/orders", token, json={"items": [item]})
-            assert answer.status_code == 201, answer.text
-            assert service.read_me(token).status_code == 200
+            ordered = service.call("POST", "/orders", token, json={"items": [item]})
+            read = service.read_me(token)
+            lost = [answer.text for answer in (ordered, read) if not answer.ok]
+            assert failed is not None or lost == []
+            if failed is not None:
+                failed.extend(lost)
             rounds.append(number)
 
     def more(count: int) -> None:
@@ -72,7 +78,7 @@ def promote(replica: RedisServer) -> None:
         client.replicaof("NO", "ONE")
 
 
-def test_a_redis_failover_costs_no_request_once_another_one_is_the_primary(
+def test_a_redis_failover_costs_at_most_one_request_for_each_connection(
     start_service: Callable[..., Service], simulator: Simulator, redis_pair: tuple[RedisServer, RedisServer]
 ) -> None:
     old, new = redis_pair
@@ -80,13 +86,17 @@ def test_a_redis_failover_costs_no_request_once_another_one_is_the_primary(
         service = start_service(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10")
         with load(service, simulator) as more:
             more(20)
-            promote(new)
-            proxy.target = new.socket
-            accepted = proxy.accepted
-            with follow(old, new):
-                more(100)
-                assert {readiness(service) == READY for _ in range(20)} == {True}
-        assert proxy.accepted > accepted
+        promote(new)
+        proxy.target = new.socket
+        connections = proxy.accepted
+        # A worker that has written nothing since reads from the old one, which may lag behind.
+        failed: list[str] = []
+        with follow(old, new), load(service, simulator, failed) as more:
+            more(100)
+            assert {readiness(service) == READY for _ in range(20)} == {True}
+        assert len(failed) <= connections
+        assert [body for body in failed if '"code":401' not in body] == []
+        assert proxy.accepted > connections
 
 
 def test_readiness_is_503_while_the_address_leads_to_a_replica_and_200_after_that(

@@ -81,3 +81,23 @@ def test_a_refusal_is_raised_if_the_new_connection_has_the_same(
         old.execute_command("REPLICAOF", "NO", "ONE")
         assert redis.set("key", "value")
         assert proxy.accepted == 3
+
+
+def test_a_refusal_replaces_the_idle_connections_too(
+    make_app: Callable[..., Flask], own_redis: RedisServer, other_redis: RedisServer
+) -> None:
+    """They would read from a server that may no longer get what is written."""
+    with Proxy(own_redis.socket) as proxy, Redis.from_url(own_redis.url) as old, Redis.from_url(other_redis.url) as new:
+        redis = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10").extensions["redis"]
+
+        def read() -> list[bytes | None]:
+            with redis.client() as one, redis.client() as other:
+                return [one.get("key"), other.get("key")]
+
+        assert read() == [None, None]
+        proxy.target = other_redis.socket
+        old.execute_command(*NOBODY)
+        new.set("key", "newer")
+        assert read() == [None, None]  # nothing has been refused yet
+        redis.set("counted", 1)
+        assert read() == [b"newer", b"newer"]
