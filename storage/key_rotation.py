@@ -7,7 +7,7 @@ from typing import Any
 import click
 from flask import current_app
 from flask.cli import AppGroup
-from sqlalchemy import ColumnElement, Row, and_, case, func, or_, select, true, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, case, func, or_, select, true, update
 
 from storage import database
 from storage.cipher import DecryptionError, cipher
@@ -82,16 +82,18 @@ def _rotate_batch(field: Encrypted, after: ColumnElement[bool]) -> Sequence[Row[
     table: Any = field.model.__table__
     batch = select(table).where(_is_behind(field), after).order_by(*table.primary_key).limit(BATCH).with_for_update()
     rows = database.session.execute(batch).all()
-    kept = {column.name: column for column in table.c if column.onupdate is not None}
+    changes = []
     for row in rows:
+        key = {column.name: getattr(row, column.name) for column in table.primary_key}
         try:
-            values = field.seal(row, field.open(row))
+            changes.append(field.seal(row, field.open(row)) | {f"row_{name}": value for name, value in key.items()})
         except DecryptionError:
-            name = ", ".join(f"{column.name} {getattr(row, column.name)}" for column in table.primary_key)
+            name = ", ".join(f"{name} {value}" for name, value in key.items())
             click.echo(f"{field.place} of {name}: no key decrypts it; left as it is", err=True)
-        else:
-            same = [column == getattr(row, column.name) for column in table.primary_key]
-            database.session.execute(update(table).where(*same).values(values | kept))
+    if changes:
+        same = [column == bindparam(f"row_{column.name}") for column in table.primary_key]
+        kept = {column.name: column for column in table.c if column.onupdate is not None}
+        database.session.execute(update(table).where(*same).values(kept), changes)
     return rows
 
 
