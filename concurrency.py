@@ -83,21 +83,20 @@ class FanOut:
         self._app = app
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
         self._lock = threading.Lock()
-        self._running: dict[Callable[[], Any], Future[Any]] = {}
+        self._futures: dict[str, Future[Any]] = {}
 
     def run(self, functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
         """Run functions in parallel, each in an application context of its own.
 
-        :param functions: by names of the caller's choice.
+        :param functions: by their names, which tell one from another in all calls.
         :param seconds: the deadline, from now.
         :returns: by the same names the result of each function, or its exception, or a TimeoutError if it is not done.
         """
         with self._lock:
-            self._running = {function: future for function, future in self._running.items() if not future.done()}
-            for function in functions.values():
-                if function not in self._running:
-                    self._running[function] = self.pool.submit(copy_context().run, self._run, function)
-            futures = {name: self._running[function] for name, function in functions.items()}
+            for name, function in functions.items():
+                if name not in self._futures or self._futures[name].done():
+                    self._futures[name] = self.pool.submit(copy_context().run, self._run, function)
+            futures = {name: self._futures[name] for name in functions}
         wait(futures.values(), seconds)
         return {name: self._outcome(future) for name, future in futures.items()}
 
