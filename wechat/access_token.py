@@ -21,8 +21,7 @@ PAUSE_SECONDS = 3
 FORCE_INTERVAL_SECONDS = 30
 FORCES_A_DAY = 20
 DAY_SECONDS = 86400
-BEIJING_SECONDS = 8 * 3600
-"""WeChat's day begins at midnight in Beijing."""
+"""Of forced refreshes, from the first one on. WeChat's own day begins at midnight in Beijing."""
 
 
 class SingleFlight(Protocol):
@@ -103,10 +102,8 @@ class AccessToken:
         """Whether WeChat's limits allow a force_refresh now; counts it if so."""
         if not self._redis.set(f"{self._key}:forced", "", nx=True, ex=FORCE_INTERVAL_SECONDS):
             return False
-        seconds, _ = self._redis.time()
-        today = f"{self._key}:forced:{(seconds + BEIJING_SECONDS) // DAY_SECONDS}"
         with self._redis.pipeline() as pipeline:
-            pipeline.incr(today)
-            pipeline.expire(today, DAY_SECONDS)
-            count, _ = pipeline.execute()
+            pipeline.set(f"{self._key}:forced:count", 0, nx=True, ex=DAY_SECONDS)
+            pipeline.incr(f"{self._key}:forced:count")
+            _, count = pipeline.execute()
         return bool(count <= FORCES_A_DAY)
