@@ -32,14 +32,7 @@ class Client:
         self._access_token = access_token
 
     def call(
-        self,
-        path: str,
-        params: Params | None = None,
-        body: Body = None,
-        *,
-        expected: Codes = (),
-        idempotent: bool = True,
-        media: bool = True,
+        self, path: str, params: Params | None = None, body: Body = None, *, expected: Codes = (), **options: bool
     ) -> Any:
         """Call any interface of WeChat that takes an access token.
 
@@ -55,14 +48,14 @@ class Client:
         :param params: the query, without the token.
         :param body: posted as JSON if there is one; otherwise the call is a GET.
         :param expected: errcodes that are a result here, not a failure.
-        :param idempotent: whether a call whose response was lost may be made again.
-        :param media: whether the response may be an image, audio or video.
+        :param options: `idempotent=False` if a call whose response was lost must not be made again; `media=False` if
+            the response cannot be an image, audio or video.
         :returns: WeChat's JSON as a dict, or the bytes of an image, audio or video, up to 1 MB.
         """
 
         def call_with(token: str, expected: Codes) -> Any:
             query = {"access_token": token, **(params or {})}
-            return self._transport.call(path, query, body, expected=expected, idempotent=idempotent, media=media)
+            return self._transport.call(path, query, body, expected=expected, **{"media": True, **options})
 
         token = self._access_token.get()
         answer = call_with(token, {*expected, *INVALID_TOKEN})

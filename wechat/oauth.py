@@ -59,13 +59,9 @@ class WebApp:
         :param state: up to 128 bytes, returned with the code.
         """
         page = "qrconnect" if scope == QR_CODE_SCOPE else "oauth2/authorize"
-        query = {  # WeChat requires this order
-            "appid": self.app_id,
-            "redirect_uri": redirect_uri,
-            "response_type": "code",
-            "scope": scope,
-            "state": state,
-        }
+        # WeChat requires this order.
+        query = {"appid": self.app_id, "redirect_uri": redirect_uri, "response_type": "code"}
+        query |= {"scope": scope, "state": state}
         return f"{self._open_base_url}/connect/{page}?{urlencode(query)}#wechat_redirect"
 
     def redeem(self, code: str) -> Grant:

@@ -81,54 +81,47 @@ class Transport:
             exceptions of requests contain the URL, and so a secret: none of them leaves this method.
         """
         for may_retry in (True, False):
-            try:
-                code, answer = self._try(path, params, body, expected, media)
-            except requests.ConnectionError as error:
-                if not (may_retry and idempotent):
-                    raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
-            else:
-                if code is None:
-                    return answer
-                if answer["errcode"] != BUSY or not may_retry:
-                    why = f"errcode {answer['errcode']}: {answer.get('errmsg')}"
-                    raise failure(path, code, why, answer["errcode"])
+            answer = self._try(path, params, body, expected, media, may_retry, idempotent)
+            if answer is not None:
+                return answer
             time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
-    def _try(self, path: str, params: Params, body: Body, expected: Codes, media: bool) -> tuple[Code | None, Any]:
-        """Call an interface once, count and measure it.
-
-        :returns: the code of an errcode that is neither 0 nor expected, and the response.
-        """
-        started, result, outcome = time.perf_counter(), "invalid", "failure"
+    def _try(
+        self, path: str, params: Params, body: Body, expected: Codes, media: bool, may_retry: bool, idempotent: bool
+    ) -> Any:
+        """Call an interface once, count and measure it; None if it is to be called again."""
+        result, outcome = "invalid", "failure"
         for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, kind, outcome)
         try:
             # No traceparent is sent: our traces are none of WeChat's business.
-            with traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path}) as span:
-                status, content_type, content = self._exchange(path, params, body)
-                is_media = media and status == 200 and content_type.startswith(MEDIA_TYPES) and content[:1] != b"{"
-                errcode, answer = (0, content) if is_media else _parse(path, status, content)
+            traced = traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path})
+            with metrics.WECHAT_SECONDS.labels(path).time(), traced as span:
+                errcode, answer = _parse(path, media, *self._exchange(path, params, body))
                 span.set_attribute("wechat.errcode", errcode)
                 result, outcome = str(errcode), "ok"
                 if errcode == 0 or errcode in expected:
-                    return None, answer
+                    return answer
                 code = code_of(path, errcode)
                 outcome = "caller" if code.number < 500 else "failure"
                 span.set_status(StatusCode.ERROR)
-                return code, answer
+            if errcode == BUSY and may_retry:
+                return None
+            raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
         except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
             result = "timeout"
             raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
-        except requests.ConnectionError:
+        except requests.ConnectionError as error:
             result = "unreachable"
-            raise
+            if may_retry and idempotent:
+                return None
+            raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
             raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
         finally:
             metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
-            metrics.WECHAT_SECONDS.labels(path).observe(time.perf_counter() - started)
 
     def _exchange(self, path: str, params: Params, body: Body) -> tuple[int, str, bytes]:
         """Send a request and read the response under a deadline; requests' own timeout lets it trickle for ever."""
@@ -156,9 +149,8 @@ class Transport:
 
 def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiError:
     """Log why a call failed, which our response does not reveal; WeChat's support asks for the `rid` in errmsg."""
-    level = logging.WARNING if code.number >= 500 else logging.INFO
-    if code in (Code.WECHAT_REFUSED, Code.UPSTREAM_INVALID, Code.INTERNAL_ERROR):
-        level = logging.ERROR  # it will not go away by itself
+    goes_away = code in (Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
+    level = logging.INFO if code.number < 500 else logging.WARNING if goes_away else logging.ERROR
     fields = {"interface": path, "code": code.number, "reason": why, "errcode": errcode}
     logger.log(level, "WeChat call failed", extra=fields)
     return ApiError(code, message=MESSAGES.get(errcode or 0))
@@ -170,23 +162,22 @@ def unexpected_response(path: str, why: str, answer: Mapping[str, Any]) -> ApiEr
     return failure(path, Code.UPSTREAM_INVALID, f"{why}; fields received: {', '.join(names) or 'none'}")
 
 
-def _parse(path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
-    """Read the body as UTF-8 JSON, whatever its content type.
+def _parse(path: str, media: bool, status: int, content_type: str, content: bytes) -> tuple[int, Any]:
+    """Read the body as UTF-8 JSON, whatever its content type, unless it is media.
 
     :returns: the errcode, where absent and 0 both mean success, and the body.
     """
+    if media and status == 200 and content_type.startswith(MEDIA_TYPES) and content[:1] != b"{":
+        return 0, content
     answer = lenient.read(content, path)
     if status != 200 or answer is None:
         raise failure(path, Code.UPSTREAM_INVALID, f"HTTP {status}, {len(content)} bytes, not a JSON object")
-    try:
-        errcode = int(answer.get("errcode") or 0)
-        if abs(errcode) >= 2**31:
-            raise OverflowError
-    except (TypeError, ValueError, OverflowError):
-        raise unexpected_response(path, "errcode is not a number", answer) from None
+    errcode = str(answer.get("errcode") or 0)
+    if not re.fullmatch("-?[0-9]{1,9}", errcode):
+        raise unexpected_response(path, "errcode is not a number", answer)
     if "errcode" in answer:
-        answer["errcode"] = errcode
-    return errcode, answer
+        answer["errcode"] = int(errcode)
+    return int(errcode), answer
 
 
 def _root_cause(error: BaseException) -> str:
