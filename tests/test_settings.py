@@ -129,7 +129,7 @@ MALFORMED = {
     "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],
     "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "tok\nen"],
-    "WECHAT_PUSH_AES_KEY": ["x" * 42],
+    "WECHAT_PUSH_AES_KEY": ["x" * 42, "x" * 44, "x" * 42 + "=", "x" * 42 + "é", "x" * 20 + "\n" + "x" * 22],
     "WECHAT_CONTENT_CHECK": ["perhaps"],
     "TRUST_WXCLOUD_HEADERS": ["perhaps"],
 }

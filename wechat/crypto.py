@@ -8,7 +8,6 @@ import base64
 import hashlib
 import hmac
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +49,7 @@ def decrypt_user_data(
         without a reason, which would make it a padding oracle; SIGNATURE_MISMATCH if the data is for another user or
         app, old or altered.
     """
-    ciphertext, initial = _decode_base64(encrypted_data), _decode_base64(iv)
+    ciphertext, initial, key = (_decode_base64(text) for text in (encrypted_data, iv, session_key))
     errors = {}
     if not 0 < len(ciphertext) <= MAXIMUM_CIPHERTEXT_BYTES or len(ciphertext) % _AES_BLOCK_BYTES:
         errors["encryptedData"] = [f"Not base64 of whole blocks, {MAXIMUM_CIPHERTEXT_BYTES} bytes at most."]
@@ -58,7 +57,6 @@ def decrypt_user_data(
         errors["iv"] = ["Not base64 of 16 bytes."]
     if errors:
         raise ApiError(Code.INVALID_INPUT, errors=errors)
-    key = _decode_base64(session_key)
     if len(key) != 16:
         raise ApiError(Code.SESSION_KEY_STALE)
     padded = _decrypt(ciphertext, key, initial)
@@ -110,12 +108,7 @@ def constant_time_equals(given: str, expected: str) -> bool:
 
 
 def decode_aes_key(encoding_aes_key: str) -> bytes:
-    """Decode an EncodingAESKey to its 32 bytes; 2 bits of its last character are unused.
-
-    :raises ValueError: unless it is 43 letters and digits.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9]{43}", encoding_aes_key):
-        raise ValueError("An EncodingAESKey is 43 letters and digits.")
+    """Decode an EncodingAESKey, 43 letters and digits, to its 32 bytes; 2 bits of its last character are unused."""
     return base64.b64decode(encoding_aes_key + "=")
 
 
@@ -125,10 +118,8 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
     :param aes_key: 32 bytes.
     :param random: 16 fresh random bytes; as the iv is fixed, they make equal messages differ.
     :returns: base64.
-    :raises ValueError: for random bytes of another length, or a text with lone surrogates.
+    :raises ValueError: for a text with lone surrogates.
     """
-    if len(random) != _RANDOM_BYTES:
-        raise ValueError("16 random bytes are needed.")
     content = text.encode()
     padder = PKCS7(_MESSAGE_BLOCK_BYTES * 8).padder()
     padded = padder.update(random + len(content).to_bytes(4, "big") + content + app_id.encode()) + padder.finalize()

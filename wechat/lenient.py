@@ -39,22 +39,9 @@ def read(content: bytes | str, source: str | None, form: Form = "json") -> dict[
         repaired, as that takes time, and nothing is logged.
     :returns: None for anything else, a document type, and more than MAXIMUM_DEPTH levels.
     """
-    kinds: set[str] = set()
-
-    def clean(text: str) -> str:
-        for character in UNSTORABLE.findall(text):
-            kinds.add("half an emoji" if "\ud800" <= character <= "\udfff" else "control character")
-        return UNSTORABLE.sub("\ufffd", text)
-
-    def clean_escape(match: re.Match[str]) -> str:
-        if match[0].startswith("\\"):
-            return json.dumps(clean(json.loads(f'"{match[0]}"')), ensure_ascii=False)[1:-1]
-        # html.unescape leaves nothing of a control character. A bare \r would be read as a line feed.
-        return match[0] if match[0][0] == "<" else escape(clean(html.unescape(match[0]) or "\0"), {"\r": "&#13;"})
-
-    text = clean(content if isinstance(content, str) else content.decode(errors="replace")).strip(" \t\r\n\ufeff")
+    text = _clean(content if isinstance(content, str) else content.decode(errors="replace")).strip(" \t\r\n\ufeff")
     try:
-        text = _ESCAPES[form].sub(clean_escape, text) if source else text
+        text = _ESCAPES[form].sub(_clean_escape, text) if source else text
         if form == "xml":
             before, end, after = text.rpartition("</xml>")
             root = defusedxml.ElementTree.fromstring(before + end or after, forbid_dtd=True)
@@ -66,10 +53,20 @@ def read(content: bytes | str, source: str | None, form: Form = "json") -> dict[
     if not isinstance(document, dict) or _is_deeper(document, MAXIMUM_DEPTH):
         return None
     if source and "\ufffd" in text:
-        what, where = sorted(kinds) or ["broken UTF-8"], sorted(set(_DAMAGED_FIELD.findall(text))) or ["a field"]
-        extra = {"interface": source, "reason": f"{', '.join(what)} in {', '.join(where)}"}
-        logger.warning("WeChat sent malformed text", extra=extra)
+        reason = f"characters replaced in {', '.join(sorted(set(_DAMAGED_FIELD.findall(text)))) or 'a field'}"
+        logger.warning("WeChat sent malformed text", extra={"interface": source, "reason": reason})
     return document
+
+
+def _clean(text: str) -> str:
+    return UNSTORABLE.sub("\ufffd", text)
+
+
+def _clean_escape(match: re.Match[str]) -> str:
+    if match[0].startswith("\\"):
+        return json.dumps(_clean(json.loads(f'"{match[0]}"')), ensure_ascii=False)[1:-1]
+    # html.unescape leaves nothing of a control character. A bare \r would be read as a line feed.
+    return match[0] if match[0][0] == "<" else escape(_clean(html.unescape(match[0]) or "\0"), {"\r": "&#13;"})
 
 
 def _children(element: Element) -> dict[str, Any]:
@@ -80,7 +77,5 @@ def _children(element: Element) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(item, levels - 1) for item in items)

@@ -6,6 +6,7 @@ Source: https://developers.weixin.qq.com/miniprogram/dev/framework/server-abilit
 import hashlib
 import json
 import logging
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -56,10 +57,7 @@ class PushMessage(NamedTuple):
 
     def is_recent(self, now: float) -> bool:
         """Whether CreateTime is near our clock, or at most MAXIMUM_AGE_SECONDS before it; False if there is none."""
-        created = str(self.fields.get("CreateTime")).strip()
-        return (
-            bool(re.fullmatch("[0-9]{1,12}", created)) and -WINDOW_SECONDS <= now - int(created) <= MAXIMUM_AGE_SECONDS
-        )
+        return -WINDOW_SECONDS <= _age(str(self.fields.get("CreateTime")).strip(), now) <= MAXIMUM_AGE_SECONDS
 
     def _text(self, name: str) -> str:
         value = self.fields.get(name)
@@ -69,16 +67,13 @@ class PushMessage(NamedTuple):
 class MessagePush:
     """One account's message push. Our settings decide the mode, never the request's `encrypt_type`.
 
-    :param token: the account's token, which WeChat signs with.
+    :param token: the account's token, which WeChat signs with; with an empty one anybody could.
     :param encoding_aes_key: 43 letters and digits for an account in safe mode or compatibility mode: only encrypted
         messages are accepted. None for an account in plain mode.
     :param app_id: the app id that encrypted messages must name.
-    :raises ValueError: for an empty token, with which anybody could sign, or an invalid EncodingAESKey.
     """
 
     def __init__(self, token: str, encoding_aes_key: str | None, app_id: str) -> None:
-        if not token:
-            raise ValueError("The token must not be empty.")
         self._token = token
         self._aes_key = None if encoding_aes_key is None else decode_aes_key(encoding_aes_key)
         self._app_id = app_id
@@ -145,8 +140,13 @@ class MessagePush:
         """Check a signature over the token, the timestamp and the others, and that it is recent."""
         if not constant_time_equals(signature, push_signature(self._token, timestamp, *others)):
             raise refused("wrong token, or altered")
-        if not re.fullmatch("[0-9]{1,12}", timestamp) or abs(int(timestamp) - now) > WINDOW_SECONDS:
+        if abs(_age(timestamp, now)) > WINDOW_SECONDS:
             raise refused("old timestamp, or our clock is wrong")
+
+
+def _age(timestamp: str, now: float) -> float:
+    """The seconds since a timestamp; infinitely many since anything else."""
+    return now - int(timestamp) if re.fullmatch("[0-9]{1,12}", timestamp) else math.inf
 
 
 def refused(why: str) -> ApiError:

@@ -38,14 +38,12 @@ def test_equal_keys_and_what_follows_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"list": ["a\x01"]}', "control character in a field"),
-        (b'{"a": "\\u0001", "b": {"c": "\\ud83d"}}', "control character, half an emoji in a, c"),
-        (b'{"o-secret": "\xff"}', "broken UTF-8 in a field"),  # not the name of a field
+        (b'{"list": ["a\x01"]}', "characters replaced in a field"),
+        (b'{"a": "\\u0001", "b": {"c": "\\ud83d"}}', "characters replaced in a, c"),
+        (b'{"o-secret": "\xff"}', "characters replaced in a field"),  # not the name of a field
     ],
 )
-def test_the_log_names_kinds_and_fields_and_no_content(
-    caplog: pytest.LogCaptureFixture, content: bytes, reason: str
-) -> None:
+def test_the_log_names_fields_and_no_content(caplog: pytest.LogCaptureFixture, content: bytes, reason: str) -> None:
     lenient.read(content, None)  # of a sender who is not verified
     assert caplog.records == []
     lenient.read(content, "/sns/userinfo")

@@ -250,25 +250,24 @@ def test_no_credentials_of_the_machine_are_sent(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("content", "nickname", "kind"),
+    ("content", "nickname"),
     [
-        (b'{"nickname": "a\\ud83d \\ud83d\\ude80"}', "a\ufffd 🚀", "half an emoji"),
-        (b'{"nickname": "a\x14b"}', "a\ufffdb", "control character"),
-        (b'{"nickname": "\xe5\xbe"}', "\ufffd", "broken UTF-8"),
+        (b'{"nickname": "a\\ud83d \\ud83d\\ude80"}', "a\ufffd 🚀"),
+        (b'{"nickname": "a\x14b"}', "a\ufffdb"),
+        (b'{"nickname": "\xe5\xbe"}', "\ufffd"),
     ],
 )
-def test_malformed_text_is_replaced_and_the_log_names_field_and_kind(
+def test_malformed_text_is_replaced_and_the_log_names_the_field(
     transport: Transport,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     content: bytes,
     nickname: str,
-    kind: str,
 ) -> None:
     monkeypatch.setattr(transport, "_exchange", lambda *_: (200, "text/plain", content))
     assert transport.call("/sns/userinfo", {})["nickname"] == nickname
     line = vars(caplog.records[-1])
-    assert (line["interface"], line["reason"]) == ("/sns/userinfo", f"{kind} in nickname")
+    assert (line["interface"], line["reason"]) == ("/sns/userinfo", "characters replaced in nickname")
 
 
 @pytest.mark.parametrize("kind", ["errcode", "close"])
@@ -326,7 +325,8 @@ def test_unexpected_response_logs_field_names_but_no_values(caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize(
-    "body", ["[]", "null", '{"errcode": "x"}', "[" * 100_000, '{"errcode": 1e999}', '{"errcode": NaN}']
+    "body",
+    ["[]", "null", '{"errcode": "x"}', "[" * 100_000, '{"errcode": 1e999}', '{"errcode": NaN}', '{"errcode": 1e5}'],
 )
 def test_json_of_another_form_is_invalid(transport: Transport, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setattr(transport, "_exchange", lambda *_: (200, "application/json", body.encode()))
