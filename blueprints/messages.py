@@ -10,7 +10,6 @@ from typing import Any
 from flask import Response, request
 from redis.exceptions import RedisError
 
-import errors
 import wechat
 from blueprints import message_handlers
 from blueprints.api import Blueprint
@@ -22,7 +21,6 @@ from wechat.message_push import MAXIMUM_AGE_SECONDS, MessagePush, PushMessage, r
 
 logger = logging.getLogger(__name__)
 
-NOT_CONFIGURED = errors.Message("未配置消息推送", "Message push is not configured")
 CONTENT_TYPES = {"json": "application/json", "xml": "text/xml; charset=utf-8"}
 MAXIMUM_BYTES = 64 * 1024
 """A body must be read before its signature can be checked."""
@@ -43,10 +41,10 @@ def _parameters(*names: str, required: bool) -> list[dict[str, Any]]:
 @blueprint.doc(parameters=_parameters("signature", "timestamp", "nonce", "echostr", required=True))
 @blueprint.response(200, {"type": "string"}, content_type="text/plain", description="`echostr` as it came.")
 @blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH)
-@blueprint.fails(Code.NOT_FOUND, message=NOT_CONFIGURED)
+@blueprint.fails(Code.NOT_FOUND, message=wechat.PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""
-    return _text(_push().verify_url(request.args, time.time()))
+    return _text(wechat.configured_push().verify_url(request.args, time.time()))
 
 
 @blueprint.route("/messages", methods=["POST"])
@@ -68,7 +66,7 @@ def verify_url() -> Response:
 @blueprint.alt_response(200, schema={"type": "object"}, content_type="application/json")
 @blueprint.alt_response(200, schema={"type": "string"}, content_type="text/xml")
 @blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH, Code.PAYLOAD_TOO_LARGE, Code.UNAVAILABLE)
-@blueprint.fails(Code.NOT_FOUND, message=NOT_CONFIGURED)
+@blueprint.fails(Code.NOT_FOUND, message=wechat.PUSH_NOT_CONFIGURED)
 def receive() -> Response:
     """Receive a message from WeChat
 
@@ -78,7 +76,7 @@ def receive() -> Response:
     body = read_body(request)
     if _is_probe(body):
         return _text("success")
-    push = _push()
+    push = wechat.configured_push()
     message = push.open(request.args, body, time.time())
     if not message.is_recent(time.time()):
         raise refused("no CreateTime, or an old one, or our clock is wrong")
@@ -98,8 +96,8 @@ def receive() -> Response:
 
 def _reply(push: MessagePush, message: PushMessage) -> Response | None:
     """Return the reply of a responder; None if there is none or it fails, which must not stop the handlers."""
-    responders = message_handlers.responders
-    responder = next((responders[name] for name in _names(message) if name in responders), None)
+    of_all = message_handlers.responders.get((message.type, ""))
+    responder = message_handlers.responders.get((message.type, message.event), of_all)
     if responder is None:
         return None
     try:
@@ -123,19 +121,8 @@ def _begin(key: str, message: PushMessage) -> None:
 
 
 def _handlers(message: PushMessage) -> list[message_handlers.Handler]:
-    return [handler for name in dict.fromkeys(_names(message)) for handler in message_handlers.handlers.get(name, ())]
-
-
-def _names(message: PushMessage) -> list[tuple[str, str]]:
-    """Return the names under which functions for a message are registered: of its own event first, then of all."""
-    return [(message.type, message.event), (message.type, "")]
-
-
-def _push() -> MessagePush:
-    push = wechat.configured_push()
-    if push is None:
-        raise ApiError(Code.NOT_FOUND, message=NOT_CONFIGURED)
-    return push
+    names = dict.fromkeys([(message.type, message.event), (message.type, "")])
+    return [handler for name in names for handler in message_handlers.handlers.get(name, ())]
 
 
 def _is_probe(body: bytes) -> bool:

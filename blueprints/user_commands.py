@@ -8,7 +8,6 @@ from flask.cli import AppGroup
 from sqlalchemy import and_, select
 
 import wechat
-from blueprints.parsing import MAXIMUM_ID
 from blueprints.users import UserSchema, audit
 from storage import blocks, database
 from storage.identities import set_role
@@ -19,13 +18,12 @@ USER_ID = click.argument("user_id", type=int)
 
 
 @users.command("list")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--after", type=int, default=MAXIMUM_ID, help="The last id of the previous page.")
-def list_users(limit: int, after: int) -> None:
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True)
+def list_users(limit: int) -> None:
     """Print users as JSON, one per line, the newest first. The openid is that of the mini-program."""
     ours = and_(Identity.user_id == User.id, Identity.app_id == wechat.api.app_id)
-    query = select(User, Identity.openid).outerjoin(Identity, ours).where(User.id < after)
-    for user, openid in database.session.execute(query.order_by(User.id.desc()).limit(limit)):
+    query = select(User, Identity.openid).outerjoin(Identity, ours).order_by(User.id.desc()).limit(limit)
+    for user, openid in database.session.execute(query):
         more = {"blocked": user.blocked, "admin_by_setting": user.admin_by_setting, "openid": openid}
         click.echo(json.dumps({**UserSchema().dump(user), **more}, ensure_ascii=False))
 

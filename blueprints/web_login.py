@@ -20,10 +20,9 @@ from blueprints.policies import current_user, set_current_user
 from blueprints.wechat_profile import ProfileSchema
 from errors import ApiError, Code, Message
 from storage import database
-from storage import sessions as stored_sessions
 from storage.identities import get_or_create_user, start_session
 from storage.models import Identity
-from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url
+from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
 from telemetry.metrics import LOGINS
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo
@@ -111,7 +110,7 @@ def callback(query: dict[str, str]) -> BaseResponse:
         remember=2 * STATE_SECONDS,
         messages={},
     )
-    stored_sessions.resume(token)
+    resume(token)
     session.modified = True  # a browser gets the cookie again
     response = redirect(public_url() + attempt["return_to"])
     response.delete_cookie(mark, **COOKIE_OPTIONS)

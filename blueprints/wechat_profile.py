@@ -32,42 +32,40 @@ blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phon
 
 
 class EncryptedSchema(Schema):
+    """Either one or more of TYPED, or everything that WeChat gave: all the other fields."""
+
     MAXIMUM_BYTES = 64 * 1024
+    TYPED: frozenset[str]
 
     encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
     iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+
+    @validates_schema
+    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
+        """Blame what is missing or too much."""
+        given, others = set(body), self.fields.keys() - self.TYPED
+        ways = (given & self.TYPED or self.TYPED, others)
+        if given not in ways:
+            likeliest = max(ways, key=lambda way: len(given & way)) if given else self.fields.keys()
+            reason = f"Send {' and/or '.join(sorted(self.TYPED))}, or all of {', '.join(sorted(others))}."
+            raise ValidationError({name: [reason] for name in sorted(given ^ likeliest)})
 
 
 class PhoneSchema(EncryptedSchema):
     """Either `code`, or `encryptedData` and `iv`."""
 
-    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
+    TYPED = frozenset(["code"])
 
-    @validates_schema
-    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
-        _require_one_of(body, {"code"}, {"encryptedData", "iv"}, "Send either code, or encryptedData and iv.")
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
 
 
 class ProfileSchema(TypedProfileSchema, EncryptedSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
 
+    TYPED = frozenset(["nickname", "avatar_url"])
+
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})
-
-    @validates_schema
-    def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
-        signed = {"rawData", "signature", "encryptedData", "iv"}
-        typed = body.keys() & {"nickname", "avatar_url"}
-        reason = "Send either nickname, avatar_url or both, or all of rawData, signature, encryptedData and iv."
-        _require_one_of(body, typed or {"nickname", "avatar_url"}, signed, reason)
-
-
-def _require_one_of(body: dict[str, Any], one_way: set[str], other_way: set[str], reason: str) -> None:
-    """Let pass a body with all the fields of one way and none of the other; blame what is missing or too much."""
-    given = set(body)
-    if given not in (one_way, other_way):
-        likeliest = max(one_way, other_way, key=lambda way: len(given & way)) if given else one_way | other_way
-        raise ValidationError({name: [reason] for name in sorted(given ^ likeliest)})
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
@@ -144,12 +142,10 @@ def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tup
     checks: dict[str, Any] = {"app_id": wechat.api.app_id, "openid": openid, "now": time.time(), "expected": expected}
     for session_key in session_keys:
         try:
-            data = decrypt_user_data(body["encryptedData"], body["iv"], session_key=session_key, **checks)
+            return decrypt_user_data(body["encryptedData"], body["iv"], session_key=session_key, **checks), session_key
         except ApiError as error:
             if error.api_code is not Code.SESSION_KEY_STALE:
                 raise
-        else:
-            return data, session_key
     raise ApiError(Code.SESSION_KEY_STALE, message=None if session_keys else NO_SESSION_KEY)
 
 

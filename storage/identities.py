@@ -107,8 +107,7 @@ def start_session(user_id: int, **facts: Any) -> str:
 
 def find_openid(user_id: int, app_id: str) -> str | None:
     """Find the openid of a user in one of our apps; None if there is none. Ends the transaction."""
-    found = database.session.scalar(
-        select(Identity.openid).where(Identity.user_id == user_id, Identity.app_id == app_id)
-    )
+    mine = Identity.user_id == user_id, Identity.app_id == app_id
+    found = database.session.scalar(select(Identity.openid).where(*mine))
     database.session.rollback()  # the caller is about to wait for WeChat
     return found

@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -37,7 +38,7 @@ class JsonSerializer(Serializer):
             return None  # unreadable data is no session
 
 
-class LazySession(SessionMixin):
+class LazySession(SessionMixin, UserDict[str, Any]):
     """A session that is fetched when it is first used: a request that never uses it costs no round trip to Redis.
 
     :param fetch: returns the session's id, its data, and whether it is new.
@@ -61,29 +62,20 @@ class LazySession(SessionMixin):
         self._fetched: dict[str, Any] | None = None
 
     @property
-    def _data(self) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:  # type: ignore[override]  # what UserDict reads and writes
         # Not cached_property: before Python 3.12 its lock is shared by all sessions of a process.
         if self._fetched is None:
             self.sid, self._fetched, self.new = self._fetch()
             self.loaded = True
         return self._fetched
 
-    def __getitem__(self, key: str) -> Any:
-        return self._data[key]
-
     def __setitem__(self, key: str, value: Any) -> None:
-        self._data[key] = value
+        super().__setitem__(key, value)
         self.modified = True
 
     def __delitem__(self, key: str) -> None:
-        del self._data[key]
+        super().__delitem__(key)
         self.modified = True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
-
-    def __len__(self) -> int:
-        return len(self._data)
 
 
 current = cast(LazySession, session)

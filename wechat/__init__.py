@@ -5,11 +5,14 @@ from typing import NamedTuple, cast
 from flask import Flask, current_app
 from werkzeug.local import LocalProxy
 
+from errors import ApiError, Code, Message
 from wechat.access_token import AccessToken
 from wechat.client import Client
 from wechat.message_push import MessagePush
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, WebApp
 from wechat.transport import Transport
+
+PUSH_NOT_CONFIGURED = Message("未配置消息推送", "Message push is not configured")
 
 
 class WeChat(NamedTuple):
@@ -35,8 +38,13 @@ def web_app_of(app_id: str) -> WebApp | None:
     return next((app for app in _wechat.web_apps.values() if app.app_id == app_id), None)
 
 
-def configured_push() -> MessagePush | None:
-    """The account's message push; None if it is not configured."""
+def configured_push() -> MessagePush:
+    """The account's message push.
+
+    :raises ApiError: NOT_FOUND if it is not configured.
+    """
+    if _wechat.push is None:
+        raise ApiError(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
     return _wechat.push
 
 

@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import TestResponse
 
-from blueprints import message_handlers, messages
+import wechat
+from blueprints import message_handlers
 from storage import database
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of, invalid_fields
@@ -359,7 +360,7 @@ def test_without_a_token_the_route_is_404(make_app: Callable[..., Flask], handle
         client.post(URL, query_string=signed(token=""), json=EVENT),
     ):
         assert code_of(answer) == (404, 404)
-        assert answer.get_json()["message"] == messages.NOT_CONFIGURED.chinese
+        assert answer.get_json()["message"] == wechat.PUSH_NOT_CONFIGURED.chinese
     assert handled == []
 
 

@@ -191,11 +191,11 @@ def test_invalid_input_names_the_fields(alice: Caller, path: str, body: Any, nam
 
 def test_a_body_of_neither_kind_is_told_both(alice: Caller) -> None:
     for path, bodies, reason in (
-        (PHONE, ({}, {"iv": "x"}, {"code": "x", "iv": "x"}), "Send either code, or encryptedData and iv."),
+        (PHONE, ({}, {"iv": "x"}, {"code": "x", "iv": "x"}), "Send code, or all of encryptedData, iv."),
         (
             PROFILE,
             ({}, {"rawData": "{}"}, {"nickname": "x", "iv": "x"}),
-            "Send either nickname, avatar_url or both, or all of rawData, signature, encryptedData and iv.",
+            "Send avatar_url and/or nickname, or all of encryptedData, iv, rawData, signature.",
         ),
     ):
         for body in bodies:
