@@ -6,7 +6,6 @@ from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.orm import InstrumentedAttribute
 
 from blueprints.parsing import MAXIMUM_ID
 from storage import database
@@ -62,7 +61,7 @@ def load_page(
     :param sort: `created_at`, or `-created_at` for the newest first.
     :returns: `items`, `page`, `page_size` and `total`, which is at most COUNT_LIMIT.
     """
-    key: InstrumentedAttribute[int] = model.id
+    key = model.id
     descending = sort.startswith("-")
     order = key.desc() if descending else key.asc()
     ids = select(key).where(*conditions).order_by(order).limit(page_size).offset((page - 1) * page_size)

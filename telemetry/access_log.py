@@ -44,7 +44,7 @@ def _observe(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response:
     token = logs.request_fields.set({"parentSpanId": span.parent_id, "method": method})
     metrics.REQUESTS_IN_FLIGHT.inc()
     try:
-        body, status_line, headers, exc_info = _run(app, wsgi_app, environ)
+        body, status_line, headers, *exc_info = _run(app, wsgi_app, environ)
         status = int(status_line[:3])
         start_response(status_line, [*headers, ("X-Trace-Id", span.trace_id)], *exc_info)
         return body
@@ -54,7 +54,8 @@ def _observe(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response:
         span.end(status)
 
 
-def _run(app: Flask, wsgi_app: Any, environ: dict[str, Any]) -> tuple[Any, str, Any, Any]:
+def _run(app: Flask, wsgi_app: Any, environ: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the body, and what `start_response` was called with."""
     started: list[Any] = []
 
     def remember(*status_and_headers: Any) -> Any:
@@ -68,8 +69,7 @@ def _run(app: Flask, wsgi_app: Any, environ: dict[str, Any]) -> tuple[Any, str, 
             body = app.handle_exception(error)(environ, remember)
         if not started:
             raise
-    status_line, headers, *exc_info = started
-    return body, status_line, headers, exc_info
+    return body, *started
 
 
 def _count(method: str, route: str | None, status: int, code: int | None, seconds: float) -> None:
