@@ -40,7 +40,7 @@ def _parameters(*names: str, required: bool) -> list[dict[str, Any]]:
 @blueprint.route("/messages")
 @blueprint.doc(parameters=_parameters("signature", "timestamp", "nonce", "echostr", required=True))
 @blueprint.response(200, {"type": "string"}, content_type="text/plain", description="`echostr` as it came.")
-@blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH)
+@blueprint.fails(Code.SIGNATURE_MISMATCH)
 @blueprint.fails(Code.NOT_FOUND, message=wechat.PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""

@@ -83,11 +83,10 @@ class MessagePush:
 
         :param now: seconds since the epoch.
         :returns: `echostr`, the body to respond with; as text/plain, since the caller chose it.
-        :raises ApiError: INVALID_INPUT for missing parameters, SIGNATURE_MISMATCH.
+        :raises ApiError: SIGNATURE_MISMATCH, also for missing parameters.
         """
-        signature, timestamp, nonce, echostr = _parameters(query, "signature", "timestamp", "nonce", "echostr")
-        self._verify(signature, timestamp, nonce, now=now)
-        return echostr
+        self._verify(query, "signature", now=now)
+        return query.get("echostr", "")
 
     def open(self, query: Mapping[str, str], body: bytes, now: float) -> PushMessage:
         """Verify and read a POST request. A replay has the same `PushMessage.key`, as long as it `is_recent`.
@@ -95,22 +94,20 @@ class MessagePush:
         In plain mode the signature does not cover the body: anybody who sees a request can send another body with it.
 
         :param now: seconds since the epoch.
-        :raises ApiError: INVALID_INPUT for missing parameters and malformed bodies; SIGNATURE_MISMATCH if the signature
-            is wrong, old or for another account, or the body is plain in safe mode.
+        :raises ApiError: INVALID_INPUT for malformed bodies; SIGNATURE_MISMATCH if the signature is missing, wrong, old
+            or for another account, or the body is plain in safe mode.
         """
         if self._aes_key is None:
-            signature, timestamp, nonce = _parameters(query, "signature", "timestamp", "nonce")
-            self._verify(signature, timestamp, nonce, now=now)
+            self._verify(query, "signature", now=now)
             message = _parse(body)
             if "Encrypt" in message.fields and "MsgType" not in message.fields:
                 raise ApiError(Code.INVALID_INPUT, errors={"body": ["Encrypted, but no EncodingAESKey is set."]})
             return message
-        signature, timestamp, nonce = _parameters(query, "msg_signature", "timestamp", "nonce")
         envelope = _parse(body, source=None)
         encrypted = envelope.fields.get("Encrypt")
         if not isinstance(encrypted, str):
             raise refused("plain, but an EncodingAESKey is set")
-        self._verify(signature, timestamp, nonce, encrypted, now=now)
+        self._verify(query, "msg_signature", encrypted, now=now)
         try:
             content = decrypt_message(encrypted, self._aes_key, self._app_id)
         except ValueError:
@@ -136,9 +133,10 @@ class MessagePush:
         envelope = {"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}
         return _compose(envelope, form)
 
-    def _verify(self, signature: str, timestamp: str, *others: str, now: float) -> None:
-        """Check a signature over the token, the timestamp and the others, and that it is recent."""
-        if not constant_time_equals(signature, push_signature(self._token, timestamp, *others)):
+    def _verify(self, query: Mapping[str, str], name: str, *encrypted: str, now: float) -> None:
+        """Check the signature of this name, also over what is encrypted, and that it is recent."""
+        timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
+        if not constant_time_equals(query.get(name, ""), push_signature(self._token, timestamp, nonce, *encrypted)):
             raise refused("wrong token, or altered")
         if abs(_age(timestamp, now)) > WINDOW_SECONDS:
             raise refused("old timestamp, or our clock is wrong")
@@ -153,13 +151,6 @@ def refused(why: str) -> ApiError:
     """Log the reason, which the response does not reveal."""
     logger.warning("message push refused", extra={"reason": why})
     return ApiError(Code.SIGNATURE_MISMATCH)
-
-
-def _parameters(query: Mapping[str, str], *names: str) -> list[str]:
-    missing = {name: ["Missing data for required field."] for name in names if name not in query}
-    if missing:
-        raise ApiError(Code.INVALID_INPUT, errors=missing)
-    return [query[name] for name in names]
 
 
 def _parse(body: bytes, source: str | None = "message push") -> PushMessage:
