@@ -19,7 +19,6 @@ CONFIG: dict[str, Any] = {
     "API_TITLE": "快上 Kuaishang",
     "OPENAPI_VERSION": "3.1.0",
     "OPENAPI_URL_PREFIX": "/",
-    "OPENAPI_JSON_PATH": "openapi.json",
     "OPENAPI_SWAGGER_UI_PATH": "docs",
     "OPENAPI_SWAGGER_UI_URL": "/docs/assets/",
     "API_SPEC_OPTIONS": {
@@ -35,6 +34,5 @@ CONFIG: dict[str, Any] = {
 }
 
 # flask-swagger-ui carries Swagger UI's files, so the page works without the internet.
-assets = Blueprint(
-    "docs", __name__, static_folder=str(files("flask_swagger_ui") / "dist"), static_url_path="/docs/assets"
-)
+folder = str(files("flask_swagger_ui") / "dist")
+assets = Blueprint("docs", __name__, static_folder=folder, static_url_path="/docs/assets")
