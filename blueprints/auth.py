@@ -27,11 +27,7 @@ sessions = Blueprint("sessions", __name__, description="登录状态 The session
 class WechatCodeSchema(Schema):
     ANY_CONTENT_TYPE = True  # a browser's fetch sends text/plain
 
-    code = fields.String(
-        required=True,
-        validate=WECHAT_CODE_RULE,
-        metadata={"description": "The code of wx.login: works once, for five minutes."},
-    )
+    code = fields.String(required=True, validate=WECHAT_CODE_RULE)
 
 
 class LoginSchema(Schema):
@@ -53,8 +49,9 @@ class WechatSessionSchema(Schema):
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
 
-    Within five seconds a request with the same code gets the same response, as the first one may have been lost. The
-    token comes in the body for `wx.request`, which keeps no cookies; a page of this site gets it in a cookie as well.
+    A code works once, for five minutes. Within five seconds a request with the same code gets the same response, as the
+    first one may have been lost. The token comes in the body for `wx.request`, which keeps no cookies; a page of this
+    site gets it in a cookie as well.
     """
     code = body["code"]
     token = single_flight(

@@ -30,12 +30,7 @@ Fields = dict[str, Any]
 Handler = Callable[[Fields], object]
 Responder = Callable[[Fields], Fields]
 
-COLUMNS_BY_REVOKE_INFO = {
-    "6": ("nickname", "avatar_url"),
-    "8": ("phone",),
-    "19": ("nickname",),
-    "20": ("avatar_url",),
-}
+COLUMNS_BY_REVOKE_INFO = {"6": ("nickname", "avatar_url"), "8": ("phone",), "19": ("nickname",), "20": ("avatar_url",)}
 """What the numbers of RevokeInfo mean for us; the others name data that we do not store."""
 
 handlers: dict[tuple[str, str], list[Handler]] = {}

@@ -30,13 +30,10 @@ administration = Blueprint("administration", __name__, description="用户管理
 
 def masked(name: str, mask: Callable[[str], str], **metadata: Any) -> fields.Field[Any]:
     """Make a field that shows an attribute of a user through a mask."""
-
-    def dump(user: User) -> str | None:
-        value = getattr(user, name)
-        return None if value is None else mask(value)
-
     described = {"type": ["string", "null"], "description": "Masked.", **metadata}
-    return fields.Function(dump, required=True, metadata=described)
+    return fields.Function(
+        lambda user: (value := getattr(user, name)) and mask(value), required=True, metadata=described
+    )
 
 
 class UserSchema(Schema):
@@ -79,7 +76,6 @@ class NewUserSchema(UserChangeSchema):
     openid = fields.String(
         required=True,
         validate=validate.Regexp(r"^[A-Za-z0-9_-]{1,64}(?!\n)$", error="Must be 1 to 64 letters, digits, - or _."),
-        metadata={"description": "The user's openid in the mini-program."},
     )
 
 
@@ -115,7 +111,10 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 @administration.response(201, UserSchema)
 @administration.fails(Code.CONFLICT)
 def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
-    """Create a user before the first login, for administrators"""
+    """Create a user before the first login, for administrators
+
+    `openid` is the user's in the mini-program.
+    """
     openid, app_id = body["openid"], wechat.api.app_id
     blocks.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:

@@ -36,9 +36,7 @@ LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type":
 STATE_REFUSED = {"state": ["Unknown, expired after ten minutes, or from another browser: start again at authorize."]}
 DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
-BEGIN_AGAIN = Message(
-    "登录链接无效、过期或已使用，请重新登录", "This login link is invalid, expired or used already: log in again"
-)
+BEGIN_AGAIN = Message("登录链接无效、过期或已使用，请重新登录", "Login link invalid, expired or used: log in again")
 
 blueprint = Blueprint("web_login", __name__, description="网页登录 Log in on the web", template_folder=".")
 blueprint.error_content = {"text/html": {"schema": {"type": "string"}}}
@@ -49,12 +47,8 @@ class AuthorizeSchema(Schema):
     return_to = fields.String(
         load_default="/",
         validate=validate.Regexp(r"^/(?![/\\])(?:(?!\\)[!-~]){0,511}(?!\n)$", error="Must be a path of this site."),
-        metadata={"description": "Where to go after login: a path of this site."},
     )
-    scope = fields.String(
-        validate=validate.OneOf(SCOPES),
-        metadata={"description": "Default: snsapi_userinfo inside WeChat, snsapi_login elsewhere."},
-    )
+    scope = fields.String(validate=validate.OneOf(SCOPES))
 
 
 class CallbackSchema(Schema):
@@ -67,7 +61,11 @@ class CallbackSchema(Schema):
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
 @blueprint.fails(Code.INVALID_INPUT)
 def authorize(query: dict[str, str]) -> BaseResponse:
-    """Redirect to WeChat's consent page"""
+    """Redirect to WeChat's consent page
+
+    `return_to` is where to go after login: a path of this site. `scope` is by default snsapi_userinfo inside WeChat and
+    snsapi_login elsewhere.
+    """
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
