@@ -7,7 +7,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-from flask import Flask, Response, current_app, request
+from flask import Response, json, request
 from marshmallow import Schema, fields, validate
 from redis.exceptions import RedisError
 from redis.lock import Lock
@@ -70,17 +70,14 @@ class IdentitySchema(Schema):
 
 
 EXPORTED = {"identities": IdentitySchema, "orders": OrderSchema}
+"""How the lists of the export that storage/ownership.py names are shown."""
+
 ExportSchema = Schema.from_dict(
     {
         "user": fields.Nested(UserSchema, required=True),
         "unionid": fields.String(required=True, allow_none=True),
         "personal_data": fields.Nested(PersonalDataSchema, required=True),
-        # A KeyError here means that storage/ownership.py exports something without a schema above.
-        **{
-            owned.export: fields.List(fields.Nested(EXPORTED[owned.export]), required=True)
-            for owned in OWNED
-            if owned.export
-        },
+        **{name: fields.List(fields.Nested(schema), required=True) for name, schema in EXPORTED.items()},
     },
     name="ExportSchema",
 )
@@ -139,30 +136,24 @@ def export() -> Response:
     lock = redis.lock(f"user:{user.id}:export", timeout=EXPORT_SECONDS, blocking=False, thread_local=False)
     if request.method == "GET" and not lock.acquire():
         raise ApiError(Code.TOO_MANY_REQUESTS, message=EXPORT_RUNNING)
-    parts = _parts(current_app._get_current_object(), user.id, head, lock)  # type: ignore[attr-defined]
-    # In the context of this request, which has ended by then, so that log lines have its trace id.
+    parts = _parts(user.id, head, lock)
+    # In the context of this request, which has ended by then: with its app, and its trace id in log lines.
     response = Response(iter(partial(copy_context().run, next, parts, None), None), content_type="application/json")
     response.call_on_close(partial(_release, lock))  # also if the client goes away
     return response
 
 
-def _parts(app: Flask, user_id: int, head: dict[str, Any], lock: Lock) -> Iterator[str]:
-    """Make the export in parts, each with a context and a transaction of its own: no slow client holds a connection."""
+def _parts(user_id: int, head: dict[str, Any], lock: Lock) -> Iterator[str]:
     audit("user exported", user_id)
     try:
-        yield app.json.dumps(head).removesuffix("}}")
-        for name, owned in [(owned.export, owned) for owned in OWNED if owned.export]:
-            yield f', "{name}": ['
-            schema, separator, last = EXPORTED[name](), "", None
-            while True:
+        yield json.dumps(head).removesuffix("}}")
+        for owned in [owned for owned in OWNED if owned.export]:
+            yield f', "{owned.export}": ['
+            schema, separator = EXPORTED[owned.export](), ""
+            for rows in ownership.read_all(owned, user_id):
                 lock.reacquire()
-                with app.app_context():
-                    rows = ownership.export_some(owned, user_id, after=last)
-                    part = ", ".join(map(app.json.dumps, schema.dump(rows, many=True)))
-                if not rows:
-                    break
-                yield separator + part
-                separator, last = ", ", rows[-1]
+                yield separator + ", ".join(map(json.dumps, schema.dump(rows, many=True)))
+                separator = ", "
             yield "]"
         yield "}}"
     except Exception:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
-from sqlalchemy import Engine, Executable, create_engine, event, false, make_url, select
+from sqlalchemy import ColumnElement, Engine, Executable, and_, create_engine, event, false, make_url, or_, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -190,6 +190,16 @@ def in_transaction(work: Callable[[], T]) -> T:
 def after_commit(function: Callable[[], object]) -> None:
     """Call a function after the current `in_transaction` has committed, and not if it fails."""
     g.after_commit.append(function)
+
+
+def follows(table: Any, row: Any) -> ColumnElement[bool]:
+    """Return the condition that a row follows this one by primary key; spelt out, as MySQL uses no index for tuples.
+
+    :param row: of the table, or an object of its model.
+    """
+    key = list(table.primary_key)
+    same = [column == getattr(row, column.name) for column in key]
+    return or_(*[and_(*same[:place], column > getattr(row, column.name)) for place, column in enumerate(key)])
 
 
 def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:

@@ -47,7 +47,7 @@ def rotate() -> None:
     for field in FIELDS:
         after: ColumnElement[bool] = true()
         while rows := database.in_transaction(partial(_rotate_batch, field, after)):
-            after = _follows(field, rows[-1])
+            after = database.follows(field.model.__table__, rows[-1])
     _report()
 
 
@@ -102,10 +102,3 @@ def _is_behind(field: Encrypted) -> ColumnElement[bool]:
     prefix = f"{cipher.key_id}."
     # A row from before there was an index has none.
     return and_(columns[0].is_not(None), or_(*[~func.coalesce(column, "").startswith(prefix) for column in columns]))
-
-
-def _follows(field: Encrypted, row: Row[Any]) -> ColumnElement[bool]:
-    """Return the condition that a row follows this one by primary key; spelt out, as MySQL uses no index for tuples."""
-    key: list[Any] = list(field.model.__table__.primary_key)
-    same = [column == getattr(row, column.name) for column in key]
-    return or_(*[and_(*same[:place], column > getattr(row, column.name)) for place, column in enumerate(key)])

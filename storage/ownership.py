@@ -3,14 +3,14 @@
 A model with a `user_id` that is not in it fails a test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import false, or_, select, tuple_, update
+from sqlalchemy import false, or_, select, update
 from sqlalchemy.orm import joinedload
 
 from storage import database
-from storage.models import Base, IdempotencyKey, Identity, Order, User
+from storage.models import IdempotencyKey, Identity, Order, User
 
 DETACHED_AT_ONCE = 1000
 EXPORTED_AT_ONCE = 10
@@ -20,8 +20,8 @@ class Owned(NamedTuple):
     """How the rows of a model with a `user_id` follow their user."""
 
     model: Any
-    export: str | None
-    """The name of its list in the export; None for what only repeats what is there already."""
+    export: str
+    """The name of its list in the export; empty for what only repeats what is there already."""
     outlives_user: bool = False
     """Whether a row stays without its user and its `personal` columns; otherwise it is deleted with the user."""
     personal: Sequence[str] = ()
@@ -30,7 +30,7 @@ class Owned(NamedTuple):
 OWNED = (
     Owned(Identity, export="identities"),
     Owned(Order, export="orders", outlives_user=True, personal=["remark"]),
-    Owned(IdempotencyKey, export=None),
+    Owned(IdempotencyKey, export=""),
 )
 
 
@@ -66,18 +66,18 @@ def erase_some(user_id: int, *, detach: bool) -> bool:
     return is_full
 
 
-def export_some(owned: Owned, user_id: int, *, after: Base | None) -> Sequence[Any]:
-    """Load the next rows of a user for the export, each with what belongs to it, by their primary keys.
-
-    :param after: the last row of the previous call; None for the first.
-    :returns: the rows; none at the end.
-    """
-    key = owned.model.__table__.primary_key.columns
-    rows = select(owned.model).where(owned.model.user_id == user_id).order_by(*key).limit(EXPORTED_AT_ONCE)
-    if after is not None:
-        rows = rows.where(tuple_(*key) > tuple_(*(getattr(after, column.name) for column in key)))
-    # In one statement, as in `load_order`.
-    return database.session.scalars(rows.options(joinedload("*"))).unique().all()
+def read_all(owned: Owned, user_id: int) -> Iterator[Sequence[Any]]:
+    """Load the rows of a user in batches, each with what belongs to it; between two batches no connection is held."""
+    table = owned.model.__table__
+    rows = select(owned.model).where(owned.model.user_id == user_id).order_by(*table.primary_key)
+    rows = following = rows.limit(EXPORTED_AT_ONCE).options(joinedload("*"))  # in one statement, as in `load_order`
+    while True:
+        with database.session:
+            batch = database.session.scalars(following).unique().all()
+        if not batch:
+            return
+        yield batch
+        following = rows.where(database.follows(table, batch[-1]))
 
 
 def _next_version(owned: Owned) -> dict[str, Any]:

@@ -166,6 +166,10 @@ def test_the_head_of_an_export_reads_nothing_and_has_no_etag(alice: Caller, log_
     assert alice.get("/users/me/export", If_None_Match="*").status_code == 200
 
 
+def test_everything_that_is_exported_has_a_schema() -> None:
+    assert set(personal_data.EXPORTED) == {owned.export for owned in ownership.OWNED} - {""}
+
+
 def test_export(alice: Caller, log_lines: Any) -> None:
     order = alice.order()
     export = data_of(alice.get("/users/me/export"))
