@@ -2,30 +2,37 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy import ColumnElement, String
+from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 from storage.cipher import cipher
 
 
 class Encrypted:
-    """A text or None of a model with `app_id` and `openid`, in the column `<name>_encrypted`, bound to its row.
+    """A text or None of a model with `app_id` and `openid`, encrypted and bound to its row.
 
     Reading it raises `DecryptionError` if the value was made for another row or column, or with a key that is not among
     ENCRYPTION_KEYS. It needs an application context.
 
-    :param searchable: whether the column `<name>_index` holds its blind index, which finds rows.
+    It declares its columns: `<name>_encrypted` and, if it is searchable, `<name>_index`.
+
+    :param column_type: of the encrypted text.
+    :param searchable: whether there is a blind index, which finds rows.
     """
 
-    def __init__(self, searchable: bool = False) -> None:
-        self._searchable = searchable
+    def __init__(self, column_type: String, *, searchable: bool = False) -> None:
+        self._column_type, self._searchable = column_type, searchable
 
     def __set_name__(self, model: type[DeclarativeBase], name: str) -> None:
         self.model = model
         self.name = name
         self.place = f"{model.__tablename__}.{name}"
-        self.columns = [f"{name}_encrypted", f"{name}_index"][: 1 + self._searchable]
+        self.columns = [f"{name}_encrypted"]
         """The names of the columns that hold it, the encrypted one first."""
+        setattr(model, self.columns[0], mapped_column(self._column_type))
+        if self._searchable:
+            self.columns.append(f"{name}_index")
+            setattr(model, self.columns[1], mapped_column(String(80), index=True))
 
     def __get__(self, row: DeclarativeBase | None, model: type[DeclarativeBase]) -> Any:
         return self if row is None else self.open(row)

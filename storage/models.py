@@ -54,16 +54,19 @@ def creation(context: Any) -> datetime:
 
 
 class Base(DeclarativeBase):
-    pass
+    __table_args__: Any = {"mysql_charset": "utf8mb4"}  # noqa: RUF012  a table with others repeats it
 
 
 class Versioned:
-    """A row with a version that each change increments: of two writers of one version, the second changes nothing.
+    """A row with an id, its times, and a version that each change increments.
 
-    The flush of the second one raises sqlalchemy.orm.exc.StaleDataError.
+    Of two writers of one version, the second changes nothing: its flush raises sqlalchemy.orm.exc.StaleDataError.
     """
 
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
     version: Mapped[int] = mapped_column(Integer, default=1)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=creation, onupdate=now)
 
     @property
     def etag(self) -> str:
@@ -86,35 +89,22 @@ class User(Versioned, Base):
         {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
     )
 
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
     app_id: Mapped[str] = mapped_column(identifier(32))
     openid: Mapped[str] = mapped_column(identifier(64))
     unionid: Mapped[str | None] = mapped_column(identifier(64))
     nickname: Mapped[str | None] = mapped_column(String(64))
     avatar_url: Mapped[str | None] = mapped_column(String(512))
-    # 155 bytes encrypt to at most 255 characters, 347 to 512; a name of 64 characters can have 256 bytes.
-    phone_encrypted: Mapped[str | None] = mapped_column(String(255))
-    phone_index: Mapped[str | None] = mapped_column(String(80), index=True)
-    real_name_encrypted: Mapped[str | None] = mapped_column(String(512))
-    real_name_index: Mapped[str | None] = mapped_column(String(80), index=True)
-    id_card_encrypted: Mapped[str | None] = mapped_column(String(255))
-    id_card_index: Mapped[str | None] = mapped_column(String(80), index=True)
-    email_encrypted: Mapped[str | None] = mapped_column(String(512))
-    email_index: Mapped[str | None] = mapped_column(String(80), index=True)
-    bank_card_encrypted: Mapped[str | None] = mapped_column(String(255))
-    bank_card_index: Mapped[str | None] = mapped_column(String(80), index=True)
     role: Mapped[str] = mapped_column(String(16), default="user")
     admin_by_setting: Mapped[bool] = mapped_column(default=False, server_default=false())
     """Whether an administrator is one only for as long as ADMIN_OPENIDS says so."""
     blocked: Mapped[bool] = mapped_column(default=False, server_default=false())
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=creation, onupdate=now)
 
-    phone = Encrypted(searchable=True)
-    real_name = Encrypted(searchable=True)
-    id_card = Encrypted(searchable=True)
-    email = Encrypted(searchable=True)
-    bank_card = Encrypted(searchable=True)
+    # 155 bytes encrypt to at most 255 characters, 347 to 512; a name of 64 characters can have 256 bytes.
+    phone = Encrypted(String(255), searchable=True)
+    real_name = Encrypted(String(512), searchable=True)
+    id_card = Encrypted(String(255), searchable=True)
+    email = Encrypted(String(512), searchable=True)
+    bank_card = Encrypted(String(255), searchable=True)
 
 
 PERSONAL_FIELDS = tuple(field.name for field in encrypted_fields(User))
@@ -128,15 +118,13 @@ class Identity(Base):
     """The user whom one of our apps knows by an openid, which is unique only together with the app id."""
 
     __tablename__ = "identities"
-    __table_args__ = ({"mysql_charset": "utf8mb4"},)
 
     app_id: Mapped[str] = mapped_column(identifier(32), primary_key=True)
     openid: Mapped[str] = mapped_column(identifier(64), primary_key=True)
     user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)
-    authorization_encrypted: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
-    authorization = Encrypted()
+    authorization = Encrypted(Text())
     """The web-app authorization of the user."""
 
 
@@ -152,18 +140,12 @@ class Order(Versioned, Base):
         {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
     )
 
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
     user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="SET NULL"))
     status: Mapped[str] = mapped_column(String(16), default="pending")
     remark: Mapped[str | None] = mapped_column(String(500))
     total: Mapped[int] = mapped_column(BigInteger)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=creation, onupdate=now)
     items: Mapped[list["OrderItem"]] = relationship(
-        back_populates="order",
-        order_by="OrderItem.id",
-        cascade="all, delete-orphan",
-        passive_deletes=True,
+        back_populates="order", order_by="OrderItem.id", cascade="all, delete-orphan", passive_deletes=True
     )
 
     def sum_up(self) -> None:
@@ -200,7 +182,6 @@ class IdempotencyKey(Base):
     """The response to a request that a client may repeat."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = ({"mysql_charset": "utf8mb4"},)
 
     user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
     about_user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)
@@ -217,7 +198,6 @@ class BlockedIdentity(Base):
     """By what WeChat knew a blocked user whose account was deleted, as a keyed hash."""
 
     __tablename__ = "blocked_identities"
-    __table_args__ = ({"mysql_charset": "utf8mb4"},)
 
     fingerprint: Mapped[str] = mapped_column(String(80), primary_key=True)
     former_user_id: Mapped[int] = mapped_column(BigId, index=True)
