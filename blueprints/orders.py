@@ -29,6 +29,7 @@ STATUS_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
     "cancelled": (),
 }
 
+_TRANSITIONS = "; ".join(f"{old} → {', '.join(new)}" for old, new in STATUS_TRANSITIONS.items() if new)
 OWNER_STATUSES = ("pending", "cancelled", "completed")
 """What the buyer may set, as far as the table allows; an administrator or the service itself sets the others."""
 
@@ -75,15 +76,7 @@ class OrderSummarySchema(OrderSchema):
 
 class OrderChangeSchema(Schema):
     remark = fields.String(allow_none=True, validate=[validate.Length(max=500), NO_NUL])
-    status = fields.String(
-        validate=validate.OneOf(list(STATUS_TRANSITIONS)),
-        metadata={
-            "description": "; ".join(f"{old} → {', '.join(new)}" for old, new in STATUS_TRANSITIONS.items() if new)
-            + ". Only an administrator sets the others than "
-            + ", ".join(OWNER_STATUSES)
-            + "."
-        },
-    )
+    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata={"description": _TRANSITIONS})
 
 
 class OrderListSchema(ListSchema):
@@ -101,12 +94,10 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     `GET /orders/{id}` shows the items. Orders are counted up to 10,000.
     """
     me = current_user()
-    filters = {name: query.pop(name) for name in ("user_id", "status") if name in query}
-    if me.role != "admin":
-        if filters.get("user_id", me.id) != me.id:
-            raise ApiError(Code.NOT_FOUND)
-        filters["user_id"] = me.id
-    return load_page(Order, [getattr(Order, name) == value for name, value in filters.items()], **query)
+    if me.role != "admin" and query.setdefault("user_id", me.id) != me.id:
+        raise ApiError(Code.NOT_FOUND)
+    conditions = [getattr(Order, name) == query.pop(name) for name in ("user_id", "status") if name in query]
+    return load_page(Order, conditions, **query)
 
 
 @blueprint.route("", methods=["POST"])
