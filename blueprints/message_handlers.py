@@ -64,7 +64,8 @@ def erase_revoked_data(message: Fields) -> None:
     Source: https://developers.weixin.qq.com/miniprogram/dev/framework/security.authorize_change.html
     """
     if "PluginID" not in message:
-        _erase(message, COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ()))
+        names = COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ())
+        database.in_transaction(partial(_erase, message, names))
 
 
 @on("event", "user_authorization_cancellation")
@@ -76,29 +77,28 @@ def erase_all_data(message: Fields) -> None:
     identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
     if identity is not None:
         sessions.revoke_sessions(identity.user_id)
-        _erase(message, PROFILE_FIELDS, all_data=True)
+        database.in_transaction(partial(_erase, message, PROFILE_FIELDS, all_data=True))
         while database.in_transaction(partial(ownership.erase_some, identity.user_id, detach=False)):
             pass
 
 
 def _erase(message: Fields, names: Sequence[str], *, all_data: bool = False) -> None:
-    """Erase some columns of the user whom a message is about, and the stored responses that may hold them."""
+    """Erase some columns of the user whom a message is about, and the stored responses that may hold them.
 
-    def erase() -> None:
-        identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
-        if identity is None or not names:
-            return
-        user = database.session.get_one(User, identity.user_id, with_for_update=True)
-        responses = delete(IdempotencyKey).where(IdempotencyKey.about_user_id == user.id)
-        if all_data:
-            granted = update(Identity).where(Identity.user_id == user.id)
-            database.session.execute(granted.values(authorization_encrypted=None))
-        else:  # the user's own are about orders, and must not be placed twice
-            responses = responses.where(IdempotencyKey.user_id != user.id)
-        database.session.execute(responses)
-        for name in names:
-            setattr(user, name, None)
-        erased = {"userId": user.id, "columns": names}
-        database.after_commit(partial(logger.info, "personal data erased", extra=erased))
-
-    database.in_transaction(erase)
+    Runs within a transaction of `database.in_transaction`.
+    """
+    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
+    if identity is None or not names:
+        return
+    user = database.session.get_one(User, identity.user_id, with_for_update=True)
+    responses = delete(IdempotencyKey).where(IdempotencyKey.about_user_id == user.id)
+    if all_data:
+        granted = update(Identity).where(Identity.user_id == user.id)
+        database.session.execute(granted.values(authorization_encrypted=None))
+    else:  # the user's own are about orders, and must not be placed twice
+        responses = responses.where(IdempotencyKey.user_id != user.id)
+    database.session.execute(responses)
+    for name in names:
+        setattr(user, name, None)
+    erased = {"userId": user.id, "columns": names}
+    database.after_commit(partial(logger.info, "personal data erased", extra=erased))

@@ -32,14 +32,14 @@ def list_users(limit: int) -> None:
 @USER_ID
 def grant_admin(user_id: int) -> None:
     """Make a user an administrator, whatever ADMIN_OPENIDS says."""
-    _set_role(user_id, "admin")
+    database.in_transaction(partial(_set_role, user_id, "admin"))
 
 
 @users.command("revoke-admin")
 @USER_ID
 def revoke_admin(user_id: int) -> None:
     """Make an administrator a user; one whom ADMIN_OPENIDS names becomes one again at the next login."""
-    _set_role(user_id, "user")
+    database.in_transaction(partial(_set_role, user_id, "user"))
 
 
 @users.command("block")
@@ -57,13 +57,10 @@ def unblock(user_id: int) -> None:
 
 
 def _set_role(user_id: int, role: str) -> None:
-    def change() -> None:
-        user = database.session.get(User, user_id, with_for_update=True)
-        if user is None:
-            raise click.ClickException(f"There is no user {user_id}.")
-        set_role(user, role, by="command")
-
-    database.in_transaction(change)
+    user = database.session.get(User, user_id, with_for_update=True)
+    if user is None:
+        raise click.ClickException(f"There is no user {user_id}.")
+    set_role(user, role, by="command")
 
 
 def _set_blocked(user_id: int, blocked: bool) -> None:

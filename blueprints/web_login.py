@@ -69,8 +69,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
-    back = public_url() + url_for("web_login.callback")
-    response = redirect(wechat.web_app(scope).authorize_url(scope, back, state))
+    response = redirect(wechat.web_app(scope).authorize_url(scope, public_url() + url_for(".callback"), state))
     earlier = [name for name in request.cookies if name.startswith(cookie_name(COOKIE_PREFIX))]
     for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
         response.delete_cookie(name, **COOKIE_OPTIONS)
