@@ -38,14 +38,10 @@ class EncryptionKeys(fields.Field[list[bytes]]):
         try:
             keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
         except ValueError:
-            raise ValidationError("Must be base64.") from None
-        if any(len(key) != 32 for key in keys) or len({*keys}) < len(keys):
-            raise ValidationError("Each key must be the base64 of exactly 32 bytes, and listed once.")
+            keys = []
+        if {len(key) for key in keys} != {32} or len({*keys}) < len(keys):
+            raise ValidationError("Each must be the base64 of exactly 32 bytes, and listed once.")
         return keys
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 def _url(pattern: str, parse: Callable[[str], object]) -> Callable[[str], None]:
@@ -63,27 +59,29 @@ def _url(pattern: str, parse: Callable[[str], object]) -> Callable[[str], None]:
 
 
 def _required(text: str, check: Callable[[str], Any] | None = None) -> fields.String:
-    return fields.String(required=True, validate=check, metadata=_help(text))
+    return fields.String(required=True, validate=check, metadata={"help": text})
 
 
 def _site(default: str, text: str) -> fields.Url:
     plain = validate.Regexp(r"[^?#]*\Z", error="Must have no query and no fragment.")
     schemes = {"http", "https"}
-    return fields.Url(schemes=schemes, require_tld=False, load_default=default, validate=plain, metadata=_help(text))
+    return fields.Url(schemes=schemes, require_tld=False, load_default=default, validate=plain, metadata={"help": text})
 
 
-def _optional(text: str, pattern: str = ".*", error: str = "") -> fields.String:
-    return fields.String(
-        load_default="", validate=validate.Regexp(rf"({pattern})\Z", error=error), metadata=_help(text)
-    )
+def _matches(pattern: str) -> validate.Regexp:
+    return validate.Regexp(rf"(?:{pattern})\Z", error="Malformed.")  # the help text says what is right
+
+
+def _optional(text: str, pattern: str = ".*") -> fields.String:
+    return fields.String(load_default="", validate=_matches(pattern), metadata={"help": text})
 
 
 def _switch(text: str) -> fields.Boolean:
-    return fields.Boolean(load_default=False, metadata=_help(text))
+    return fields.Boolean(load_default=False, metadata={"help": text})
 
 
 def _integer(default: int, minimum: int, maximum: int, text: str) -> fields.Integer:
-    return fields.Integer(load_default=default, validate=validate.Range(minimum, maximum), metadata=_help(text))
+    return fields.Integer(load_default=default, validate=validate.Range(minimum, maximum), metadata={"help": text})
 
 
 class Settings(Schema):
@@ -97,22 +95,18 @@ class Settings(Schema):
     WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Base URL of WeChat's server API.")
     WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Base URL of WeChat's web login pages.")
     WECHAT_ACCOUNT_APP_ID = _optional(
-        "App id of the official account for web login inside WeChat; default: the mini-program's."
+        "The official account's app id, for login in WeChat; default: the mini-program's."
     )
     WECHAT_ACCOUNT_APP_SECRET = _optional("Its app secret.")
-    WECHAT_WEBSITE_APP_ID = _optional(
-        "App id of the website application for login by QR code; default: the mini-program's."
-    )
+    WECHAT_WEBSITE_APP_ID = _optional("The website's app id, for login by QR code; default: the mini-program's.")
     WECHAT_WEBSITE_APP_SECRET = _optional("Its app secret.")
     WECHAT_PUSH_TOKEN = _optional(
-        "Token of the message push, as set at mp.weixin.qq.com; without it no message is accepted.",
+        "Token of the message push at mp.weixin.qq.com, 3 to 32 letters and digits; without it no message is accepted.",
         "[A-Za-z0-9]{3,32}",
-        "Must be 3 to 32 letters and digits.",
     )
     WECHAT_PUSH_AES_KEY = _optional(
-        "EncodingAESKey of the message push: with it only encrypted messages are accepted, without it only plain ones.",
+        "EncodingAESKey of the message push, 43 letters and digits: with it messages must be encrypted, else plain.",
         "[A-Za-z0-9]{43}",
-        "Must be 43 letters and digits.",
     )
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
     TRUST_WXCLOUD_HEADERS = _switch(
@@ -120,9 +114,8 @@ class Settings(Schema):
     )
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
     CORS_ORIGINS = _optional(
-        "Comma-separated origins whose pages may call the API, such as https://h5.example.com; default: none.",
+        "Comma-separated origins whose pages may call the API, as browsers send them: https://h5.example.com",
         f"{ORIGIN_PATTERN}( *, *{ORIGIN_PATTERN})*",
-        "Must be origins as browsers send them: scheme and host in lower case, and a port only if it is unusual.",
     )
     REDIS_URL = _required(
         "The one Redis, 6.2 or later, that all instances share, such as redis://:password@host:6379/0; not a Cluster or"
@@ -138,34 +131,30 @@ class Settings(Schema):
     )
     SECRET_KEY = _required(
         "Signing key, 32 random characters or more: openssl rand -base64 32",
-        validate.Regexp(r"(?!(.+)\1+\Z).{32,}", error="Must be 32 or more random characters."),  # no repetition
+        _matches(r"(?!(.+)\1+\Z).{32,}"),  # no repetition
     )
     ENCRYPTION_KEYS = EncryptionKeys(
         required=True,
-        metadata=_help(
-            "Comma-separated keys for data at rest, the first encrypts and all decrypt; each: openssl rand -base64 32"
-        ),
+        metadata={"help": "Comma-separated keys for data at rest, the first encrypts; each: openssl rand -base64 32"},
     )
     ADMIN_OPENIDS = _optional(
         "Comma-separated mini-program openids: their users are administrators from login on, while they are named.",
         "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
-        "Must be openids, separated by commas.",
     )
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _integer(
         86400, 60, YEAR_SECONDS, "Seconds after which a session ends even if it is used, 60 or more."
     )
-    HOST = fields.IP(load_default="0.0.0.0", metadata=_help("The IP address to listen on; :: for IPv6 too."))  # noqa: S104
+    HOST = fields.IP(load_default="0.0.0.0", metadata={"help": "The IP address to listen on; :: for IPv6 too."})  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
     WEB_THREADS = _integer(16, 1, 256, "Threads per worker, 1 to 256: the requests that one process serves at once.")
     DRAIN_SECONDS = _integer(
-        3, 0, 12, "Seconds for which a stopping service still serves while /readyz answers 503, 0 to 12."
+        3, 0, 12, "Seconds for which a stopping service still serves while /readyz is 503, 0 to 12."
     )
     METRICS_TOKEN = _optional(
-        "Bearer token Prometheus must send to /metrics, 16 characters or more; without it /metrics is 404.",
+        "Bearer token Prometheus must send to /metrics, 16 ASCII characters or more; without it /metrics is 404.",
         "[!-~]{16,}",
-        "Must be 16 or more ASCII characters.",
     )
     OTEL_EXPORTER_OTLP_ENDPOINT = _site(
         "",
@@ -174,7 +163,7 @@ class Settings(Schema):
     LOG_LEVEL = fields.String(
         load_default="INFO",
         validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"]),
-        metadata=_help("Minimum log level: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO."),
+        metadata={"help": "Minimum log level: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO."},
     )
 
     @validates_schema
