@@ -82,7 +82,8 @@ _UNAVAILABLE = (
     sqlalchemy.orm.exc.StaleDataError,  # the row was deleted concurrently, as when two users were merged
 )
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
-_RETRY_AFTER_SECONDS = 3
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "3"}, 503: {"Retry-After": "3"}}
+"""What the responses of a status have beside their own headers."""
 _ERRORS, _CHARACTERS = 20, 60
 """How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
 
@@ -166,10 +167,8 @@ def handle_http_exception(error: HTTPException) -> Response:
     data = {"errors": errors} if errors else None
     response.data = jsonify(envelope(code, data, message)).data
     response.content_type = "application/json"
-    if response.status_code == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    if response.status_code in (429, 503) and "Retry-After" not in response.headers:
-        response.headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
+    for name, value in HEADERS.get(response.status_code, {}).items():
+        response.headers.setdefault(name, value)
     return response
 
 

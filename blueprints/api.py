@@ -10,18 +10,13 @@ from marshmallow import Schema, fields
 
 from blueprints import idempotency, preconditions
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
-from errors import Code, ErrorEnvelope, Message, envelope
+from errors import HEADERS, Code, ErrorEnvelope, Message, envelope
 from storage import database
 
 TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
 TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
 IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
-HEADERS_BY_STATUS: dict[int, dict[str, Any]] = {
-    401: {"WWW-Authenticate": {"schema": {"type": "string", "enum": ["Bearer"]}}},
-    503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
-}
-HEADERS_BY_STATUS[429] = HEADERS_BY_STATUS[503]
 
 
 class AuthPolicy(NamedTuple):
@@ -117,7 +112,7 @@ class Blueprint(flask_smorest.Blueprint):
 
     def _document_failures(self, doc: dict[str, Any], doc_info: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         doc["security"] = self.auth.security
-        codes = [*self.auth.fails]
+        codes, responses = [*self.auth.fails], doc["responses"]
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE]
             body = doc["requestBody"]["content"]["application/json"]["schema"]
@@ -130,18 +125,15 @@ class Blueprint(flask_smorest.Blueprint):
             doc.setdefault("parameters", []).append(preconditions.IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
         for status in (200, 201) if self.auth.security else ():
-            if status in doc["responses"] and kwargs["method"] in doc_info["with_etag"]:
-                doc["responses"][status]["headers"] = TRACE_ID_HEADER | preconditions.ETAG_HEADER
+            if status in responses and kwargs["method"] in doc_info["with_etag"]:
+                responses[status]["headers"] = TRACE_ID_HEADER | preconditions.ETAG_HEADER
                 if kwargs["method"] == "get":
-                    doc["responses"][304] = {"description": "Not modified.", "headers": preconditions.ETAG_HEADER}
+                    responses[304] = {"description": "Not modified.", "headers": preconditions.ETAG_HEADER}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
-            doc["responses"][status] = {
-                "description": "; ".join(lines),
-                "headers": {**TRACE_ID_HEADER, **HEADERS_BY_STATUS.get(status, {})},
-                "content": self.error_content,
-            }
+            headers = {name: {"schema": {"type": "string"}} for name in HEADERS.get(status, {})} | TRACE_ID_HEADER
+            responses[status] = {"description": "; ".join(lines), "headers": headers, "content": self.error_content}
         return doc
 
     @staticmethod
