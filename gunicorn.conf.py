@@ -121,16 +121,13 @@ def has_reader(record):  # type: ignore[no-untyped-def]
 
 lines = logging.StreamHandler(sys.stdout)
 lines.addFilter(has_reader)
-lines.setFormatter(
-    MsgspecFormatter(
-        ("levelname", "message", "name", "process"),
-        rename_fields={"levelname": "level", "name": "logger", "process": "pid", "exc_info": "stack"},
-        # They come first, in this order.
-        defaults={"timestamp": None, "levelname": None, "service": "kuaishang", "traceId": None, "message": None},
-        static_fields={"instance": instance, "version": declared["VERSION"]},
-        timestamp=True,
-    )
-)
+columns = ("levelname", "message", "name", "process")
+renamed = {"levelname": "level", "name": "logger", "process": "pid", "exc_info": "stack"}
+# They come first, in this order.
+first = {"timestamp": None, "levelname": None, "service": "kuaishang", "traceId": None, "message": None}
+last = {"instance": instance, "version": declared["VERSION"]}
+form = MsgspecFormatter(columns, rename_fields=renamed, defaults=first, static_fields=last, timestamp=True)
+lines.setFormatter(form)
 logging.getLogger("gunicorn.error").handlers = [lines]
 
 
