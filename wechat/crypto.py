@@ -71,8 +71,11 @@ def decrypt_user_data(
         data = None
     if not is_padded or not isinstance(data, dict):
         raise ApiError(Code.SESSION_KEY_STALE)
+    watermark = data.get("watermark")
+    timestamp = watermark.get("timestamp") if isinstance(watermark, dict) and watermark.get("appid") == app_id else None
     if (
-        not _is_fresh_watermark(data.get("watermark"), app_id, now)
+        type(timestamp) is not int
+        or not now - MAXIMUM_AGE_SECONDS <= timestamp <= now + CLOCK_SKEW_SECONDS
         or data.get("openId", openid) != openid
         or any(name not in data or data[name] != value for name, value in expected.items())
     ):
@@ -138,13 +141,6 @@ def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> bytes:
     if end > len(plaintext) or not hmac.compare_digest(plaintext[end:], _encode(app_id)):
         raise ValueError("Wrong length or app id.")
     return plaintext[_HEADER_BYTES:end]
-
-
-def _is_fresh_watermark(watermark: object, app_id: str, now: float) -> bool:
-    if not isinstance(watermark, dict) or watermark.get("appid") != app_id:
-        return False
-    timestamp = watermark.get("timestamp")
-    return type(timestamp) is int and now - MAXIMUM_AGE_SECONDS <= timestamp <= now + CLOCK_SKEW_SECONDS
 
 
 def _encode(text: str) -> bytes:

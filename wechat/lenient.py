@@ -22,10 +22,8 @@ MAXIMUM_DEPTH = 32
 UNSTORABLE = re.compile("[^\t\n\r\u0020-\u007e\u0080-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 forbids, and DEL."""
 
-_ESCAPES = {
-    "json": re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|\\(?:u\w{4}|.)", re.DOTALL),
-    "xml": re.compile(r"<!\[CDATA\[.*?(?:\]\]>|\Z)|&(?:#?\w{1,32};)?", re.DOTALL),
-}
+_JSON_ESCAPE = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|\\(?:u\w{4}|.)", re.DOTALL)
+_XML_REFERENCE = re.compile(r"<!\[CDATA\[.*?(?:\]\]>|\Z)|&(?:#?\w{1,32};)?", re.DOTALL)
 _DAMAGED_FIELD = re.compile(r'[<"](\w{1,40})(?:"\s*:\s*"|>(?:<!\[CDATA\[)?)[^"<]*\ufffd', re.ASCII)
 
 
@@ -41,12 +39,13 @@ def read(content: bytes | str, source: str | None, form: Form = "json") -> dict[
     """
     text = _clean(content if isinstance(content, str) else content.decode(errors="replace")).strip(" \t\r\n\ufeff")
     try:
-        text = _ESCAPES[form].sub(_clean_escape, text) if source else text
         if form == "xml":
+            text = _XML_REFERENCE.sub(_clean_reference, text) if source else text
             before, end, after = text.rpartition("</xml>")
             root = defusedxml.ElementTree.fromstring(before + end or after, forbid_dtd=True)
             document: Any = _children(root) if root.tag == "xml" else None
         else:
+            text = _JSON_ESCAPE.sub(_clean_escape, text) if source else text
             document, _ = json.JSONDecoder(strict=False, parse_constant=str).raw_decode(text)
     except (ValueError, ParseError, RecursionError):
         return None
@@ -63,8 +62,10 @@ def _clean(text: str) -> str:
 
 
 def _clean_escape(match: re.Match[str]) -> str:
-    if match[0].startswith("\\"):
-        return json.dumps(_clean(json.loads(f'"{match[0]}"')), ensure_ascii=False)[1:-1]
+    return json.dumps(_clean(json.loads(f'"{match[0]}"')), ensure_ascii=False)[1:-1]
+
+
+def _clean_reference(match: re.Match[str]) -> str:
     # html.unescape leaves nothing of a control character. A bare \r would be read as a line feed.
     return match[0] if match[0][0] == "<" else escape(_clean(html.unescape(match[0]) or "\0"), {"\r": "&#13;"})
 
