@@ -19,8 +19,7 @@ from wechat.client import is_identifier
 
 NOT_OUR_ORIGIN = Message(
     "带 cookie 的写请求须由本站页面发出；否则请用 Authorization: Bearer 发送 token；代理终结 TLS 时请设置 PUBLIC_URL",
-    "A write with the cookie must come from a page of this site: elsewhere send the token as Authorization: Bearer; "
-    "behind a proxy that terminates TLS, set PUBLIC_URL",
+    "A write by cookie must come from this site; else send Authorization: Bearer. Behind a TLS proxy set PUBLIC_URL",
 )
 METRICS_TOKEN_WRONG = Message("METRICS_TOKEN 不正确", "Not the METRICS_TOKEN")
 

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import UserDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -11,7 +11,6 @@ from typing import Any, cast
 import msgspec
 from flask import Flask, Request, Response, current_app, request, session
 from flask.sessions import SessionMixin
-from flask_session.base import Serializer
 from flask_session.redis import RedisSessionInterface
 from redis.exceptions import RedisError
 
@@ -23,19 +22,6 @@ from telemetry.metrics import SESSIONS
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 Fetch = Callable[[], tuple[str, dict[str, Any], bool]]
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
-
-
-class JsonSerializer(Serializer):
-    """JSON only: flask-session's own serializer falls back to pickle, which can run any code."""
-
-    def encode(self, session: MutableMapping[str, Any]) -> bytes:
-        return msgspec.json.encode(dict(session))
-
-    def decode(self, serialized_data: bytes) -> dict[str, Any] | None:
-        try:
-            return msgspec.json.decode(serialized_data, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None  # unreadable data is no session
 
 
 class LazySession(SessionMixin, UserDict[str, Any]):
@@ -105,10 +91,12 @@ class SessionInterface(RedisSessionInterface):
         return cookie_name("session")
 
     def fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
-        data = self._retrieve_session_data(self._get_store_id(token)) if token else None
-        if token and data is not None:
-            return token, data, False
-        return self._generate_sid(self.sid_length), {}, True  # never an id chosen by the caller
+        stored = self.client.get(self._get_store_id(token)) if token else None
+        try:
+            # JSON only: flask-session's own serializer falls back to pickle, which can run any code.
+            return str(token), msgspec.json.decode(stored or b"", type=dict[str, Any]), False
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # unreadable data is no session
+            return self._generate_sid(self.sid_length), {}, True  # never an id chosen by the caller
 
     def _get_store_id(self, sid: str) -> str:
         return f"{self.key_prefix}{hashlib.sha256(sid.encode()).hexdigest()}"
@@ -138,7 +126,7 @@ class SessionInterface(RedisSessionInterface):
         session["expires_at"] = expires_at = min(now + int(session_lifetime.total_seconds()), ends_at)
         with self.client.pipeline() as pipeline:
             # A session that was revoked since it was read must not come back: only a new one may be created.
-            pipeline.set(store_id, self.serializer.encode(session), ex=max(expires_at - now, 1), xx=not session.new)
+            pipeline.set(store_id, msgspec.json.encode(session.data), ex=max(expires_at - now, 1), xx=not session.new)
             if session.new and "user_id" in session:
                 index = _index_key(session["user_id"])
                 pipeline.zadd(index, {store_id: ends_at})
@@ -178,8 +166,7 @@ def _index_key(user_id: int) -> str:
 def init_app(app: Flask) -> None:
     app.config["PERMANENT_SESSION_LIFETIME"] = app.config["SESSION_LIFETIME"]
     app.config.update({f"SESSION_COOKIE_{option.upper()}": value for option, value in COOKIE_OPTIONS.items()})
-    app.session_interface = interface = SessionInterface(app, app.extensions["redis"], sid_length=32)
-    interface.serializer = JsonSerializer()
+    app.session_interface = SessionInterface(app, app.extensions["redis"], sid_length=32)
 
 
 def log_in(user_id: int, **facts: Any) -> str:
