@@ -43,9 +43,8 @@ class WechatSessionSchema(Schema):
 @login.route("/wechat", methods=["POST"])
 @login.arguments(WechatCodeSchema)
 @login.response(200, LoginSchema, transaction=False)
-@login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
+@login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER, *wechat.FAILS)
 @login.fails(Code.FORBIDDEN, message=blocks.BLOCKED)
-@login.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
 
@@ -84,7 +83,7 @@ def _redeem(code: str) -> str:
 
 @sessions.route("/wechat")
 @sessions.response(200, WechatSessionSchema)
-@sessions.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
+@sessions.fails(*wechat.FAILS)
 def get_wechat_session() -> dict[str, bool]:
     """Ask WeChat whether the session_key is still valid
 

@@ -113,13 +113,12 @@ def _reply(push: MessagePush, message: PushMessage) -> Response | None:
 def _begin(key: str, message: PushMessage) -> None:
     """Start handling a message after its response was sent, unless another request with the same message has."""
     try:
-        is_first = redis.set(key, HANDLED, ex=REMEMBER_SECONDS, get=True) != HANDLED
+        if redis.set(key, HANDLED, ex=REMEMBER_SECONDS, get=True) == HANDLED:
+            return
     except RedisError as error:
         logger.error("a message may be handled twice", extra={"reason": type(error).__name__})
-        is_first = True
-    if is_first:
-        for handler in _handlers(message):
-            background.submit(handler, message.fields)
+    for handler in _handlers(message):
+        background.submit(handler, message.fields)
 
 
 def _handlers(message: PushMessage) -> list[message_handlers.Handler]:

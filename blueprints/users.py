@@ -139,9 +139,8 @@ def get_user(user_id: str) -> User:
 @blueprint.route("/<user:user_id>", methods=["PUT"])
 @blueprint.arguments(UserChangeSchema)
 @blueprint.response(200, UserSchema, transaction=False)
-@blueprint.fails(Code.NOT_FOUND, Code.CONTENT_REFUSED)
+@blueprint.fails(Code.NOT_FOUND, Code.CONTENT_REFUSED, *wechat.FAILS)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
-@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
 def put_user(body: dict[str, Any], user_id: str) -> User:
     """Change a user; only administrators change a role or block a user"""
     reserved = body.keys() - TypedProfileSchema().fields.keys()

@@ -82,10 +82,9 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 @blueprint.route("/callback")
 @blueprint.arguments(CallbackSchema(unknown=EXCLUDE), location="query")  # WeChat adds parameters of its own
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
-@blueprint.fails(Code.INVALID_INPUT)
+@blueprint.fails(Code.INVALID_INPUT, *wechat.FAILS)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=BEGIN_AGAIN)
 @blueprint.fails(Code.FORBIDDEN, message=DECLINED)
-@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 def callback(query: dict[str, str]) -> BaseResponse:
     """Return from WeChat, logged in
 

@@ -72,9 +72,8 @@ class ProfileSchema(TypedProfileSchema, EncryptedSchema):
 @blueprint.arguments(PhoneSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=PHONE_CODE_REQUIRED)
-@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, *wechat.FAILS)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
-@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
 def put_phone(body: dict[str, str]) -> User:
     """Store your phone number
 
@@ -95,9 +94,8 @@ def put_phone(body: dict[str, str]) -> User:
 @blueprint.route("/me/profile", methods=["PUT"])
 @blueprint.arguments(ProfileSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
-@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED, *wechat.FAILS)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
-@blueprint.fails(Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UPSTREAM_TIMEOUT)
 def put_profile(body: dict[str, str | None]) -> User:
     """Store your nickname and avatar
 

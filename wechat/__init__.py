@@ -12,6 +12,8 @@ from wechat.message_push import MessagePush
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, WebApp
 from wechat.transport import Transport
 
+FAILS = (Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
+"""The codes with which any call to WeChat can fail."""
 PUSH_NOT_CONFIGURED = Message("未配置消息推送", "Message push is not configured")
 
 
