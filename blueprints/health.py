@@ -29,20 +29,13 @@ def failing_dependencies() -> dict[str, list[str]]:
     """
     down = {}
     for name, outcome in fan_out.run({"redis": redis_client.ping, "database": database.ping}, CHECK_SECONDS).items():
-        failed = isinstance(outcome, Exception)
-        metrics.DEPENDENCY_UP.labels(name).set(not failed)
-        if not failed:
-            continue
-        if not isinstance(outcome, RedisError | SQLAlchemyError | OSError):
+        metrics.DEPENDENCY_UP.labels(name).set(not isinstance(outcome, Exception))
+        if isinstance(outcome, RedisError | SQLAlchemyError | OSError):
+            down[name] = [failures.kind(outcome)]
+            reason = f"{type(outcome).__name__}: {getattr(outcome, 'orig', None) or outcome}"
+            current_app.logger.error("%s cannot serve: %s", name, *down[name], extra={"reason": reason})
+        elif isinstance(outcome, Exception):
             raise outcome
-        wrong = failures.kind(outcome)
-        current_app.logger.error(
-            "%s cannot serve: %s",
-            name,
-            wrong,
-            extra={"reason": f"{type(outcome).__name__}: {getattr(outcome, 'orig', None) or outcome}"},
-        )
-        down[name] = [wrong]
     return down
 
 

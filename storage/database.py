@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
-from sqlalchemy import ColumnElement, Engine, Executable, and_, create_engine, event, false, make_url, or_, select
+from sqlalchemy import ColumnElement, Engine, and_, create_engine, event, false, make_url, or_, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -163,23 +163,19 @@ def in_transaction(work: Callable[[], T]) -> T:
         session.rollback()  # rows read before may be stale
         g.after_commit = []
         try:
-            if session.get_bind().dialect.name == "sqlite":
-                # Makes writers wait for each other here, instead of failing when they write after a read.
-                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-            if "user_id" in g:
-                # Referenced until the end: the work reads the user again without a statement.
-                me = session.get(User, g.user_id, with_for_update=True)
-                if me is None or sessions.is_revoked():
-                    raise ApiError(Code.UNAUTHORIZED)
-            result = work()
-            session.commit()
+            with session.begin():
+                if session.get_bind().dialect.name == "sqlite":
+                    # Makes writers wait for each other here, instead of failing when they write after a read.
+                    session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                if "user_id" in g:
+                    # Referenced until the end: the work reads the user again without a statement.
+                    me = session.get(User, g.user_id, with_for_update=True)
+                    if me is None or sessions.is_revoked():
+                        raise ApiError(Code.UNAUTHORIZED)
+                result = work()
         except (DBAPIError, StaleDataError) as error:
-            session.rollback()
             if not tries_left or not is_lost_race(error):
                 raise
-        except BaseException:
-            session.rollback()
-            raise
         else:
             for function in g.pop("after_commit"):
                 function()
@@ -207,12 +203,8 @@ def insert_unless_exists(model: type[DeclarativeBase], **values: Any) -> None:
 
     Leaves the commit to the caller. Columns without a value get their defaults.
     """
-    session.execute(insert_statement(session.get_bind().dialect.name, model, values))
-
-
-def insert_statement(dialect: str, model: type[DeclarativeBase], values: dict[str, Any]) -> Executable:
-    """Make the statement of `insert_unless_exists` for an SQLAlchemy dialect."""
-    if dialect == "sqlite":
-        return sqlite.insert(model).values(**values).on_conflict_do_nothing()
-    unchanged = {name: getattr(model, name) for name in values}
-    return mysql.insert(model).values(**values).on_duplicate_key_update(unchanged)
+    if session.get_bind().dialect.name == "sqlite":
+        session.execute(sqlite.insert(model).values(**values).on_conflict_do_nothing())
+    else:
+        unchanged = {name: getattr(model, name) for name in values}
+        session.execute(mysql.insert(model).values(**values).on_duplicate_key_update(unchanged))

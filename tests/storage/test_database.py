@@ -414,12 +414,6 @@ def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(app: Flask)
         assert database.session.scalars(select(User.nickname).where(User.openid == "o-crowd")).all() == ["first"]
 
 
-def test_mysql_leaves_a_row_that_exists() -> None:
-    dialect = database.engine_for("mysql://localhost/kuaishang").dialect
-    insert = database.insert_statement("mysql", User, {"app_id": "wx1", "openid": "o-once"}).compile(dialect=dialect)
-    assert str(insert).endswith("ON DUPLICATE KEY UPDATE app_id = users.app_id, openid = users.openid")
-
-
 def test_personal_data_is_migrated_in_place_down_and_up_again(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'migrated.db'}"
     engine = database.engine_for(url)
