@@ -59,11 +59,7 @@ def verify_url() -> Response:
     },
 )
 @blueprint.response(
-    200,
-    {"type": "string"},
-    transaction=False,
-    content_type="text/plain",
-    description="`success`, or a responder's reply.",
+    200, {"type": "string"}, transaction=False, content_type="text/plain", description="`success`, or a reply."
 )
 @blueprint.alt_response(200, schema={"type": "object"}, content_type="application/json")
 @blueprint.alt_response(200, schema={"type": "string"}, content_type="text/xml")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from flask import current_app, g, session, url_for
+from flask import current_app, g, url_for
 from marshmallow import Schema, fields, validate
 
 import wechat
@@ -14,8 +14,7 @@ from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
-from storage import blocks, database, ownership
-from storage import sessions as stored_sessions
+from storage import blocks, database, ownership, sessions
 from storage.identities import find_openid, set_role
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
@@ -197,8 +196,8 @@ def delete_user(user_id: str) -> None:
     database.in_transaction(delete)
     audit("user deleted", number)
     if number == g.user_id:
-        session.clear()
-    stored_sessions.revoke_sessions(number)
+        sessions.current.clear()
+    sessions.revoke_sessions(number)
 
 
 def load_user(user_id: str) -> User:

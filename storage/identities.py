@@ -4,7 +4,6 @@ import logging
 from functools import partial
 from typing import Any
 
-from flask import session
 from sqlalchemy import and_, select
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -99,7 +98,7 @@ def start_session(user_id: int, **facts: Any) -> str:
     # A deletion that commits after this finds the session and the session_key, and ends them.
     database.session.rollback()
     if database.session.scalar(select(User.id).where(User.id == user_id)) is None:
-        session.clear()
+        sessions.current.clear()
         sessions.revoke_sessions(user_id)
         raise ApiError(Code.UNAVAILABLE)
     return token
