@@ -114,13 +114,9 @@ accesslog = errorlog = None
 loglevel = settings["LOG_LEVEL"].lower()
 
 
-def has_reader(record):  # type: ignore[no-untyped-def]
-    """Drop a line rather than wait for a reader that does not read: the master must always be able to stop."""
-    return bool(select.select([], [sys.stdout], [], 0)[1])
-
-
 lines = logging.StreamHandler(sys.stdout)
-lines.addFilter(has_reader)
+# A line is dropped rather than wait for a reader that does not read: the master must always be able to stop.
+lines.addFilter(lambda record: bool(select.select([], [sys.stdout], [], 0)[1]))
 columns = ("levelname", "message", "name", "process")
 renamed = {"levelname": "level", "name": "logger", "process": "pid", "exc_info": "stack"}
 # They come first, in this order.

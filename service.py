@@ -27,6 +27,6 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     concurrency.init_app(app)
     storage.init_app(app)
     wechat.init_app(app)
-    errors.init_app(app)
     blueprints.init_app(app)
+    errors.init_app(app)  # last, as flask-smorest's own handler would drop headers such as Allow
     return app

@@ -103,9 +103,8 @@ class Blueprint(flask_smorest.Blueprint):
         """
 
         def decorate(view: Any) -> Any:
-            documented = getattr(view, "_apidoc", {})
-            texts = {code: (message or code.message).english for code in codes}
-            view._apidoc = {**documented, "fails": {**documented.get("fails", {}), **texts}}
+            view._apidoc = getattr(view, "_apidoc", {})
+            view._apidoc.setdefault("fails", {}).update({code: (message or code.message).english for code in codes})
             return view
 
         return decorate
@@ -167,9 +166,6 @@ class Api(flask_smorest.Api):
         super().__init__(app)
         for converter in CONVERTERS.values():
             self.register_converter(converter, lambda converter: converter.openapi)
-
-    def _register_error_handlers(self) -> None:
-        """errors.py has handlers for all; flask-smorest's own would drop headers such as Allow."""
 
     def _register_pagination_header(self) -> None:
         """A list names its page in the envelope, not in a header."""
