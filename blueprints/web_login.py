@@ -113,9 +113,11 @@ def callback(query: dict[str, str]) -> BaseResponse:
     return response
 
 
-@blueprint.after_request
+@blueprint.after_app_request
 def _make_page(response: Response) -> Response:
-    """Keep responses out of caches, and make a page of an error."""
+    """Keep responses out of caches, and make a page of an error, also of a method that no route here has."""
+    if not request.path.endswith(("/auth/wechat/authorize", "/auth/wechat/callback")):
+        return response
     response.cache_control.no_store = True
     if response.status_code >= 400:
         response.content_security_policy.default_src = "'none'"

@@ -279,6 +279,15 @@ def test_a_page_shows_nothing_of_its_address_and_begins_again_only_on_this_site(
             assert "evil" not in answer.text
 
 
+def test_a_wrong_method_gets_a_page(browser: Browser) -> None:
+    query = query_of(browser.simulator.sign_in_on_the_web(browser.begin(return_to="/orders")))
+    for path in (AUTHORIZE, CALLBACK):
+        answer = browser.client.post(f"{path}?{urlencode(query)}", base_url=SITE)
+        assert page_of(answer, 405) == set()
+        assert "GET" in answer.headers["Allow"]
+        assert query_of(link_of(answer))["return_to"] == "/orders"
+
+
 def test_the_page_is_in_the_language_of_the_browser(browser: Browser) -> None:
     answer = browser.get(CALLBACK, headers={"Accept-Language": "en"})
     assert page_of(answer) == {"state"}
