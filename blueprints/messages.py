@@ -58,9 +58,7 @@ def verify_url() -> Response:
         "content": {"application/json": {"schema": {"type": "object"}}, "text/xml": {}},
     },
 )
-@blueprint.response(
-    200, {"type": "string"}, transaction=False, content_type="text/plain", description="`success`, or a reply."
-)
+@blueprint.response(200, {"type": "string"}, transaction=False, content_type="text/plain")
 @blueprint.alt_response(200, schema={"type": "object"}, content_type="application/json")
 @blueprint.alt_response(200, schema={"type": "string"}, content_type="text/xml")
 @blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH, Code.PAYLOAD_TOO_LARGE, Code.UNAVAILABLE)

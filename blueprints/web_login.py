@@ -148,15 +148,14 @@ def check_authorization(user_id: int, app_id: str) -> bool:
     if app is None or granted is None:
         return False
     database.session.rollback()  # no transaction waits for WeChat
-    authorization = Authorization(*json.loads(granted))
-    is_valid, renewed = app.is_valid(authorization)
+    is_valid, renewed = app.is_valid(Authorization(*json.loads(granted)))
 
     def store() -> None:
         kept = database.session.scalars(find.with_for_update()).one()
         if kept.authorization == granted:  # and not one of a login in the meantime
             kept.authorization = json.dumps(renewed)
 
-    if renewed != authorization:
+    if json.dumps(renewed) != granted:
         database.in_transaction(store)
     return is_valid
 
