@@ -73,12 +73,9 @@ def decrypt_user_data(
         raise ApiError(Code.SESSION_KEY_STALE)
     watermark = data.get("watermark")
     timestamp = watermark.get("timestamp") if isinstance(watermark, dict) and watermark.get("appid") == app_id else None
-    if (
-        type(timestamp) is not int
-        or not now - MAXIMUM_AGE_SECONDS <= timestamp <= now + CLOCK_SKEW_SECONDS
-        or data.get("openId", openid) != openid
-        or any(name not in data or data[name] != value for name, value in expected.items())
-    ):
+    is_fresh = type(timestamp) is int and now - MAXIMUM_AGE_SECONDS <= timestamp <= now + CLOCK_SKEW_SECONDS
+    is_expected = all(name in data and data[name] == value for name, value in expected.items())
+    if not (is_fresh and is_expected and data.get("openId", openid) == openid):
         raise ApiError(Code.SIGNATURE_MISMATCH)
     return data
 

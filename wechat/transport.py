@@ -126,16 +126,13 @@ class Transport:
     def _exchange(self, path: str, params: Params, body: Body) -> tuple[int, str, bytes]:
         """Send a request and read the response under a deadline; requests' own timeout lets it trickle for ever."""
         deadline = time.monotonic() + ANSWER_SECONDS
+        url, timeout = self._base_url + path, (CONNECT_SECONDS, READ_SECONDS)
+        method, data, headers = "GET", None, {}
+        if body is not None:  # as raw UTF-8: with \u escapes WeChat's content check lets everything pass
+            method, data = "POST", json.dumps(body, ensure_ascii=False).encode()
+            headers = {"Content-Type": "application/json"}
         with self._http.request(
-            "GET" if body is None else "POST",
-            self._base_url + path,
-            params=params,
-            # Raw UTF-8: with \u escapes WeChat's content check lets everything pass.
-            data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
-            headers=None if body is None else {"Content-Type": "application/json"},
-            timeout=(CONNECT_SECONDS, READ_SECONDS),
-            allow_redirects=False,
-            stream=True,
+            method, url, params=params, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
         ) as response:
             content = b""
             while part := response.raw.read1(65536, decode_content=True):
