@@ -113,7 +113,6 @@ control_socket_disable = True
 accesslog = errorlog = None
 loglevel = settings["LOG_LEVEL"].lower()
 
-
 lines = logging.StreamHandler(sys.stdout)
 # A line is dropped rather than wait for a reader that does not read: the master must always be able to stop.
 lines.addFilter(lambda record: bool(select.select([], [sys.stdout], [], 0)[1]))

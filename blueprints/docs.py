@@ -14,6 +14,11 @@ _DESCRIPTION = (
 ) + "\n".join(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code)
 
 _COOKIE = "For browsers; over plain HTTP named `session`. A write by cookie must come from a page of this site."
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
+    "cookie": {"type": "apiKey", "in": "cookie", "name": "__Host-session", "description": _COOKIE},
+    "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
+}
 
 CONFIG: dict[str, Any] = {
     "API_TITLE": "快上 Kuaishang",
@@ -21,16 +26,7 @@ CONFIG: dict[str, Any] = {
     "OPENAPI_URL_PREFIX": "/",
     "OPENAPI_SWAGGER_UI_PATH": "docs",
     "OPENAPI_SWAGGER_UI_URL": "/docs/assets/",
-    "API_SPEC_OPTIONS": {
-        "info": {"description": _DESCRIPTION},
-        "components": {
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
-                "cookie": {"type": "apiKey", "in": "cookie", "name": "__Host-session", "description": _COOKIE},
-                "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
-            }
-        },
-    },
+    "API_SPEC_OPTIONS": {"info": {"description": _DESCRIPTION}, "components": {"securitySchemes": _SECURITY_SCHEMES}},
 }
 
 # flask-swagger-ui carries Swagger UI's files, so the page works without the internet.
