@@ -168,14 +168,10 @@ class Settings(Schema):
 
     @validates_schema
     def _belong_together(self, settings: dict[str, Any], **kwargs: Any) -> None:
-        needs = {
-            "WECHAT_ACCOUNT_APP_ID": "WECHAT_ACCOUNT_APP_SECRET",
-            "WECHAT_ACCOUNT_APP_SECRET": "WECHAT_ACCOUNT_APP_ID",
-            "WECHAT_WEBSITE_APP_ID": "WECHAT_WEBSITE_APP_SECRET",
-            "WECHAT_WEBSITE_APP_SECRET": "WECHAT_WEBSITE_APP_ID",
-            "WECHAT_PUSH_AES_KEY": "WECHAT_PUSH_TOKEN",
-        }
-        for name, other in needs.items():
+        needs = [("WECHAT_PUSH_AES_KEY", "WECHAT_PUSH_TOKEN")]
+        for app in ("WECHAT_ACCOUNT_APP", "WECHAT_WEBSITE_APP"):
+            needs += [(f"{app}_ID", f"{app}_SECRET"), (f"{app}_SECRET", f"{app}_ID")]
+        for name, other in needs:
             if settings.get(name) and not settings.get(other):
                 raise ValidationError(f"Required because {name} is set.", other)
         if settings.get("SESSION_LIFETIME", 0) > settings.get("SESSION_ABSOLUTE_LIFETIME", 0):

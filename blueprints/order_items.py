@@ -10,7 +10,7 @@ from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, fill_item, load_order, 
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
 from storage import database
-from storage.models import Order, OrderItem
+from storage.models import OrderItem
 
 blueprint = Blueprint("order_items", __name__, description="订单明细 Order items")
 
@@ -61,7 +61,7 @@ def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[st
 @blueprint.fails(Code.NOT_FOUND)
 def get_item(order_id: int, item_id: int) -> OrderItem:
     """Read an item of an order"""
-    return load_item(load_order(order_id), item_id)
+    return load_item(order_id, item_id)
 
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
@@ -70,12 +70,11 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
-    order = load_order(order_id)
-    item = load_item(order, item_id)
-    require_match(order)
-    require_pending(order)
+    item = load_item(order_id, item_id)
+    require_match(item.order)
+    require_pending(item.order)
     fill_item(item, body)
-    order.sum_up()
+    item.order.sum_up()
     return item
 
 
@@ -84,8 +83,8 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_item(order_id: int, item_id: int) -> None:
     """Remove an item from a pending order, but not the last one"""
-    order = load_order(order_id)
-    item = load_item(order, item_id)
+    item = load_item(order_id, item_id)
+    order = item.order
     require_match(order)
     require_pending(order)
     if len(order.items) == 1:
@@ -95,12 +94,12 @@ def delete_item(order_id: int, item_id: int) -> None:
     order.sum_up()
 
 
-def load_item(order: Order, item_id: int) -> OrderItem:
-    """Load an item of an order.
+def load_item(order_id: int, item_id: int) -> OrderItem:
+    """Load an item of an order, with the order.
 
-    :raises ApiError: NOT_FOUND if the order has no such item.
+    :raises ApiError: NOT_FOUND also for another user's order, or if the order has no such item.
     """
-    item = next((item for item in order.items if item.id == item_id), None)
+    item = next((item for item in load_order(order_id).items if item.id == item_id), None)
     if item is None:
         raise ApiError(Code.NOT_FOUND)
     return item

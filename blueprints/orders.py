@@ -203,8 +203,7 @@ def load_order(order_id: int, *, lock: bool = False) -> Order:
     """
     me = current_user()
     # With its items in one statement: a second one might read those of the next version.
-    together = [joinedload(Order.items)]
-    order = database.session.get(Order, order_id, options=together, with_for_update=lock or None)
+    order = database.session.get(Order, order_id, options=[joinedload(Order.items)], with_for_update=lock or None)
     if order is None or (order.user_id != me.id and me.role != "admin"):
         raise ApiError(Code.NOT_FOUND)
     return order

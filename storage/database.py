@@ -57,13 +57,9 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         options["pool_pre_ping"] = True  # so that a server restart causes no error, for a round trip
         # A name that leads to another server now is followed within a minute; a new connection takes some milliseconds.
         options["pool_recycle"] = 60
+    # hide_parameters: error messages are logged, and parameters are personal data.
     engine = create_engine(
-        address,
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_timeout=1,
-        hide_parameters=True,  # error messages are logged, and parameters are personal data
-        **options,
+        address, pool_size=pool_size, max_overflow=0, pool_timeout=1, hide_parameters=True, **options
     )
     event.listen(engine, "handle_error", _handle_error)
     if engine.dialect.name == "sqlite":

@@ -9,9 +9,7 @@ _DOMAIN = re.compile(rf"([A-Za-z0-9]({_LABEL})?\.)+[A-Za-z]{_LABEL}")  # RFC 103
 
 def mask_phone(phone: str) -> str:
     """`138****5678` for 11 digits; anything else becomes stars."""
-    if re.fullmatch("[0-9]{11}", phone):
-        return f"{phone[:3]}****{phone[-4:]}"
-    return "*" * len(phone)
+    return _mask(phone, r"([0-9]{3})([0-9]{4})([0-9]{4})")
 
 
 def mask_name(name: str) -> str:
@@ -22,9 +20,7 @@ def mask_name(name: str) -> str:
 
 def mask_id_card(id_card: str) -> str:
     """`110***********002X` for 17 digits and a digit or X; anything else becomes stars."""
-    if re.fullmatch("[0-9]{17}[0-9Xx]", id_card):
-        return f"{id_card[:3]}{'*' * 11}{id_card[-4:]}"
-    return "*" * len(id_card)
+    return _mask(id_card, r"([0-9]{3})([0-9]{11})([0-9]{3}[0-9Xx])")
 
 
 def mask_email(email: str) -> str:
@@ -40,9 +36,13 @@ def mask_email(email: str) -> str:
 
 def mask_bank_card(bank_card: str) -> str:
     """`************1234` for 12 to 19 digits; anything else becomes stars."""
-    if re.fullmatch("[0-9]{12,19}", bank_card):
-        return "*" * (len(bank_card) - 4) + bank_card[-4:]
-    return "*" * len(bank_card)
+    return _mask(bank_card, r"()([0-9]{8,15})([0-9]{4})")
+
+
+def _mask(text: str, pattern: str) -> str:
+    """Replace the second of the three groups of a pattern by stars, or all of a text that does not match."""
+    first, hidden, last = found.groups() if (found := re.fullmatch(pattern, text)) else ("", text, "")
+    return first + "*" * len(hidden) + last
 
 
 def _initial(text: str) -> str:
