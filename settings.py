@@ -31,17 +31,14 @@ class SettingsError(SystemExit):
     """
 
 
-class EncryptionKeys(fields.Field[list[bytes]]):
-    """Comma-separated base64 of 32 random bytes each."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> list[bytes]:
-        try:
-            keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
-        except ValueError:
-            keys = []
-        if {len(key) for key in keys} != {32} or len({*keys}) < len(keys):
-            raise ValidationError("Each must be the base64 of exactly 32 bytes, and listed once.")
-        return keys
+def _keys(value: str) -> list[bytes]:
+    try:
+        keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
+    except ValueError:
+        keys = []
+    if {len(key) for key in keys} != {32} or len({*keys}) < len(keys):
+        raise ValidationError("Each must be the base64 of exactly 32 bytes, and listed once.")
+    return keys
 
 
 def _url(pattern: str, parse: Callable[[str], object]) -> Callable[[str], None]:
@@ -133,8 +130,9 @@ class Settings(Schema):
         "Signing key, 32 random characters or more: openssl rand -base64 32",
         _matches(r"(?!(.+)\1+\Z).{32,}"),  # no repetition
     )
-    ENCRYPTION_KEYS = EncryptionKeys(
+    ENCRYPTION_KEYS = fields.String(
         required=True,
+        post_load=_keys,
         metadata={"help": "Comma-separated keys for data at rest, the first encrypts; each: openssl rand -base64 32"},
     )
     ADMIN_OPENIDS = _optional(

@@ -132,16 +132,14 @@ class Order(Versioned, Base):
     """An order. It outlives its user, who is then None."""
 
     __tablename__ = "orders"
-    # Each serves the lists of one filter, in the order of the ids, which both databases store in every index.
+    # Each index serves the lists of one filter, in the order of the ids, which both databases store in every index.
     __table_args__ = (
         Index("ix_orders_user_id_status", "user_id", "status"),
-        Index("ix_orders_user_id", "user_id"),
-        Index("ix_orders_status", "status"),
         {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
     )
 
-    user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="SET NULL"))
-    status: Mapped[str] = mapped_column(String(16), default="pending")
+    user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="SET NULL"), index=True)
+    status: Mapped[str] = mapped_column(String(16), default="pending", index=True)
     remark: Mapped[str | None] = mapped_column(String(500))
     total: Mapped[int] = mapped_column(BigInteger)
     items: Mapped[list["OrderItem"]] = relationship(

@@ -22,14 +22,13 @@ class Owned(NamedTuple):
     model: Any
     export: str
     """The name of its list in the export; empty for what only repeats what is there already."""
-    outlives_user: bool = False
-    """Whether a row stays without its user and its `personal` columns; otherwise it is deleted with the user."""
-    personal: Sequence[str] = ()
+    personal: Sequence[str] | None = None
+    """Without what columns a row outlives its user; None if it is deleted with the user."""
 
 
 OWNED = (
     Owned(Identity, export="identities"),
-    Owned(Order, export="orders", outlives_user=True, personal=["remark"]),
+    Owned(Order, export="orders", personal=["remark"]),
     Owned(IdempotencyKey, export=""),
 )
 
@@ -55,7 +54,7 @@ def erase_some(user_id: int, *, detach: bool) -> bool:
     is_full = False
     database.session.get(User, user_id, with_for_update=True)
     for owned in OWNED:
-        if owned.outlives_user:
+        if owned.personal is not None:
             names = [*owned.personal, "user_id"] if detach else owned.personal
             filled = or_(false(), *(getattr(owned.model, name).is_not(None) for name in names))
             rows = select(owned.model.id).where(owned.model.user_id == user_id, filled).limit(DETACHED_AT_ONCE)

@@ -27,7 +27,7 @@ def test_everything_is_exported_but_repeated_responses() -> None:
 
 
 @pytest.mark.parametrize(
-    "owned", [owned for owned in OWNED if owned.outlives_user], ids=lambda owned: owned.model.__name__
+    "owned", [owned for owned in OWNED if owned.personal is not None], ids=lambda owned: owned.model.__name__
 )
 def test_rows_that_outlive_their_user_keep_no_free_text(owned: Any) -> None:
     texts = {
@@ -39,7 +39,7 @@ def test_rows_that_outlive_their_user_keep_no_free_text(owned: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "owned", [owned for owned in OWNED if not owned.outlives_user], ids=lambda owned: owned.model.__name__
+    "owned", [owned for owned in OWNED if owned.personal is None], ids=lambda owned: owned.model.__name__
 )
 def test_rows_that_do_not_outlive_their_user_are_deleted_by_the_database(owned: Any) -> None:
     (key,) = TABLES[owned.model].columns["user_id"].foreign_keys
