@@ -80,48 +80,38 @@ class Transport:
         :raises ApiError: what `errcodes.code_of` says, and UNAVAILABLE, UPSTREAM_TIMEOUT, UPSTREAM_INVALID. The
             exceptions of requests contain the URL, and so a secret: none of them leaves this method.
         """
+        for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
+            metrics.WECHAT_CALLS.labels(path, kind, "failure")
         for may_retry in (True, False):
-            answer = self._try(path, params, body, expected, media, may_retry, idempotent)
-            if answer is not None:
-                return answer
+            result, outcome = "invalid", "failure"
+            try:
+                # No traceparent is sent: our traces are none of WeChat's business.
+                traced = traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path})
+                with metrics.WECHAT_SECONDS.labels(path).time(), traced as span:
+                    errcode, answer = _parse(path, media, *self._exchange(path, params, body))
+                    span.set_attribute("wechat.errcode", errcode)
+                    result, outcome = str(errcode), "ok"
+                    if errcode == 0 or errcode in expected:
+                        return answer
+                    code = code_of(path, errcode)
+                    outcome = "caller" if code.number < 500 else "failure"
+                    span.set_status(StatusCode.ERROR)
+                if errcode != BUSY or not may_retry:
+                    raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
+            except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
+                result = "timeout"
+                raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
+            except requests.ConnectionError as error:
+                result = "unreachable"
+                if not (may_retry and idempotent):
+                    raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
+                raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
+            finally:
+                metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
             time.sleep(RETRY_PAUSE_SECONDS)
         raise AssertionError("unreachable")
-
-    def _try(
-        self, path: str, params: Params, body: Body, expected: Codes, media: bool, may_retry: bool, idempotent: bool
-    ) -> Any:
-        """Call an interface once, count and measure it; None if it is to be called again."""
-        result, outcome = "invalid", "failure"
-        for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
-            metrics.WECHAT_CALLS.labels(path, kind, outcome)
-        try:
-            # No traceparent is sent: our traces are none of WeChat's business.
-            traced = traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path})
-            with metrics.WECHAT_SECONDS.labels(path).time(), traced as span:
-                errcode, answer = _parse(path, media, *self._exchange(path, params, body))
-                span.set_attribute("wechat.errcode", errcode)
-                result, outcome = str(errcode), "ok"
-                if errcode == 0 or errcode in expected:
-                    return answer
-                code = code_of(path, errcode)
-                outcome = "caller" if code.number < 500 else "failure"
-                span.set_status(StatusCode.ERROR)
-            if errcode == BUSY and may_retry:
-                return None
-            raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
-        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
-            result = "timeout"
-            raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
-        except requests.ConnectionError as error:
-            result = "unreachable"
-            if may_retry and idempotent:
-                return None
-            raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
-            raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
-        finally:
-            metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
 
     def _exchange(self, path: str, params: Params, body: Body) -> tuple[int, str, bytes]:
         """Send a request and read the response under a deadline; requests' own timeout lets it trickle for ever."""
