@@ -121,8 +121,7 @@ renamed = {"levelname": "level", "name": "logger", "process": "pid", "exc_info":
 # They come first, in this order.
 first = {"timestamp": None, "levelname": None, "service": "kuaishang", "traceId": None, "message": None}
 last = {"instance": instance, "version": declared["VERSION"]}
-form = MsgspecFormatter(columns, rename_fields=renamed, defaults=first, static_fields=last, timestamp=True)
-lines.setFormatter(form)
+lines.setFormatter(MsgspecFormatter(columns, rename_fields=renamed, defaults=first, static_fields=last, timestamp=True))
 logging.getLogger("gunicorn.error").handlers = [lines]
 
 
