@@ -19,9 +19,10 @@ NOT_SUBSCRIBED = frozenset({43101})
 ERRCODES = {
     # WeChat: busy, or a quota is used up: 44990 calls per second, 45009 per day, 45011 per minute, 43108 to one user.
     Code.UNAVAILABLE: {-1, 43108, 44990, 45009, 45011},
-    # The caller: 40029 invalid, 41008 missing, 42003 expired, 40163 used; 61010 the author's last visit to the
-    # mini-program was more than two hours ago; 87014 and 45168 forbidden content.
-    Code.WECHAT_CODE_INVALID: {40029, 41008, 42003},
+    # The caller: 40029 invalid, 41008 missing, 42003 expired, 40163 used, the others of the first line: the user's
+    # authorization has ended; 61010 the author's last visit to the mini-program was more than two hours ago; 87014 and
+    # 45168 forbidden content.
+    Code.WECHAT_CODE_INVALID: {40029, 40030, 41008, 42002, 42003, 42007, 61023},
     Code.WECHAT_CODE_USED: {40163},
     Code.WECHAT_HIGH_RISK_USER: {40226},
     Code.SESSION_KEY_STALE: {61010},

@@ -78,7 +78,10 @@ def test_a_call_that_is_not_idempotent_is_not_retried(transport: Transport, simu
     ("errcode", "code", "level"),
     [
         *((errcode, Code.UNAVAILABLE, logging.WARNING) for errcode in (-1, 44990, 45009, 45011)),
-        *((errcode, Code.WECHAT_CODE_INVALID, logging.INFO) for errcode in (40029, 41008, 42003)),
+        *(
+            (errcode, Code.WECHAT_CODE_INVALID, logging.INFO)
+            for errcode in (40029, 40030, 41008, 42002, 42003, 42007, 61023)
+        ),
         (40163, Code.WECHAT_CODE_USED, logging.INFO),
         (40226, Code.WECHAT_HIGH_RISK_USER, logging.INFO),
         *((errcode, Code.CONTENT_REFUSED, logging.INFO) for errcode in (45168, 87014)),
