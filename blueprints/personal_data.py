@@ -144,6 +144,7 @@ def export() -> Response:
 
 
 def _parts(user_id: int, head: dict[str, Any], lock: Lock) -> Iterator[str]:
+    """Make the export in parts, between which it holds no connection, however slow the client is."""
     audit("user exported", user_id)
     try:
         yield json.dumps(head).removesuffix("}}")

@@ -3,23 +3,12 @@
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from sqlalchemy import (
-    BigInteger,
-    DateTime,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    String,
-    Text,
-    UniqueConstraint,
-    false,
-)
+from sqlalchemy import ForeignKey, Index, UniqueConstraint, false
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.associationproxy import AssociationProxy, association_proxy
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import BigInteger, DateTime, Integer, LargeBinary, String, Text, TypeDecorator
 
 from storage.encrypted import Encrypted, encrypted_fields
 

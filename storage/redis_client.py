@@ -1,10 +1,10 @@
 """The Redis that all instances share."""
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from flask import Flask, current_app
-from redis import ConnectionPool, Redis
+from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
@@ -17,35 +17,29 @@ class Failover(Retry):
     """Sends once more, on a new connection, what Redis refused: READONLY, MASTERDOWN, NOREPLICAS …
 
     An error that Redis responds with means that it has not run the command, script or MULTI. A primary that has become
-    a replica may keep its connections; the idle ones are closed too, as they would read what is out of date.
+    a replica may keep its connections; the idle ones are closed too, as they would read what is out of date. Works in
+    an application context, as `redis` does.
     """
-
-    def __init__(self, pool: ConnectionPool) -> None:
-        super().__init__(NoBackoff(), 1, (ResponseError, BusyLoadingError))
-        self._pool = pool
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # each connection would copy it, with the pool
 
     def call_with_retry(self, do: Callable[[], Any], fail: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call `do`, and again if it fails; before that `fail`, which closes its connection."""
 
         def fail_with_the_idle_ones(*failure: Any) -> None:
             fail(*failure)
-            self._pool.disconnect(inuse_connections=False)
+            redis.connection_pool.disconnect(inuse_connections=False)
 
         return super().call_with_retry(do, fail_with_the_idle_ones, *args, **options)
 
 
 def init_app(app: Flask) -> None:
-    app.extensions["redis"] = client = Redis.from_url(
+    app.extensions["redis"] = Redis.from_url(
         app.config["REDIS_URL"],
         # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
         # a SET NX would take its own key for somebody else's. A closed connection is noticed before use.
         socket_connect_timeout=0.4,
         socket_timeout=0.4,
+        retry=Failover(NoBackoff(), 1, (ResponseError, BusyLoadingError)),
     )
-    client.set_retry(Failover(client.connection_pool))
 
 
 def ping() -> None:

@@ -1,7 +1,7 @@
 """What Redis responds with after a failover that left the connections open."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,22 @@ def other_redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
+@contextmanager
+def behind_a_proxy(make_app: Callable[..., Flask], server: RedisServer) -> Iterator[tuple[Proxy, Redis, Redis]]:
+    """The proxy, the service's client that is connected through it, and another one of the server."""
+    with Proxy(server.socket) as proxy, Redis.from_url(server.url) as old:
+        app = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10")
+        with app.app_context():
+            app.extensions["redis"].ping()
+            yield proxy, app.extensions["redis"], old
+
+
 @pytest.mark.parametrize("refusal", NOT_THE_PRIMARY)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_refusal_is_followed_by_the_same_on_a_new_connection(
     make_app: Callable[..., Flask], own_redis: RedisServer, other_redis: RedisServer, command: str, refusal: str
 ) -> None:
-    with Proxy(own_redis.socket) as proxy, Redis.from_url(own_redis.url) as old:
-        redis = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10").extensions["redis"]
-        redis.ping()
+    with behind_a_proxy(make_app, own_redis) as (proxy, redis, old):
         proxy.target = other_redis.socket
         for words in NOT_THE_PRIMARY[refusal]:
             old.execute_command(*words)
@@ -71,9 +79,7 @@ def test_a_refusal_is_followed_by_the_same_on_a_new_connection(
 def test_a_refusal_is_raised_if_the_new_connection_has_the_same(
     make_app: Callable[..., Flask], own_redis: RedisServer
 ) -> None:
-    with Proxy(own_redis.socket) as proxy, Redis.from_url(own_redis.url) as old:
-        redis = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10").extensions["redis"]
-        redis.ping()
+    with behind_a_proxy(make_app, own_redis) as (proxy, redis, old):
         old.execute_command(*NOBODY)
         with pytest.raises(ResponseError):
             redis.set("key", "value")
@@ -87,8 +93,7 @@ def test_a_refusal_replaces_the_idle_connections_too(
     make_app: Callable[..., Flask], own_redis: RedisServer, other_redis: RedisServer
 ) -> None:
     """They would read from a server that may no longer get what is written."""
-    with Proxy(own_redis.socket) as proxy, Redis.from_url(own_redis.url) as old, Redis.from_url(other_redis.url) as new:
-        redis = make_app(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10").extensions["redis"]
+    with behind_a_proxy(make_app, own_redis) as (proxy, redis, old), Redis.from_url(other_redis.url) as new:
 
         def read() -> list[bytes | None]:
             with redis.client() as one, redis.client() as other:
