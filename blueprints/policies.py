@@ -42,12 +42,12 @@ def set_current_user(user_id: int) -> None:
 
 
 def get_mini_program_user(openid: str, unionid: str | None) -> User:
-    """Get or create the user of an openid of the mini-program; an administrator if ADMIN_OPENIDS names it.
+    """Get or create the user of an openid of the mini-program; an administrator as ADMIN_OPENIDS says.
 
     :raises ApiError: what `get_or_create_user` does.
     """
     user = get_or_create_user(wechat.api.app_id, openid, unionid)
-    if user.role == "admin" or openid not in _admin_openids():
+    if user.admin_by_setting == (openid in _admin_openids()):
         return user
     g.user_id = user.id
     return database.in_transaction(_apply_setting)

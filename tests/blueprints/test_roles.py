@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from storage import database
 from storage.identities import get_or_create_user
-from tests.blueprints.callers import API, Caller, code_of, data_of
+from tests.blueprints.callers import API, Caller, code_of, data_of, log_in
 from tests.databases import Databases
 from tests.harness import APP_ID, WEB_APP_ID, Simulator, migrate
 
@@ -57,6 +57,17 @@ def test_an_administrator_by_setting_loses_the_role_with_the_setting_at_the_next
     boss.app = boss.client.application
     boss.log_in()
     assert boss.me()["role"] == "admin"
+
+
+def test_a_login_without_the_setting_says_so(
+    app: Flask, make_app: Callable[..., Flask], simulator: Simulator, openid: str, log_lines: Any
+) -> None:
+    boss = Caller(make_app(ADMIN_OPENIDS=openid), simulator, openid=openid)
+    assert data_of(log_in(app, simulator, openid))["user"]["role"] == "user"
+    assert audits(log_lines()) == [
+        ("admin granted", boss.id, "setting", None),
+        ("admin revoked", boss.id, "setting", None),
+    ]
 
 
 def test_a_write_by_a_former_administrator_by_setting_is_refused(
