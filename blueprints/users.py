@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from flask import current_app, g, url_for
+from flask import current_app, g, request, url_for
 from marshmallow import Schema, fields, validate
 
 import wechat
@@ -201,7 +201,7 @@ def delete_user(user_id: str) -> None:
 
 
 def load_user(user_id: str) -> User:
-    """Load a user whom the caller may see.
+    """Load a user whom the caller may see; for a change locked, so that the user's own do not outrun it.
 
     :param user_id: a number, or `me`.
     :raises ApiError: NOT_FOUND also for another user, so that ids reveal nothing; UNAUTHORIZED as `current_user` does.
@@ -209,7 +209,8 @@ def load_user(user_id: str) -> User:
     me = current_user()
     if user_id in ("me", str(me.id)):
         return me
-    user = database.session.get(User, int(user_id)) if me.role == "admin" else None
+    lock = request.method not in sessions.SAFE_METHODS or None
+    user = database.session.get(User, int(user_id), with_for_update=lock) if me.role == "admin" else None
     if user is None:
         raise ApiError(Code.NOT_FOUND)
     return user

@@ -1,5 +1,6 @@
 """A blocked user is rejected at once, on every instance and in every way; also after the account has been deleted."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from storage import identities
+from storage import database, identities
+from storage.models import User
 from tests.blueprints.callers import API, Caller, code_of, invalid_fields, log_in, log_in_together, operations
 from tests.harness import APP_ID, Simulator
 
@@ -25,6 +27,20 @@ def block(admin: Caller, user: Caller, blocked: bool = True) -> None:
 
 def flask(app: Flask, *command: str) -> Any:
     return app.test_cli_runner().invoke(args=["users", *command])
+
+
+@pytest.mark.only_on("mariadb")  # SQLite has one writer at a time
+def test_a_user_who_writes_all_the_time_can_be_blocked(
+    app: Flask, admin: Caller, mallory: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "TRIES", 1)
+    with app.app_context(), ThreadPoolExecutor(1) as pool:
+        database.session.get_one(User, mallory.id, with_for_update=True).nickname = "again"
+        database.session.flush()
+        blocking = pool.submit(admin.call, "PUT", f"/users/{mallory.id}", {"blocked": True}, If_Match="*")
+        time.sleep(0.5)
+        database.session.commit()
+        assert blocking.result().status_code == 200
 
 
 def test_a_blocked_user_is_rejected_by_every_route_on_every_instance(
