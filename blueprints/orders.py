@@ -215,4 +215,5 @@ def require_pending(order: Order) -> None:
     :raises ApiError: CONFLICT if not.
     """
     if order.status != "pending":
-        raise conflict("status", Message("只能修改 pending 状态的订单", "Only a pending order can be changed"))
+        english = "Only a pending order can be deleted or its items changed"
+        raise conflict("status", Message("只有 pending 订单可以删除或更改明细", english))

@@ -158,6 +158,8 @@ def test_only_a_pending_order_can_be_deleted_or_its_items_changed(alice: Caller,
         alice.delete(item),
     )
     assert [code_of(answer) for answer in rejected] == [(409, 409)] * 4
+    # Not that it cannot change at all: its remark and its status can.
+    assert {answer.get_json()["message"] for answer in rejected} == {"只有 pending 订单可以删除或更改明细"}
     assert data_of(alice.get(path))["items"] == order["items"]
 
 
