@@ -38,8 +38,8 @@ def init_app(app: Flask) -> None:
     app.before_request(_answer_before_policies)
     if app.config["CORS_ORIGINS"]:
         origins = re.split(" *, *", app.config["CORS_ORIGINS"])
+        app.after_request(_vary_by_origin)  # runs last
         CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
-        app.after_request(_vary_by_origin)
     app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"])
     api = Api(app)
     api.guard("api-docs", auth=policies.public)  # flask-smorest mounts that one itself

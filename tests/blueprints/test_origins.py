@@ -54,7 +54,7 @@ def test_a_page_of_a_named_origin_may_call_every_route(shop: FlaskClient, origin
             assert (answer.status_code, allowed(answer)) == (204, origin)
             assert method.lower() in listed(answer, "Allow-Methods")
             assert listed(answer, "Allow-Headers") == set(sent.split(","))
-            assert "Origin" in answer.vary
+            assert answer.headers.getlist("Vary") == ["Origin"]
             assert answer.headers["Access-Control-Max-Age"] == "600"
     for path, status in (("/livez", 200), ("/api/v1/orders", 401), ("/nowhere", 404)):
         answer = shop.get(path, headers={"Origin": origin, **bearer("unknown")})
