@@ -322,12 +322,13 @@ def migrate(env: dict[str, str]) -> None:
         [sys.executable, "-m", "alembic", "upgrade", "head"],
         cwd=ROOT,
         env=env,
-        capture_output=True,
+        stdout=subprocess.PIPE,  # where it says that it does not know the database's revision
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     if done.returncode:
-        reasons = [line for line in done.stderr.splitlines() if line and not line.startswith("(Background on")]
+        reasons = [line for line in done.stdout.splitlines() if line and not line.startswith("(Background on")]
         raise fail(f"the database cannot be migrated: {reasons[-1]}")
 
 

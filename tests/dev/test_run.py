@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import requests
 
 from dev import run
 from dev.run import banner, free_port
-from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, bound_to_this_process, suspend, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, bound_to_this_process, migrate, suspend, wait_until
 
 PROXY = {"http_proxy": "http://127.0.0.1:9"}
 
@@ -230,6 +231,10 @@ def test_a_launcher_that_hangs_delays_no_request(everyday: Launched) -> None:
 def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: dict[str, str], tmp_path: Path) -> None:
     # With this database no launch succeeds.
     stores = {"PORT": "0", "REDIS_URL": environ["REDIS_URL"], "DATABASE_URL": "sqlite:////no/such/folder/x.db"}
+    newer = f"sqlite:///{tmp_path}/newer.db"
+    migrate(newer)
+    with sqlite3.connect(tmp_path / "newer.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
     for env, line in (
         ({"PORT": everyday.port}, f"port {everyday.port} cannot be used"),
         ({**stores, "SIMULATOR_PORT": everyday.port}, "set SIMULATOR_PORT to another port"),
@@ -240,6 +245,7 @@ def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: 
             "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not",
         ),
         ({**environ, **stores}, "the database cannot be migrated"),
+        ({**environ, **stores, "DATABASE_URL": newer}, "cannot be migrated: FAILED: Can't locate revision"),
     ):
         with ExitStack() as stack, pytest.raises(SystemExit) as caught:
             run.launch(tmp_path, dict(env), stack)
