@@ -80,7 +80,9 @@ def read_body(req: Request) -> bytes:
     """
     try:
         body = req.get_data()
-        req.stream.read(1)  # werkzeug cuts a chunked body off at its limit; only reading on raises the 413
+        # werkzeug cuts the body off at its limit if the server says where it ends, as gunicorn does.
+        if "wsgi.input_terminated" in req.environ and req.environ["wsgi.input"].read(1):
+            raise RequestEntityTooLarge
     except RequestEntityTooLarge:
         limit = f"At most {req.max_content_length} bytes."
         raise ApiError(Code.PAYLOAD_TOO_LARGE, errors={"body": [limit]}) from None
