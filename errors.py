@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import redis.exceptions
 import sqlalchemy.exc
 import sqlalchemy.orm.exc
-from flask import Flask, Response, current_app, g, has_request_context, jsonify, request
+from flask import Flask, Response, current_app, has_request_context, jsonify, request
 from marshmallow import Schema, fields
 from werkzeug.exceptions import HTTPException, InternalServerError
 
@@ -161,7 +161,7 @@ def handle_http_exception(error: HTTPException) -> Response:
         # The session is saved after the view has returned, where Flask makes every failure a crash.
         return handle_unavailable(error.original_exception)
     code, message = _code_and_message(error)
-    g.code = code.number  # for the log
+    request.environ["kuaishang.code"] = code.number  # for telemetry
     errors = _first(getattr(error, "errors", None) or {}, _ERRORS)
     response = cast(Response, error.get_response(request.environ))
     data = {"errors": errors} if errors else None

@@ -67,10 +67,7 @@ class OwnIds:
     def __init__(self, method: str, headers: Headers) -> None:
         self.trace_id, self.span_id = f"{random.getrandbits(128):032x}", f"{random.getrandbits(64):016x}"
 
-    def set_route(self, route: str) -> None:
-        pass
-
-    def end(self, status: int) -> None:
+    def end(self, status: int, route: str | None) -> None:
         pass
 
 

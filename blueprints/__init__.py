@@ -1,8 +1,7 @@
 """Everything that is served, in order: each group of routes, where it is mounted, and who may call it.
 
 `flask.g` holds for one request: `user_id`, who is signed in (policies); `row`, what the view returned, and
-`version_checked`, whether its If-Match was compared (preconditions); `code`, the business code of an error (errors);
-`database_session` and `after_commit` (database).
+`version_checked`, whether its If-Match was compared (preconditions); `database_session` and `after_commit` (database).
 """
 
 import re

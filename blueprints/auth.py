@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from flask import current_app, g, session
+from flask import current_app, g, request, session
 from marshmallow import Schema, fields
 
 import wechat
@@ -17,6 +17,7 @@ from storage import blocks, wechat_session_keys
 from storage import sessions as stored_sessions
 from storage.identities import find_openid, start_session
 from storage.single_flight import single_flight
+from telemetry.access_log import CODE
 from telemetry.metrics import LOGINS
 from wechat.transport import PATIENCE_SECONDS
 
@@ -69,7 +70,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
 
 @login.teardown_request
 def _count(error: BaseException | None) -> None:
-    LOGINS.labels("mini_program", g.get("code", "success")).inc()
+    LOGINS.labels("mini_program", request.environ.get(CODE, "success")).inc()
 
 
 def _redeem(code: str) -> str:

@@ -38,7 +38,7 @@ def current_user() -> User:
 def set_current_user(user_id: int) -> None:
     """Say who is signed in, here and in all log lines of the request."""
     g.user_id = user_id
-    bind(user_id=user_id)
+    bind(userId=user_id)
 
 
 def get_mini_program_user(openid: str, unionid: str | None) -> User:

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from urllib.parse import urlencode
 
-from flask import Response, current_app, g, redirect, render_template, request, session, url_for
+from flask import Response, current_app, redirect, render_template, request, session, url_for
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from marshmallow import EXCLUDE, Schema, fields, validate
 from sqlalchemy import select
@@ -24,6 +24,7 @@ from storage.identities import get_or_create_user, start_session
 from storage.models import Identity
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
+from telemetry.access_log import CODE
 from telemetry.metrics import LOGINS
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo
 from wechat.transport import PATIENCE_SECONDS
@@ -133,7 +134,7 @@ def _make_page(response: Response) -> Response:
 @blueprint.teardown_request
 def _count(error: BaseException | None) -> None:
     if request.endpoint == "web_login.callback":
-        LOGINS.labels("web", g.get("code", "success")).inc()
+        LOGINS.labels("web", request.environ.get(CODE, "success")).inc()
 
 
 def check_authorization(user_id: int, app_id: str) -> bool:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, request
 from werkzeug.datastructures import EnvironHeaders
 
 from telemetry import logs, metrics
@@ -14,34 +14,27 @@ from telemetry.traces import RequestSpan
 
 logger = logging.getLogger(__name__)
 
-SPAN, ROUTE, CODE = "kuaishang.span", "kuaishang.route", "kuaishang.code"
+CODE = "kuaishang.code"
+"""Where in a request's environ `errors` puts the business code of an error."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def init_app(app: Flask) -> None:
     app.before_request(_note_route)
-    app.after_request(_note_code)
     app.wsgi_app = partial(_observe, app, app.wsgi_app)  # type: ignore[method-assign]
 
 
 def _note_route() -> None:
     """Name the template of the path; the path itself may hold secrets."""
     if request.url_rule:
-        route = request.environ[ROUTE] = request.url_rule.rule
-        request.environ[SPAN].set_route(route)
-        logs.request_fields.set({**logs.request_fields.get(), "route": route})
-
-
-def _note_code(response: Response) -> Response:
-    request.environ[CODE] = g.get("code")
-    return response
+        logs.bind(route=request.url_rule.rule)
 
 
 def _observe(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
     began, status, sent = time.perf_counter(), 500, environ["REQUEST_METHOD"]
     method = sent if sent in METHODS else "OTHER"  # a method may be any word
-    span = environ[SPAN] = RequestSpan(method, EnvironHeaders(environ))
-    token = logs.request_fields.set({"parentSpanId": span.parent_id, "method": method})
+    span = RequestSpan(method, EnvironHeaders(environ))
+    token = logs.request_fields.set({"method": method} | ({"parentSpanId": span.parent_id} if span.parent_id else {}))
     metrics.REQUESTS_IN_FLIGHT.inc()
     try:
         body, status_line, headers, *exc_info = _run(app, wsgi_app, environ)
@@ -49,34 +42,30 @@ def _observe(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response:
         start_response(status_line, [*headers, ("X-Trace-Id", span.trace_id)], *exc_info)
         return body
     finally:
-        _count(method, environ.get(ROUTE), status, environ.get(CODE), time.perf_counter() - began)
+        route = logs.request_fields.get().get("route")
+        _count(method, route, status, environ.get(CODE), time.perf_counter() - began)
         logs.request_fields.reset(token)  # the thread goes on to serve others
-        span.end(status)
+        span.end(status, route)
 
 
 def _run(app: Flask, wsgi_app: Any, environ: dict[str, Any]) -> tuple[Any, ...]:
     """Return the body, and what `start_response` was called with."""
     started: list[Any] = []
-
-    def remember(*status_and_headers: Any) -> Any:
-        started[:] = status_and_headers
-
     try:
-        body = wsgi_app(environ, remember)
+        body = wsgi_app(environ, lambda *sent: started.append(sent))
     except Exception as error:  # of a teardown, after the response was made and before it is sent
         started.clear()
         with suppress(Exception), app.request_context(environ):  # the same teardown again
-            body = app.handle_exception(error)(environ, remember)
+            body = app.handle_exception(error)(environ, lambda *sent: started.append(sent))  # type: ignore[arg-type]
         if not started:
             raise
-    return body, *started
+    return body, *started[-1]
 
 
 def _count(method: str, route: str | None, status: int, code: int | None, seconds: float) -> None:
     code = code or (200 if status < 400 else status)
     is_error = status >= 500 and route != "/readyz"  # whose reasons are logged by themselves
-    outcome = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
-    logs.request_fields.set(logs.request_fields.get() | outcome)
+    logs.bind(status=status, code=code, durationMs=round(seconds * 1000, 2))
     logger.log(logging.ERROR if is_error else logging.INFO, "request")
     metrics.REQUESTS.labels(route or "unmatched", method, status, code).inc()
     metrics.REQUEST_SECONDS.labels(route or "unmatched", method).observe(seconds)

@@ -13,8 +13,8 @@ import threading
 import time
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
-from queue import Full, SimpleQueue
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from traceback import TracebackException
 from typing import Any
 
@@ -43,9 +43,9 @@ request_fields: ContextVar[dict[str, Any]] = ContextVar("request_fields", defaul
 _NUMBERS: dict[str, tuple[type, ...]] = {"long": (int,), "float": (int, float), "boolean": (bool,)}
 
 
-def bind(user_id: int) -> None:
-    """Name the user in all further lines of this request and of the work that it begins."""
-    request_fields.set({**request_fields.get(), "userId": user_id})
+def bind(**fields: Any) -> None:
+    """Add fields, such as the user, to all further lines of this request and of the work that it begins."""
+    request_fields.set(request_fields.get() | fields)
 
 
 class JsonLineFormatter(MsgspecFormatter):
@@ -69,27 +69,19 @@ class JsonLineFormatter(MsgspecFormatter):
         )
         log_data.update(vars(record).get("context") or request_fields.get() | traces.current_ids())
         for name in vars(record).keys() - self.reserved_attrs:
-            self._add_extra(log_data, name, getattr(record, name))
+            extra = getattr(record, name)
+            several = isinstance(extra, list | tuple)
+            values = [scrub(one) if isinstance(one, str) else one for one in (extra if several else [extra])]
+            if name in FIELDS and all(type(one) in _NUMBERS.get(FIELDS[name], (str,)) for one in values):
+                log_data[name] = values if several else values[0]
+            elif extra is not None:
+                log_data.setdefault("undeclared", []).append(scrub(name))
         log_data.update(self.static_fields, logger=record.name, pid=os.getpid())
         if record.exc_info and (error := record.exc_info[1]) is not None:
             name = f"{type(error).__module__}.{type(error).__qualname__}"
             log_data["exceptionType"] = name.removeprefix("builtins.")
             log_data["exceptionMessage"] = scrub(str(TracebackException.from_exception(error)))  # also if it has none
             log_data["stack"] = message_dict["exc_info"]
-
-    def _add_extra(self, log_data: dict[str, Any], name: str, value: Any) -> None:
-        kind = FIELDS.get(name, "")
-        values = value if isinstance(value, list | tuple) else [value]
-        if kind in ("keyword", "text") and all(isinstance(one, str) for one in values):
-            log_data[name] = scrub(value) if isinstance(value, str) else [scrub(one) for one in values]
-        elif type(value) in _NUMBERS.get(kind, ()):
-            log_data[name] = value
-        elif value is not None:
-            log_data.setdefault("undeclared", []).append(scrub(name))
-
-    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the fields that are empty, but for the trace id."""
-        return {name: value for name, value in log_data.items() if value is not None or name == "traceId"}
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Format the stack as Python prints it: lines of code as they are, messages redacted."""
@@ -98,7 +90,7 @@ class JsonLineFormatter(MsgspecFormatter):
 
 
 class LineHandler(QueueHandler):
-    """Puts records into a queue, from which a LineWriter takes them."""
+    """Puts records into a queue, from which a thread of its own takes them to write them."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__(SimpleQueue())
@@ -108,12 +100,13 @@ class LineHandler(QueueHandler):
     def start(self) -> None:
         """Begin with an empty queue and a new thread; threads do not survive a fork."""
         self.queue: SimpleQueue[Any] = SimpleQueue()  # reentrant: a garbage collection may log while a line is put
-        LineWriter(self.queue, self).start()
+        threading.Thread(target=self._write_lines, daemon=True).start()
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if self.queue.qsize() >= CAPACITY:
-            raise Full
-        self.queue.put(record)
+        if self.queue.qsize() < CAPACITY:
+            self.queue.put(record)
+        else:
+            metrics.LINES_DROPPED.inc()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Keep what may change until the record is formatted: the arguments and the context."""
@@ -122,11 +115,8 @@ class LineHandler(QueueHandler):
         return record
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Count a line that finds the queue full; of one that cannot be formatted, log the place."""
-        if isinstance(sys.exc_info()[1], Full):
-            metrics.LINES_DROPPED.inc()
-        else:  # logging's own prints the record with all its arguments
-            logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
+        """Log the place of a line that cannot be formatted; logging's own prints the record with all its arguments."""
+        logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
 
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""
@@ -135,30 +125,25 @@ class LineHandler(QueueHandler):
         if not written.wait(FLUSH_SECONDS):
             metrics.LINES_DROPPED.inc(self.queue.qsize())
 
-
-class LineWriter(QueueListener):
-    """Formats records and writes them to stdout, in a thread: all at once, as each write lets a request wait."""
-
-    queue: SimpleQueue[Any]
-
-    def handle(self, first: Any) -> None:
-        """Write this line and those that come within GATHER_SECONDS; an Event among them is set afterwards."""
-        time.sleep(GATHER_SECONDS)
-        queued = [first, *(self.queue.get() for _ in range(self.queue.qsize()))]
-        records = [one for one in queued if isinstance(one, logging.LogRecord)]
-        try:
-            _write("".join(map(self._line, records)).encode())
-        except OSError:  # nobody reads any more
-            metrics.LINES_DROPPED.inc(len(records))
-        for event in [one for one in queued if isinstance(one, threading.Event)]:
-            event.set()
+    def _write_lines(self) -> None:
+        """Write what comes within GATHER_SECONDS at once, as each write lets a request wait; set events afterwards."""
+        while True:
+            first = self.queue.get()
+            time.sleep(GATHER_SECONDS)
+            queued = [first, *(self.queue.get() for _ in range(self.queue.qsize()))]
+            records = [one for one in queued if isinstance(one, logging.LogRecord)]
+            try:
+                _write("".join(map(self._line, records)).encode())
+            except OSError:  # nobody reads any more
+                metrics.LINES_DROPPED.inc(len(records))
+            for event in [one for one in queued if isinstance(one, threading.Event)]:
+                event.set()
 
     def _line(self, record: logging.LogRecord) -> str:
-        (handler,) = self.handlers
         try:
-            return f"{handler.format(record)}\n"
+            return f"{self.format(record)}\n"
         except Exception:  # noqa: BLE001  the thread must go on
-            handler.handleError(record)
+            self.handleError(record)
             return ""
 
 

@@ -86,14 +86,16 @@ class RequestSpan:
         self.trace_id = trace.format_trace_id(self._span.get_span_context().trace_id)
         self._token = attach(trace.set_span_in_context(self._span, Context()))
 
-    def set_route(self, route: str) -> None:
-        """Name the template of the path."""
-        self._span.update_name(f"{self._verb} {route}")
-        self._span.set_attribute("http.route", route)
+    def end(self, status: int, route: str | None = None) -> None:
+        """End it; the span before it is current again.
 
-    def end(self, status: int) -> None:
-        """End it with the HTTP status of the response; the span before it is current again."""
+        :param status: that of the response.
+        :param route: the template of the path.
+        """
         detach(self._token)
+        if route:
+            self._span.update_name(f"{self._verb} {route}")
+            self._span.set_attribute("http.route", route)
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
             self._span.set_attribute("error.type", str(status))
@@ -108,7 +110,7 @@ def _caller(headers: Headers) -> SpanContext:
 
 
 def _new_ids(caller: SpanContext) -> SpanContext:
-    trace_id, flags = random.getrandbits(128) or 1, TraceFlags.SAMPLED
-    if caller.is_valid:
-        trace_id, flags = caller.trace_id, caller.trace_flags & (TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)
-    return SpanContext(trace_id, random.getrandbits(64) or 1, False, TraceFlags(flags), caller.trace_state)
+    defined = TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID
+    flags = TraceFlags(caller.trace_flags & defined if caller.is_valid else TraceFlags.SAMPLED)
+    trace_id = caller.trace_id or random.getrandbits(128)
+    return SpanContext(trace_id, random.getrandbits(64), False, flags, caller.trace_state)
