@@ -42,9 +42,15 @@ def _observe(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response:
         start_response(status_line, [*headers, ("X-Trace-Id", span.trace_id)], *exc_info)
         return body
     finally:
-        route = logs.request_fields.get().get("route")
-        _count(method, route, status, environ.get(CODE), time.perf_counter() - began)
+        seconds, route = time.perf_counter() - began, logs.request_fields.get().get("route")
+        code = environ.get(CODE) or (200 if status < 400 else status)
+        logs.bind(status=status, code=code, durationMs=round(seconds * 1000, 2))
+        is_error = status >= 500 and route != "/readyz"  # whose reasons are logged by themselves
+        logger.log(logging.ERROR if is_error else logging.INFO, "request")
         logs.request_fields.reset(token)  # the thread goes on to serve others
+        metrics.REQUESTS.labels(route or "unmatched", method, status, code).inc()
+        metrics.REQUEST_SECONDS.labels(route or "unmatched", method).observe(seconds)
+        metrics.REQUESTS_IN_FLIGHT.dec()
         span.end(status, route)
 
 
@@ -60,13 +66,3 @@ def _run(app: Flask, wsgi_app: Any, environ: dict[str, Any]) -> tuple[Any, ...]:
         if not started:
             raise
     return body, *started[-1]
-
-
-def _count(method: str, route: str | None, status: int, code: int | None, seconds: float) -> None:
-    code = code or (200 if status < 400 else status)
-    is_error = status >= 500 and route != "/readyz"  # whose reasons are logged by themselves
-    logs.bind(status=status, code=code, durationMs=round(seconds * 1000, 2))
-    logger.log(logging.ERROR if is_error else logging.INFO, "request")
-    metrics.REQUESTS.labels(route or "unmatched", method, status, code).inc()
-    metrics.REQUEST_SECONDS.labels(route or "unmatched", method).observe(seconds)
-    metrics.REQUESTS_IN_FLIGHT.dec()

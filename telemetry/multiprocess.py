@@ -23,8 +23,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
-SPARE_BYTES = 1 << 14
-"""More than the numbers that all threads place at one moment take, with their labels."""
 
 _in_file = values.MultiProcessValue()
 _waiting: list[tuple[Any, ...]] = []
@@ -44,8 +42,9 @@ def _place(value: Any, args: tuple[str, ...], kwargs: dict[str, str]) -> None:
         kind = f"gauge_{kwargs['multiprocess_mode']}" if args[0] == "gauge" else args[0]
         with open(f"{os.environ[MULTIPROC_DIR]}/{kind}_{os.getpid()}.db", "ab+") as file:
             used = int.from_bytes(os.pread(file.fileno(), 4, 0), sys.byteorder)
+            # prometheus_client doubles a full file; 16 KiB is more than all threads place at one moment.
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, 2 * used + SPARE_BYTES)  # prometheus_client doubles a full file
+                os.posix_fallocate(file.fileno(), 0, 2 * used + 16384)
         placed = _in_file(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  whatever it is, it must not fail a request
         _waiting.append((value, args, kwargs))
