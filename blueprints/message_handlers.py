@@ -100,5 +100,4 @@ def _erase(message: Fields, names: Sequence[str], *, all_data: bool = False) -> 
     database.session.execute(responses)
     for name in names:
         setattr(user, name, None)
-    erased = {"userId": user.id, "columns": names}
-    database.after_commit(partial(logger.info, "personal data erased", extra=erased))
+    database.after_commit(partial(logger.info, "personal data erased", extra={"userId": user.id, "columns": names}))
