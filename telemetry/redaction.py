@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "…"
 TEXT_CHARACTERS = 4000
@@ -52,7 +52,6 @@ def hide_settings(config: Mapping[str, Any]) -> None:
             url = urlsplit(value)
             _hosts.add(url.hostname or "")
             _secrets.update(filter(None, (url.password, unquote(url.password or ""))))
-            _secrets.update(secret for key, secret in parse_qsl(url.query) if _SECRET_NAME.search(key))
     _secrets.update([quote(secret) for secret in _secrets])
     _scrub.cache_clear()
 

@@ -119,9 +119,6 @@ def test_urls_of_the_settings_hide_their_passwords_and_show_their_hosts() -> Non
     redaction.hide_settings({"REDIS_URL": f"redis://:p%40ss-of-redis@{host}:6379/0"})
     assert scrub(f"Error 111 connecting to {host}:6379.") == f"Error 111 connecting to {host}:6379."
     assert scrub("it is p@ss-of-redis or p%40ss-of-redis!") == f"it is {HIDDEN} or {HIDDEN}!"
-    assert scrub("it is the other one!") == "it is the other one!"
-    redaction.hide_settings({"DATABASE_URL": "mysql://host/name?charset=utf8mb4&password=the+other+one"})
-    assert scrub("it is the other one, in utf8mb4!") == f"it is {HIDDEN}, in utf8mb4!"
 
 
 @pytest.mark.usefixtures("other_settings")
