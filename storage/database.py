@@ -33,7 +33,6 @@ _WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
 _QUOTED = re.compile(r"'.*'( for (?:key|column) '[^']*'(?: at row \d+)?)\Z|'.*'", re.DOTALL)
 _QUOTES_NAMES_ALONE = {1048, 1054, 1146, 1264, 1364, 1406}
 _NAMES = {name for table in Base.metadata.sorted_tables for name in (table.name, *table.columns.keys())}
-_NAMES |= {"field list", "where clause", "order clause", "SELECT", "WHERE", "ORDER BY"}  # of MySQL, of MariaDB
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
@@ -91,8 +90,8 @@ def _handle_error(context: ExceptionContext) -> None:
 
 
 def _hide_other_names(text: str) -> str:
-    """Keep the names of our own tables and columns, as in `Unknown column 'users.phone' in 'field list'`."""
-    return re.sub(r"'(?:[^']*\.)?([^']*)'", lambda name: name[0] if name[1] in _NAMES else "'…'", text)
+    """Keep the names of our own tables, columns and clauses: `Unknown column 'users.phone' in 'field list'`."""
+    return re.sub(r"(?<! in )'(?:[^']*\.)?([^']*)'", lambda name: name[0] if name[1] in _NAMES else "'…'", text)
 
 
 def init_app(app: Flask) -> None:

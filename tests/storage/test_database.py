@@ -322,6 +322,13 @@ def test_errors_of_the_server_name_our_tables_and_columns_alone(databases: Datab
     assert re.fullmatch(r"""\(1054, "Unknown column 'users\.openid' in '(SELECT|field list)'"\)""", unknown)
     unknown = message("SELECT id FROM users WHERE openid = 'x'")
     assert re.fullmatch(r"""\(1054, "Unknown column 'openid' in '(WHERE|where clause)'"\)""", unknown)
+    for statement in (
+        "INSERT INTO users (openid) VALUES (1)",
+        "UPDATE users SET openid = 1",
+        "SELECT 1 FROM users JOIN users AS u ON users.openid = 1",
+        "SELECT 1 FROM users GROUP BY openid",
+    ):
+        assert re.fullmatch(r"""\(1054, "Unknown column '(users\.)?openid' in '[A-Za-z ]+'"\)""", message(statement))
     unknown = message("SELECT secret FROM users")
     assert re.fullmatch(r"""\(1054, "Unknown column '…' in '(SELECT|field list)'"\)""", unknown)
     too_long = message("INSERT INTO users (nickname) VALUES ('secret')")
