@@ -239,8 +239,10 @@ def listen(name: str, value: str, host: str = LOCALHOST) -> socket.socket:
         raise fail(f"{name}={value} is not a port number") from None
     except OSError as error:
         listener.close()
-        where = f"port {value}" if host == LOCALHOST else f"port {value} of HOST={host}"
-        raise fail(f"{where} cannot be used ({error.strerror}); set {name} to another port") from None
+        where, other = f"port {value}", "another port"
+        if host != LOCALHOST:
+            where, other = f"{where} of HOST={host}", f"{other}, or HOST to an address of this machine"
+        raise fail(f"{where} cannot be used ({error.strerror}); set {name} to {other}") from None
     return listener
 
 

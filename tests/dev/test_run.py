@@ -239,6 +239,7 @@ def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: 
         ({"PORT": everyday.port}, f"port {everyday.port} cannot be used"),
         ({**stores, "SIMULATOR_PORT": everyday.port}, "set SIMULATOR_PORT to another port"),
         *(({"PORT": port}, f"PORT={port} is not a port number") for port in ("-1", "70000", "80.5", "eighty")),
+        ({"HOST": "192.0.2.99"}, "or HOST to an address of this machine"),
         ({"LOG_FORMAT": "xml"}, "LOG_FORMAT=xml is neither text nor json"),
         (
             {**stores, "WECHAT_API_BASE_URL": "https://api.weixin.qq.com"},
