@@ -53,7 +53,7 @@ class Code(Enum):
     PRECONDITION_FAILED = 412, 412, "资源已被修改，请重新获取", "The resource has changed: read it again"
     PAYLOAD_TOO_LARGE = 413, 413, "请求体过大", "The request body is too large"
     UNSUPPORTED_MEDIA_TYPE = 415, 415, "Content-Type 必须是 application/json", "Content-Type must be application/json"
-    PRECONDITION_REQUIRED = 428, 428, "缺少 If-Match 请求头：请填 version", "If-Match is required: send the version"
+    PRECONDITION_REQUIRED = 428, 428, "没有有效的 If-Match 请求头：请填 version", "No valid If-Match: send the version"
     TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
     WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Code invalid or expired: call wx.login"
     WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code already used: call wx.login again"
