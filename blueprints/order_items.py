@@ -45,7 +45,7 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
     """Add an item to a pending order"""
-    order = load_order(order_id, lock=True)
+    order = load_order(order_id)
     require_pending(order)
     if len(order.items) >= MAXIMUM_ITEMS:
         raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))

@@ -6,7 +6,7 @@ A shop puts its price list into `price_of`; a payment's callback calls `set_stat
 from collections.abc import Mapping
 from typing import Any
 
-from flask import url_for
+from flask import request, url_for
 from marshmallow import Schema, fields, validate
 from sqlalchemy.orm import joinedload
 
@@ -18,6 +18,7 @@ from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
 from storage import database
 from storage.models import Order, OrderItem
+from storage.sessions import SAFE_METHODS
 
 MAXIMUM_ITEMS = 100
 
@@ -195,15 +196,15 @@ def fill_item(item: OrderItem, body: Mapping[str, Any]) -> OrderItem:
     return item
 
 
-def load_order(order_id: int, *, lock: bool = False) -> Order:
-    """Load an order that the caller may see.
+def load_order(order_id: int) -> Order:
+    """Load an order that the caller may see; for a change locked, so that nobody else's outrun it.
 
-    :param lock: whether to keep others from changing it until the transaction ends.
     :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing.
     """
     me = current_user()
+    lock = request.method not in SAFE_METHODS or None
     # With its items in one statement: a second one might read those of the next version.
-    order = database.session.get(Order, order_id, options=[joinedload(Order.items)], with_for_update=lock or None)
+    order = database.session.get(Order, order_id, options=[joinedload(Order.items)], with_for_update=lock)
     if order is None or (order.user_id != me.id and me.role != "admin"):
         raise ApiError(Code.NOT_FOUND)
     return order

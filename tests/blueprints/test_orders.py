@@ -1,4 +1,5 @@
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -373,3 +374,18 @@ def test_a_transaction_that_always_loses_its_race_is_503(
     assert code_of(alice.post(ORDERS, ORDER)) == (503, 503)
     assert len(tries) == 5
     assert app.extensions["database"].pool.checkedout() == 0
+
+
+@pytest.mark.only_on("mariadb")  # SQLite has one writer at a time
+def test_a_buyer_who_writes_all_the_time_does_not_stop_a_shipment(
+    app: Flask, alice: Caller, admin: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "TRIES", 1)
+    order = alice.order()
+    with app.app_context(), ThreadPoolExecutor(1) as pool:
+        database.session.get_one(Order, order["id"], with_for_update=True).remark = "again"
+        database.session.flush()
+        paying = pool.submit(admin.call, "PUT", path_of(order), {"status": "paid"}, If_Match="*")
+        time.sleep(0.5)
+        database.session.commit()
+        assert data_of(paying.result())["status"] == "paid"
