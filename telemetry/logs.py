@@ -57,16 +57,12 @@ class JsonLineFormatter(MsgspecFormatter):
 
     def __init__(self, instance: str, version: str) -> None:
         super().__init__(static_fields={"instance": instance, "version": version})
+        self.reserved_attrs.add("context")
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-        log_data.update(
-            timestamp=datetime.fromtimestamp(record.created, UTC),
-            level=record.levelname,
-            service=SERVICE,
-            traceId=None,
-            message=scrub(record.message),
-        )
-        log_data.update(request_fields.get() | traces.current_ids())
+        log_data["timestamp"] = datetime.fromtimestamp(record.created, UTC)
+        log_data.update(level=record.levelname, service=SERVICE, traceId=None, message=scrub(record.message))
+        log_data.update(vars(record).get("context") or request_fields.get() | traces.current_ids())
         for name in vars(record).keys() - self.reserved_attrs:
             extra = getattr(record, name)
             several = isinstance(extra, list | tuple)
@@ -89,7 +85,7 @@ class JsonLineFormatter(MsgspecFormatter):
 
 
 class LineHandler(QueueHandler):
-    """Puts lines into a queue, from which a thread takes them and writes them to stdout."""
+    """Puts records into a queue, from which a thread of its own takes them to write them."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__(SimpleQueue())
@@ -101,14 +97,17 @@ class LineHandler(QueueHandler):
         self.queue: SimpleQueue[Any] = SimpleQueue()  # reentrant: a garbage collection may log while a line is put
         threading.Thread(target=self._write_lines, daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        return f"{self.format(record)}\n"
-
-    def enqueue(self, line: Any) -> None:
+    def enqueue(self, record: logging.LogRecord) -> None:
         if self.queue.qsize() < CAPACITY:
-            self.queue.put(line)
+            self.queue.put(record)
         else:
             metrics.LINES_DROPPED.inc()
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Keep what may change until the record is formatted: the arguments and the context."""
+        record.msg, record.args = record.getMessage(), ()
+        record.context = request_fields.get() | traces.current_ids()
+        return record
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Log the place of a line that cannot be formatted; logging's own prints the record with all its arguments."""
@@ -127,13 +126,20 @@ class LineHandler(QueueHandler):
             first = self.queue.get()
             time.sleep(GATHER_SECONDS)
             queued = [first, *(self.queue.get() for _ in range(self.queue.qsize()))]
-            lines = [one for one in queued if isinstance(one, str)]
+            records = [one for one in queued if isinstance(one, logging.LogRecord)]
             try:
-                _write("".join(lines).encode())
+                _write("".join(map(self._line, records)).encode())
             except OSError:  # nobody reads any more
-                metrics.LINES_DROPPED.inc(len(lines))
+                metrics.LINES_DROPPED.inc(len(records))
             for event in [one for one in queued if isinstance(one, threading.Event)]:
                 event.set()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return f"{self.format(record)}\n"
+        except Exception:  # noqa: BLE001  the thread must go on
+            self.handleError(record)
+            return ""
 
 
 def _write(lines: bytes) -> None:
