@@ -14,6 +14,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import insert
 
 from bench import environment
+from blueprints.lists import COUNT_LIMIT
 from service import create_app
 from storage import database, sessions
 from storage.identities import get_or_create_user
@@ -80,7 +81,7 @@ def main() -> None:
 def read(client: FlaskClient, token: str, query: str) -> None:
     answer = client.get(f"/api/v1/orders?page_size={PAGE_SIZE}&{query}", headers=bearer(token))
     page = answer.get_json()["data"]
-    if (len(page["items"]), page["total"]) != (PAGE_SIZE, ORDERS):
+    if (len(page["items"]), page["total"]) != (PAGE_SIZE, COUNT_LIMIT):
         raise RuntimeError(f"unexpected page: {answer.text[:200]}")
 
 
