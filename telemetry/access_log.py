@@ -45,8 +45,10 @@ def _observe(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response:
         seconds, route = time.perf_counter() - began, logs.request_fields.get().get("route")
         code = environ.get(CODE) or (200 if status < 400 else status)
         logs.bind(status=status, code=code, durationMs=round(seconds * 1000, 2))
-        is_error = status >= 500 and route != "/readyz"  # whose reasons are logged by themselves
-        logger.log(logging.ERROR if is_error else logging.INFO, "request")
+        # The reasons of /readyz are logged by themselves.
+        level = logging.ERROR if status >= 500 and route != "/readyz" else logging.INFO
+        if logger.isEnabledFor(level):  # not logger.log, which would look for the line of its caller
+            logger.handle(logging.LogRecord(logger.name, level, __file__, 0, "request", (), None))
         logs.request_fields.reset(token)  # the thread goes on to serve others
         metrics.REQUESTS.labels(route or "unmatched", method, status, code).inc()
         metrics.REQUEST_SECONDS.labels(route or "unmatched", method).observe(seconds)
