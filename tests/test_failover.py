@@ -78,40 +78,47 @@ def promote(replica: RedisServer) -> None:
         client.replicaof("NO", "ONE")
 
 
+@pytest.fixture
+def proxied(
+    start_service: Callable[..., Service], redis_pair: tuple[RedisServer, RedisServer]
+) -> Iterator[tuple[Service, Proxy]]:
+    """The service, and the proxy through which it reaches the primary."""
+    with Proxy(redis_pair[0].socket) as proxy:
+        yield start_service(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10"), proxy
+
+
 def test_a_redis_failover_costs_at_most_one_request_for_each_connection(
-    start_service: Callable[..., Service], simulator: Simulator, redis_pair: tuple[RedisServer, RedisServer]
+    proxied: tuple[Service, Proxy], simulator: Simulator, redis_pair: tuple[RedisServer, RedisServer]
 ) -> None:
+    service, proxy = proxied
     old, new = redis_pair
-    with Proxy(old.socket) as proxy:
-        service = start_service(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10")
-        with load(service, simulator) as more:
-            more(20)
-        promote(new)
-        proxy.target = new.socket
-        connections = proxy.accepted
-        # A worker that has written nothing since reads from the old one, which may lag behind.
-        failed: list[str] = []
-        with follow(old, new), load(service, simulator, failed) as more:
-            more(100)
-            assert {readiness(service) == READY for _ in range(20)} == {True}
-        assert len(failed) <= connections
-        assert [body for body in failed if '"code":401' not in body] == []
-        assert proxy.accepted > connections
+    with load(service, simulator) as more:
+        more(20)
+    promote(new)
+    proxy.target = new.socket
+    connections = proxy.accepted
+    # A worker that has written nothing since reads from the old one, which may lag behind.
+    failed: list[str] = []
+    with follow(old, new), load(service, simulator, failed) as more:
+        more(100)
+        assert {readiness(service) == READY for _ in range(20)} == {True}
+    assert len(failed) <= connections
+    assert [body for body in failed if '"code":401' not in body] == []
+    assert proxy.accepted > connections
 
 
 def test_readiness_is_503_while_the_address_leads_to_a_replica_and_200_after_that(
-    start_service: Callable[..., Service], simulator: Simulator, redis_pair: tuple[RedisServer, RedisServer]
+    proxied: tuple[Service, Proxy], simulator: Simulator, redis_pair: tuple[RedisServer, RedisServer]
 ) -> None:
+    service, proxy = proxied
     old, new = redis_pair
-    with Proxy(old.socket) as proxy:
-        service = start_service(REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0?socket_timeout=10")
+    assert {readiness(service) == READY for _ in range(10)} == {True}
+    promote(new)
+    with follow(old, new):
+        assert {readiness(service)[0] for _ in range(10)} == {503}
+        proxy.target = new.socket
         assert {readiness(service) == READY for _ in range(10)} == {True}
-        promote(new)
-        with follow(old, new):
-            assert {readiness(service)[0] for _ in range(10)} == {503}
-            proxy.target = new.socket
-            assert {readiness(service) == READY for _ in range(10)} == {True}
-            assert service.log_in(simulator)
+        assert service.log_in(simulator)
 
 
 @pytest.fixture
