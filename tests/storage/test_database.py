@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -359,6 +360,24 @@ def test_an_error_after_a_failover_replaces_the_connections(databases: Databases
         connection.execute(signal_error(number))
     assert failures.kind(caught.value) in ("Read-only.", "Out of service.")
     assert len(before | connection_ids()) == 4
+    engine.dispose()
+
+
+@pytest.mark.only_on("mariadb")
+def test_a_connection_is_replaced_after_a_minute_as_its_name_may_lead_elsewhere_now(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = database.engine_for(databases.create())
+
+    def connection_id() -> int | None:
+        with engine.connect() as connection:
+            return connection.scalar(text("SELECT connection_id()"))
+
+    first = connection_id()
+    assert connection_id() == first
+    began = time.time()
+    monkeypatch.setattr(time, "time", lambda: began + 61)
+    assert connection_id() != first
     engine.dispose()
 
 
