@@ -1,23 +1,75 @@
-"""Work in other threads, bounded and with the trace id of its request: after the response, or in parallel."""
+"""How long a request may wait, and bounded work beside it, with its trace id: after the response, or in parallel."""
 
 import logging
+import math
+import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any, cast
 
+import gevent
 from flask import Flask, current_app
 from werkzeug.local import LocalProxy
 
-from errors import ApiError, Code
+from errors import ApiError, Code, handle_http_exception
 from telemetry import metrics, traces
 
 logger = logging.getLogger(__name__)
 
 THREADS = 8
 BACKLOG = 1000
+
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""Seconds, such as 1.5, after which the caller gives up."""
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+
+
+def seconds_left(at_most: float) -> float:
+    """Return how long a wait may take: so many seconds, or less if the request ends before.
+
+    :raises ApiError: UNAVAILABLE if it has ended.
+    """
+    left = _deadline.get() - time.monotonic()
+    if left <= 0:
+        raise ApiError(Code.UNAVAILABLE)
+    return min(at_most, left)
+
+
+def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    """Serve a request; respond with 503 if that takes longer than it may, and give up whatever it waits for.
+
+    It has a greenlet of its own, which may still need to clean up when the response is due.
+    """
+    seconds: float = app.config["REQUEST_SECONDS"]
+    asked = environ.get("HTTP_X_REQUEST_TIMEOUT", "")
+    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", asked):
+        seconds = min(seconds, float(asked))
+    context = copy_context()
+    context.run(_deadline.set, time.monotonic() + seconds)
+    work = gevent.spawn(context.run, _outcome, wsgi_app, environ, start_response)
+    work.join(seconds)
+    if work.ready():
+        if isinstance(work.value, Exception):
+            raise work.value
+        return work.value
+    work.kill(block=False)
+    metrics.DEADLINES_MISSED.inc()
+    with app.request_context(environ):
+        return handle_http_exception(ApiError(Code.UNAVAILABLE))(environ, start_response)
+
+
+def _outcome(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:  # noqa: BLE001  gevent would print it
+        return error
 
 
 class Background:
@@ -119,5 +171,6 @@ fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
 
 
 def init_app(app: Flask) -> None:
+    app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]
     app.extensions["background"] = Background(app, THREADS, BACKLOG)
     app.extensions["fan_out"] = FanOut(app, THREADS)

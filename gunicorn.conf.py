@@ -3,9 +3,16 @@
 The master imports nothing of ours: what it has imported, reloaded workers inherit, and a patch would not be read.
 """
 
+# Before anything that could wait: whatever waits lets other requests of its process go on.
+from gevent import monkey
+
+monkey.patch_all()
+
+import errno
 import fcntl
 import logging
 import os
+import resource
 import runpy
 import secrets
 import select
@@ -15,13 +22,14 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import gevent.socket
 from gunicorn.errors import HaltServer
 from gunicorn.http.errors import LimitRequestHeaders, ParseException
 from gunicorn.util import close_graceful
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.ggevent import GeventWorker
 from pythonjsonlogger.msgspec import MsgspecFormatter
 
 # Refuse to start, here and once, if the environment lacks anything.
@@ -36,25 +44,73 @@ bind = f"[{host}]:{settings['PORT']}" if ":" in host else f"{host}:{settings['PO
 # At least two processes, so that one that dies or reloads leaves another that serves.
 workers = settings["WEB_CONCURRENCY"]
 
-# Requests wait for WeChat, Redis and the database, not for the CPU; threads wait cheaply. They also wait for clients
-# that send slowly, and without a limit: a proxy that buffers requests belongs in front.
-threads = settings["WEB_THREADS"]
+# Each request has a greenlet: one that waits for WeChat, Redis, the database or a slow client costs some 20 KB.
+worker_connections = settings["WEB_CONNECTIONS"]
+# Each needs a descriptor, and so may each call of WeChat.
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 
-class Worker(ThreadWorker):
-    """gthread that lets a client read its response before the connection is closed (RFC 9112, section 9.6).
+class Client(gevent.socket.socket):
+    """A connection whose client has HEAD_SECONDS for a head, from its first byte, and BODY_SECONDS for the rest.
 
-    gunicorn's own reads on in its main thread, which serves nobody for up to 2 s, and 64 KiB at most. This one does so
-    in the thread of the request, and 16 MiB.
+    A response leaves in as few parts as it has; the client takes each within BODY_SECONDS.
     """
 
-    def handle(self, conn):  # type: ignore[no-untyped-def]
-        kept = super().handle(conn)
-        if not kept:
-            with suppress(OSError):  # the client has gone
-                close_graceful(conn.sock.dup(), max_drain=16 * 1024 * 1024)
-                conn.sock.shutdown(socket.SHUT_RD)  # and so gunicorn has nothing left to wait for
-        return kept
+    ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
+    held = b""
+
+    def recv(self, *args):  # type: ignore[no-untyped-def]
+        self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
+        try:
+            data = super().recv(*args)
+        except TimeoutError:
+            return b""
+        self.ends_at = self.ends_at or time.monotonic() + settings["HEAD_SECONDS"]
+        return data
+
+    def sendall(self, data, *args):  # type: ignore[no-untyped-def]
+        data = self.held + data
+        self.held = data if not self.held and data.startswith(b"HTTP/") else b""  # the body follows
+        if not self.held:
+            self.settimeout(settings["BODY_SECONDS"])
+            try:
+                super().sendall(data, *args)
+            except TimeoutError:
+                raise BrokenPipeError(errno.EPIPE, "nobody reads") from None
+
+    def close(self):  # type: ignore[no-untyped-def]
+        # Only when the client has read the response, or does not (RFC 9112, section 9.6).
+        if self.fileno() >= 0:
+            self.sendall(b"")
+            close_graceful(gevent.socket.socket(fileno=self.detach()), max_drain=16 * 1024 * 1024)
+
+
+class Worker(GeventWorker):
+    """gunicorn's gevent worker, with clients that have to keep to a time."""
+
+    clients: set[Client] = set()  # noqa: RUF012  of this process
+
+    def timeout_ctx(self):  # type: ignore[no-untyped-def]
+        return nullcontext()  # a Client has its own
+
+    def handle(self, listener, client, addr):  # type: ignore[no-untyped-def]
+        client = Client(fileno=client.detach())
+        self.clients.add(client)
+        super().handle(listener, client, addr)
+        self.clients.remove(client)
+
+    def handle_request(self, listener_name, req, sock, addr):  # type: ignore[no-untyped-def]
+        sock.ends_at = time.monotonic() + settings["BODY_SECONDS"]
+        super().handle_request(listener_name, req, sock, addr)
+        sock.sendall(b"")  # a response without a body
+        sock.ends_at = 0.0
+
+    def notify(self):  # type: ignore[no-untyped-def]
+        super().notify()
+        for client in () if self.alive else self.clients:
+            if not client.ends_at:
+                with suppress(OSError):
+                    client.shutdown(socket.SHUT_RD)  # gunicorn would wait for the next request until graceful_timeout
 
     def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
         # What gunicorn refuses it quotes, however long it is.

@@ -146,7 +146,13 @@ class Settings(Schema):
     HOST = fields.IP(load_default="0.0.0.0", metadata={"help": "The IP address to listen on; :: for IPv6 too."})  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
-    WEB_THREADS = _integer(16, 1, 256, "Threads per worker, 1 to 256: the requests that one process serves at once.")
+    WEB_CONNECTIONS = _integer(5000, 100, 100_000, "Client connections that a worker holds at once, 100 or more.")
+    DATABASE_CONNECTIONS = _integer(16, 1, 256, "Database connections of a worker, 1 to 256.")
+    REQUEST_SECONDS = _integer(
+        10, 1, 300, "Seconds that a request may take; callers may ask for less: X-Request-Timeout."
+    )
+    HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")
+    BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
     DRAIN_SECONDS = _integer(
         3, 0, 12, "Seconds for which a stopping service still serves while /readyz is 503, 0 to 12."
     )

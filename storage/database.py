@@ -2,9 +2,11 @@
 
 import errno
 import os
+import random
 import re
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -13,11 +15,12 @@ from flask import Flask, current_app, g
 from sqlalchemy import ColumnElement, Engine, and_, create_engine, event, false, make_url, or_, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.local import LocalProxy
 
+from concurrency import seconds_left
 from errors import ApiError, Code
 from storage import failures, sessions
 from storage.models import Base, User
@@ -62,15 +65,17 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
     )
     event.listen(engine, "handle_error", _handle_error)
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "connect", partial(_prepare_sqlite, wait=seconds is None))
     return engine
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object, *, wait: bool) -> None:
     connection.execute("PRAGMA busy_timeout = 3000")
     connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
     connection.execute("PRAGMA synchronous = NORMAL")  # safe with the write-ahead log, and saves a sync per commit
     connection.execute("PRAGMA foreign_keys = ON")
+    if not wait:  # SQLite's own wait would hold all requests of the process
+        connection.execute("PRAGMA busy_timeout = 0")
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -96,7 +101,7 @@ def _hide_other_names(text: str) -> str:
 
 def init_app(app: Flask) -> None:
     app.extensions["database"] = engine_for(
-        app.config["DATABASE_URL"], pool_size=app.config["WEB_THREADS"], seconds=STATEMENT_SECONDS
+        app.config["DATABASE_URL"], pool_size=app.config["DATABASE_CONNECTIONS"], seconds=STATEMENT_SECONDS
     )
     app.teardown_appcontext(_close)
 
@@ -161,7 +166,7 @@ def in_transaction(work: Callable[[], T]) -> T:
             with session.begin():
                 if session.get_bind().dialect.name == "sqlite":
                     # Makes writers wait for each other here, instead of failing when they write after a read.
-                    session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                    _begin_immediate()
                 if "user_id" in g:
                     # Referenced until the end: the work reads the user again without a statement.
                     me = session.get(User, g.user_id, with_for_update=True)
@@ -176,6 +181,18 @@ def in_transaction(work: Callable[[], T]) -> T:
                 function()
             return result
     raise AssertionError("unreachable")
+
+
+def _begin_immediate() -> None:
+    ends = time.monotonic() + seconds_left(STATEMENT_SECONDS)
+    while True:
+        try:
+            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            return
+        except OperationalError as error:
+            if "SQLITE_BUSY" not in failures.codes(error.orig) or time.monotonic() > ends:
+                raise
+        time.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
 
 def after_commit(function: Callable[[], object]) -> None:

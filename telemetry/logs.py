@@ -45,7 +45,7 @@ _NUMBERS: dict[str, tuple[type, ...]] = {"long": (int,), "float": (int, float), 
 
 def bind(**fields: Any) -> None:
     """Add fields, such as the user, to all further lines of this request and of the work that it begins."""
-    request_fields.set(request_fields.get() | fields)
+    request_fields.get().update(fields)
 
 
 class JsonLineFormatter(MsgspecFormatter):

@@ -28,6 +28,7 @@ _seconds = partial(Histogram, namespace="kuaishang", registry=REGISTRY, buckets=
 REQUESTS = _counter("http_requests", "Requests served.", ("route", "method", "status", "code"))
 REQUEST_SECONDS = _seconds("http_request_duration_seconds", "Without the wait for a thread.", ("route", "method"))
 REQUESTS_IN_FLIGHT = _sum("http_requests_in_flight", "Requests being served.")
+DEADLINES_MISSED = _counter("http_deadlines_missed", "Requests that were given up because their time was over.")
 # errcode: WeChat's number, or timeout, unreachable or invalid; outcome caller: their code or data was rejected.
 WECHAT_CALLS = _counter("wechat_calls", "Each try; ok, caller or failure.", ("interface", "errcode", "outcome"))
 WECHAT_SECONDS = _seconds("wechat_call_duration_seconds", "Duration of a call of WeChat, each try.", ("interface",))

@@ -15,8 +15,13 @@ MAY_IMPORT = {
     "errors": set(),
     "concurrency": {"errors", "telemetry"},
     "telemetry": set(),
-    "storage": {"errors", "settings", "telemetry"},  # settings for the migrations, which run by themselves
-    "wechat": {"errors", "telemetry"},
+    "storage": {
+        "concurrency",
+        "errors",
+        "settings",
+        "telemetry",
+    },  # settings for the migrations, which run by themselves
+    "wechat": {"concurrency", "errors", "telemetry"},
     "blueprints": {"concurrency", "errors", "storage", "telemetry", "wechat"},
     "service": {"blueprints", "concurrency", "errors", "settings", "storage", "telemetry", "wechat"},
     "wsgi": {"service"},

@@ -53,7 +53,7 @@ def configured_push() -> MessagePush:
 def init_app(app: Flask) -> None:
     config = app.config
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
-    transport = Transport(config["WECHAT_API_BASE_URL"], connections=config["WEB_THREADS"])
+    transport = Transport(config["WECHAT_API_BASE_URL"], connections=100)
     access_token = AccessToken(transport, app.extensions["redis"], app.extensions["single_flight"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
