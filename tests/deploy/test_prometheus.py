@@ -65,6 +65,7 @@ def series() -> dict[str, set[str]]:
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
                 more = {"le"} if suffix == "_bucket" else set()
+                more |= {"pid"} if getattr(metric, "_multiprocess_mode", "") == "liveall" else set()
                 there[metric._name + suffix] = {*metric._labelnames, *more, *OF_PROMETHEUS}
     return there | {
         rule["record"]: set(rule["record"].partition(":")[0].split("_")) for rule in RULES if "record" in rule
