@@ -7,13 +7,13 @@ INSTALLED := $(VENV)/installed
 # nothing.)
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile
 
-export HOST PORT SIMULATOR_PORT LOG_FORMAT
+export HOST PORT SIMULATOR_PORT LOG_FORMAT PEERS PEERS_PYTHON
 # Taken literally, so that neither make nor the shell interprets pasted text.
 override ID := $(value ID)
 override LOGS := $(value LOGS)
 export ID LOGS
 
-.PHONY: help run trace test lint format requirements openapi clean
+.PHONY: help run trace test bench lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 	  $(PYTEST) --database=mariadb $(ARGS) || [ $$? = 5 ] || failed=1; \
 	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
 	exit $$failed
+
+bench: $(INSTALLED) ## what each kind of request costs, beside a constant response (PEERS=folder adds others, ARGS=--rounds=1)
+	$(VENV)/bin/python -m bench.speed $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(VENV)/bin/ruff check .

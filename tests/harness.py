@@ -96,8 +96,9 @@ class Process:
         root: Path = ROOT,
         last_signal: signal.Signals = signal.SIGKILL,
         within: Sequence[str] = (),
+        python: str = sys.executable,
     ) -> None:
-        words = [*bound_to_this_process(last_signal), *within, sys.executable, "-m", *command]
+        words = [*bound_to_this_process(last_signal), *within, python, "-m", *command]
         with output.open("ab") as stdout, output.with_suffix(".errors").open("ab") as stderr:
             self.popen = subprocess.Popen(words, cwd=root, env=env, stdout=stdout, stderr=stderr)
 
