@@ -2,7 +2,7 @@
 
 import base64
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
@@ -41,8 +41,8 @@ def _keys(value: str) -> list[bytes]:
     return keys
 
 
-def _required(text: str, check: Callable[[str], Any] | None = None) -> fields.String:
-    return fields.String(required=True, validate=check, metadata={"help": text})
+def _required(text: str, check: validate.Regexp | None = None, **more: Any) -> fields.String:
+    return fields.String(required=True, validate=check, metadata={"help": text}, **more)
 
 
 def _site(default: str, text: str) -> fields.Url:
@@ -55,8 +55,8 @@ def _matches(pattern: str) -> validate.Regexp:
     return validate.Regexp(rf"(?:{pattern})\Z", error="Malformed.")  # the help text says what is right
 
 
-def _optional(text: str, pattern: str = ".*") -> fields.String:
-    return fields.String(load_default="", validate=_matches(pattern), metadata={"help": text})
+def _optional(text: str, pattern: str = ".*", default: str = "") -> fields.String:
+    return fields.String(load_default=default, validate=_matches(pattern), metadata={"help": text})
 
 
 def _switch(text: str) -> fields.Boolean:
@@ -77,18 +77,15 @@ class Settings(Schema):
     WECHAT_APP_SECRET = _required("The mini-program's app secret, from the same page.")
     WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Base URL of WeChat's server API.")
     WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Base URL of WeChat's web login pages.")
-    WECHAT_ACCOUNT_APP_ID = _optional(
-        "The official account's app id, for login in WeChat; default: the mini-program's."
-    )
+    WECHAT_ACCOUNT_APP_ID = _optional("The official account's app id for login in WeChat; default: the mini-program's.")
     WECHAT_ACCOUNT_APP_SECRET = _optional("Its app secret.")
-    WECHAT_WEBSITE_APP_ID = _optional("The website's app id, for login by QR code; default: the mini-program's.")
+    WECHAT_WEBSITE_APP_ID = _optional("The website's app id for login by QR code; default: the mini-program's.")
     WECHAT_WEBSITE_APP_SECRET = _optional("Its app secret.")
     WECHAT_PUSH_TOKEN = _optional(
-        "Token of the message push at mp.weixin.qq.com, 3 to 32 letters and digits; without it no message is accepted.",
-        "[A-Za-z0-9]{3,32}",
+        "Token of the message push, 3 to 32 letters and digits; without it no message is accepted.", "[A-Za-z0-9]{3,32}"
     )
     WECHAT_PUSH_AES_KEY = _optional(
-        "EncodingAESKey of the message push, 43 letters and digits: with it messages must be encrypted, else plain.",
+        "EncodingAESKey, 43 letters and digits: with it pushed messages must be encrypted, else plain.",
         "[A-Za-z0-9]{43}",
     )
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
@@ -116,10 +113,8 @@ class Settings(Schema):
         "Signing key, 32 random characters or more: openssl rand -base64 32",
         _matches(r"(?!(.+)\1+\Z).{32,}"),  # no repetition
     )
-    ENCRYPTION_KEYS = fields.String(
-        required=True,
-        post_load=_keys,
-        metadata={"help": "Comma-separated keys for data at rest, the first encrypts; each: openssl rand -base64 32"},
+    ENCRYPTION_KEYS = _required(
+        "Comma-separated keys for data at rest, the first encrypts; each: openssl rand -base64 32", post_load=_keys
     )
     ADMIN_OPENIDS = _optional(
         "Comma-separated mini-program openids: their users are administrators from login on, while they are named.",
@@ -127,33 +122,23 @@ class Settings(Schema):
     )
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _integer(
-        86400, 60, YEAR_SECONDS, "Seconds after which a session ends even if it is used, 60 or more."
+        86400, 60, YEAR_SECONDS, "Seconds after which a session ends anyhow, 60 or more."
     )
     HOST = fields.IP(load_default="0.0.0.0", metadata={"help": "The IP address to listen on; :: for IPv6 too."})  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
     WEB_CONNECTIONS = _integer(5000, 100, 100_000, "Client connections that a worker holds at once, 100 or more.")
     DATABASE_CONNECTIONS = _integer(16, 1, 256, "Database connections of a worker, 1 to 256.")
-    REQUEST_SECONDS = _integer(
-        10, 1, 300, "Seconds that a request may take; callers may ask for less: X-Request-Timeout."
-    )
+    REQUEST_SECONDS = _integer(10, 1, 300, "Seconds that a request may take; X-Request-Timeout may ask for less.")
     HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")
     BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
-    DRAIN_SECONDS = _integer(
-        3, 0, 12, "Seconds for which a stopping service still serves while /readyz is 503, 0 to 12."
-    )
+    DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
     METRICS_TOKEN = _optional(
-        "Bearer token Prometheus must send to /metrics, 16 ASCII characters or more; without it /metrics is 404.",
-        "[!-~]{16,}",
+        "Bearer token Prometheus must send to /metrics, 16 ASCII characters or more; without it 404.", "[!-~]{16,}"
     )
-    OTEL_EXPORTER_OTLP_ENDPOINT = _site(
-        "",
-        "Collector for traces, such as http://collector:4318; OTEL_ variables of samplers, batches and headers apply.",
-    )
-    LOG_LEVEL = fields.String(
-        load_default="INFO",
-        validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"]),
-        metadata={"help": "Minimum log level: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO."},
+    OTEL_EXPORTER_OTLP_ENDPOINT = _site("", "Collector for traces: http://collector:4318; other OTEL_ variables apply.")
+    LOG_LEVEL = _optional(
+        "Minimum: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO.", "DEBUG|INFO|WARNING|ERROR", "INFO"
     )
 
     @validates_schema
@@ -179,20 +164,14 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
         given = {name: value.strip() for name, value in environ.items() if value.strip()}
         return Settings(only=only).load(given)  # type: ignore[no-any-return]
     except ValidationError as error:
-        raise SettingsError(_explain(error.normalized_messages())) from None
+        lines = ["The service cannot start: these settings are missing or malformed in its environment."]
+        for name, messages in error.normalized_messages().items():  # they say what is wrong, never the value
+            field = Settings().fields[name]
+            wrong = "missing" if messages == [field.error_messages["required"]] else " ".join(messages)
+            lines.append(f"  {name}: {wrong} ({field.metadata['help']})")
+        raise SettingsError("\n".join(lines)) from None
 
 
 def instance(port: int) -> str:
     """Name this instance in logs and traces."""
     return f"{socket.gethostname()}:{port}"
-
-
-def _explain(problems: dict[str, list[str]]) -> str:
-    """Say for each setting what is wrong and what it is for, never its value."""
-    declared = Settings().fields
-    lines = ["The service cannot start: these settings are missing or malformed in its environment."]
-    for name, messages in problems.items():
-        field = declared[name]
-        missing = messages == [field.error_messages["required"]]
-        lines.append(f"  {name}: {'missing' if missing else ' '.join(messages)} ({field.metadata['help']})")
-    return "\n".join(lines)
