@@ -6,20 +6,26 @@ from typing import Any
 
 import click
 from flask import current_app
-from flask.cli import AppGroup
-from sqlalchemy import ColumnElement, Row, and_, bindparam, case, func, or_, select, true, update
+from flask.cli import AppGroup, with_appcontext
+from sqlalchemy import ColumnElement, Row, and_, case, func, or_, select, true, update
 
 from storage import database
 from storage.cipher import DecryptionError, cipher
 from storage.encrypted import Encrypted, encrypted_fields
 from storage.models import Base, BlockedIdentity
 
-keys = AppGroup("keys", help="The keys that encrypt personal data.")
-
 BATCH = 100
 """Values per transaction, which locks their rows."""
 FIELDS = [field for model in Base.__subclasses__() for field in encrypted_fields(model)]
 """All encrypted fields of the database."""
+
+
+@click.group(cls=AppGroup)
+@with_appcontext
+def keys() -> None:
+    """The keys that encrypt personal data."""
+    # Counting a large table takes longer than a statement of the service may.
+    current_app.extensions["database"] = database.engine_for(current_app.config["DATABASE_URL"])
 
 
 @keys.command()
@@ -28,35 +34,6 @@ def status() -> None:
 
     The exit status is 0 if none is left under another key, and 1 otherwise.
     """
-    _allow_long_statements()
-    _report()
-
-
-@keys.command()
-def rotate() -> None:
-    """Encrypt values under other keys with the first of ENCRYPTION_KEYS.
-
-    Append the new key and restart every instance; move it to the front and restart again; run this; when the exit
-    status is 0, remove the old key. It can run beside the service, and be stopped and run again at any time. A value
-    that no key decrypts is named and left as it is.
-
-    It does not touch Redis, where encrypted values expire by themselves: keep the old key for another
-    SESSION_ABSOLUTE_LIFETIME, or some users must log in again before data encrypted by WeChat can be read.
-    """
-    _allow_long_statements()
-    for field in FIELDS:
-        after: ColumnElement[bool] = true()
-        while rows := database.in_transaction(partial(_rotate_batch, field, after)):
-            after = database.follows(field.model.__table__, rows[-1])
-    _report()
-
-
-def _allow_long_statements() -> None:
-    # Counting a large table takes longer than a statement of the service may.
-    current_app.extensions["database"] = database.engine_for(current_app.config["DATABASE_URL"])
-
-
-def _report() -> None:
     left = 0
     for field in FIELDS:
         counts = func.count(field.model.__table__.c[field.columns[0]]), func.count(case((_is_behind(field), 1)))
@@ -74,6 +51,24 @@ def _report() -> None:
     click.echo("All is under the first key.")
 
 
+@keys.command()
+def rotate() -> None:
+    """Encrypt values under other keys with the first of ENCRYPTION_KEYS.
+
+    Append the new key and restart every instance; move it to the front and restart again; run this; when the exit
+    status is 0, remove the old key. It can run beside the service, and be stopped and run again at any time. A value
+    that no key decrypts is named and left as it is.
+
+    It does not touch Redis, where encrypted values expire by themselves: keep the old key for another
+    SESSION_ABSOLUTE_LIFETIME, or some users must log in again before data encrypted by WeChat can be read.
+    """
+    for field in FIELDS:
+        after: ColumnElement[bool] = true()
+        while rows := database.in_transaction(partial(_rotate_batch, field, after)):
+            after = database.follows(field.model.__table__, rows[-1])
+    click.get_current_context().invoke(status)
+
+
 def _rotate_batch(field: Encrypted, after: ColumnElement[bool]) -> Sequence[Row[Any]]:
     """Encrypt the next values with the first key; `updated_at` and the version stay.
 
@@ -82,18 +77,16 @@ def _rotate_batch(field: Encrypted, after: ColumnElement[bool]) -> Sequence[Row[
     table: Any = field.model.__table__
     batch = select(table).where(_is_behind(field), after).order_by(*table.primary_key).limit(BATCH).with_for_update()
     rows = database.session.execute(batch).all()
-    changes = []
+    kept = {column.name: column for column in table.c if column.onupdate is not None}
     for row in rows:
-        key = {column.name: getattr(row, column.name) for column in table.primary_key}
         try:
-            changes.append(field.seal(row, field.open(row)) | {f"row_{name}": value for name, value in key.items()})
+            sealed = field.seal(row, field.open(row))
         except DecryptionError:
-            name = ", ".join(f"{name} {value}" for name, value in key.items())
+            name = ", ".join(f"{column.name} {getattr(row, column.name)}" for column in table.primary_key)
             click.echo(f"{field.place} of {name}: no key decrypts it; left as it is", err=True)
-    if changes:
-        same = [column == bindparam(f"row_{column.name}") for column in table.primary_key]
-        kept = {column.name: column for column in table.c if column.onupdate is not None}
-        database.session.execute(update(table).where(*same).values(kept), changes)
+        else:
+            same = [column == getattr(row, column.name) for column in table.primary_key]
+            database.session.execute(update(table).where(*same).values(kept | sealed))
     return rows
 
 

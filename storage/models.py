@@ -7,7 +7,7 @@ from sqlalchemy import ForeignKey, Index, UniqueConstraint, false
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.associationproxy import AssociationProxy, association_proxy
-from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import BigInteger, DateTime, Integer, LargeBinary, String, Text, TypeDecorator
 
 from storage.encrypted import Encrypted, encrypted_fields
@@ -62,9 +62,7 @@ class Versioned:
         """Identify this version of this row among all rows of all tables."""
         return f"{self.__tablename__}-{self.id}-{self.version}"  # type: ignore[attr-defined]
 
-    @declared_attr.directive
-    def __mapper_args__(cls) -> dict[str, Any]:  # noqa: N805
-        return {"version_id_col": cls.version}
+    __mapper_args__: Any = {"version_id_col": version}  # noqa: RUF012  SQLAlchemy copies it
 
 
 class User(Versioned, Base):
