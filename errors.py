@@ -1,26 +1,36 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
 from enum import Enum
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import redis.exceptions
 import sqlalchemy.exc
 import sqlalchemy.orm.exc
-from flask import Flask, Response, current_app, has_request_context, jsonify, request
+from flask import Flask, Response, current_app, has_request_context, request
 from marshmallow import Schema, fields
+from werkzeug.datastructures import LanguageAccept
 from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.http import parse_accept_header
 
 LANGUAGES = ("zh", "en")
 
 
 def language() -> str:
-    """Return the language that the request prefers; zh by default, and outside of a request.
+    """Return the language that the request prefers; zh by default, and outside of a request."""
+    return _preferred(request.environ.get("HTTP_ACCEPT_LANGUAGE", "") if has_request_context() else "")
+
+
+@lru_cache(100)
+def _preferred(accepted: str) -> str:
+    """Return the language that an Accept-Language prefers.
 
     `zh-CN` and `zh_TW` both ask for zh. werkzeug's own best_match lets an exact `en` win over them, whatever the q.
     """
     qualities: dict[str, float] = {}
-    for wanted, quality in request.accept_languages if has_request_context() else ():  # the best first
+    for wanted, quality in parse_accept_header(accepted, LanguageAccept):  # the best first
         qualities.setdefault(wanted.lower().replace("_", "-").partition("-")[0], quality)
     others = qualities.get("*", 0.0001)  # q=0 excludes
     return max([name for name in (*qualities, *LANGUAGES) if name in LANGUAGES], key=lambda n: qualities.get(n, others))
@@ -100,9 +110,9 @@ class ErrorEnvelope(Schema):
     data = fields.Nested(ErrorDetails, required=True, allow_none=True)
 
 
-def envelope(code: Code, data: Any, message: Message | None = None) -> dict[str, Any]:
-    """Make the three keys of every JSON response."""
-    return {"code": code.number, "message": str(message or code.message), "data": data}
+def envelope(code: Code, data: Any, message: Message | None = None) -> bytes:
+    """Make the JSON of every response, with its three keys."""
+    return msgspec.json.encode({"code": code.number, "message": str(message or code.message), "data": data})
 
 
 class ApiError(HTTPException):
@@ -165,7 +175,7 @@ def handle_http_exception(error: HTTPException) -> Response:
     errors = _first(getattr(error, "errors", None) or {}, _ERRORS)
     response = cast(Response, error.get_response(request.environ))
     data = {"errors": errors} if errors else None
-    response.data = jsonify(envelope(code, data, message)).data
+    response.data = envelope(code, data, message)
     response.content_type = "application/json"
     for name, value in HEADERS.get(response.status_code, {}).items():
         response.headers.setdefault(name, value)

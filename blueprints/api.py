@@ -1,22 +1,28 @@
 """flask-smorest's Api and Blueprint, with our envelope around what they respond and document."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import flask_smorest
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
+from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import idempotency, preconditions
+from blueprints.dumping import dumper
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
 from errors import HEADERS, Code, ErrorEnvelope, Message, envelope
 from storage import database
+from storage.sessions import SAFE_METHODS
 
 TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
 TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
 IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
+
+PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language", "Cache-Control": "private, no-cache"}
+"""Headers of every success of a group that demands a session."""
 
 
 class AuthPolicy(NamedTuple):
@@ -56,29 +62,25 @@ class Blueprint(flask_smorest.Blueprint):
         """
         has_etag = kwargs.pop("etag", True)
         kwargs.setdefault("headers", TRACE_ID_HEADER)
-        decorator: Callable[..., Any] = super().response(status_code, schema, **kwargs)
+        document = super().response(status_code, schema, **kwargs)
+        dump = dumper(schema()) if isinstance(schema, type) else None
 
         def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
-            @wraps(view)
-            def flushed(*args: Any, **arguments: Any) -> Any:
+            documented = document(view)  # flask-smorest's wrapper, of which nothing but the documents is used
+
+            def make_response(*args: Any, **arguments: Any) -> Response:
                 result = view(*args, **arguments)
                 if if_match and request.method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                g.row = result[0] if isinstance(result, tuple) else result
-                if hasattr(g.row, "etag"):
-                    database.session.flush()  # which gives it its id and its version
-                return result
+                g.row, headers = result if isinstance(result, tuple) else (result, {})
+                return self._respond(g.row, dump, status_code, headers)
 
-            respond = decorator(flushed)
-
-            @wraps(respond)
-            def wrapper(*args: Any, **arguments: Any) -> Any:
-                make_response = partial(self._with_etag, respond, *args, **arguments)
-                if request.method in ("GET", "HEAD") or not transaction:
-                    return make_response()
-                if request.method == "POST":
-                    return idempotency.run_once(make_response)
-                return database.in_transaction(make_response)
+            @wraps(documented)
+            def wrapper(*args: Any, **arguments: Any) -> Response:
+                if request.method in SAFE_METHODS or not transaction:
+                    return make_response(*args, **arguments)
+                run = idempotency.run_once if request.method == "POST" else database.in_transaction
+                return run(partial(make_response, *args, **arguments))
 
             methods = ["get"] if has_etag else []
             if isinstance(schema, type) and "version" in schema().fields:
@@ -88,12 +90,20 @@ class Blueprint(flask_smorest.Blueprint):
 
         return decorate
 
-    def _with_etag(self, respond: Callable[..., Response], *args: Any, **arguments: Any) -> Response:
-        response = respond(*args, **arguments)
-        if self.auth.security:
-            response.vary.update(["Authorization", "Cookie", "Accept-Language"])
-            response.cache_control.private = response.cache_control.no_cache = True
-        return preconditions.set_etag(response, g.row, hash_body=bool(self.auth.security))
+    def _respond(
+        self, row: Any, dump: Callable[[Any], Any] | None, status: int, headers: Mapping[str, str]
+    ) -> Response:
+        """Make the response of a view from what it returns, which may be one already."""
+        is_versioned, is_secured = hasattr(row, "etag"), bool(self.auth.security)
+        if is_versioned and request.method not in SAFE_METHODS:
+            database.session.flush()  # which gives it its id and its version
+        response = row
+        if not isinstance(row, BaseResponse):
+            data = {} if row is None else dump(row) if dump else row
+            response = Response(envelope(Code.SUCCESS, data), status, headers, content_type="application/json")
+        if is_secured:
+            response.headers.extend(PRIVATE)
+        return preconditions.set_etag(response, row if is_versioned else None, hash_body=is_secured)
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
@@ -134,10 +144,6 @@ class Blueprint(flask_smorest.Blueprint):
             headers = {name: {"schema": {"type": "string"}} for name in HEADERS.get(status, {})} | TRACE_ID_HEADER
             responses[status] = {"description": "; ".join(lines), "headers": headers, "content": self.error_content}
         return doc
-
-    @staticmethod
-    def _prepare_response_content(data: Any) -> dict[str, Any]:
-        return envelope(Code.SUCCESS, {} if data is None else data)
 
     @staticmethod
     def _make_doc_response_schema(schema: Schema | dict[str, Any] | None) -> type[Schema] | dict[str, Any]:

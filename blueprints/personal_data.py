@@ -15,7 +15,7 @@ from redis.lock import Lock
 from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
 from blueprints.preconditions import VERSION, require_match
-from blueprints.users import NICKNAME_RULE, UserSchema, audit, load_user, masked
+from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user
 from errors import ApiError, Code, Message, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
@@ -41,7 +41,7 @@ blueprint = Blueprint("personal_data", __name__, description="个人信息 Perso
 
 
 MaskedPersonalDataSchema = Schema.from_dict(
-    {name: masked(name, mask) for name, mask in MASKS.items()} | {"version": VERSION}, name="MaskedPersonalDataSchema"
+    {name: Masked(mask) for name, mask in MASKS.items()} | {"version": VERSION}, name="MaskedPersonalDataSchema"
 )
 PersonalDataSchema = Schema.from_dict(
     {name: fields.String(required=True, allow_none=True) for name in MASKS}, name="PersonalDataSchema"
@@ -143,11 +143,11 @@ def export() -> Response:
     return response
 
 
-def _parts(user_id: int, head: dict[str, Any], lock: Lock) -> Iterator[str]:
+def _parts(user_id: int, head: bytes, lock: Lock) -> Iterator[str]:
     """Make the export in parts, between which it holds no connection, however slow the client is."""
     audit("user exported", user_id)
     try:
-        yield json.dumps(head).removesuffix("}}")
+        yield head.decode().removesuffix("}}")
         for owned in [owned for owned in OWNED if owned.export]:
             yield f', "{owned.export}": ['
             schema, separator = EXPORTED[owned.export](), ""

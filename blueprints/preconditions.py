@@ -1,7 +1,5 @@
 """Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13)."""
 
-from typing import Any
-
 from flask import Response, g, request
 from marshmallow import fields
 
@@ -33,17 +31,18 @@ def require_match(row: Versioned) -> None:
     g.version_checked = True
 
 
-def set_etag(response: Response, row: Any, *, hash_body: bool) -> Response:
+def set_etag(response: Response, row: Versioned | None, *, hash_body: bool) -> Response:
     """Give a response its ETag, and make it a 304 if If-None-Match names that.
 
     :param row: its version is the ETag, with the language, as messages are translated.
     :param hash_body: whether a read without a version gets a hash of its body.
     """
     is_read = request.method in ("GET", "HEAD") and not response.is_streamed  # a hash would read it to the end
-    if hasattr(row, "etag"):
-        response.set_etag(f"{row.etag}-{language()}")
+    if row is not None:
+        response.headers["ETag"] = f'"{row.etag}-{language()}"'
     elif is_read and hash_body:
         response.add_etag()
-    if is_read and not request.if_match:  # with which werkzeug would make a 412 of the body of a 200
+    # Not with If-Match, with which werkzeug would make a 412 of the body of a 200.
+    if is_read and "If-None-Match" in request.headers and not request.if_match:
         response.make_conditional(request)
     return response

@@ -27,19 +27,23 @@ blueprint = Blueprint("users", __name__, description="用户 Users")
 administration = Blueprint("administration", __name__, description="用户管理 Users, for administrators")
 
 
-def masked(name: str, mask: Callable[[str], str], **metadata: Any) -> fields.Field[Any]:
-    """Make a field that shows an attribute of a user through a mask."""
-    described = {"type": ["string", "null"], "description": "Masked.", **metadata}
-    return fields.Function(
-        lambda user: (value := getattr(user, name)) and mask(value), required=True, metadata=described
-    )
+class Masked(fields.String):
+    """A field that shows an attribute of a user through a mask."""
+
+    def __init__(self, mask: Callable[[str], str], **metadata: Any) -> None:
+        described = {"type": ["string", "null"], "description": "Masked.", **metadata}
+        super().__init__(dump_only=True, required=True, metadata=described)
+        self.mask = mask
+
+    def _serialize(self, value: str | None, *args: Any, **kwargs: Any) -> str | None:
+        return value and self.mask(value)
 
 
 class UserSchema(Schema):
     id = fields.Integer(required=True)
     nickname = fields.String(required=True, allow_none=True)
     avatar_url = fields.String(required=True, allow_none=True)
-    phone = masked("phone", mask_phone, examples=["138****5678"])
+    phone = Masked(mask_phone, examples=["138****5678"])
     role = fields.String(required=True, metadata={"enum": ["user", "admin"]})
     created_at = fields.DateTime(required=True)
     updated_at = fields.DateTime(required=True)
