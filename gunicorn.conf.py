@@ -132,8 +132,8 @@ def pre_request(worker, req):  # type: ignore[no-untyped-def]
         req.force_close()
 
 
-# Headers of a request say nothing about where the service is: PUBLIC_URL does. Trusted, SCRIPT_NAME would lead past a
-# proxy's rules for paths, and contradictory schemes would be a 400.
+# Which proxies may say where the service is, TRUSTED_PROXIES says: gunicorn's own list knows of no client's address and
+# of no host. Trusted, SCRIPT_NAME would lead past a proxy's rules for paths, and contradictory schemes would be a 400.
 forwarder_headers = ""
 secure_scheme_headers = {}  # type: ignore[var-annotated]
 

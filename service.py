@@ -8,6 +8,7 @@ from flask import Flask
 import blueprints
 import concurrency
 import errors
+import proxies
 import settings
 import storage
 import telemetry
@@ -23,6 +24,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app = Flask("service", static_folder=None)
     app.config.update(settings.load(environ), VERSION=settings.VERSION)
     app.config["INSTANCE"] = settings.instance(app.config["PORT"])
+    proxies.init_app(app)
     concurrency.init_app(app)
     telemetry.init_app(app)
     storage.init_app(app)

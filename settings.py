@@ -1,6 +1,7 @@
 """Every environment variable the service reads, declared once: name, type, default or required, help."""
 
 import base64
+import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,6 +42,13 @@ def _keys(value: str) -> list[bytes]:
     return keys
 
 
+def _networks(value: str) -> list[Any]:
+    try:
+        return [ipaddress.ip_network(network.strip()) for network in value.split(",")]
+    except ValueError:
+        raise ValidationError("Each must be an IP address, or a network such as 10.0.0.0/8.") from None
+
+
 def _required(text: str, check: validate.Regexp | None = None, **more: Any) -> fields.String:
     return fields.String(required=True, validate=check, metadata={"help": text}, **more)
 
@@ -55,8 +63,8 @@ def _matches(pattern: str) -> validate.Regexp:
     return validate.Regexp(rf"(?:{pattern})\Z", error="Malformed.")  # the help text says what is right
 
 
-def _optional(text: str, pattern: str = ".*", default: str = "") -> fields.String:
-    return fields.String(load_default=default, validate=_matches(pattern), metadata={"help": text})
+def _optional(text: str, pattern: str = ".*", default: str = "", **more: Any) -> fields.String:
+    return fields.String(load_default=default, validate=_matches(pattern), metadata={"help": text}, **more)
 
 
 def _switch(text: str) -> fields.Boolean:
@@ -93,6 +101,10 @@ class Settings(Schema):
         "Whether X-WX-OPENID identifies the user: safe only if the service is reachable through WeChat cloud run alone."
     )
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
+    TRUSTED_PROXIES = _optional(
+        "Comma-separated addresses or networks of proxies whose X-Forwarded-For, -Proto, -Host count.",
+        post_load=_networks,
+    )
     CORS_ORIGINS = _optional(
         "Comma-separated origins whose pages may call the API, as browsers send them: https://h5.example.com",
         f"{ORIGIN_PATTERN}( *, *{ORIGIN_PATTERN})*",

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "settings": set(),
     "errors": set(),
+    "proxies": set(),
     "concurrency": {"errors", "telemetry"},
     "telemetry": set(),
     "storage": {
@@ -22,8 +23,8 @@ MAY_IMPORT = {
         "telemetry",
     },  # settings for the migrations, which run by themselves
     "wechat": {"concurrency", "errors", "telemetry"},
-    "blueprints": {"concurrency", "errors", "storage", "telemetry", "wechat"},
-    "service": {"blueprints", "concurrency", "errors", "settings", "storage", "telemetry", "wechat"},
+    "blueprints": {"concurrency", "errors", "proxies", "storage", "telemetry", "wechat"},
+    "service": {"blueprints", "concurrency", "errors", "proxies", "settings", "storage", "telemetry", "wechat"},
     "wsgi": {"service"},
 }
 PARTS = {*MAY_IMPORT, "bench", "dev", "tests"}

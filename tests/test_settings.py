@@ -102,6 +102,7 @@ MALFORMED = {
     "WECHAT_API_BASE_URL": ["api.weixin.qq.com", "https://api.weixin.qq.com?", "https://api.weixin.qq.com/#x"],
     "WECHAT_OPEN_BASE_URL": ["javascript:x"],
     "PUBLIC_URL": ["shop.example.com", "https://shop.example.com/?from=x", "https://shop.example.com#x"],
+    "TRUSTED_PROXIES": ["proxy.local", "10.0.0.1/8", "10.0.0.0/33", "127.0.0.1,", "127.0.0.1 ::1", "*", "unix"],
     "CORS_ORIGINS": [
         "*",
         "null",

@@ -40,7 +40,7 @@ class Nginx(SimpleNamespace):
 @pytest.fixture(scope="module")
 def shared_nginx(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     folder = tmp_path_factory.mktemp("nginx")
-    service = Service({**environ, "WEB_CONCURRENCY": "1"}, folder / "output")
+    service = Service({**environ, "WEB_CONCURRENCY": "1", "TRUSTED_PROXIES": "127.0.0.1"}, folder / "output")
     port = free_port("nginx's port", "0")
     text = CONFIGURATION.read_text()
     for shipped, here in (("127.0.0.1:8000", service.url.removeprefix("http://")), ("listen 80", f"listen {port}")):
@@ -111,3 +111,12 @@ def test_nginx_hides_the_metrics_however_the_path_is_written(nginx: Nginx) -> No
         for name in ("SCRIPT_NAME", "X-Original-URL"):
             request.headers[name] = "/x"
         assert session.send(request, timeout=WAIT_SECONDS).status_code == 404, path
+
+
+def test_the_service_is_where_nginx_says_and_not_where_its_client_says(nginx: Nginx) -> None:
+    spoofed = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example.com", "Host": "shop.example.com"}
+    answer = requests.get(
+        f"{nginx.url}/api/v1/auth/wechat/authorize", headers=spoofed, allow_redirects=False, timeout=WAIT_SECONDS
+    )
+    assert "redirect_uri=http%3A%2F%2Fshop.example.com%2F" in answer.headers["Location"]
+    assert not answer.headers["Set-Cookie"].startswith("__Host-")
