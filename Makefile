@@ -13,7 +13,7 @@ override ID := $(value ID)
 override LOGS := $(value LOGS)
 export ID LOGS
 
-.PHONY: help run trace test bench lint format requirements openapi clean
+.PHONY: help run trace test bench overload soak lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +36,12 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 
 bench: $(INSTALLED) ## what each kind of request costs, beside a constant response (PEERS=folder adds others, ARGS=--rounds=1)
 	$(VENV)/bin/python -m bench.speed $(ARGS)
+
+overload: $(INSTALLED) ## twice what a worker can serve, for a minute (ARGS=--seconds=20)
+	$(VENV)/bin/python -m bench.overload $(ARGS)
+
+soak: $(INSTALLED) ## mixed load for ten minutes, and what grows (ARGS=--minutes=2)
+	$(VENV)/bin/python -m bench.soak $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(VENV)/bin/ruff check .

@@ -19,8 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,10 +113,21 @@ def measure(work: Work, connections: int, seconds: float) -> Figures:
 
 
 class Servers:
-    """Starts servers on the core that is measured, and ends them."""
+    """Starts servers on the core that is measured, and ends them.
+
+    :param stack: at its end.
+    """
 
     def __init__(self, stack: ExitStack, environ: dict[str, str], folder: Path) -> None:
         self.stack, self.environ, self.folder = stack, environ, folder
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        """End what is started in this block at its end."""
+        outer = self.stack
+        with ExitStack() as self.stack:
+            yield
+        self.stack = outer
 
     def service(self, workers: int = 1) -> Service:
         environ = {**self.environ, "WEB_CONCURRENCY": str(workers)}
@@ -140,6 +151,24 @@ class Servers:
         process.wait_for(f"http://127.0.0.1:{port}{path}")
         started = psutil.Process(process.popen.pid)
         return port, (started.children() or [started])[0]
+
+
+@contextmanager
+def stage(wechat_seconds: float = 0) -> Iterator[Servers]:
+    """Keep this process on the core of the load, and start all that the service needs there.
+
+    :param wechat_seconds: how long WeChat takes for a response.
+    """
+    if not shutil.which("taskset") and (os.cpu_count() or 1) > 1:
+        sys.exit("taskset is missing: install util-linux")
+    pin_load()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        port = free_port("a port", "0")
+        stub = Process(["bench.wechat_stub", str(port), str(wechat_seconds)], dict(os.environ), folder / "stub")
+        stack.callback(stub.kill)
+        environ = stack.enter_context(environment())
+        yield Servers(stack, {**environ, "WECHAT_API_BASE_URL": f"http://127.0.0.1:{port}"}, folder)
 
 
 def floor(servers: Servers) -> Work:
@@ -173,7 +202,7 @@ def resources(servers: Servers, rounds: int) -> None:
     starts: dict[str, list[float]] = {"service": [], "flask": []}
     for _ in range(rounds):
         for name, start in (("service", servers.service), ("flask", lambda: servers.other(flask, "/livez"))):
-            with ExitStack() as servers.stack:
+            with servers.briefly():
                 began = time.monotonic()
                 started = start()
                 starts[name].append(time.monotonic() - began)
@@ -181,7 +210,7 @@ def resources(servers: Servers, rounds: int) -> None:
                     rest = started.workers()[0].memory_info().rss / 1e6
                 else:
                     bare = started[1].memory_info().rss / 1e6
-    with ExitStack() as servers.stack:
+    with servers.briefly():
         further = servers.service(3)
         time.sleep(1)
         private = min(worker.memory_full_info().uss for worker in further.workers()) / 1e6
@@ -197,21 +226,10 @@ def main() -> None:
     options.add_argument("--connections", type=int, default=32)
     options.add_argument("--only", default="", help="measure only what has this in its name, beside the floor")
     chosen = options.parse_args()
-    pin_load()
-    if not shutil.which("taskset") and (os.cpu_count() or 1) > 1:
-        sys.exit("taskset is missing: install util-linux")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stub_port = free_port("a port", "0")
-        stub = Process(["bench.wechat_stub", str(stub_port), "0"], dict(os.environ), folder / "stub")
-        stack.callback(stub.kill)
-        environ = stack.enter_context(environment())
-        environ["WECHAT_API_BASE_URL"] = f"http://127.0.0.1:{stub_port}"
-        servers = Servers(stack, environ, folder)
+    with stage() as servers:
         if not chosen.only:
             resources(servers, chosen.rounds)
-        servers.stack = stack
-        measured = [floor(servers), *works(servers.service(), sign_in(environ, USERS)), *peers(servers)]
+        measured = [floor(servers), *works(servers.service(), sign_in(servers.environ, USERS)), *peers(servers)]
         measured = [work for work in measured if work.name.startswith(FLOOR) or chosen.only in work.name]
         rounds = [
             [measure(work, chosen.connections, chosen.seconds) for work in measured] for _ in range(chosen.rounds)
