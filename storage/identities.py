@@ -13,8 +13,6 @@ from storage.models import PROFILE_FIELDS, Identity, User
 
 logger = logging.getLogger(__name__)
 
-TRIES = 10
-
 
 def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     """Find the one user of this app and openid, creating it at the first login, however many arrive at once.
@@ -22,21 +20,18 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     The same unionid under another app is the same user. Users who turn out to be the same person are merged: the
     oldest stays, and the sessions of the others end. Commits; uncommitted changes from before may be lost.
 
-    :raises ApiError: FORBIDDEN if the user is blocked, or was when deleted; UNAVAILABLE if others changed
-        the same user all the time.
+    :raises ApiError: FORBIDDEN if the user is blocked, or was when deleted.
+    :raises sqlalchemy.orm.exc.StaleDataError: if others merged the same user all the time.
     """
     mine = and_(Identity.app_id == app_id, Identity.openid == openid)
-    known = select(User).join(Identity, Identity.user_id == User.id).where(mine)
-    for _ in range(TRIES):
-        user = database.session.scalar(known)
-        if user is not None and unionid in (None, user.unionid):
-            database.session.commit()
-            return blocks.require_not_blocked(user)
-        database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
-    raise ApiError(Code.UNAVAILABLE)
+    user = database.session.scalar(select(User).join(Identity, Identity.user_id == User.id).where(mine))
+    if user is None or unionid not in (None, user.unionid):
+        user = database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
+    database.session.commit()
+    return blocks.require_not_blocked(user)
 
 
-def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
+def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> User:
     """Create the user and the identity unless they exist, and merge all users who are the same person."""
     if database.session.get(Identity, (app_id, openid)) is None:
         database.insert_unless_exists(User, app_id=app_id, openid=openid, unionid=unionid)
@@ -44,6 +39,7 @@ def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> None:
     database.insert_unless_exists(Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at)
     # Last: the inserts have waited for a concurrent deletion of the same user to commit.
     blocks.require_identity_not_blocked(app_id, openid, unionid)
+    return user
 
 
 def _merge(app_id: str, openid: str, unionid: str | None) -> User:
@@ -56,8 +52,8 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
     ids = {found for condition in same_person for found in database.session.scalars(select(User.id).where(condition))}
     # Locked: a concurrent change to one of them must not be lost with it.
     users = database.session.scalars(select(User).where(User.id.in_(ids)).order_by(User.id).with_for_update()).all()
-    if not users:
-        raise StaleDataError("the user was merged into another user concurrently")  # so that it is retried
+    if not users or len(users) < len(ids):
+        raise StaleDataError("a user was merged into another user concurrently")  # so that it is retried
     user, *others = users
     for other in others:
         for name in PROFILE_FIELDS:

@@ -79,11 +79,11 @@ def test_a_deletion_during_the_login_loses_no_block(
     etag = admin.etag(f"/users/{mallory.id}")
     make_or_merge = identities._make_or_merge
 
-    def delete_first(*arguments: Any) -> None:
+    def delete_first(*arguments: Any) -> User:
         monkeypatch.setattr(identities, "_make_or_merge", make_or_merge)
         with ThreadPoolExecutor(1) as pool:
             pool.submit(admin.call, "DELETE", f"/users/{mallory.id}", If_Match=etag).result()
-        make_or_merge(*arguments)
+        return make_or_merge(*arguments)
 
     monkeypatch.setattr(identities, "_make_or_merge", delete_first)
     assert log_in(app, simulator, mallory.openid, unionid="u-new").get_json() == BLOCKED

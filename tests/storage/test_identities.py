@@ -1,15 +1,15 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 import pymysql
 import pytest
 from flask import Flask
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
-from errors import ApiError, Code
 from storage import database, identities
 from storage.identities import find_openid, get_or_create_user
 from storage.models import PERSONAL_FIELDS, IdempotencyKey, Identity, Order, User
@@ -106,6 +106,15 @@ def test_a_user_of_an_older_version_is_merged_by_unionid(name: str) -> None:
     assert database.session.scalars(select(User.id).where(User.openid == name)).all() == []
 
 
+@contextmanager
+def listening(*listener: Any) -> Iterator[None]:
+    event.listen(*listener)
+    try:
+        yield
+    finally:
+        event.remove(*listener)
+
+
 def at_once(app: Flask, *calls: tuple[str, str, str | None]) -> list[int]:
     def call(arguments: tuple[str, str, str | None]) -> int:
         with app.app_context():
@@ -138,19 +147,21 @@ def test_simultaneous_logins_with_a_new_unionid_merge_two_users(app: Flask, name
         assert database.session.get(User, max(ids)) is None
 
 
-def test_a_user_whom_others_change_all_the_time_is_unavailable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.only_on("mariadb")  # SQLite has one writer at a time
+def test_a_login_that_finds_a_user_who_is_being_merged_gets_the_one_who_stays(app: Flask, name: str) -> None:
+    stays = get_or_create_user(WEB, f"w-{name}", f"u-{name}").id
     get_or_create_user(MINI, name, None)
-    merge: Callable[..., User] = identities._merge
+    get_or_create_user("wx-third", f"t-{name}", f"v-{name}")
+    merging = [(MINI, name, f"u-{name}")]
 
-    def merge_and_lose(*arguments: Any) -> User:
-        user = merge(*arguments)
-        user.unionid = None  # as if another login had written last
-        return user
+    def merge_first(*execution: Any) -> None:
+        if execution[2].endswith("FOR UPDATE") and merging:
+            assert at_once(app, merging.pop()) == [stays]
 
-    monkeypatch.setattr(identities, "_merge", merge_and_lose)
-    with pytest.raises(ApiError) as caught:
-        get_or_create_user(MINI, name, f"u-{name}")
-    assert caught.value.api_code is Code.UNAVAILABLE
+    with listening(app.extensions["database"], "before_cursor_execute", merge_first):
+        assert get_or_create_user(MINI, name, f"v-{name}").id == stays
+    assert not merging
+    assert get_or_create_user("wx-third", f"t-{name}", f"v-{name}").id == stays
 
 
 @pytest.mark.parametrize(("number", "again"), [(1213, True), (1020, True), (2013, False)])
