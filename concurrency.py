@@ -17,6 +17,7 @@ from flask import Flask, current_app
 from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code, handle_http_exception
+from overload import Door
 from telemetry import metrics, traces
 
 logger = logging.getLogger(__name__)
@@ -48,21 +49,32 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
     It has a greenlet of its own, which may still need to clean up when the response is due.
     """
     seconds: float = app.config["REQUEST_SECONDS"]
-    asked = environ.get("HTTP_X_REQUEST_TIMEOUT", "")
-    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", asked):
+    if asked := environ.get("HTTP_X_REQUEST_TIMEOUT"):
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", asked, re.ASCII):
+            error = ApiError(Code.INVALID_INPUT, errors={TIMEOUT_HEADER: ["Must be seconds, such as 1.5."]})
+            return _fail(app, environ, error, start_response)
         seconds = min(seconds, float(asked))
     context = copy_context()
     context.run(_deadline.set, time.monotonic() + seconds)
-    work = gevent.spawn(context.run, _outcome, wsgi_app, environ, start_response)
-    work.join(seconds)
+    door: Door = app.extensions["door"]
+    door.in_flight += 1
+    try:
+        work = gevent.spawn(context.run, _outcome, wsgi_app, environ, start_response)
+        work.join(seconds)
+    finally:
+        door.in_flight -= 1
     if work.ready():
         if isinstance(work.value, Exception):
             raise work.value
         return work.value
     work.kill(block=False)
     metrics.DEADLINES_MISSED.inc()
+    return _fail(app, environ, ApiError(Code.UNAVAILABLE), start_response)
+
+
+def _fail(app: Flask, environ: dict[str, Any], error: ApiError, start_response: Any) -> Any:
     with app.request_context(environ):
-        return handle_http_exception(ApiError(Code.UNAVAILABLE))(environ, start_response)
+        return handle_http_exception(error)(environ, start_response)
 
 
 def _outcome(function: Callable[..., Any], *args: Any) -> Any:
@@ -171,6 +183,7 @@ fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
 
 
 def init_app(app: Flask) -> None:
+    app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"])
     app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]
     app.extensions["background"] = Background(app, THREADS, BACKLOG)
     app.extensions["fan_out"] = FanOut(app, THREADS)

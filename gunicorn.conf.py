@@ -12,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import resource
 import runpy
 import secrets
@@ -50,28 +51,46 @@ worker_connections = settings["WEB_CONNECTIONS"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 
+ENDS_HERE = re.compile(rb"\r\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
+
+
 class Client(gevent.socket.socket):
     """A connection whose client has HEAD_SECONDS for a head, from its first byte, and BODY_SECONDS for the rest.
 
     A response leaves in as few parts as it has; the client takes each within BODY_SECONDS.
     """
 
+    door = None  # of this process
     ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
+    served = False
     held = b""
 
     def recv(self, *args):  # type: ignore[no-untyped-def]
-        self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
-        try:
-            data = super().recv(*args)
-        except TimeoutError:
-            return b""
-        self.ends_at = self.ends_at or time.monotonic() + settings["HEAD_SECONDS"]
-        return data
+        while True:
+            self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
+            served = self.served
+            self.door.in_flight -= served  # a request that waits for its client keeps no other one out
+            try:
+                data = super().recv(*args)
+            except TimeoutError:
+                if served:
+                    raise
+                return b""
+            finally:
+                self.door.in_flight += served
+            refusal = None if self.ends_at else self.door.refusal(data)
+            if refusal is None:
+                self.ends_at = self.ends_at or time.monotonic() + settings["HEAD_SECONDS"]
+                return data
+            # Before it is parsed, which costs more than all of this. What may not be all of the request ends here.
+            super().sendall(refusal)
+            if not data.startswith(b"GET ") or data.find(b"\r\n\r\n") != len(data) - 4 or ENDS_HERE.search(data):
+                return b""
 
     def sendall(self, data, *args):  # type: ignore[no-untyped-def]
         data = self.held + data
         self.held = data if not self.held and data.startswith(b"HTTP/") else b""  # the body follows
-        if not self.held:
+        if data and not self.held:
             self.settimeout(settings["BODY_SECONDS"])
             try:
                 super().sendall(data, *args)
@@ -100,10 +119,10 @@ class Worker(GeventWorker):
         self.clients.remove(client)
 
     def handle_request(self, listener_name, req, sock, addr):  # type: ignore[no-untyped-def]
-        sock.ends_at = time.monotonic() + settings["BODY_SECONDS"]
+        sock.ends_at, sock.served = time.monotonic() + settings["BODY_SECONDS"], True
         super().handle_request(listener_name, req, sock, addr)
         sock.sendall(b"")  # a response without a body
-        sock.ends_at = 0.0
+        sock.ends_at, sock.served = 0.0, False
 
     def notify(self):  # type: ignore[no-untyped-def]
         super().notify()
@@ -226,6 +245,8 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
 def post_worker_init(worker):  # type: ignore[no-untyped-def]
     # The service is loaded: from now on its handler writes gunicorn's lines, redacted.
     worker.log.error_log.handlers, worker.log.error_log.propagate = [], True
+    Client.door = worker.wsgi.extensions["door"]
+    gevent.spawn(Client.door.watch)
 
 
 def child_exit(server, worker):  # type: ignore[no-untyped-def]

@@ -76,6 +76,7 @@ def _require_session() -> None:
         if current.by_cookie and request.method not in SAFE_METHODS and has_body and not request.is_json:
             raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
         set_current_user(current["user_id"])
+        current_app.extensions["door"].remember(current.sid, g.user_id)
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
     elif current.refused:

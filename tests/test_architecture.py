@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "settings": set(),
     "errors": set(),
     "proxies": set(),
-    "concurrency": {"errors", "telemetry"},
+    "overload": {"errors", "telemetry"},
+    "concurrency": {"errors", "overload", "telemetry"},
     "telemetry": set(),
     "storage": {
         "concurrency",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.ggevent import GeventWorker
 
 from tests.harness import ROOT
 from wechat.transport import PATIENCE_SECONDS
@@ -13,6 +13,8 @@ from wechat.transport import PATIENCE_SECONDS
 
 @pytest.fixture
 def configure(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    monkeypatch.setattr("gevent.monkey.patch_all", lambda: None)  # this process has threads
+
     def run(**different: str) -> dict[str, Any]:
         for name, value in {**environ, **different}.items():
             monkeypatch.setenv(name, value)
@@ -23,12 +25,12 @@ def configure(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Calla
 
 @pytest.fixture
 def configured(configure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    return configure(PORT="9123", WEB_CONCURRENCY="5", WEB_THREADS="7")
+    return configure(PORT="9123", WEB_CONCURRENCY="5", WEB_CONNECTIONS="700")
 
 
 def test_the_settings_of_the_environment_are_used(configured: dict[str, Any]) -> None:
     assert configured["bind"] == "0.0.0.0:9123"
-    assert (configured["workers"], configured["threads"]) == (5, 7)
+    assert (configured["workers"], configured["worker_connections"]) == (5, 700)
 
 
 @pytest.mark.parametrize(
@@ -39,10 +41,10 @@ def test_host_is_the_address_to_listen_on(configure: Callable[..., dict[str, Any
     assert configure(HOST=host, PORT="9123")["bind"] == bind
 
 
-def test_requests_run_in_threads_and_may_finish_what_they_wait_for(configure: Callable[..., dict[str, Any]]) -> None:
+def test_requests_run_in_greenlets_and_may_finish_what_they_wait_for(configure: Callable[..., dict[str, Any]]) -> None:
     configured = configure(DRAIN_SECONDS="")
     assert configured["settings"]["DRAIN_SECONDS"] > 0
-    assert issubclass(configured["worker_class"], ThreadWorker)
+    assert issubclass(configured["worker_class"], GeventWorker)
     assert configured["graceful_timeout"] > PATIENCE_SECONDS
 
 

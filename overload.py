@@ -1,0 +1,126 @@
+"""What a worker does when more is asked of it than it can do: it refuses at the door, the least important first.
+
+The measure is how late the worker is to begin what waits for it, as in DAGOR and CoDel; how many requests are in flight
+is the second one. https://doi.org/10.1145/3267809.3267823, RFC 8289
+"""
+
+import logging
+import math
+import random
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from errors import Code, Message
+from telemetry import metrics
+
+logger = logging.getLogger(__name__)
+
+TARGET_SECONDS = 0.005
+"""How late a worker may be. Each request waits so long more than once: to be read, begun, and continued."""
+BEAT_SECONDS = 0.02
+LOWER_A_SECOND, RAISE_A_SECOND = 3.0, 0.5
+"""How fast the level goes down while the worker is late, and up again; in classes."""
+WRITES, READS, STRANGERS = 0, 1, 2
+"""The classes, the most important first: what a user writes, and reads, and requests without a known session."""
+EVERYTHING = STRANGERS + 1.0
+FEW_A_SECOND = 5
+FEW_IN_FLIGHT = 36
+"""With so few callers, each of whom waits for a response, a worker may be busy, but nobody waits for long."""
+KNOWN_SESSIONS = 20_000
+RETRY_SECONDS = 1, 5
+"""Of Retry-After, at random, so that clients do not come back together."""
+BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the moment: retry later")
+
+_NEVER_REFUSED = (b"GET /livez ", b"GET /readyz ", b"GET /metrics ")
+_TOKEN = re.compile(rb"\r\n(?:Authorization: *Bearer +|Cookie:[^\r\n]*\bsession=)([^\s;]+)", re.IGNORECASE)
+_ENGLISH = re.compile(rb"\r\nAccept-Language: *en", re.IGNORECASE)
+_RESPONSE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    b"Retry-After: %d\r\nX-Trace-Id: %s\r\n\r\n%s"
+)
+_BODIES = [msgspec.json.encode({"code": Code.UNAVAILABLE.number, "message": text, "data": None}) for text in BUSY]
+
+
+class Door:
+    """Decides which requests of this process are begun.
+
+    Requests have places: their class, and within it one by their user and the hour, so that an overload does not strike
+    all users a little, nor always the same ones. Those up to the level are begun.
+
+    :param in_flight: how many requests may be in flight, without those that wait for WeChat.
+    """
+
+    def __init__(self, in_flight: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.in_flight = 0
+        self.level = EVERYTHING
+        self._limit = in_flight
+        self._clock = clock
+        self._users: dict[int, int] = {}
+        self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
+        self._refused = 0
+        self._trace_id = ""
+
+    def remember(self, token: str, user_id: int) -> None:
+        """Keep whose session this is; only while the process lives, and not the token itself."""
+        if len(self._users) >= KNOWN_SESSIONS:
+            self._users.clear()
+        self._users[hash(token.encode())] = user_id
+
+    def refusal(self, head: bytes) -> bytes | None:
+        """Return the response to a request that is not begun, or None if it is.
+
+        :param head: what has arrived of the request.
+        """
+        now = self._clock()
+        few = self.in_flight < FEW_IN_FLIGHT or now - self._last[0] > 1
+        self._last.append(now)
+        if few or head.startswith(_NEVER_REFUSED):
+            return None
+        place = self._place(head)
+        if place > self.level:
+            metrics.SHED.labels("queue").inc()
+        elif self.in_flight >= self._limit * (1 - place / 2 / EVERYTHING):
+            metrics.SHED.labels("in_flight").inc()
+        else:
+            return None
+        return self._response(head)
+
+    def beat(self, late: float) -> None:
+        """Adapt the level, BEAT_SECONDS after the last time and this much later."""
+        change = -LOWER_A_SECOND if late > TARGET_SECONDS else RAISE_A_SECOND
+        self.level = min(max(self.level + change * (BEAT_SECONDS + late), 0.0), EVERYTHING)
+
+    def report(self) -> None:
+        """Log that requests were refused since the last report; their responses have the trace id of this line."""
+        if self._refused:
+            reason = f"{self._refused} refused; level {self.level:.2f} of {EVERYTHING:.0f}; {self.in_flight} in flight"
+            logger.warning("requests refused", extra={"traceId": self._trace_id, "reason": reason})
+        self._refused, self._trace_id = 0, secrets.token_hex(16)
+
+    def watch(self) -> None:
+        """Measure how late the worker is, for ever: the part of it for which this thread itself used the CPU."""
+        for number in range(10**18):
+            began, used = time.monotonic(), time.thread_time()
+            time.sleep(BEAT_SECONDS)
+            self.beat(min(time.monotonic() - began - BEAT_SECONDS, time.thread_time() - used))
+            if number % round(1 / BEAT_SECONDS) == 0:
+                self.report()
+
+    def _place(self, head: bytes) -> float:
+        token = _TOKEN.search(head)
+        user = self._users.get(hash(token[1])) if token else None
+        if user is None:
+            return STRANGERS + random.random()  # noqa: S311
+        kind = READS if head.startswith((b"GET ", b"HEAD ")) else WRITES
+        return kind + hash((user, time.time() // 3600)) % 1000 / 1000
+
+    def _response(self, head: bytes) -> bytes:
+        self._refused += 1
+        body = _BODIES[_ENGLISH.search(head) is not None]
+        retry, trace_id = random.randint(*RETRY_SECONDS), self._trace_id.encode()  # noqa: S311
+        return _RESPONSE % (len(body), retry, trace_id, body)

@@ -1,0 +1,160 @@
+"""How long requests and clients may take: the service as in production, with requests that wait for ever."""
+
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+
+import pytest
+import requests
+from sqlalchemy import make_url
+
+from concurrency import seconds_left
+from dev.redis_server import RedisServer
+from tests.harness import WAIT_SECONDS, Service, Simulator, bearer, suspend, wait_until
+
+StartService = Callable[..., Service]
+
+
+@pytest.fixture(scope="module")
+def service(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One worker with short times."""
+    output = tmp_path_factory.mktemp("waiting") / "output"
+    seconds = {"REQUEST_SECONDS": "2", "HEAD_SECONDS": "1", "BODY_SECONDS": "1"}
+    service = Service({**environ, **seconds, "WEB_CONCURRENCY": "1"}, output, "tests.apps.waiting")
+    yield service
+    service.discard()
+
+
+def get(service: Service, path: str, **headers: str) -> requests.Response:
+    return requests.get(f"{service.url}{path}", headers=headers, timeout=WAIT_SECONDS)
+
+
+def connect(service: Service, request: bytes) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", int(service.environ["PORT"])), WAIT_SECONDS)
+    client.sendall(request)
+    return client
+
+
+def test_a_request_ends_in_the_envelope_when_its_time_is_over(service: Service) -> None:
+    service.clear_log()
+    response = get(service, "/sleep/600.0")
+    assert response.status_code == 503
+    assert response.json() == {"code": 503, "message": "服务暂时不可用，请稍后再试", "data": None}
+    assert response.headers["Retry-After"]
+    assert "sleep: GreenletExit" in get(service, "/given-up").json()
+    wait_until(lambda: any(line.get("route") == "/given-up" for line in service.log_lines()))
+    (line,) = [line for line in service.log_lines() if line.get("route") == "/sleep/<float:seconds>"]
+    assert (line["status"], line["traceId"]) == (503, response.headers["X-Trace-Id"])
+
+
+def test_a_caller_may_ask_for_less_and_never_for_more(service: Service) -> None:
+    assert get(service, "/sleep/1.0").status_code == 200
+    assert get(service, "/sleep/1.0", **{"X-Request-Timeout": "0.1"}).status_code == 503
+    assert get(service, "/sleep/600.0", **{"X-Request-Timeout": "500"}).status_code == 503
+    assert get(service, "/sleep/0.1", **{"X-Request-Timeout": "1.5"}).status_code == 200
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-1", "1e9", "nan", "1,2", "9" * 5000])
+def test_a_malformed_timeout_is_refused_with_the_reason(service: Service, value: str) -> None:
+    response = get(service, "/livez", **{"X-Request-Timeout": value})
+    assert response.status_code == (200 if value == "" else 400)
+    assert value == "" or list(response.json()["data"]["errors"]) == ["X-Request-Timeout"]
+
+
+def test_the_caller_does_not_wait_for_what_is_cleaned_up(service: Service) -> None:
+    began = time.monotonic()
+    assert get(service, "/sleep-on/5.0", **{"X-Request-Timeout": "0.5"}).status_code == 503
+    assert time.monotonic() - began < 4  # and not 5.5
+
+
+def test_a_redis_and_a_database_that_hang_are_given_up_with_the_request(
+    start_service: StartService, own_redis: RedisServer, simulator: Simulator
+) -> None:
+    service = start_service(REDIS_URL=own_redis.url + "?socket_timeout=30")
+    token = service.log_in(simulator)
+    suspend(own_redis.process)
+    headers = bearer(token) | {"X-Request-Timeout": "0.5"}
+    response = get(service, "/api/v1/users/me", **headers)
+    assert (response.status_code, response.json()["code"]) == (503, 503)
+    own_redis.process.send_signal(18)
+    assert service.read_me(token).status_code == 200
+
+
+def test_a_writer_that_waits_for_sqlite_holds_nobody_else_up(
+    service: Service, simulator: Simulator, environ: dict[str, str]
+) -> None:
+    url = make_url(environ["DATABASE_URL"])
+    if url.get_backend_name() != "sqlite":
+        pytest.skip("about SQLite")
+    token = service.log_in(simulator)
+    order = {"items": [{"sku": "a", "name": "a", "quantity": 1, "unit_price": 1}]}
+    with ThreadPoolExecutor() as pool, closing(sqlite3.connect(str(url.database), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        late = pool.submit(service.call, "POST", "/orders", token, json=order)
+        for _ in range(20):
+            assert service.read_me(token).status_code == 200
+        assert not late.done()
+        assert late.result().status_code == 503
+        written = pool.submit(service.call, "POST", "/orders", token, json=order)
+        time.sleep(0.2)
+        other.execute("COMMIT")
+        assert written.result().status_code == 201
+
+
+def test_half_sent_heads_and_bodies_end_after_their_time_and_leave_others_alone(service: Service) -> None:
+    head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+    body = b"POST /api/v1/auth/wechat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf"
+    chunked = b"POST /api/v1/auth/wechat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe"
+    with ExitStack() as stack:
+        clients = [connect(service, sent) for sent in (head, body, chunked) for _ in range(30)]
+        for client in clients:
+            stack.callback(client.close)
+        for _ in range(10):
+            assert get(service, "/livez").status_code == 200
+        responses = [client.recv(65536) for client in clients]  # b"" at the end of the connection
+    assert set(responses[:30]) == {b""}
+    assert {response.split(b"\r\n")[0] for response in responses[30:]} == {b"HTTP/1.1 400 BAD REQUEST"}
+
+
+def test_a_head_that_trickles_ends_too(service: Service) -> None:
+    with closing(connect(service, b"GET /livez HTTP/1.1\r\n")) as client:
+        client.setblocking(False)
+        for _ in range(100):
+            with suppress(BlockingIOError):
+                assert client.recv(100) == b""  # the end of the connection
+                break
+            client.send(b"X: y\r\n")
+            time.sleep(0.1)
+        else:
+            pytest.fail("a head of 10 s")
+
+
+def test_an_idle_connection_is_kept(service: Service) -> None:
+    with closing(connect(service, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        time.sleep(2.5)  # longer than a head or a body may take
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_stop_waits_for_requests_and_not_for_idle_connections(start_service: StartService) -> None:
+    service = start_service("tests.apps.waiting", DRAIN_SECONDS="0", WEB_CONCURRENCY="1")
+    with ExitStack() as stack:
+        for _ in range(20):
+            client = connect(service, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            stack.callback(client.close)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        pool = stack.enter_context(ThreadPoolExecutor())
+        under_way = pool.submit(get, service, "/sleep/2.0")
+        wait_until(lambda: "sleep" not in get(service, "/given-up").text)
+        time.sleep(0.5)
+        service.process.popen.terminate()
+        assert under_way.result().status_code == 200
+        service.process.popen.wait(12)  # graceful_timeout is 28
+
+
+def test_outside_of_a_request_a_wait_may_take_what_it_takes() -> None:
+    assert seconds_left(5) == 5
