@@ -82,13 +82,20 @@ def put_phone(body: dict[str, str]) -> User:
     """
     openid = own_openid()
     if "code" in body:
-        _redeem_phone_code(body["code"], openid)
-        return current_user()
-    data, _ = _decrypt(body, openid, expected={})
-    phone = phone_number(data)
-    if phone is None:
-        raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Contains no phone number."]})
-    return _store(phone=phone)
+        single_flight(
+            f"phone:{g.user_id}:{hashlib.sha256(body['code'].encode()).hexdigest()}",
+            lambda: _store(phone=wechat.api.code_to_phone(body["code"], openid)),
+            patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
+            remember=WECHAT_CODE_LIFETIME_SECONDS,
+            messages=dict.fromkeys([Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED], PHONE_CODE_REQUIRED),
+        )
+    else:
+        data, _ = _decrypt(body, openid, expected={})
+        phone = phone_number(data)
+        if phone is None:
+            raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Contains no phone number."]})
+        _store(phone=phone)
+    return current_user()
 
 
 @blueprint.route("/me/profile", methods=["PUT"])
@@ -105,30 +112,16 @@ def put_profile(body: dict[str, str | None]) -> User:
     if "rawData" in body:
         body = _verify_profile(cast(dict[str, str], body), own_openid())
     check_nickname(body.get("nickname"))
-    return _store(**body)
+    _store(**body)
+    return current_user()
 
 
-def _store(**values: str | None) -> User:
-    def change() -> User:
-        user = current_user()
+def _store(**values: str | None) -> None:
+    def change() -> None:
         for name, value in values.items():
-            setattr(user, name, value)
-        return user
+            setattr(current_user(), name, value)
 
-    return database.in_transaction(change)
-
-
-def _redeem_phone_code(code: str, openid: str) -> None:
-    def redeem() -> None:
-        _store(phone=wechat.api.code_to_phone(code, openid))
-
-    single_flight(
-        f"phone:{g.user_id}:{hashlib.sha256(code.encode()).hexdigest()}",
-        redeem,
-        patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
-        remember=WECHAT_CODE_LIFETIME_SECONDS,
-        messages=dict.fromkeys([Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED], PHONE_CODE_REQUIRED),
-    )
+    database.in_transaction(change)
 
 
 def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tuple[dict[str, Any], str]:
