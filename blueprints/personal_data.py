@@ -69,18 +69,14 @@ class IdentitySchema(Schema):
     created_at = fields.DateTime(required=True)
 
 
-EXPORTED = {"identities": IdentitySchema, "orders": OrderSchema}
-"""How the lists of the export that storage/ownership.py names are shown."""
+class ExportSchema(Schema):
+    """The lists are those that storage/ownership.py names."""
 
-ExportSchema = Schema.from_dict(
-    {
-        "user": fields.Nested(UserSchema, required=True),
-        "unionid": fields.String(required=True, allow_none=True),
-        "personal_data": fields.Nested(PersonalDataSchema, required=True),
-        **{name: fields.List(fields.Nested(schema), required=True) for name, schema in EXPORTED.items()},
-    },
-    name="ExportSchema",
-)
+    user = fields.Nested(UserSchema, required=True)
+    unionid = fields.String(required=True, allow_none=True)
+    personal_data = fields.Nested(PersonalDataSchema, required=True)
+    identities = fields.List(fields.Nested(IdentitySchema), required=True)
+    orders = fields.List(fields.Nested(OrderSchema), required=True)
 
 
 @blueprint.after_request
@@ -150,10 +146,10 @@ def _parts(user_id: int, head: bytes, lock: Lock) -> Iterator[str]:
         yield head.decode().removesuffix("}}")
         for owned in [owned for owned in OWNED if owned.export]:
             yield f', "{owned.export}": ['
-            schema, separator = EXPORTED[owned.export](), ""
+            schema, separator = ExportSchema(only=[owned.export]), ""
             for rows in ownership.read_all(owned, user_id):
                 lock.reacquire()
-                yield separator + ", ".join(map(json.dumps, schema.dump(rows, many=True)))
+                yield separator + ", ".join(map(json.dumps, schema.dump({owned.export: rows})[owned.export]))
                 separator = ", "
             yield "]"
         yield "}}"
