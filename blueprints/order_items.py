@@ -6,7 +6,7 @@ from flask import url_for
 
 from blueprints.api import Blueprint
 from blueprints.lists import ListSchema, page_schema
-from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, fill_item, load_order, require_pending
+from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, fill_item, load_order
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
 from storage import database
@@ -45,8 +45,7 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
     """Add an item to a pending order"""
-    order = load_order(order_id)
-    require_pending(order)
+    order = load_order(order_id, pending=True)
     if len(order.items) >= MAXIMUM_ITEMS:
         raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))
     item = fill_item(OrderItem(), body)
@@ -70,9 +69,8 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
-    item = load_item(order_id, item_id)
+    item = load_item(order_id, item_id, pending=True)
     require_match(item.order)
-    require_pending(item.order)
     fill_item(item, body)
     item.order.sum_up()
     return item
@@ -83,10 +81,9 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_item(order_id: int, item_id: int) -> None:
     """Remove an item from a pending order, but not the last one"""
-    item = load_item(order_id, item_id)
+    item = load_item(order_id, item_id, pending=True)
     order = item.order
     require_match(order)
-    require_pending(order)
     if len(order.items) == 1:
         reason = Message("订单至少要有一项明细：请改为删除订单", "An order needs an item: delete the order instead")
         raise conflict("items", reason)
@@ -94,12 +91,13 @@ def delete_item(order_id: int, item_id: int) -> None:
     order.sum_up()
 
 
-def load_item(order_id: int, item_id: int) -> OrderItem:
+def load_item(order_id: int, item_id: int, *, pending: bool = False) -> OrderItem:
     """Load an item of an order, with the order.
 
-    :raises ApiError: NOT_FOUND also for another user's order, or if the order has no such item.
+    :raises ApiError: NOT_FOUND if the order has no such item; what `load_order` does.
     """
-    item = next((item for item in load_order(order_id).items if item.id == item_id), None)
+    items = load_order(order_id, pending=pending).items
+    item = next((item for item in items if item.id == item_id), None)
     if item is None:
         raise ApiError(Code.NOT_FOUND)
     return item

@@ -144,9 +144,8 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_order(order_id: int) -> None:
     """Delete a pending order; orders past pending are kept for accounting"""
-    order = load_order(order_id)
+    order = load_order(order_id, pending=True)
     require_match(order)
-    require_pending(order)
     database.session.delete(order)
 
 
@@ -196,10 +195,11 @@ def fill_item(item: OrderItem, body: Mapping[str, Any]) -> OrderItem:
     return item
 
 
-def load_order(order_id: int) -> Order:
+def load_order(order_id: int, *, pending: bool = False) -> Order:
     """Load an order that the caller may see; for a change locked, so that nobody else's outrun it.
 
-    :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing.
+    :param pending: whether it must be pending, as for a change of its items.
+    :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing; CONFLICT if not pending.
     """
     me = current_user()
     lock = request.method not in SAFE_METHODS or None
@@ -207,14 +207,7 @@ def load_order(order_id: int) -> Order:
     order = database.session.get(Order, order_id, options=[joinedload(Order.items)], with_for_update=lock)
     if order is None or (order.user_id != me.id and me.role != "admin"):
         raise ApiError(Code.NOT_FOUND)
-    return order
-
-
-def require_pending(order: Order) -> None:
-    """Make sure that an order's items may still change.
-
-    :raises ApiError: CONFLICT if not.
-    """
-    if order.status != "pending":
+    if pending and order.status != "pending":
         english = "Only a pending order can be deleted or its items changed"
         raise conflict("status", Message("只有 pending 订单可以删除或更改明细", english))
+    return order
