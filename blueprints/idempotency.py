@@ -16,7 +16,6 @@ from storage import database
 from storage.models import IdempotencyKey, User, now
 
 LIFETIME = timedelta(hours=24)
-KEPT_HEADERS = ("Content-Type", "ETag", "Location")
 
 
 def run_once(make_response: Callable[[], Response]) -> Response:
@@ -58,5 +57,5 @@ def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Res
     # The response goes when the user whom it is about is deleted.
     record.about_user_id = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
     record.status, record.body = response.status_code, response.get_data()
-    record.headers = json.dumps({name: response.headers[name] for name in KEPT_HEADERS if name in response.headers})
+    record.headers = json.dumps(dict(response.headers))
     return response
