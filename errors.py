@@ -84,13 +84,14 @@ class Code(Enum):
         self.message = Message(chinese, english)
 
 
-_UNAVAILABLE = (
-    redis.exceptions.RedisError,  # also of a Redis that responds but takes no writes: out of memory, or a replica
-    sqlalchemy.exc.OperationalError,
-    sqlalchemy.exc.InterfaceError,
-    sqlalchemy.exc.TimeoutError,
-    sqlalchemy.orm.exc.StaleDataError,  # the row was deleted concurrently, as when two users were merged
-)
+_UNAVAILABLE: dict[type[Exception], str] = {
+    redis.exceptions.RedisError: "Redis is unavailable",  # also if it takes no writes: out of memory, or a replica
+    sqlalchemy.exc.OperationalError: "the database is unavailable",
+    sqlalchemy.exc.InterfaceError: "the database is unavailable",
+    sqlalchemy.exc.TimeoutError: "the database is unavailable",
+    sqlalchemy.orm.exc.StaleDataError: "a transaction lost every race",  # also if the row was deleted concurrently
+}
+"""The exceptions that become a 503, and what the log says of them."""
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "3"}, 503: {"Retry-After": "3"}}
 """What the responses of a status have beside their own headers."""
@@ -157,9 +158,7 @@ def handle_conflict(error: Exception) -> Response:
 def handle_unavailable(error: Exception) -> Response:
     """Respond with 503 if Redis or the database is away, and log which one and why."""
     cause = getattr(error, "orig", None) or error  # the driver's own message, without what SQLAlchemy adds
-    what = "Redis is unavailable" if isinstance(error, redis.exceptions.RedisError) else "the database is unavailable"
-    if isinstance(error, sqlalchemy.orm.exc.StaleDataError):
-        what = "a transaction lost every race"
+    what = next(text for known, text in _UNAVAILABLE.items() if isinstance(error, known))
     kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
     current_app.logger.error("%s: %s", what, cause, extra={"exceptionType": kind})
     return handle_http_exception(ApiError(Code.UNAVAILABLE))
@@ -167,9 +166,9 @@ def handle_unavailable(error: Exception) -> Response:
 
 def handle_http_exception(error: HTTPException) -> Response:
     """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
-    if isinstance(error, InternalServerError) and isinstance(error.original_exception, _UNAVAILABLE):
+    if isinstance(error, InternalServerError) and isinstance(error.original_exception, tuple(_UNAVAILABLE)):
         # The session is saved after the view has returned, where Flask makes every failure a crash.
-        return handle_unavailable(error.original_exception)
+        return handle_unavailable(cast(Exception, error.original_exception))
     code, message = _code_and_message(error)
     request.environ["kuaishang.code"] = code.number  # for telemetry
     errors = _first(getattr(error, "errors", None) or {}, _ERRORS)
