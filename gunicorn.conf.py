@@ -62,20 +62,21 @@ class Client(gevent.socket.socket):
 
     door = None  # of this process
     ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
-    served = False
+    served = timed_out = False
     held = b""
 
     def recv(self, *args):  # type: ignore[no-untyped-def]
-        while True:
+        while not self.timed_out:
             self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
             served = self.served
             self.door.in_flight -= served  # a request that waits for its client keeps no other one out
             try:
                 data = super().recv(*args)
             except TimeoutError:
+                self.timed_out = True
                 if served:
                     raise
-                return b""
+                break
             finally:
                 self.door.in_flight += served
             refusal = None if self.ends_at else self.door.refusal(data)
@@ -85,7 +86,8 @@ class Client(gevent.socket.socket):
             # Before it is parsed, which costs more than all of this. What may not be all of the request ends here.
             super().sendall(refusal)
             if not data.startswith(b"GET ") or data.find(b"\r\n\r\n") != len(data) - 4 or ENDS_HERE.search(data):
-                return b""
+                break
+        return b""
 
     def sendall(self, data, *args):  # type: ignore[no-untyped-def]
         data = self.held + data

@@ -9,6 +9,7 @@ import math
 import random
 import re
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,8 +35,11 @@ FEW_IN_FLIGHT = 36
 KNOWN_SESSIONS = 20_000
 RETRY_SECONDS = 1, 5
 """Of Retry-After, at random, so that clients do not come back together."""
+LOGIN_SECONDS = 3
+"""How long a login waits to be begun. Many may come at once; they need little, but not all at the same moment."""
 BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the moment: retry later")
 
+_LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
 _NEVER_REFUSED = (b"GET /livez ", b"GET /readyz ", b"GET /metrics ")
 _TOKEN = re.compile(rb"\r\n(?:Authorization: *Bearer +|Cookie:[^\r\n]*\bsession=)([^\s;]+)", re.IGNORECASE)
 _ENGLISH = re.compile(rb"\r\nAccept-Language: *en", re.IGNORECASE)
@@ -62,6 +66,8 @@ class Door:
         self._clock = clock
         self._users: dict[int, int] = {}
         self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
+        self._is_late = False
+        self._logins, self._pace, self._turns = 0, 1, threading.Semaphore(0)
         self._refused = 0
         self._trace_id = ""
 
@@ -72,10 +78,15 @@ class Door:
         self._users[hash(token.encode())] = user_id
 
     def refusal(self, head: bytes) -> bytes | None:
-        """Return the response to a request that is not begun, or None if it is.
+        """Return the response to a request that is not begun, or None if it is. A login may have to wait before that.
 
         :param head: what has arrived of the request.
         """
+        if (self._is_late or self._logins) and _LOGIN.match(head):
+            self._logins += 1
+            began = self._turns.acquire(timeout=LOGIN_SECONDS)
+            self._logins -= 1
+            return None if began else self._response(head, "queue")
         now = self._clock()
         few = self.in_flight < FEW_IN_FLIGHT or now - self._last[0] > 1
         self._last.append(now)
@@ -83,16 +94,18 @@ class Door:
             return None
         place = self._place(head)
         if place > self.level:
-            metrics.SHED.labels("queue").inc()
-        elif self.in_flight >= self._limit * (1 - place / 2 / EVERYTHING):
-            metrics.SHED.labels("in_flight").inc()
-        else:
-            return None
-        return self._response(head)
+            return self._response(head, "queue")
+        if self.in_flight >= self._limit * (1 - place / 2 / EVERYTHING):
+            return self._response(head, "in_flight")
+        return None
 
     def beat(self, late: float) -> None:
-        """Adapt the level, BEAT_SECONDS after the last time and this much later."""
-        change = -LOWER_A_SECOND if late > TARGET_SECONDS else RAISE_A_SECOND
+        """Adapt the level, and begin logins, BEAT_SECONDS after the last time and this much later."""
+        self._is_late = late > TARGET_SECONDS
+        self._pace = max(1, self._pace // 2 if self._is_late else self._pace + 1)
+        if self._logins:
+            self._turns.release(min(self._pace, self._logins))
+        change = -LOWER_A_SECOND if self._is_late else RAISE_A_SECOND
         self.level = min(max(self.level + change * (BEAT_SECONDS + late), 0.0), EVERYTHING)
 
     def report(self) -> None:
@@ -119,7 +132,8 @@ class Door:
         kind = READS if head.startswith((b"GET ", b"HEAD ")) else WRITES
         return kind + hash((user, time.time() // 3600)) % 1000 / 1000
 
-    def _response(self, head: bytes) -> bytes:
+    def _response(self, head: bytes, reason: str) -> bytes:
+        metrics.SHED.labels(reason).inc()
         self._refused += 1
         body = _BODIES[_ENGLISH.search(head) is not None]
         retry, trace_id = random.randint(*RETRY_SECONDS), self._trace_id.encode()  # noqa: S311

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
 from io import BytesIO
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from overload import EVERYTHING, FEW_A_SECOND, FEW_IN_FLIGHT, KNOWN_SESSIONS, TARGET_SECONDS, Door
-from tests.harness import counted
+from tests.harness import counted, wait_until
 
 LIMIT = 200
 
@@ -76,6 +77,28 @@ def test_it_is_the_user_who_counts_not_the_session(door: Door) -> None:
     assert all(len(outcomes) == 1 for outcomes in served.values())
     assert {True} in served.values()
     assert {False} in served.values()
+
+
+def test_logins_wait_for_their_turn_behind_a_late_worker(door: Door) -> None:
+    login = head("POST", path="/api/v1/auth/wechat")
+    assert door.refusal(login) is None
+    door.beat(2 * TARGET_SECONDS)
+    with ThreadPoolExecutor(10) as pool:
+        waiting = [pool.submit(door.refusal, login) for _ in range(10)]
+        wait_until(lambda: door._logins == 10)
+        for late, begun in ((2 * TARGET_SECONDS, 1), (0, 3), (0, 6), (0, 10)):  # more with each beat in time
+            door.beat(late)
+            wait_until(lambda begun=begun: sum(one.done() for one in waiting) == begun)
+        assert {one.result() for one in waiting} == {None}
+
+
+def test_a_login_that_waits_too_long_is_refused(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overload.LOGIN_SECONDS", 0.01)
+    door.beat(2 * TARGET_SECONDS)
+    refusal = door.refusal(head("POST", path="/api/auth/wechat"))
+    assert refusal
+    assert parse(refusal)[0].status == 503
+    assert door._logins == 0
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
