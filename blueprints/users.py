@@ -122,9 +122,8 @@ def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     blocks.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
         raise conflict("openid", Message("已有该 openid 的用户", "A user with this openid already exists"))
-    role = body.pop("role", "user")
-    user = User(app_id=app_id, **body)
-    set_role(user, role, by="administrator")
+    user = User(app_id=app_id, **{**body, "role": "user"})
+    set_role(user, body.get("role", "user"), by="administrator")
     database.session.add(user)
     database.session.flush()
     database.session.add(Identity(app_id=app_id, openid=openid, user_id=user.id))

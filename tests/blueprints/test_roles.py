@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from flask import Flask
 from sqlalchemy import text
+from sqlalchemy.orm.exc import StaleDataError
 
 from storage import database
-from storage.identities import get_or_create_user
+from storage.identities import get_or_create_user, set_role
+from storage.models import User
 from tests.blueprints.callers import API, Caller, code_of, data_of, log_in
 from tests.databases import Databases
 from tests.harness import APP_ID, WEB_APP_ID, Simulator, migrate
@@ -151,6 +153,22 @@ def test_each_grant_and_loss_by_request_or_command_is_logged_once(
         ("admin granted", alice.id, "command", None),
         ("admin revoked", alice.id, "command", None),
     ]
+
+
+def test_a_creation_that_lost_a_race_keeps_the_role(
+    admin: Caller, openid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = []
+
+    def lose_first(user: User, role: str, **options: Any) -> None:
+        roles.append(role)
+        if len(roles) == 1:
+            raise StaleDataError
+        set_role(user, role, **options)
+
+    monkeypatch.setattr("blueprints.users.set_role", lose_first)
+    created = data_of(admin.post("/users", {"openid": openid, "role": "admin"}), 201)
+    assert (created["role"], roles) == ("admin", ["admin", "admin"])
 
 
 @pytest.mark.parametrize(
