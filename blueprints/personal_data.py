@@ -8,28 +8,20 @@ from functools import partial
 from typing import Any
 
 from flask import Response, json, request
-from marshmallow import Schema, fields, validate
+from marshmallow import Schema, fields
 from redis.exceptions import RedisError
 from redis.lock import Lock
 
 from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
 from blueprints.preconditions import VERSION, require_match
-from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user
+from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user, matches
 from errors import ApiError, Code, Message, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
-from storage.models import User
+from storage.models import PERSONAL_FIELDS, User
 from storage.ownership import OWNED
 from storage.redis_client import redis
-
-MASKS = {
-    "phone": mask_phone,
-    "real_name": mask_name,
-    "id_card": mask_id_card,
-    "email": mask_email,
-    "bank_card": mask_bank_card,
-}
 
 EXPORT_SECONDS = 60
 """For how long the lock of an export outlives its last part, if its process has died."""
@@ -40,18 +32,24 @@ logger = logging.getLogger(__name__)
 blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
 
 
-MaskedPersonalDataSchema = Schema.from_dict(
-    {name: Masked(mask) for name, mask in MASKS.items()} | {"version": VERSION}, name="MaskedPersonalDataSchema"
-)
+class MaskedPersonalDataSchema(Schema):
+    phone = Masked(mask_phone)
+    real_name = Masked(mask_name)
+    id_card = Masked(mask_id_card)
+    email = Masked(mask_email)
+    bank_card = Masked(mask_bank_card)
+    version = VERSION
+
+
 PersonalDataSchema = Schema.from_dict(
-    {name: fields.String(required=True, allow_none=True) for name in MASKS}, name="PersonalDataSchema"
+    {name: fields.String(required=True, allow_none=True) for name in PERSONAL_FIELDS}, name="PersonalDataSchema"
 )
 FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name="FullPersonalDataSchema")
 
 
-ID_CARD_RULE = validate.Regexp(r"^[0-9]{17}[0-9Xx](?!\n)$", error="Must be 17 digits, then a digit or X.")
-EMAIL_RULE = validate.Regexp(r"^[!-~]{3,254}(?!\n)$", error="Must be at most 254 ASCII characters.")
-BANK_CARD_RULE = validate.Regexp(r"^[0-9]{12,19}(?!\n)$", error="Must be 12 to 19 digits.")
+ID_CARD_RULE = matches("[0-9]{17}[0-9Xx]", "Must be 17 digits, then a digit or X.")
+EMAIL_RULE = matches("[!-~]{3,254}", "Must be at most 254 ASCII characters.")
+BANK_CARD_RULE = matches("[0-9]{12,19}", "Must be 12 to 19 digits.")
 
 
 class PersonalDataChangeSchema(Schema):

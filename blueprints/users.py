@@ -50,12 +50,14 @@ class UserSchema(Schema):
     version = VERSION
 
 
-NICKNAME_RULE = validate.Regexp(
-    r"^(?=.*\S)[^\x00-\x1f\x7f]{1,64}(?!\n)$", error="Must be 1 to 64 printable characters, not only spaces."
-)
+def matches(pattern: str, error: str) -> validate.Regexp:
+    """Accept a text that is like this from end to end; OpenAPI wants `$`, which lets a line feed follow."""
+    return validate.Regexp(rf"^{pattern}(?!\n)$", error=error)
 
 
-PHONE_RULE = validate.Regexp(r"^\+?[0-9]{5,20}(?!\n)$", error="Must be digits, with + and country code if foreign.")
+NICKNAME_RULE = matches(r"(?=.*\S)[^\x00-\x1f\x7f]{1,64}", "Must be 1 to 64 printable characters, not only spaces.")
+PHONE_RULE = matches(r"\+?[0-9]{5,20}", "Must be digits, with + and country code if foreign.")
+OPENID_RULE = matches("[A-Za-z0-9_-]{1,64}", "Must be 1 to 64 letters, digits, - or _.")
 
 
 class TypedProfileSchema(Schema):
@@ -76,10 +78,7 @@ class NewUserSchema(UserChangeSchema):
     class Meta:
         exclude = ("blocked",)
 
-    openid = fields.String(
-        required=True,
-        validate=validate.Regexp(r"^[A-Za-z0-9_-]{1,64}(?!\n)$", error="Must be 1 to 64 letters, digits, - or _."),
-    )
+    openid = fields.String(required=True, validate=OPENID_RULE)
 
 
 class UserSearchSchema(ListSchema):
