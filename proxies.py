@@ -1,51 +1,39 @@
-"""What the proxies of TRUSTED_PROXIES say of a request: the client's address, and the scheme and host it asked for.
+"""What the proxies of TRUSTED_PROXIES say of a request: its client's address, and the scheme and host it asked for.
 
-werkzeug's ProxyFix counts proxies and asks nobody's address, so anybody who reaches the service past one could choose
+werkzeug's ProxyFix counts proxies and looks at nobody's address, so whoever reaches the service past one could choose
 all three.
 """
 
-import ipaddress
-import re
-from contextlib import suppress
 from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 from flask import Flask
 
-_HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
-
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parse_address(text: str) -> IPv4Address | IPv6Address | None:
     """Return an IP address, one of IPv4 also if it is written as IPv6; None if it is malformed."""
-    with suppress(ValueError):
-        address = ipaddress.ip_address(text)
-        return getattr(address, "ipv4_mapped", None) or address
-    return None
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _see_through(wsgi_app: Any, trusted: list[Any], environ: dict[str, Any], start_response: Any) -> Any:
     """Serve a request as its client made it. A peer without an address, at a Unix socket, is a proxy."""
 
-    def is_proxy(address: Any) -> bool:
-        return address is not None and any(address in network for network in trusted)
+    def is_proxy(peer: str) -> bool:
+        address = parse_address(peer)
+        return any(address in network for network in trusted) if address else not peer
 
-    peer = environ.get("REMOTE_ADDR", "")
-    if not peer or is_proxy(parse_address(peer)):
-        for entry in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
-            address = parse_address(entry.strip())
-            if address is None:
-                break
-            environ["REMOTE_ADDR"] = str(address)
-            if not is_proxy(address):
-                break  # what is left of it, the client itself may have sent
-        # Of several values, the last one is the peer's own.
-        scheme, host = (
-            environ.get(f"HTTP_X_FORWARDED_{name}", "").split(",")[-1].strip() for name in ("PROTO", "HOST")
-        )
-        if scheme.lower() in ("http", "https"):
-            environ["wsgi.url_scheme"] = scheme.lower()
-        if _HOST.fullmatch(host):
-            environ["HTTP_HOST"] = host
+    if is_proxy(environ["REMOTE_ADDR"]):
+        hops = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
+        # Each proxy adds whom it was called by. What comes before the last client, that client may have made up.
+        while hops and is_proxy(environ["REMOTE_ADDR"]) and (hop := parse_address(hops.pop().strip())):
+            environ["REMOTE_ADDR"] = str(hop)
+        for header, name in (("PROTO", "wsgi.url_scheme"), ("HOST", "HTTP_HOST")):
+            environ[name] = environ.get(f"HTTP_X_FORWARDED_{header}", "").split(",")[-1].strip() or environ[name]
     return wsgi_app(environ, start_response)
 
 

@@ -22,6 +22,7 @@ REDIS_PATTERN = (
     rf"(redis://{_REDIS_ADDRESS}|unix://[^?#\[]*/[^?#]+)(\?{_REDIS_OPTION}(&{_REDIS_OPTION})*)?"
     rf"|rediss://{_REDIS_ADDRESS}(\?({_REDIS_OPTION}|{_TLS_OPTION})(&({_REDIS_OPTION}|{_TLS_OPTION}))*)?"
 )
+_RATE = "off|[1-9][0-9]{0,8}/(second|minute|hour|day)"
 YEAR_SECONDS = 366 * 86400
 
 
@@ -136,6 +137,11 @@ class Settings(Schema):
     SESSION_ABSOLUTE_LIFETIME = _integer(
         86400, 60, YEAR_SECONDS, "Seconds after which a session ends anyhow, 60 or more."
     )
+    LOGIN_RATE = _optional("Logins of a client address, as N/second, minute, hour or day; or off.", _RATE, "600/minute")
+    APP_LOGIN_RATE = _optional(
+        "Logins of all clients together that WeChat is asked about, or off.", _RATE, "10000/minute"
+    )
+    SESSION_RATE = _optional("Requests of a session, or off.", _RATE, "600/minute")
     HOST = fields.IP(load_default="0.0.0.0", metadata={"help": "The IP address to listen on; :: for IPv6 too."})  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")

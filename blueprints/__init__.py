@@ -1,7 +1,8 @@
 """Everything that is served, in order: each group of routes, where it is mounted, and who may call it.
 
-`flask.g` holds for one request: `user_id`, who is signed in (policies); `row`, what the view returned, and
-`version_checked`, whether its If-Match was compared (preconditions); `database_session` and `after_commit` (database).
+`flask.g` holds for one request: `user_id`, who is signed in, and `rate_limit`, the headers about it (policies); `row`,
+what the view returned, and `version_checked`, whether its If-Match was compared (preconditions); `database_session` and
+`after_commit` (database).
 """
 
 from flask import Flask, Response, current_app, request
@@ -27,12 +28,13 @@ from errors import ApiError, Code
 
 V1 = "/api/v1"
 ALLOWED = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "traceparent"]
-EXPOSED = ["ETag", "Location", "Retry-After", "X-Trace-Id"]
+EXPOSED = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "X-Trace-Id"]
 """The headers that pages of CORS_ORIGINS may send and read; no cookies, as they have bearer tokens."""
 
 
 def init_app(app: Flask) -> None:
     app.before_request(_answer_before_policies)
+    app.after_request(policies.report_rate_limit)
     if app.config["CORS_ORIGINS"]:
         origins = app.config["CORS_ORIGINS"].replace(" ", "").split(",")
         app.after_request(_vary_by_origin)  # runs last
@@ -44,9 +46,9 @@ def init_app(app: Flask) -> None:
     api.guard("docs", auth=policies.public)
     api.register_blueprint(health.blueprint, auth=policies.public)
     api.register_blueprint(metrics.blueprint, auth=policies.scrapers)
-    api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.public)
+    api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)
     api.register_blueprint(auth.sessions, url_prefix=f"{V1}/auth", auth=policies.session_holders)
-    api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=policies.public)
+    api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=policies.logins)
     api.register_blueprint(users.administration, url_prefix=f"{V1}/users", auth=policies.administrators)
     api.register_blueprint(users.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
     api.register_blueprint(wechat_profile.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)

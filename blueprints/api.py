@@ -141,7 +141,8 @@ class Blueprint(flask_smorest.Blueprint):
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
-            headers = {name: {"schema": {"type": "string"}} for name in HEADERS.get(status, {})} | TRACE_ID_HEADER
+            names = [*HEADERS.get(status, {}), *["RateLimit", "RateLimit-Policy"] * (status == 429)]
+            headers = {name: {"schema": {"type": "string"}} for name in names} | TRACE_ID_HEADER
             responses[status] = {"description": "; ".join(lines), "headers": headers, "content": self.error_content}
         return doc
 

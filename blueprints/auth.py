@@ -9,7 +9,7 @@ from marshmallow import Schema, fields
 import wechat
 from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
-from blueprints.policies import current_user, get_mini_program_user, set_current_user
+from blueprints.policies import count_request, current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
 from errors import Code
@@ -74,6 +74,7 @@ def _count(error: BaseException | None) -> None:
 
 
 def _redeem(code: str) -> str:
+    count_request("app")  # not before: what is refused or repeated costs nothing of WeChat's quota
     asked_at = wechat_session_keys.clock()
     identity = wechat.api.code_to_session(code)
     answered_at = wechat_session_keys.clock()

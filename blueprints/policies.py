@@ -1,20 +1,23 @@
 """Who may call a group of routes: the policies that `blueprints/__init__.py` names for each of them."""
 
 import hmac
+import ipaddress
 import re
 from functools import partial
 
-from flask import current_app, g, request
+from flask import Response, current_app, g, request
 from sqlalchemy import select
 
 import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
+from proxies import parse_address
 from storage import blocks, database
 from storage.identities import get_or_create_user, set_role
 from storage.models import Identity, User
 from storage.sessions import SAFE_METHODS, current
 from telemetry.logs import bind
+from telemetry.metrics import RATE_LIMITED
 from wechat.client import is_identifier
 
 NOT_OUR_ORIGIN = Message(
@@ -39,6 +42,29 @@ def set_current_user(user_id: int) -> None:
     """Say who is signed in, here and in all log lines of the request."""
     g.user_id = user_id
     bind(userId=user_id)
+
+
+def count_request(limit: str, caller: str = "") -> None:
+    """Count this request against the rate limit of this name, if there is one.
+
+    :raises ApiError: TOO_MANY_REQUESTS if the caller exceeds it.
+    """
+    rate = current_app.extensions["rate_limits"].get(limit)
+    if rate:
+        left, seconds = rate.take(caller)
+        headers = {"RateLimit-Policy": f'"{limit}";q={rate.amount};w={rate.seconds}'}
+        headers["RateLimit"] = f'"{limit}";r={max(left, 0)};t={seconds}'
+        if left < 0:
+            g.rate_limit = headers | {"Retry-After": str(seconds)}
+            RATE_LIMITED.labels(limit).inc()
+            raise ApiError(Code.TOO_MANY_REQUESTS)
+        g.setdefault("rate_limit", headers)  # of the caller, not of all together
+
+
+def report_rate_limit(response: Response) -> Response:
+    """Say in a response what its caller has left, or when to come again."""
+    response.headers.update(g.get("rate_limit", {}))
+    return response
 
 
 def get_mini_program_user(openid: str, unionid: str | None) -> User:
@@ -70,8 +96,16 @@ def _apply_setting() -> User:
     return user
 
 
+def _count_login() -> None:
+    """Count by the client's address; one of IPv6 by its network, as all of that is one client's."""
+    address = parse_address(request.remote_addr or "")
+    network = address and ipaddress.ip_network((address, 64 if address.version == 6 else 32), strict=False)
+    count_request("address", str(network))
+
+
 def _require_session() -> None:
     if "user_id" in current:
+        count_request("session", current.sid)
         has_body = bool(request.content_length) or "Transfer-Encoding" in request.headers
         if current.by_cookie and request.method not in SAFE_METHODS and has_body and not request.is_json:
             raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
@@ -79,6 +113,7 @@ def _require_session() -> None:
         current_app.extensions["door"].remember(current.sid, g.user_id)
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
+        count_request("session", f"user {g.user_id}")
     elif current.refused:
         raise ApiError(Code.FORBIDDEN, message=NOT_OUR_ORIGIN)
     else:
@@ -117,10 +152,11 @@ def _require_metrics_token() -> None:
 
 
 public = AuthPolicy(lambda: None, security=[])
+logins = AuthPolicy(_count_login, security=[], fails=(Code.TOO_MANY_REQUESTS,))
 signed_in = AuthPolicy(
     partial(_require_role, "user", "admin"),
     security=[{"bearer": []}, {"cookie": []}],
-    fails=(Code.UNAUTHORIZED, Code.FORBIDDEN, Code.UNAVAILABLE),
+    fails=(Code.UNAUTHORIZED, Code.FORBIDDEN, Code.TOO_MANY_REQUESTS, Code.UNAVAILABLE),
 )
 administrators = signed_in._replace(check=partial(_require_role, "admin"))
 session_holders = signed_in._replace(check=_require_session)

@@ -16,7 +16,7 @@ from werkzeug import Response as BaseResponse
 import wechat
 from blueprints.api import TRACE_ID_HEADER, Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
-from blueprints.policies import current_user, set_current_user
+from blueprints.policies import count_request, current_user, set_current_user
 from blueprints.wechat_profile import ProfileSchema
 from errors import ApiError, Code, Message
 from storage import database
@@ -176,6 +176,7 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
     :param facts: further items of the session.
     :returns: its token.
     """
+    count_request("app")
     app = wechat.web_app(scope)
     grant = app.redeem(code)
     if grant.is_snapshot_user:

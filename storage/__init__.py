@@ -2,7 +2,7 @@
 
 from flask import Flask
 
-from storage import database, key_rotation, redis_client, sessions
+from storage import database, key_rotation, rate_limits, redis_client, sessions
 from storage.cipher import Cipher
 from storage.single_flight import SingleFlight
 from telemetry import traces
@@ -15,4 +15,5 @@ def init_app(app: Flask) -> None:
     database.init_app(app)
     traces.instrument(app.extensions["redis"], app.extensions["database"])
     sessions.init_app(app)
+    rate_limits.init_app(app)
     app.cli.add_command(key_rotation.keys)

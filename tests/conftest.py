@@ -178,6 +178,7 @@ def environ(redis_server: RedisServer, shared_simulator: Simulator, databases: D
         "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
         "DRAIN_SECONDS": "0",  # there is no load balancer to notice a stop
         "METRICS_TOKEN": METRICS_TOKEN,
+        **dict.fromkeys(("LOGIN_RATE", "APP_LOGIN_RATE", "SESSION_RATE"), "off"),  # all tests are one client
         "LOG_LEVEL": "DEBUG",  # for `journal`
     }
 

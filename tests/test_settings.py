@@ -102,6 +102,9 @@ MALFORMED = {
     "WECHAT_API_BASE_URL": ["api.weixin.qq.com", "https://api.weixin.qq.com?", "https://api.weixin.qq.com/#x"],
     "WECHAT_OPEN_BASE_URL": ["javascript:x"],
     "PUBLIC_URL": ["shop.example.com", "https://shop.example.com/?from=x", "https://shop.example.com#x"],
+    "SESSION_RATE": ["600", "0/minute", "600/fortnight", "600/minutes", "-1/minute", "1.5/second", "/minute", "never"],
+    "LOGIN_RATE": ["600/minute;5/second", "600 a minute", "x" * 9],
+    "APP_LOGIN_RATE": ["9999999999/minute"],
     "TRUSTED_PROXIES": ["proxy.local", "10.0.0.1/8", "10.0.0.0/33", "127.0.0.1,", "127.0.0.1 ::1", "*", "unix"],
     "CORS_ORIGINS": [
         "*",

@@ -59,7 +59,8 @@ def test_a_page_of_a_named_origin_may_call_every_route(shop: FlaskClient, origin
     for path, status in (("/livez", 200), ("/api/v1/orders", 401), ("/nowhere", 404)):
         answer = shop.get(path, headers={"Origin": origin, **bearer("unknown")})
         assert (answer.status_code, allowed(answer)) == (status, origin)
-        assert listed(answer, "Expose-Headers") == {"etag", "location", "retry-after", "x-trace-id"}
+        exposed = {"etag", "location", "ratelimit", "ratelimit-policy", "retry-after", "x-trace-id"}
+        assert listed(answer, "Expose-Headers") == exposed
         assert "Origin" in answer.vary
 
 
