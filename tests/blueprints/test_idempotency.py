@@ -40,7 +40,7 @@ def test_a_repeat_on_another_instance_gets_the_first_response_byte_for_byte(
     admin.client = make_app().test_client(use_cookies=False)
     again = admin.post(path, body, Idempotency_Key="tap")
     assert (first.status_code, again.status_code, again.data) == (201, 201, first.data)
-    for header in ("ETag", "Location", "Content-Type"):
+    for header in ("ETag", "Location", "Content-Type", "Vary", "Cache-Control"):
         assert again.headers[header] == first.headers[header]
     orders = data_of(admin.get(f"/orders?user_id={admin.id}"))["items"]
     assert len(orders) == (2 if path == "/orders" else 1)
