@@ -1,8 +1,8 @@
 """Everything that is served, in order: each group of routes, where it is mounted, and who may call it.
 
-`flask.g` holds for one request: `user_id`, who is signed in, and `rate_limit`, the headers about it (policies); `row`,
-what the view returned, and `version_checked`, whether its If-Match was compared (preconditions); `database_session` and
-`after_commit` (database).
+`flask.g` holds for one request: `user_id`, who is signed in, `user`, their row (policies, database), and `rate_limit`,
+the headers about it (policies); `row`, what the view returned (api); `version_checked`, whether its If-Match was
+compared (preconditions); `database_session` and `after_commit` (database).
 """
 
 from flask import Flask, Response, current_app, request

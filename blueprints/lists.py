@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 from sqlalchemy import ColumnElement, func, select
 
 from blueprints.parsing import MAXIMUM_ID
-from storage import database
+from storage import snapshots
 
 MAXIMUM_SKIP = 100_000
 COUNT_LIMIT = 10_000
@@ -67,8 +68,9 @@ def load_page(
     ids = select(key).where(*conditions).order_by(order).limit(page_size).offset((page - 1) * page_size)
     if after is not None:
         ids = ids.where(key < after) if descending else ids.where(key > after)
-    found = database.session.scalars(ids).all()
-    items = database.session.scalars(select(model).where(key.in_(found)).order_by(order)).all()
+    page_ids = ids.subquery()
+    found = snapshots.load(model, select(model.__table__).join(page_ids, key == page_ids.c.id))
+    items = sorted(found, key=attrgetter("id"), reverse=descending)
     counted = select(key).where(*conditions).limit(COUNT_LIMIT).subquery()
-    total = database.session.scalar(select(func.count()).select_from(counted))
+    ((total,),) = snapshots.rows(select(func.count()).select_from(counted))
     return {"items": items, "page": page, "page_size": page_size, "total": total}

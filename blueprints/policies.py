@@ -4,6 +4,7 @@ import hmac
 import ipaddress
 import re
 from functools import partial
+from typing import cast
 
 from flask import Response, current_app, g, request
 from sqlalchemy import select
@@ -12,7 +13,7 @@ import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from proxies import parse_address
-from storage import blocks, database
+from storage import blocks, database, snapshots
 from storage.identities import get_or_create_user, set_role
 from storage.models import Identity, User
 from storage.sessions import SAFE_METHODS, current
@@ -28,14 +29,15 @@ METRICS_TOKEN_WRONG = Message("METRICS_TOKEN 不正确", "Not the METRICS_TOKEN"
 
 
 def current_user() -> User:
-    """Load the user who is signed in.
+    """Return the user who is signed in: in a transaction the row that it has locked, else a snapshot, read once.
 
     :raises ApiError: UNAUTHORIZED if the user has been deleted.
     """
-    user = database.session.get(User, g.user_id)
-    if user is None:
+    if "user" not in g:
+        g.user = snapshots.find(User, g.user_id)
+    if g.user is None:
         raise ApiError(Code.UNAUTHORIZED)
-    return user
+    return cast(User, g.user)
 
 
 def set_current_user(user_id: int) -> None:
@@ -123,12 +125,14 @@ def _require_session() -> None:
 def _require_role(*roles: str) -> None:
     _require_session()
     user = blocks.require_not_blocked(current_user())
-    if user.admin_by_setting and not _is_named_in_setting():
-        user = database.in_transaction(_apply_setting)
+    if user.admin_by_setting:
+        if not _is_named_in_setting():
+            user = database.in_transaction(_apply_setting)
+        database.session.rollback()  # no transaction waits for a body that a client sends slowly
     if user.role not in roles:
         raise ApiError(Code.FORBIDDEN)
     if request.method not in SAFE_METHODS:
-        database.session.rollback()  # no transaction waits for a body that a client sends slowly
+        g.pop("user", None)  # much may happen until the body is there
 
 
 def _cloud_run_user() -> User:

@@ -14,7 +14,7 @@ from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
-from storage import blocks, database, ownership, sessions
+from storage import blocks, database, ownership, sessions, snapshots
 from storage.identities import find_openid, set_role
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
@@ -211,8 +211,9 @@ def load_user(user_id: str) -> User:
     me = current_user()
     if user_id in ("me", str(me.id)):
         return me
-    lock = request.method not in sessions.SAFE_METHODS or None
-    user = database.session.get(User, int(user_id), with_for_update=lock) if me.role == "admin" else None
+    is_read = request.method in sessions.SAFE_METHODS
+    find = snapshots.find if is_read else partial(database.session.get, with_for_update=True)
+    user = find(User, int(user_id)) if me.role == "admin" else None
     if user is None:
         raise ApiError(Code.NOT_FOUND)
     return user

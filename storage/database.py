@@ -168,9 +168,8 @@ def in_transaction(work: Callable[[], T]) -> T:
                     # Makes writers wait for each other here, instead of failing when they write after a read.
                     _begin_immediate()
                 if "user_id" in g:
-                    # Referenced until the end: the work reads the user again without a statement.
-                    me = session.get(User, g.user_id, with_for_update=True)
-                    if me is None or sessions.is_revoked():
+                    g.user = session.get(User, g.user_id, with_for_update=True)
+                    if g.user is None or sessions.is_revoked():
                         raise ApiError(Code.UNAUTHORIZED)
                 result = work()
         except (DBAPIError, StaleDataError) as error:
@@ -180,6 +179,8 @@ def in_transaction(work: Callable[[], T]) -> T:
             for function in g.pop("after_commit"):
                 function()
             return result
+        finally:
+            g.pop("user", None)
     raise AssertionError("unreachable")
 
 

@@ -8,7 +8,7 @@ from sqlalchemy import and_, select
 from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
-from storage import blocks, database, ownership, sessions
+from storage import blocks, database, ownership, sessions, snapshots
 from storage.models import PROFILE_FIELDS, Identity, User
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def start_session(user_id: int, **facts: Any) -> str:
     """
     token = sessions.log_in(user_id, **facts)
     # A deletion that commits after this finds the session and the session_key, and ends them.
-    database.session.rollback()
-    if database.session.scalar(select(User.id).where(User.id == user_id)) is None:
+    if snapshots.find(User, user_id) is None:
         sessions.current.clear()
         sessions.revoke_sessions(user_id)
         raise ApiError(Code.UNAVAILABLE)
@@ -101,8 +100,6 @@ def start_session(user_id: int, **facts: Any) -> str:
 
 
 def find_openid(user_id: int, app_id: str) -> str | None:
-    """Find the openid of a user in one of our apps; None if there is none. Ends the transaction."""
+    """Find the openid of a user in one of our apps; None if there is none."""
     mine = Identity.user_id == user_id, Identity.app_id == app_id
-    found = database.session.scalar(select(Identity.openid).where(*mine))
-    database.session.rollback()  # the caller is about to wait for WeChat
-    return found
+    return next((openid for (openid,) in snapshots.rows(select(Identity.openid).where(*mine))), None)

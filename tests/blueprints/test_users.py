@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from redis import Redis
+from sqlalchemy import event
 
 from storage import database, ownership
 from storage.masks import mask_phone
@@ -25,6 +26,18 @@ def test_get_me(alice: Caller) -> None:
     assert timedelta(0) <= datetime.now(UTC) - created < timedelta(hours=1)
     assert data_of(alice.get(f"/users/{alice.id}")) == user
     assert alice.etag(f"/users/{alice.id}") == alice.etag("/users/me")
+
+
+def test_a_read_of_oneself_is_one_statement_and_fresh(app: Flask, alice: Caller) -> None:
+    statements: list[str] = []
+    listen = app.extensions["database"], "before_cursor_execute", lambda *executed: statements.append(executed[2])
+    for nickname in ("first", "second"):
+        alice.put("/users/me", {"nickname": nickname})
+        event.listen(*listen)
+        assert alice.get("/users/me").get_json()["data"]["nickname"] == nickname
+        event.remove(*listen)
+    assert len(statements) == 2
+    assert all(statement.startswith("SELECT") for statement in statements)
 
 
 def test_a_malformed_id_is_404(alice: Caller, admin: Caller) -> None:
