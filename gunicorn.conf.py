@@ -173,10 +173,9 @@ graceful_timeout = 28 - settings["DRAIN_SECONDS"]
 keepalive = 75
 
 # The heartbeat file in memory: on a slow disk a healthy worker would be taken for dead. It takes no room but an inode.
-memory = "/dev/shm"
-if not os.access(memory, os.W_OK) or not os.statvfs(memory).f_favail:
-    memory = tempfile.gettempdir()
-worker_tmp_dir = memory
+worker_tmp_dir = "/dev/shm"
+if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_favail:
+    worker_tmp_dir = tempfile.gettempdir()
 
 # The metrics of the workers are in a directory that the instance holds. A stop removes it; what a crash left tells the
 # next start on this port of it. prometheus_client reads this variable when it is first imported: not before when_ready.
@@ -210,12 +209,12 @@ def lock(directory):  # type: ignore[no-untyped-def]
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
     server.started, server.after = time.time(), "stop"
-    for left in Path(memory).glob(f"kuaishang-{settings['PORT']}-*"):
+    for left in Path(worker_tmp_dir).glob(f"kuaishang-{settings['PORT']}-*"):
         with suppress(OSError):
             lock(left)
             server.after = "crash"
             shutil.rmtree(left)
-    os.environ[MULTIPROC_DIR] = f"{memory}/kuaishang-{settings['PORT']}-{secrets.token_hex(8)}"
+    os.environ[MULTIPROC_DIR] = f"{worker_tmp_dir}/kuaishang-{settings['PORT']}-{secrets.token_hex(8)}"
     if settings["DRAIN_SECONDS"]:
         server.handle_term = lambda: drain(server)
 
@@ -224,7 +223,6 @@ def pre_fork(server, worker):  # type: ignore[no-untyped-def]
     # Also for a later worker: systemd empties /dev/shm when a user logs out, and at the start there may be no room.
     with suppress(OSError):
         os.mkdir(os.environ[MULTIPROC_DIR], 0o700)
-        os.chown(os.environ[MULTIPROC_DIR], server.cfg.uid, server.cfg.gid)
         lock(os.environ[MULTIPROC_DIR])
     # Deaths are counted by the next worker that starts: the master itself counts nothing.
     worker.replaces = vars(server).pop("deaths", 0)

@@ -79,9 +79,6 @@ def _integer(default: int, minimum: int, maximum: int, text: str) -> fields.Inte
 class Settings(Schema):
     """One field per variable; `load` reads them. A field without a default is required."""
 
-    class Meta:
-        unknown = EXCLUDE  # the environment has variables that are not ours
-
     WECHAT_APP_ID = _required("The mini-program's app id, from mp.weixin.qq.com.")
     WECHAT_APP_SECRET = _required("The mini-program's app secret, from the same page.")
     WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Base URL of WeChat's server API.")
@@ -183,7 +180,7 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
     """
     try:
         given = {name: value.strip() for name, value in environ.items() if value.strip()}
-        return Settings(only=only).load(given)  # type: ignore[no-any-return]
+        return Settings(only=only).load(given, unknown=EXCLUDE)  # type: ignore[no-any-return]
     except ValidationError as error:
         lines = ["The service cannot start: these settings are missing or malformed in its environment."]
         for name, messages in error.normalized_messages().items():  # they say what is wrong, never the value

@@ -43,7 +43,8 @@ def creation(context: Any) -> datetime:
 
 
 class Base(DeclarativeBase):
-    __table_args__: Any = {"mysql_charset": "utf8mb4"}  # noqa: RUF012  a table with others repeats it
+    # No id is reused: a session that outlives its user must not become another user's.
+    __table_args__: Any = {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"}  # noqa: RUF012
 
 
 class Versioned:
@@ -69,12 +70,7 @@ class User(Versioned, Base):
     """Someone who has logged in, with their first identity; `Identity` has all of them."""
 
     __tablename__ = "users"
-    __table_args__ = (
-        UniqueConstraint("app_id", "openid", name="uq_users_app_id_openid"),
-        Index("uq_users_unionid", "unionid", unique=True),
-        # No id is reused: a session that outlives its user must not become another user's.
-        {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
-    )
+    __table_args__ = (UniqueConstraint("app_id", "openid", name="uq_users_app_id_openid"), Base.__table_args__)
 
     app_id: Mapped[str] = mapped_column(identifier(32))
     openid: Mapped[str] = mapped_column(identifier(64))
@@ -93,6 +89,8 @@ class User(Versioned, Base):
     email = Encrypted(String(512), searchable=True)
     bank_card = Encrypted(String(255), searchable=True)
 
+
+Index("uq_users_unionid", User.unionid, unique=True)
 
 PERSONAL_FIELDS = tuple(field.name for field in encrypted_fields(User))
 """The encrypted fields of `User`."""
@@ -120,10 +118,7 @@ class Order(Versioned, Base):
 
     __tablename__ = "orders"
     # Each index serves the lists of one filter, in the order of the ids, which both databases store in every index.
-    __table_args__ = (
-        Index("ix_orders_user_id_status", "user_id", "status"),
-        {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
-    )
+    __table_args__ = (Index("ix_orders_user_id_status", "user_id", "status"), Base.__table_args__)
 
     user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="SET NULL"), index=True)
     status: Mapped[str] = mapped_column(String(16), default="pending", index=True)
@@ -144,7 +139,6 @@ class OrderItem(Base):
     """An item of an order, whose version it shares."""
 
     __tablename__ = "order_items"
-    __table_args__ = ({"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},)
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     order_id: Mapped[int] = mapped_column(BigId, ForeignKey("orders.id", ondelete="CASCADE"), index=True)

@@ -127,9 +127,7 @@ class Client:
             raise unexpected_response(path, "result.suggest missing or unknown", answer)
         return bool(suggestion == "risky")
 
-    def send_subscribe_message(
-        self, openid: str, template_id: str, data: Mapping[str, str], **optional: str | None
-    ) -> bool:
+    def send_subscribe_message(self, openid: str, template_id: str, data: Mapping[str, str], **optional: str) -> bool:
         """Send a message that the user has subscribed to (cgi-bin/message/subscribe/send).
 
         It is not sent again if the response is lost, as it may have arrived. Source:
@@ -144,8 +142,7 @@ class Client:
             errcode is in the log.
         """
         texts = {name: {"value": value} for name, value in data.items()}
-        given = {name: value for name, value in optional.items() if value is not None}
-        body = {"touser": openid, "template_id": template_id, "data": texts, **given}
+        body = {"touser": openid, "template_id": template_id, "data": texts, **optional}
         path = "/cgi-bin/message/subscribe/send"
         answer: dict[str, Any] = self.call(path, body=body, expected=NOT_SUBSCRIBED, idempotent=False, media=False)
         return answer.get("errcode") not in NOT_SUBSCRIBED
