@@ -47,7 +47,7 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(health.blueprint, auth=policies.public)
     api.register_blueprint(metrics.blueprint, auth=policies.scrapers)
     api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)
-    api.register_blueprint(auth.sessions, url_prefix=f"{V1}/auth", auth=policies.session_holders)
+    api.register_blueprint(auth.blueprint, url_prefix=f"{V1}/auth", auth=policies.session_holders)
     api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=policies.logins)
     api.register_blueprint(users.administration, url_prefix=f"{V1}/users", auth=policies.administrators)
     api.register_blueprint(users.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)

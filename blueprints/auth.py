@@ -13,8 +13,7 @@ from blueprints.policies import count_request, current_user, get_mini_program_us
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
 from errors import Code
-from storage import blocks, wechat_session_keys
-from storage import sessions as stored_sessions
+from storage import blocks, sessions, wechat_session_keys
 from storage.identities import find_openid, start_session
 from storage.single_flight import single_flight
 from telemetry.access_log import CODE
@@ -22,7 +21,7 @@ from telemetry.metrics import LOGINS
 from wechat.transport import PATIENCE_SECONDS
 
 login = Blueprint("login", __name__, description="登录 Log in")
-sessions = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
+blueprint = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
 
 
 class WechatCodeSchema(Schema):
@@ -61,7 +60,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
         remember=WECHAT_CODE_LIFETIME_SECONDS,
         messages={Code.FORBIDDEN: blocks.BLOCKED},
     )
-    stored_sessions.resume(token)
+    sessions.resume(token)
     set_current_user(session["user_id"])
     user = blocks.require_not_blocked(current_user())
     session.modified = True  # a browser gets the cookie again
@@ -83,9 +82,9 @@ def _redeem(code: str) -> str:
     return start_session(user.id)
 
 
-@sessions.route("/wechat")
-@sessions.response(200, WechatSessionSchema)
-@sessions.fails(*wechat.FAILS)
+@blueprint.route("/wechat")
+@blueprint.response(200, WechatSessionSchema)
+@blueprint.fails(*wechat.FAILS)
 def get_wechat_session() -> dict[str, bool]:
     """Ask WeChat whether the session_key is still valid
 
@@ -100,16 +99,16 @@ def get_wechat_session() -> dict[str, bool]:
     return {"valid": any(wechat.api.is_session_key_valid(str(openid), session_key) for session_key in session_keys)}
 
 
-@sessions.route("/session", methods=["DELETE"])
-@sessions.response(200, transaction=False, if_match=False)
+@blueprint.route("/session", methods=["DELETE"])
+@blueprint.response(200, transaction=False, if_match=False)
 def log_out() -> None:
     """Log out"""
     session.clear()
 
 
-@sessions.route("/sessions", methods=["DELETE"])
-@sessions.response(200, transaction=False, if_match=False)
+@blueprint.route("/sessions", methods=["DELETE"])
+@blueprint.response(200, transaction=False, if_match=False)
 def log_out_everywhere() -> None:
     """Log out on every device"""
-    stored_sessions.revoke_sessions(g.user_id)
+    sessions.revoke_sessions(g.user_id)
     session.clear()

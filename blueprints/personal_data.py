@@ -47,18 +47,13 @@ PersonalDataSchema = Schema.from_dict(
 FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name="FullPersonalDataSchema")
 
 
-ID_CARD_RULE = matches("[0-9]{17}[0-9Xx]", "Must be 17 digits, then a digit or X.")
-EMAIL_RULE = matches("[!-~]{3,254}", "Must be at most 254 ASCII characters.")
-BANK_CARD_RULE = matches("[0-9]{12,19}", "Must be 12 to 19 digits.")
-
-
 class PersonalDataChangeSchema(Schema):
     """Missing fields stay as they are, null erases; a phone number comes from WeChat alone."""
 
     real_name = fields.String(allow_none=True, validate=NICKNAME_RULE)
-    id_card = fields.String(allow_none=True, validate=ID_CARD_RULE)
-    email = fields.Email(allow_none=True, validate=EMAIL_RULE)
-    bank_card = fields.String(allow_none=True, validate=BANK_CARD_RULE)
+    id_card = fields.String(allow_none=True, validate=matches("[0-9]{17}[0-9Xx]", "Must be 18 digits, or 17 and an X."))
+    email = fields.Email(allow_none=True, validate=matches("[!-~]{3,254}", "Must be at most 254 ASCII characters."))
+    bank_card = fields.String(allow_none=True, validate=matches("[0-9]{12,19}", "Must be 12 to 19 digits."))
 
 
 class IdentitySchema(Schema):
