@@ -130,8 +130,10 @@ class Worker(GeventWorker):
         super().notify()
         for client in () if self.alive else self.clients:
             if not client.ends_at:
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RD)  # gunicorn would wait for the next request until graceful_timeout
+                # gunicorn would wait for the next request until graceful_timeout. What has arrived is still read, which
+                # the client's own shutdown would prevent.
+                with suppress(OSError), gevent.socket.fromfd(client.fileno(), client.family, client.type) as same:
+                    same.shutdown(socket.SHUT_RD)
 
     def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
         # What gunicorn refuses it quotes, however long it is.

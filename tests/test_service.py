@@ -193,7 +193,7 @@ MALFORMED = [
     (400, f"{START}Re ferer: /?{QUERY}\r\n"),
     (414, f"GET /?{QUERY}&{'x' * 5000} HTTP/1.1\r\n"),
     (431, START + "".join(f"X-{number}: {QUERY}\r\n" for number in range(101))),
-    (501, f"{START}Transfer-Encoding: /?{QUERY}\r\n"),
+    (400, f"{START}Transfer-Encoding: /?{QUERY}\r\n"),
     (417, f"{START}Expect: /?{QUERY}\r\n"),
 ]
 FAULTS = {
