@@ -55,9 +55,8 @@ def _required(text: str, check: validate.Regexp | None = None, **more: Any) -> f
 
 
 def _site(default: str, text: str) -> fields.Url:
-    plain = validate.Regexp(r"[^?#]*\Z", error="Must have no query and no fragment.")
-    schemes = {"http", "https"}
-    return fields.Url(schemes=schemes, require_tld=False, load_default=default, validate=plain, metadata={"help": text})
+    plain = validate.Regexp(r"(?i:https?)://[^?#]*\Z", error="Must be http(s), with no query and no fragment.")
+    return fields.Url(require_tld=False, load_default=default, validate=plain, metadata={"help": text})
 
 
 def _matches(pattern: str) -> validate.Regexp:
@@ -91,17 +90,13 @@ class Settings(Schema):
         "Token of the message push, 3 to 32 letters and digits; without it no message is accepted.", "[A-Za-z0-9]{3,32}"
     )
     WECHAT_PUSH_AES_KEY = _optional(
-        "EncodingAESKey, 43 letters and digits: with it pushed messages must be encrypted, else plain.",
-        "[A-Za-z0-9]{43}",
+        "EncodingAESKey, 43 letters and digits: with it messages must be encrypted, else plain.", "[A-Za-z0-9]{43}"
     )
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
-    TRUST_WXCLOUD_HEADERS = _switch(
-        "Whether X-WX-OPENID identifies the user: safe only if the service is reachable through WeChat cloud run alone."
-    )
+    TRUST_WXCLOUD_HEADERS = _switch("Whether X-WX-OPENID names the user: safe only if cloud run is the only way in.")
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
     TRUSTED_PROXIES = _optional(
-        "Comma-separated addresses or networks of proxies whose X-Forwarded-For, -Proto, -Host count.",
-        post_load=_networks,
+        "Comma-separated addresses or networks of proxies whose X-Forwarded headers count.", post_load=_networks
     )
     CORS_ORIGINS = _optional(
         "Comma-separated origins whose pages may call the API, as browsers send them: https://h5.example.com",
@@ -114,14 +109,12 @@ class Settings(Schema):
         _matches(REDIS_PATTERN),
     )
     DATABASE_URL = _required(
-        "The SQL database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db. Options of"
-        " MySQL: unix_socket, ssl_ca, ssl_capath, ssl_cert, ssl_key, ssl_cipher, ssl_check_hostname; charset is always"
-        " utf8mb4.",
+        "The database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db. Options of MySQL:"
+        " unix_socket, ssl_ca, ssl_capath, ssl_cert, ssl_key, ssl_cipher, ssl_check_hostname; charset is utf8mb4.",
         _matches(DATABASE_PATTERN),
     )
-    SECRET_KEY = _required(
-        "Signing key, 32 random characters or more: openssl rand -base64 32",
-        _matches(r"(?!(.+)\1+\Z).{32,}"),  # no repetition
+    SECRET_KEY = _required(  # no repetition
+        "Signing key, 32 random characters or more: openssl rand -base64 32", _matches(r"(?!(.+)\1+\Z).{32,}")
     )
     ENCRYPTION_KEYS = _required(
         "Comma-separated keys for data at rest, the first encrypts; each: openssl rand -base64 32", post_load=_keys
@@ -131,21 +124,15 @@ class Settings(Schema):
         "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
     )
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
-    SESSION_ABSOLUTE_LIFETIME = _integer(
-        86400, 60, YEAR_SECONDS, "Seconds after which a session ends anyhow, 60 or more."
-    )
+    SESSION_ABSOLUTE_LIFETIME = _integer(86400, 60, YEAR_SECONDS, "Seconds after which any session ends, 60 or more.")
     LOGIN_RATE = _optional("Logins of a client address, as N/second, minute, hour or day; or off.", _RATE, "600/minute")
-    APP_LOGIN_RATE = _optional(
-        "Logins of all clients together that WeChat is asked about, or off.", _RATE, "10000/minute"
-    )
+    APP_LOGIN_RATE = _optional("Logins of all clients that WeChat is asked about, or off.", _RATE, "10000/minute")
     SESSION_RATE = _optional("Requests of a session, or off.", _RATE, "600/minute")
     HOST = fields.IP(load_default="0.0.0.0", metadata={"help": "The IP address to listen on; :: for IPv6 too."})  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
     WEB_CONNECTIONS = _integer(5000, 100, 100_000, "Client connections that a worker holds at once, 100 or more.")
-    REQUESTS_IN_FLIGHT = _integer(
-        256, 10, 100_000, "Requests that a worker serves at once, without those that wait for WeChat, 10 or more."
-    )
+    REQUESTS_IN_FLIGHT = _integer(256, 10, 100_000, "Requests at once per worker, waits for WeChat aside; 10 or more.")
     DATABASE_CONNECTIONS = _integer(16, 1, 256, "Database connections of a worker, 1 to 256.")
     REQUEST_SECONDS = _integer(10, 1, 300, "Seconds that a request may take; X-Request-Timeout may ask for less.")
     HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")
