@@ -10,14 +10,14 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from blueprints.api import Blueprint
-from blueprints.policies import administrators, public, scrapers, session_holders, signed_in
+from blueprints.policies import administrators, logins, public, scrapers, session_holders, signed_in
 from blueprints.wechat_profile import PHONE_CODE_REQUIRED
 from dev import openapi
 from errors import Code
 from tests.blueprints.callers import API, Caller, bodies, each_operation, ids_of, operations
 from tests.harness import Simulator
 
-POLICIES = {policy.check for policy in (public, signed_in, session_holders, administrators, scrapers)}
+POLICIES = {policy.check for policy in (public, logins, signed_in, session_holders, administrators, scrapers)}
 
 
 def test_every_route_belongs_to_a_group(app: Flask) -> None:
@@ -68,8 +68,8 @@ def test_the_policy_runs_before_the_hooks_of_the_group_itself(make_app: Callable
 def test_the_document_lists_the_failures_of_an_operation(client: FlaskClient) -> None:
     paths = client.get("/openapi.json").get_json()["paths"]
     login, me = paths["/api/v1/auth/wechat"]["post"]["responses"], paths["/api/v1/users/{user_id}"]["get"]["responses"]
-    assert set(login) == {"200", "400", "403", "413", "502", "503", "504", "default"}
-    assert set(me) == {"200", "304", "401", "403", "404", "503", "default"}
+    assert set(login) == {"200", "400", "403", "413", "429", "502", "503", "504", "default"}
+    assert set(me) == {"200", "304", "401", "403", "404", "429", "503", "default"}
     change = paths["/api/v1/users/{user_id}"]["put"]
     assert {"412", "428"} <= set(change["responses"])
     assert [part["name"] for part in change["parameters"]] == ["If-Match"]

@@ -2,6 +2,7 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -75,6 +76,14 @@ def test_an_invalid_phone_code_gets_a_message_about_phone_codes(alice: Caller, r
         assert code_of(answer) == (400, number)
         assert answer.get_json()["message"] == PHONE_CODE_REQUIRED.chinese
     assert "getPhoneNumber" in PHONE_CODE_REQUIRED.chinese
+
+
+def test_simultaneous_requests_with_one_phone_code_all_show_the_number(alice: Caller) -> None:
+    alice.simulator.fault("slow", path="/wxa/business/getuserphonenumber", seconds=0.3)
+    body = {"code": alice.simulator.phone_code(openid=alice.openid, phone="13812345678")}
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: alice.call("PUT", PHONE, body), range(3)))
+    assert [data_of(answer)["phone"] for answer in answers] == ["138****5678"] * 3
 
 
 def test_a_user_without_an_openid_in_the_mini_program_gets_403(alice: Caller, app: Flask) -> None:
