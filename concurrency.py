@@ -1,13 +1,11 @@
-"""How long a request may wait, and bounded work beside it, with its trace id: after the response, or in parallel."""
+"""How long a request may wait, and parallel work, with its trace id."""
 
-import logging
 import math
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, cast
@@ -18,12 +16,9 @@ from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code, handle_http_exception
 from overload import Door
-from telemetry import metrics, traces
-
-logger = logging.getLogger(__name__)
+from telemetry import metrics
 
 THREADS = 8
-BACKLOG = 1000
 
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -84,56 +79,6 @@ def _outcome(function: Callable[..., Any], *args: Any) -> Any:
         return error
 
 
-class Background:
-    """Runs functions in threads of this process, in the order in which they are submitted.
-
-    At a graceful stop pending functions are finished, as long as gunicorn's `graceful_timeout` allows.
-
-    :param threads: how many run at once.
-    :param backlog: how many may be pending, running ones included.
-    """
-
-    def __init__(self, app: Flask, threads: int, backlog: int) -> None:
-        self._app = app
-        self._backlog = backlog
-        # Its queue is finished before the interpreter exits.
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="background")
-        self.pending: set[Future[None]] = set()
-
-    def ensure_capacity(self) -> None:
-        """Make sure that there is room for more work.
-
-        Concurrent requests may exceed the backlog a little.
-
-        :raises ApiError: UNAVAILABLE if too much is pending.
-        """
-        if len(self.pending) >= self._backlog:
-            metrics.BACKGROUND.labels("rejected").inc()
-            logger.error("background work rejected", extra={"pending": len(self.pending)})
-            raise ApiError(Code.UNAVAILABLE)
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> None:
-        """Run a function soon, in an application context of its own. A failure is logged and counted."""
-        metrics.BACKGROUND_PENDING.inc()
-        future = self.pool.submit(copy_context().run, self._run, function, args)
-        self.pending.add(future)
-        future.add_done_callback(self.pending.discard)
-
-    def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        name = f"{function.__module__}.{getattr(function, '__qualname__', '?')}"
-        with suppress(Exception), traces.span(f"background {name}", attributes={"code.function.name": name}):
-            try:
-                with self._app.app_context():
-                    function(*args)
-                metrics.BACKGROUND.labels("success").inc()
-            except Exception:
-                metrics.BACKGROUND.labels("failure").inc()
-                logger.exception("background work failed", extra={"function": name})
-                raise  # which fails the span
-            finally:
-                metrics.BACKGROUND_PENDING.dec()
-
-
 class FanOut:
     """Runs functions in parallel in threads of this process, and waits for them until a deadline.
 
@@ -174,10 +119,6 @@ class FanOut:
         return future.exception() or future.result()
 
 
-background = cast(Background, LocalProxy(lambda: current_app.extensions["background"]))
-"""The background work of this process."""
-
-
 fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
 """The parallel calls of this process."""
 
@@ -185,5 +126,4 @@ fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
 def init_app(app: Flask) -> None:
     app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"])
     app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]
-    app.extensions["background"] = Background(app, THREADS, BACKLOG)
     app.extensions["fan_out"] = FanOut(app, THREADS)

@@ -249,6 +249,13 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     worker.log.error_log.handlers, worker.log.error_log.propagate = [], True
     Client.door = worker.wsgi.extensions["door"]
     gevent.spawn(Client.door.watch)
+    if settings["WECHAT_PUSH_TOKEN"]:
+        worker.wsgi.extensions["messages"].start()
+
+
+def worker_exit(server, worker):  # type: ignore[no-untyped-def]
+    if worker.booted:
+        worker.wsgi.extensions["messages"].stop(graceful_timeout / 2)
 
 
 def child_exit(server, worker):  # type: ignore[no-untyped-def]

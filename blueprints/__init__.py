@@ -25,6 +25,7 @@ from blueprints import (
 )
 from blueprints.api import Api
 from errors import ApiError, Code
+from storage.message_queue import MessageQueue
 
 V1 = "/api/v1"
 ALLOWED = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "traceparent"]
@@ -56,6 +57,7 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(order_items.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
+    app.extensions["messages"] = MessageQueue(app, messages.handle)  # gunicorn.conf.py starts it
 
     app.cli.add_command(user_commands.users)
 

@@ -1,7 +1,7 @@
 """What to do about WeChat's pushed messages: the file to patch for a new event.
 
-A handler is a function that takes the fields of a message. It runs once, after WeChat has its response, and is not
-called again if it fails:
+A handler is a function that takes the fields of a message, and runs beside the response to WeChat. It is not called
+again if it fails, but it is if its process dies in the middle, so doing it twice must do no harm:
 
     @on("event", "subscribe_msg_popup_event")
     def remember_subscription(message): ...

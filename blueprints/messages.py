@@ -1,21 +1,18 @@
-"""Message push: verify what WeChat sends, receive it once, and dispatch it to `message_handlers`."""
+"""Message push: verify what WeChat sends, keep it until it is handled, and dispatch it to `message_handlers`."""
 
 import logging
 import time
-from contextvars import copy_context
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
-from flask import Response, request
-from redis.exceptions import RedisError
+from flask import Response, current_app, request
 
 import wechat
 from blueprints import message_handlers
 from blueprints.api import Blueprint
 from blueprints.parsing import read_body
-from concurrency import background
-from errors import ApiError, Code
-from storage.redis_client import redis
+from errors import Code
+from telemetry import metrics, traces
 from wechat import lenient
 from wechat.message_push import MAXIMUM_AGE_SECONDS, MessagePush, PushMessage, refused
 
@@ -24,11 +21,8 @@ logger = logging.getLogger(__name__)
 CONTENT_TYPES = {"json": "application/json", "xml": "text/xml; charset=utf-8"}
 MAXIMUM_BYTES = 64 * 1024
 """A body must be read before its signature can be checked."""
-PENDING_SECONDS = 4
-"""Less than the 5 s after which WeChat sends a message again: the process that received it may have died."""
 CLOUD_RUN_PROBE = {"action": "CheckContainerPath"}
 """What WeChat cloud run posts, unsigned, to see whether the path is served."""
-HANDLED = b"handled"
 REMEMBER_SECONDS = 2 * MAXIMUM_AGE_SECONDS
 """Longer than a message is accepted, also one from a clock that is ahead of ours."""
 
@@ -66,7 +60,7 @@ def verify_url() -> Response:
 def receive() -> Response:
     """Receive a message from WeChat
 
-    Its handlers run after the response. A message that is sent again gets a response again, and is handled once.
+    Its handlers run beside the response. A message that is sent again gets a response again, and is handled once.
     """
     request.max_content_length = MAXIMUM_BYTES
     body = read_body(request)
@@ -76,18 +70,11 @@ def receive() -> Response:
     message = push.open(request.args, body, time.time())
     if not message.is_recent(time.time()):
         raise refused("no CreateTime, or an old one, or our clock is wrong")
-    background.ensure_capacity()
-    response = _reply(push, message) or _text("success")
-    key = f"message:{message.key}"
-    is_new = bool(redis.set(key, b"received", nx=True, ex=PENDING_SECONDS))
-    if not is_new and redis.get(key) != HANDLED:
-        raise ApiError(Code.UNAVAILABLE)  # the process handling it may have died: WeChat has to send it once more
-    fields = {"type": message.type, "event": message.event, "repeat": not is_new, "handlers": len(_handlers(message))}
+    handlers = _handlers(message)
+    is_new = not handlers or current_app.extensions["messages"].put(message.key, message.fields, REMEMBER_SECONDS)
+    fields = {"type": message.type, "event": message.event, "repeat": not is_new, "handlers": len(handlers)}
     logger.info("message received", extra=fields)
-    if is_new:
-        # In the context of this request: by then another one may have begun.
-        response.call_on_close(partial(copy_context().run, _begin, key, message))
-    return response
+    return _reply(push, message) or _text("success")
 
 
 def _reply(push: MessagePush, message: PushMessage) -> Response | None:
@@ -104,15 +91,19 @@ def _reply(push: MessagePush, message: PushMessage) -> Response | None:
     return Response(reply, content_type=CONTENT_TYPES[message.form])
 
 
-def _begin(key: str, message: PushMessage) -> None:
-    """Start handling a message after its response was sent, unless another request with the same message has."""
-    try:
-        if redis.set(key, HANDLED, ex=REMEMBER_SECONDS, get=True) == HANDLED:
-            return
-    except RedisError as error:
-        logger.error("a message may be handled twice", extra={"reason": type(error).__name__})
-    for handler in _handlers(message):
-        background.submit(handler, message.fields)
+def handle(fields: dict[str, Any]) -> None:
+    """Run the handlers of a message, one after another. A failure is logged and counted, and stops no other handler."""
+    for handler in _handlers(PushMessage(fields, "json")):
+        name = f"{handler.__module__}.{getattr(handler, '__qualname__', '?')}"
+        with suppress(Exception, SystemExit), traces.span(f"handler {name}", attributes={"code.function.name": name}):
+            try:
+                with current_app.app_context():
+                    handler(fields)
+                metrics.MESSAGES.labels("success").inc()
+            except (Exception, SystemExit):
+                metrics.MESSAGES.labels("failure").inc()
+                logger.exception("a handler failed", extra={"function": name})
+                raise  # which fails the span
 
 
 def _handlers(message: PushMessage) -> list[message_handlers.Handler]:

@@ -42,8 +42,9 @@ BREAKER_OPEN = _sum("wechat_breaker_open", "Workers that make no calls of WeChat
 TOKEN_REFRESHES = _counter("wechat_token_refreshes", "Access token requests; success or failure.", ("outcome",))
 LOGINS = _counter("logins", "Logins by mini_program or web; success, or the code.", ("kind", "outcome"))
 SESSIONS = _counter("sessions_created", "Sessions started.")
-BACKGROUND_PENDING = _sum("background_work_pending", "Background functions that run or wait for a thread.")
-BACKGROUND = _counter("background_work", "Background functions; success, failure or rejected.", ("outcome",))
+MESSAGES_PENDING = _latest("messages_pending", "Messages that WeChat has pushed to any instance, not handled yet.")
+# dropped: put aside, as no key decrypts it, or as each process that handled it died.
+MESSAGES = _counter("messages_handled", "By handler: success or failure; or rejected or dropped.", ("outcome",))
 # pool: redis, database or wechat.
 POOL_IN_USE = _sum("pool_in_use", "Connections of a pool, or places for calls of WeChat, in use.", ("pool",))
 POOL_WAIT_SECONDS = _counter("pool_wait_seconds", "Waits for one of them; the rate is how many wait.", ("pool",))
@@ -59,7 +60,7 @@ WORKER_DESCRIPTORS = _of_each_worker("worker_open_descriptors", "Files and conne
 WORKER_DESCRIPTORS_LIMIT = _of_each_worker("worker_open_descriptors_limit", "How many it may have open.")
 for metric, values_of_label in (  # create the series at 0, or increase() misses the first failure
     (TOKEN_REFRESHES, ("success", "failure")),
-    (BACKGROUND, ("success", "failure")),
+    (MESSAGES, ("success", "failure", "rejected", "dropped")),
     (SHED, ("queue", "in_flight", "wechat")),
     (RATE_LIMITED, ("address", "app", "session")),
     (POOL_IN_USE, ("redis", "database", "wechat")),

@@ -2,92 +2,13 @@ import threading
 from typing import Any
 
 import pytest
-from flask import Flask, current_app, g
+from flask import Flask, g
 from werkzeug.datastructures import Headers
 
-from concurrency import Background, FanOut, background, fan_out
-from errors import ApiError, Code
+from concurrency import FanOut, fan_out
 from storage import database
 from telemetry.traces import RequestSpan, current_ids
-from tests.harness import WAIT_SECONDS, counted, wait_until
-
-
-@pytest.fixture
-def small(app: Flask) -> Any:
-    background = Background(app, threads=2, backlog=3)
-    yield background
-    background.pool.shutdown()
-
-
-def test_work_has_an_application_context_and_the_trace_id_of_its_request(small: Background, app: Flask) -> None:
-    seen = []
-
-    def work(argument: str) -> None:
-        database.ping()
-        seen.append((argument, current_app.name, current_ids()["traceId"]))
-
-    request = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
-    small.submit(work, "argument")
-    request.end(200)
-    small.pool.shutdown()
-    assert seen == [("argument", "service", "a" * 32)]
-    assert app.extensions["database"].pool.checkedout() == 0
-
-
-def test_a_failure_is_logged_with_its_trace_id_and_counted_and_the_next_one_runs(app: Flask, log_lines: Any) -> None:
-    done = threading.Event()
-
-    def fail() -> None:
-        raise RuntimeError("the reason")
-
-    request = RequestSpan("GET", Headers({"traceparent": f"00-{'b' * 32}-{'b' * 16}-01"}))
-    with app.app_context():
-        background.submit(fail)
-        background.submit(done.set)
-        request.end(200)
-        assert done.wait(WAIT_SECONDS)
-        wait_until(lambda: not background.pending)
-    (line,) = [line for line in log_lines() if line["message"] == "background work failed"]
-    assert line["traceId"] == "b" * 32
-    assert line["function"].endswith("fail")
-    assert line["stack"].endswith("RuntimeError: the reason\n")
-
-
-def test_the_backlog_is_bounded_and_two_functions_run_at_a_time(small: Background) -> None:
-    gate, running = threading.Event(), threading.Semaphore(0)
-
-    def work() -> None:
-        running.release()
-        gate.wait(WAIT_SECONDS)
-
-    for _ in range(3):
-        small.ensure_capacity()
-        small.submit(work)
-    assert running.acquire(timeout=WAIT_SECONDS)
-    assert running.acquire(timeout=WAIT_SECONDS)
-    assert not running.acquire(timeout=0.2)
-    with pytest.raises(ApiError) as caught:
-        small.ensure_capacity()
-    assert caught.value.api_code is Code.UNAVAILABLE
-    gate.set()
-    wait_until(lambda: not small.pending)
-    small.ensure_capacity()
-
-
-def test_work_is_counted_by_outcome_and_closing_finishes_it(small: Background) -> None:
-    def counts() -> list[float]:
-        outcomes = [counted("background_work_total", outcome=outcome) for outcome in ("success", "failure", "rejected")]
-        return [counted("background_work_pending"), *outcomes]
-
-    before, gate = counts(), threading.Event()
-    for work in (lambda: gate.wait(WAIT_SECONDS), lambda: gate.wait(WAIT_SECONDS), lambda: 1 / 0):
-        small.submit(work)
-    assert counts()[0] == before[0] + 3
-    with pytest.raises(ApiError):
-        small.ensure_capacity()
-    gate.set()
-    small.pool.shutdown()
-    assert [now - then for now, then in zip(counts(), before, strict=True)] == [0, 2, 1, 1]
+from tests.harness import WAIT_SECONDS
 
 
 @pytest.fixture

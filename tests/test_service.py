@@ -356,5 +356,5 @@ def test_a_stop_finishes_requests_and_messages_and_sends_their_spans(
     assert service.process.popen.returncode == 0
     names = Counter(span.name for span in collector.spans())
     assert (names[f"POST {LOGIN}"], names["RPUSH"]) == (1, 12)
-    assert names["background tests.apps.slow_handler.take_a_while"] == 12
+    assert names["handler tests.apps.slow_handler.take_a_while"] == 12
     assert service.log_lines() == []  # as LOG_LEVEL says

@@ -1,5 +1,4 @@
 import json
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,11 @@ from werkzeug.test import TestResponse
 
 import wechat
 from blueprints import message_handlers
-from storage import database
+from storage import database, message_queue
+from storage.message_queue import STREAM
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of
-from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simulator, counted, wait_until
+from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, Simulator, counted
 from wechat.crypto import push_signature
 from wechat.message_push import MessagePush
 
@@ -73,7 +73,10 @@ def push(client: FlaskClient, message: dict[str, Any], form: Any = "json") -> Te
 
 
 def settled(app: Flask) -> None:
-    wait_until(lambda: not app.extensions["background"].pending)
+    """Handle what is pending, as the threads of a worker do."""
+    queue = app.extensions["messages"]
+    while queue._redis.exists(STREAM) and queue.handle_next():
+        pass
 
 
 def test_the_url_is_verified(client: FlaskClient) -> None:
@@ -171,24 +174,17 @@ def test_every_instance_recognises_a_repeat(make_app: Callable[..., Flask], hand
     assert len(handled) == 1
 
 
-def test_handlers_start_after_the_response_and_it_does_not_wait_for_them(
-    app: Flask, client: FlaskClient, handled: Messages
+def test_the_response_does_not_wait_for_the_handlers_and_what_is_kept_is_encrypted(
+    app: Flask, client: FlaskClient, handled: Messages, redis: Redis
 ) -> None:
-    gate = threading.Event()
-
-    def wait_then_handle(message: dict[str, Any]) -> None:
-        gate.wait(WAIT_SECONDS)
-        handled.append(message)
-
-    message_handlers.handlers["event", "debug_demo"] = [wait_then_handle]
-    query, body = seal(EVENT)
-    answer = client.post(URL, query_string=query, data=body)
-    assert answer.data == b"success"
-    assert not app.extensions["background"].pending
-    answer.close()  # as a server does after the last byte
-    assert (len(app.extensions["background"].pending), handled) == (1, [])
-    gate.set()
-    wait_until(lambda: handled)
+    assert push(client, EVENT).data == b"success"
+    assert handled == []
+    ((_, entry),) = redis.xrange(STREAM)
+    assert b"alice" not in b"".join(entry.values())
+    assert redis.ttl(STREAM) > 86400
+    settled(app)
+    assert [message["FromUserName"] for message in handled] == ["o-alice"]
+    assert (redis.xlen(STREAM), redis.xpending(STREAM, "workers")["pending"]) == (0, 0)
 
 
 def test_handlers_are_registered_by_type_and_by_event(app: Flask, client: FlaskClient, handled: Any) -> None:
@@ -208,67 +204,71 @@ def test_a_failing_handler_is_logged_and_counted_and_stops_no_other(
         raise RuntimeError("the reason")
 
     message_handlers.handlers["event", "debug_demo"].insert(0, fail)
-    before = counted("background_work_total", outcome="failure")
+    before = counted("messages_handled_total", outcome="failure")
     answer = push(client, EVENT)
     settled(app)
-    (line,) = [line for line in log_lines() if line["message"] == "background work failed"]
+    (line,) = [line for line in log_lines() if line["message"] == "a handler failed"]
     assert line["traceId"] == answer.headers["X-Trace-Id"]
-    assert counted("background_work_total", outcome="failure") == before + 1
+    assert counted("messages_handled_total", outcome="failure") == before + 1
     assert len(handled) == 1
 
 
 def test_a_full_backlog_is_503_so_that_wechat_sends_again(
     app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app.extensions["background"], "_backlog", 0)
+    monkeypatch.setattr(message_queue, "BACKLOG", 1)
+    before = counted("messages_handled_total", outcome="rejected")
+    assert push(client, TEXT).status_code == 200
     answer = push(client, EVENT)
     assert code_of(answer) == (503, 503)
-    monkeypatch.undo()
-    message_handlers.handlers["event", "debug_demo"] = [handled.append]
+    assert answer.headers["Retry-After"]
+    assert counted("messages_handled_total", outcome="rejected") == before + 1
+    assert push(client, TEXT).status_code == 200  # a repeat takes no room
+    settled(app)
     assert push(client, EVENT).status_code == 200
     settled(app)
-    assert len(handled) >= 1
+    assert [message["MsgType"] for message in handled] == ["text", "event"]
 
 
-def test_a_message_lost_with_its_process_is_handled_when_wechat_sends_it_again(
+def test_a_message_is_remembered_for_longer_than_it_is_accepted(
     app: Flask, client: FlaskClient, handled: Messages, redis: Redis
 ) -> None:
-    query, body = seal(EVENT)
-    client.post(URL, query_string=query, data=body)  # and the answer is never sent
+    push(client, EVENT)
     (mark,) = redis.scan_iter("message:*")
-    assert 0 < redis.ttl(mark) < 5
-    assert push(client, EVENT).status_code == 503  # it may be in progress, but is not done
-    redis.delete(mark)  # the seconds are over
+    assert redis.ttl(mark) > 2 * 86400 - 60
+
+
+def test_without_redis_a_message_is_503_and_handled_when_wechat_sends_it_again(
+    app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(app.extensions["redis"], "eval", Mock(side_effect=RedisError))
+        assert code_of(push(client, EVENT)) == (503, 503)
     assert push(client, EVENT).status_code == 200
     settled(app)
     assert len(handled) == 1
-    assert redis.ttl(mark) > 2 * 86400 - 60  # longer than the message is accepted
 
 
-def test_a_message_repeated_after_a_slow_response_is_handled_once(
-    app: Flask, client: FlaskClient, handled: Messages, redis: Redis
+def test_a_message_whose_confirmation_was_lost_is_handled_once(
+    app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = []
-    for _ in range(2):
-        query, body = seal(EVENT)
-        answers.append(client.post(URL, query_string=query, data=body))
-        redis.delete(*redis.scan_iter("message:*"))  # the seconds are over
-    for answer in answers:
-        answer.close()
+    evaluate = app.extensions["redis"].eval
+
+    def lose_the_response(*args: Any) -> None:
+        evaluate(*args)
+        raise RedisError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(app.extensions["redis"], "eval", lose_the_response)
+        assert code_of(push(client, EVENT)) == (503, 503)
+    assert push(client, EVENT).data == b"success"
     settled(app)
     assert len(handled) == 1
 
 
-def test_without_redis_a_message_is_handled_rather_than_lost(
-    app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch, log_lines: Any
-) -> None:
-    query, body = seal(EVENT)
-    answer = client.post(URL, query_string=query, data=body)
-    monkeypatch.setattr(app.extensions["redis"], "set", Mock(side_effect=RedisError))
-    answer.close()
-    settled(app)
-    assert len(handled) == 1
-    assert "a message may be handled twice" in [line["message"] for line in log_lines()]
+def test_a_message_without_handlers_is_not_kept(client: FlaskClient, handled: Messages, redis: Redis) -> None:
+    assert push(client, {**EVENT, "Event": "unheard_of"}).data == b"success"
+    assert redis.dbsize() == 0
 
 
 @pytest.mark.parametrize("form", ["json", "xml"])
@@ -422,7 +422,7 @@ def test_a_revocation_erases_that_data_alone(
     push(client, {**EVENT, "Event": "user_authorization_revoke", "OpenID": user.openid, **details})
     settled(app)
     assert data_left(user) == left
-    assert "background work failed" not in {line["message"] for line in log_lines()}
+    assert "a handler failed" not in {line["message"] for line in log_lines()}
 
 
 def test_a_revocation_that_loses_a_race_is_retried(app: Flask, client: FlaskClient, simulator: Simulator) -> None:

@@ -322,11 +322,11 @@ def test_a_line_names_its_span_and_the_one_above(traced: Traced, simulator: Simu
     assert above == {(call.span_id, server.span_id), (server.span_id, CALLER)}
 
 
-def test_background_work_is_part_of_the_trace(traced: Traced, simulator: Simulator) -> None:
+def test_a_handler_is_part_of_the_trace(traced: Traced, simulator: Simulator) -> None:
     name, url = "tests.apps.slow_handler.take_a_while", f"{traced.service.url}/api/v1/wechat/messages"
 
     def work() -> list[Span]:
-        return [span for span in traced.collector.spans() if span.name == f"background {name}"]
+        return [span for span in traced.collector.spans() if span.name == f"handler {name}"]
 
     for content in ("0", PERSON["phone"] + "x"):  # the handler takes it for a number of seconds
         (answer,) = simulator.push({"MsgType": "text", "Content": content}, url=url)

@@ -1,0 +1,273 @@
+"""Messages in Redis, taken and left by several queues in this process, which have no threads."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask
+from redis import Redis
+from redis.exceptions import ConnectionError as NoRedis
+from werkzeug.datastructures import Headers
+
+from errors import ApiError, Code
+from storage import message_queue
+from storage.message_queue import DEAD, STREAM, MessageQueue
+from telemetry import logs
+from telemetry.traces import RequestSpan, current_ids
+from tests.harness import WAIT_SECONDS, counted, wait_until
+
+Handle = Callable[[Any], object]
+MakeQueue = Callable[[Handle], MessageQueue]
+
+
+class Death(BaseException):
+    """Leaves a message as a process does that dies with it."""
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_queue, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(message_queue, "POLL_SECONDS", 0.1)
+
+
+@pytest.fixture
+def put(app: Flask) -> Callable[..., bool]:
+    def put(key: str, message: Any = "message") -> bool:
+        with app.app_context():
+            return MessageQueue(app, lambda message: None).put(key, message, 60)
+
+    return put
+
+
+def die(message: Any) -> None:
+    raise Death
+
+
+def left_by_the_dead(app: Flask) -> None:
+    """Let a process take a message, and die with it; returns when it can be claimed."""
+    with pytest.raises(Death):
+        MessageQueue(app, die).handle_next(claim=True)
+    time.sleep(0.25)
+
+
+def test_a_message_is_handled_once_however_often_it_is_put(app: Flask, put: Any, redis: Redis) -> None:
+    seen: list[Any] = []
+    queues = [MessageQueue(app, seen.append) for _ in range(2)]
+    assert [put("a", {"to": "阿上"}), put("a", {"to": "阿上"}), put("b", 1)] == [True, False, True]
+    assert [queue.handle_next() for queue in (*queues, *queues)] == [True, True, False, False]
+    assert put("a", {"to": "阿上"}) is False
+    assert seen == [{"to": "阿上"}, 1]
+    assert redis.xlen(STREAM) == 0
+
+
+def test_concurrent_repeats_are_put_once(app: Flask, put: Any) -> None:
+    outcomes: list[bool] = []
+    threads = [threading.Thread(target=lambda: outcomes.append(put("a"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [False] * 7 + [True]
+
+
+def test_a_message_is_handled_in_the_trace_and_with_the_log_fields_of_its_request(app: Flask, put: Any) -> None:
+    seen: list[Any] = []
+    request = RequestSpan("POST", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    token = logs.request_fields.set({"route": "/route"})
+    put("a")
+    logs.request_fields.reset(token)
+    request.end(200)
+    queue = MessageQueue(app, lambda message: seen.append((current_ids()["traceId"], logs.request_fields.get())))
+    queue.handle_next()
+    assert seen == [("a" * 32, {"route": "/route"})]
+    assert current_ids() == {"traceId": None}  # the next message is of another request
+
+
+def test_what_a_dead_process_left_is_claimed_when_nobody_has_renewed_it(app: Flask, put: Any, redis: Redis) -> None:
+    seen: list[Any] = []
+    queue = MessageQueue(app, seen.append)
+    put("a")
+    with pytest.raises(Death):
+        MessageQueue(app, die).handle_next()
+    assert not queue.handle_next(claim=True)  # too early
+    time.sleep(0.25)
+    assert not queue.handle_next()  # is not a new one
+    assert queue.handle_next(claim=True)
+    assert (seen, redis.xlen(STREAM)) == (["message"], 0)
+
+
+def test_only_one_of_two_claims_what_was_left(app: Flask, put: Any) -> None:
+    gate, begun = threading.Event(), threading.Semaphore(0)
+
+    def wait(message: Any) -> None:
+        begun.release()
+        gate.wait(WAIT_SECONDS)
+
+    put("a")
+    left_by_the_dead(app)
+    queue = MessageQueue(app, wait)
+    claims = threading.Thread(target=queue.handle_next, kwargs={"claim": True})
+    claims.start()
+    assert begun.acquire(timeout=WAIT_SECONDS)
+    assert not MessageQueue(app, wait).handle_next(claim=True)
+    gate.set()
+    claims.join()
+
+
+def test_a_message_that_takes_long_is_not_claimed(app: Flask, put: Any, redis: Redis) -> None:
+    gate, seen = threading.Event(), []
+
+    def take_long(message: Any) -> None:
+        seen.append(message)
+        gate.wait(WAIT_SECONDS)
+
+    queue = MessageQueue(app, take_long)
+    queue.start()
+    try:
+        put("a")
+        wait_until(lambda: seen)
+        deadline = time.monotonic() + 1  # five times as long as a dead process has
+        while time.monotonic() < deadline:
+            assert not MessageQueue(app, seen.append).handle_next(claim=True)
+            time.sleep(0.02)
+    finally:
+        gate.set()
+        queue.stop(1)
+    assert (seen, redis.xlen(STREAM)) == (["message"], 0)
+
+
+def test_a_message_that_each_process_dies_with_is_put_aside_and_logged(
+    app: Flask, put: Any, redis: Redis, log_lines: Any
+) -> None:
+    seen: list[Any] = []
+    before = counted("messages_handled_total", outcome="dropped")
+    request = RequestSpan("POST", Headers({"traceparent": f"00-{'c' * 32}-{'b' * 16}-01"}))
+    put("bad")
+    request.end(200)
+    for _ in range(message_queue.TRIES):
+        left_by_the_dead(app)
+    put("good")
+    queue = MessageQueue(app, seen.append)
+    assert [queue.handle_next(claim=True) for _ in range(3)] == [True, True, False]
+    assert seen == ["message"]
+    (line,) = [line for line in log_lines() if line["message"] == "message put aside"]
+    assert (line["level"], line["traceId"]) == ("ERROR", "c" * 32)
+    assert line["reason"] == "Each process that handled it died."
+    assert counted("messages_handled_total", outcome="dropped") == before + 1
+    assert (redis.xlen(STREAM), redis.xlen(DEAD)) == (0, 1)
+    assert redis.ttl(DEAD) > 86400
+    # As the README says, once its handler is patched.
+    ((number, entry),) = redis.xrange(DEAD)
+    redis.xadd(STREAM, entry)
+    redis.xdel(DEAD, number)
+    assert queue.handle_next()
+    assert seen == ["message", "message"]
+
+
+def test_what_no_key_decrypts_is_put_aside_and_that_is_bounded(
+    app: Flask, make_app: Callable[..., Flask], redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(message_queue, "DEAD_KEPT", 2)
+    other = make_app(ENCRYPTION_KEYS="A" * 43 + "=")
+    seen: list[Any] = []
+    for number in range(3):
+        with other.app_context():
+            MessageQueue(other, seen.append).put(str(number), number, 60)
+        assert MessageQueue(app, seen.append).handle_next()
+    assert (seen, redis.xlen(STREAM), redis.xlen(DEAD)) == ([], 0, 2)
+
+
+def test_too_many_are_refused(app: Flask, put: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_queue, "BACKLOG", 2)
+    assert put("a")
+    assert put("b")
+    with pytest.raises(ApiError) as caught:
+        put("c")
+    assert caught.value.api_code is Code.UNAVAILABLE
+    MessageQueue(app, lambda message: None).handle_next()
+    assert put("c")
+
+
+def test_a_message_handled_while_redis_is_away_is_not_handled_again(
+    app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redis.retry.sleep", lambda seconds: None)
+    put("a")
+    seen: list[Any] = []
+    queue = MessageQueue(app, seen.append)
+    evaluate, failures = queue._redis.eval, [NoRedis(), NoRedis(), NoRedis()]
+
+    def fail_first(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return evaluate(*args)
+
+    monkeypatch.setattr(queue._redis, "eval", fail_first)
+    assert queue.handle_next()
+    time.sleep(0.25)
+    assert not queue.handle_next(claim=True)
+    assert (failures, seen, redis.xlen(STREAM)) == ([], ["message"], 0)
+
+
+def test_threads_handle_a_bounded_number_at_once_and_a_stop_waits_for_all(app: Flask, put: Any, redis: Redis) -> None:
+    gate, lock, running, most, seen = threading.Event(), threading.Lock(), 0, 0, []
+
+    def work(message: Any) -> None:
+        nonlocal running, most
+        with lock:
+            running, most = running + 1, max(most, running + 1)
+        gate.wait(WAIT_SECONDS)
+        with lock:
+            running -= 1
+            seen.append(message)
+
+    queue = MessageQueue(app, work)
+    for number in range(2 * message_queue.THREADS):
+        put(str(number), number)
+    queue.start()
+    wait_until(lambda: running == message_queue.THREADS)
+    threading.Timer(0.3, gate.set).start()
+    queue.stop(WAIT_SECONDS)
+    assert (sorted(seen), most) == ([*range(2 * message_queue.THREADS)], message_queue.THREADS)
+    assert redis.xlen(STREAM) == 0
+
+
+def test_a_stop_without_time_leaves_what_was_not_begun(app: Flask, put: Any, redis: Redis) -> None:
+    gate, begun = threading.Event(), []
+
+    def work(message: Any) -> None:
+        begun.append(message)
+        gate.wait(WAIT_SECONDS)
+
+    queue = MessageQueue(app, work)
+    for number in range(message_queue.THREADS + 3):
+        put(str(number), number)
+    queue.start()
+    wait_until(lambda: len(begun) == message_queue.THREADS)
+    threading.Timer(0.3, gate.set).start()
+    queue.stop(0)
+    assert (len(begun), redis.xlen(STREAM)) == (message_queue.THREADS, 3)
+
+
+def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
+    app: Flask, put: Any, redis: Redis, log_lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    queue = MessageQueue(app, seen.append)
+    read = queue._redis.xreadgroup
+    monkeypatch.setattr(queue._redis, "xreadgroup", lambda *args, **options: (_ for _ in ()).throw(NoRedis("away")))
+    queue.start()
+    try:
+        wait_until(lambda: [line for line in log_lines() if line["message"] == "messages cannot be read"])
+        monkeypatch.setattr(queue._redis, "xreadgroup", read)
+        put("a")
+        wait_until(lambda: seen)
+        redis.flushall()
+        put("a")
+        wait_until(lambda: len(seen) == 2)
+    finally:
+        queue.stop(1)
+    reasons = {line["reason"] for line in log_lines() if line["message"] == "messages cannot be read"}
+    assert reasons == {"away"}  # and not that there is no stream
