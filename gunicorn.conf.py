@@ -9,7 +9,6 @@ from gevent import monkey
 monkey.patch_all()
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -179,9 +178,10 @@ worker_tmp_dir = "/dev/shm"
 if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_favail:
     worker_tmp_dir = tempfile.gettempdir()
 
-# The metrics of the workers are in a directory that the instance holds. A stop removes it; what a crash left tells the
-# next start on this port of it. prometheus_client reads this variable when it is first imported: not before when_ready.
+# The metrics of the workers are in a directory of the instance. A stop removes it; what a crash left tells the next
+# start at this address of it. prometheus_client reads this variable when it is first imported: not before when_ready.
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
+directories = f"kuaishang-{settings['PORT']}-{host}-{instance}"  # the instance: containers may share the memory
 
 # No socket in the home directory through which the server could be steered.
 control_socket_disable = True
@@ -203,20 +203,14 @@ lines.setFormatter(MsgspecFormatter(columns, rename_fields=renamed, defaults=fir
 logging.getLogger("gunicorn.error").handlers = [lines]
 
 
-def lock(directory):  # type: ignore[no-untyped-def]
-    """Hold a directory for this master and its workers. Raises BlockingIOError if another instance holds it."""
-    fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
     server.started, server.after = time.time(), "stop"
-    for left in Path(worker_tmp_dir).glob(f"kuaishang-{settings['PORT']}-*"):
-        with suppress(OSError):
-            lock(left)
+    if not server.master_pid:  # after a USR2 the master before this one still counts in its own
+        for left in Path(worker_tmp_dir).glob(f"{directories}-*"):
             server.after = "crash"
-            shutil.rmtree(left)
-    os.environ[MULTIPROC_DIR] = f"{worker_tmp_dir}/kuaishang-{settings['PORT']}-{secrets.token_hex(8)}"
+            shutil.rmtree(left, ignore_errors=True)
+    os.environ[MULTIPROC_DIR] = f"{worker_tmp_dir}/{directories}-{secrets.token_hex(8)}"
     if settings["DRAIN_SECONDS"]:
         server.handle_term = lambda: drain(server)
 
@@ -225,7 +219,6 @@ def pre_fork(server, worker):  # type: ignore[no-untyped-def]
     # Also for a later worker: systemd empties /dev/shm when a user logs out, and at the start there may be no room.
     with suppress(OSError):
         os.mkdir(os.environ[MULTIPROC_DIR], 0o700)
-        lock(os.environ[MULTIPROC_DIR])
     # Deaths are counted by the next worker that starts: the master itself counts nothing.
     worker.replaces = vars(server).pop("deaths", 0)
 

@@ -238,6 +238,7 @@ def test_a_new_master_has_a_directory_of_its_own_and_the_old_one_goes_without_a_
     try:
         new = directory_below(master)
         assert new != directory
+        assert directory.exists()
         old.terminate()
         while old.poll() is None:
             assert readiness(service)[0] == 200
