@@ -130,7 +130,6 @@ def get_order(order_id: int) -> Order:
 def put_order(body: dict[str, Any], order_id: int) -> Order:
     """Change the remark or the status"""
     order = load_order(order_id)
-    require_match(order)
     status = body.get("status", order.status)
     if status not in (order.status, *OWNER_STATUSES) and current_user().role != "admin":
         raise ApiError(Code.FORBIDDEN, message=NOT_THE_BUYERS)
@@ -144,9 +143,7 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 @blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
 def delete_order(order_id: int) -> None:
     """Delete a pending order; orders past pending are kept for accounting"""
-    order = load_order(order_id, pending=True)
-    require_match(order)
-    database.session.delete(order)
+    database.session.delete(load_order(order_id, pending=True))
 
 
 def set_status(order_id: int, status: str, *, total: int | None = None) -> None:
@@ -199,7 +196,8 @@ def load_order(order_id: int, *, pending: bool = False) -> Order:
     """Load an order that the caller may see; for a change locked, so that nobody else's outrun it.
 
     :param pending: whether it must be pending, as for a change of its items.
-    :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing; CONFLICT if not pending.
+    :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing; CONFLICT if not pending; what
+        `require_match` does if the order is to be changed or deleted.
     """
     me = current_user()
     lock = request.method not in SAFE_METHODS or None
@@ -210,4 +208,6 @@ def load_order(order_id: int, *, pending: bool = False) -> Order:
     if pending and order.status != "pending":
         english = "Only a pending order can be deleted or its items changed"
         raise conflict("status", Message("只有 pending 订单可以删除或更改明细", english))
+    if request.method in ("PUT", "DELETE"):
+        require_match(order)
     return order
