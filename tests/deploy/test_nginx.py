@@ -6,6 +6,8 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,7 +42,8 @@ class Nginx(SimpleNamespace):
 @pytest.fixture(scope="module")
 def shared_nginx(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     folder = tmp_path_factory.mktemp("nginx")
-    service = Service({**environ, "WEB_CONCURRENCY": "1", "TRUSTED_PROXIES": "127.0.0.1"}, folder / "output")
+    settings = {"WEB_CONCURRENCY": "1", "TRUSTED_PROXIES": "127.0.0.1", "LOGIN_RATE": "1000/day"}
+    service = Service({**environ, **settings}, folder / "output")
     port = free_port("nginx's port", "0")
     text = CONFIGURATION.read_text()
     for shipped, here in (("127.0.0.1:8000", service.url.removeprefix("http://")), ("listen 80", f"listen {port}")):
@@ -120,3 +123,16 @@ def test_the_service_is_where_nginx_says_and_not_where_its_client_says(nginx: Ng
     )
     assert "redirect_uri=http%3A%2F%2Fshop.example.com%2F" in answer.headers["Location"]
     assert not answer.headers["Set-Cookie"].startswith("__Host-")
+
+
+def test_clients_of_nginx_are_told_apart_whatever_they_say(nginx: Nginx) -> None:
+    def logins_left(address: str, **headers: str) -> str:
+        host, port = nginx.url.removeprefix("http://").split(":")
+        client = HTTPConnection(host, int(port), WAIT_SECONDS, source_address=(address, 0))
+        with closing(client):
+            client.request("GET", "/api/v1/auth/wechat/authorize", headers=headers)
+            return str(client.getresponse().getheader("RateLimit")).split(";")[1]
+
+    assert logins_left("127.0.0.2") == "r=999"
+    assert logins_left("127.0.0.3") == "r=999"
+    assert logins_left("127.0.0.2", **{"X-Forwarded-For": "127.0.0.4"}) == "r=998"

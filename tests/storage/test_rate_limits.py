@@ -129,6 +129,9 @@ def test_without_redis_each_process_keeps_to_the_limit_and_settles_later(
 ) -> None:
     one, other = (process_on(own_redis.url, number) for number in (1, 2))
     assert allowed(one, 10) == allowed(other, 10) == 10
+    pool = one._app.extensions["redis"].connection_pool
+    for connection in [pool.get_connection() for _ in range(8)]:  # of requests; a frozen Redis reads what they bring
+        pool.release(connection)
     assert own_redis.process
     if fault == "frozen":
         own_redis.process.send_signal(signal.SIGSTOP)
@@ -148,7 +151,7 @@ def test_without_redis_each_process_keeps_to_the_limit_and_settles_later(
     assert allowed(one, 3) == 0
     assert allowed(other, 50) <= 2 * SHARE  # it would allow 30 more if it did not learn what the other one has counted
     clock.now += 3600 + 3000  # what was sent more than once counts once, or the gate would be shut
-    assert allowed(other, AMOUNT) > AMOUNT / 2
+    assert allowed(other, AMOUNT) >= 70  # a sixth of 161 is still within the hour
 
 
 def test_a_flood_of_callers_fills_neither_the_process_nor_redis(
