@@ -86,18 +86,12 @@ class Settings(Schema):
     WECHAT_ACCOUNT_APP_SECRET = _optional("Its app secret.")
     WECHAT_WEBSITE_APP_ID = _optional("The website's app id for login by QR code; default: the mini-program's.")
     WECHAT_WEBSITE_APP_SECRET = _optional("Its app secret.")
-    WECHAT_PUSH_TOKEN = _optional(
-        "Token of the message push, 3 to 32 letters and digits; without it no message is accepted.", "[A-Za-z0-9]{3,32}"
-    )
-    WECHAT_PUSH_AES_KEY = _optional(
-        "EncodingAESKey, 43 letters and digits: with it messages must be encrypted, else plain.", "[A-Za-z0-9]{43}"
-    )
+    WECHAT_PUSH_TOKEN = _optional("Token of message push, 3 to 32 letters and digits; else off.", "[A-Za-z0-9]{3,32}")
+    WECHAT_PUSH_AES_KEY = _optional("Its EncodingAESKey, 43 letters and digits, if it is encrypted.", "[A-Za-z0-9]{43}")
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
     TRUST_WXCLOUD_HEADERS = _switch("Whether X-WX-OPENID names the user: safe only if cloud run is the only way in.")
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
-    TRUSTED_PROXIES = _optional(
-        "Comma-separated addresses or networks of proxies whose X-Forwarded headers count.", post_load=_networks
-    )
+    TRUSTED_PROXIES = _optional("Comma-separated IPs or networks whose X-Forwarded headers count.", post_load=_networks)
     CORS_ORIGINS = _optional(
         "Comma-separated origins whose pages may call the API, as browsers send them: https://h5.example.com",
         f"{ORIGIN_PATTERN}( *, *{ORIGIN_PATTERN})*",
@@ -113,15 +107,11 @@ class Settings(Schema):
         " unix_socket, ssl_ca, ssl_capath, ssl_cert, ssl_key, ssl_cipher, ssl_check_hostname; charset is utf8mb4.",
         _matches(DATABASE_PATTERN),
     )
-    SECRET_KEY = _required(  # no repetition
-        "Signing key, 32 random characters or more: openssl rand -base64 32", _matches(r"(?!(.+)\1+\Z).{32,}")
-    )
-    ENCRYPTION_KEYS = _required(
-        "Comma-separated keys for data at rest, the first encrypts; each: openssl rand -base64 32", post_load=_keys
-    )
+    # No repetition of something short.
+    SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", _matches(r"(?!(.+)\1+\Z).{32,}"))
+    ENCRYPTION_KEYS = _required("Comma-separated, the first encrypts; each: openssl rand -base64 32", post_load=_keys)
     ADMIN_OPENIDS = _optional(
-        "Comma-separated mini-program openids: their users are administrators from login on, while they are named.",
-        "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*",
+        "Comma-separated mini-program openids of administrators, while named.", "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*"
     )
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _integer(86400, 60, YEAR_SECONDS, "Seconds after which any session ends, 60 or more.")
@@ -138,9 +128,7 @@ class Settings(Schema):
     HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")
     BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
     DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
-    METRICS_TOKEN = _optional(
-        "Bearer token Prometheus must send to /metrics, 16 ASCII characters or more; without it 404.", "[!-~]{16,}"
-    )
+    METRICS_TOKEN = _optional("Bearer token for /metrics, 16 or more ASCII characters; without it 404.", "[!-~]{16,}")
     OTEL_EXPORTER_OTLP_ENDPOINT = _site("", "Collector for traces: http://collector:4318; other OTEL_ variables apply.")
     LOG_LEVEL = _optional(
         "Minimum: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO.", "DEBUG|INFO|WARNING|ERROR", "INFO"
