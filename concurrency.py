@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, cast
@@ -59,17 +60,25 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
     finally:
         door.in_flight -= 1
     if work.ready():
-        if isinstance(work.value, Exception):
-            raise work.value
-        return work.value
+        failed = isinstance(work.value, Exception)  # in a teardown, after the response was made and before it is sent
+        return _fail(app, environ, work.value, start_response) if failed else work.value
     work.kill(block=False)
     metrics.DEADLINES_MISSED.inc()
     return _fail(app, environ, ApiError(Code.UNAVAILABLE), start_response)
 
 
-def _fail(app: Flask, environ: dict[str, Any], error: ApiError, start_response: Any) -> Any:
-    with app.request_context(environ):
-        return handle_http_exception(error)(environ, start_response)
+def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response: Any) -> Any:
+    """Respond with an error, or raise it if that fails, too."""
+    body = None
+    try:
+        raise error
+    except Exception:  # Flask logs the current exception
+        with suppress(Exception), app.request_context(environ):  # the same teardown again
+            answer = handle_http_exception(error) if isinstance(error, ApiError) else app.handle_exception(error)
+            body = answer(environ, start_response)
+        if body is None:
+            raise
+    return body
 
 
 def _outcome(function: Callable[..., Any], *args: Any) -> Any:
@@ -124,6 +133,7 @@ fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
 
 
 def init_app(app: Flask) -> None:
-    app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"])
+    door = app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"])
+    metrics.SAMPLED[metrics.REQUESTS_IN_FLIGHT] = lambda: door.in_flight
     app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]
     app.extensions["fan_out"] = FanOut(app, THREADS)

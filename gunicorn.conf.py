@@ -126,7 +126,8 @@ class Worker(GeventWorker):
         sock.ends_at, sock.served = 0.0, False
 
     def notify(self):  # type: ignore[no-untyped-def]
-        super().notify()
+        super().notify()  # once a second
+        self.publish()
         for client in () if self.alive else self.clients:
             if not client.ends_at:
                 # gunicorn would wait for the next request until graceful_timeout. What has arrived is still read, which
@@ -232,6 +233,7 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
 
     redaction.hide_settings(settings)
     lines.setFormatter(logs.JsonLineFormatter(instance, declared["VERSION"]))  # an exception at start-up is redacted
+    worker.publish = metrics.publish
     metrics.WORKER_STARTS.inc()
     metrics.WORKER_DEATHS.inc(worker.replaces)
     metrics.START_TIME.labels(server.after).set(server.started)

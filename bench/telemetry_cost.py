@@ -2,13 +2,12 @@
 
 `python -m bench.telemetry_cost` lets processes read the signed-in user in turns, and prints the ratios of what
 they spent: CPU seconds of the whole process, its threads included, so that neither the machine's other work nor
-the waiting for Redis makes a difference. One process serves log lines, trace ids alone and ids of one's own, each in
-turns of its own. Ends with a status that is not 0 if a log line costs more than 5 %.
+the waiting for Redis makes a difference. One process serves log lines and trace ids alone, each in turns of its own.
+Ends with a status that is not 0 if a log line costs more than 5 %.
 """
 
 import logging
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -27,19 +26,11 @@ from bench import environment
 from service import create_app
 from storage import sessions
 from storage.identities import get_or_create_user
-from telemetry import access_log, metrics
-from telemetry.traces import RequestSpan
+from telemetry import access_log
 from tests.harness import APP_ID, bearer
 from tests.otlp_receiver import OtlpReceiver
 
-NOTHING, OWN_IDS, IDS, LINES, METRICS, TRACES = VARIANTS = (
-    "nothing",
-    "ids of one's own",  # what OpenTelemetry's context costs where nothing is exported shows against these
-    "trace ids",
-    "+ log lines",
-    "+ metrics",
-    "+ traces",
-)
+NOTHING, IDS, LINES, METRICS, TRACES = VARIANTS = ("nothing", "trace ids", "+ log lines", "+ metrics", "+ traces")
 ROUNDS, TURNS, REQUESTS = 4, 12, 200
 """Each round has processes of its own: where in memory things happen to lie makes a percent or two."""
 PAUSE_SECONDS = 0.15
@@ -48,27 +39,12 @@ LIMIT = 1.05
 
 
 class Uncounted:
-    """Stands in for a metric."""
-
-    def labels(self, *labels: object) -> "Uncounted":
-        return self
+    """Stands in for a series."""
 
     def inc(self, *amount: float) -> None:
         pass
 
-    dec = observe = inc
-
-
-class OwnIds:
-    """Stands in for RequestSpan, without OpenTelemetry."""
-
-    parent_id = None
-
-    def __init__(self, method: str, headers: Headers) -> None:
-        self.trace_id, self.span_id = f"{random.getrandbits(128):032x}", f"{random.getrandbits(64):016x}"
-
-    def end(self, status: int, route: str | None) -> None:
-        pass
+    observe = inc
 
 
 class Server:
@@ -85,7 +61,7 @@ class Server:
     def turn(self, command: str) -> float:
         """Have REQUESTS requests served, and answer the seconds of CPU since the last turn.
 
-        :param command: `with lines`, `quiet`, or `own ids`, which is quiet too.
+        :param command: `with lines` or `quiet`.
         """
         assert self.process.stdin is not None
         assert self.process.stderr is not None
@@ -102,7 +78,7 @@ def serve(variant: str) -> None:
     if variant == NOTHING:
         telemetry.init_app = lambda app: None
     if variant == LINES:
-        metrics.REQUESTS = metrics.REQUEST_SECONDS = metrics.REQUESTS_IN_FLIGHT = Uncounted()  # type: ignore[assignment]
+        access_log._count = access_log._duration = lambda *labels: Uncounted()  # type: ignore[assignment]
     app = create_app()
     with app.test_request_context():
         token = sessions.log_in(get_or_create_user(APP_ID, "o-bench", None).id)
@@ -110,7 +86,6 @@ def serve(variant: str) -> None:
     before = time.process_time()
     for command in sys.stdin:
         logging.disable(logging.NOTSET if command == "with lines\n" else logging.CRITICAL)
-        access_log.RequestSpan = OwnIds if command == "own ids\n" else RequestSpan  # type: ignore[misc,assignment]
         for _ in range(REQUESTS):
             _, status, _ = run_wsgi_app(app.wsgi_app, dict(environ))
             if status != "200 OK":
@@ -130,7 +105,8 @@ def play(taken: dict[str, list[float]]) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         collector = OtlpReceiver()
         stack.callback(collector.close)
-        env = {**os.environ, **stack.enter_context(environment())}
+        # One session sends all requests, and each counts for its limit.
+        env = {**os.environ, **stack.enter_context(environment()), "SESSION_RATE": "999999999/day"}
         reader = stack.enter_context(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
         turn = {}
         for variant in (NOTHING, LINES, METRICS, TRACES):
@@ -144,7 +120,6 @@ def play(taken: dict[str, list[float]]) -> None:
             turn[variant] = partial(server.turn, "with lines")
             if variant == LINES:
                 turn[IDS] = partial(server.turn, "quiet")
-                turn[OWN_IDS] = partial(server.turn, "own ids")
         turns: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for number in range(TURNS):
             for variant in VARIANTS if number % 2 else reversed(VARIANTS):

@@ -7,7 +7,7 @@ from blueprints.api import Blueprint
 from blueprints.health import failing_dependencies
 from blueprints.policies import METRICS_TOKEN_WRONG
 from errors import Code, Message
-from telemetry.metrics import SCRAPED
+from telemetry.metrics import SCRAPED, publish
 
 blueprint = Blueprint("metrics", __name__, description="指标 Metrics")
 
@@ -22,5 +22,6 @@ def scrape() -> Response:
     In OpenMetrics where `Accept` prefers it.
     """
     failing_dependencies()
+    publish()
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
     return current_app.response_class(encode(SCRAPED), content_type=content_type)

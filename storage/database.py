@@ -1,6 +1,7 @@
 """The SQL database: one engine per process, one session per request."""
 
 import errno
+import logging
 import os
 import random
 import re
@@ -18,12 +19,14 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 from werkzeug.local import LocalProxy
 
 from concurrency import seconds_left
 from errors import ApiError, Code
 from storage import failures, sessions
 from storage.models import Base, User
+from telemetry import metrics
 
 STATEMENT_SECONDS = 3
 TRIES = 5
@@ -36,6 +39,21 @@ _WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
 _QUOTED = re.compile(r"'.*'( for (?:key|column) '[^']*'(?: at row \d+)?)\Z|'.*'", re.DOTALL)
 _QUOTES_NAMES_ALONE = {1048, 1054, 1146, 1264, 1364, 1406}
 _NAMES = {name for table in Base.metadata.sorted_tables for name in (table.name, *table.columns.keys())}
+
+
+logging.getLogger(f"{__name__}.Pool").setLevel(logging.WARNING)  # as those of SQLAlchemy's own pools
+
+
+class Pool(QueuePool):
+    """Counts for how long a connection is waited for while all are in use."""
+
+    def connect(self) -> PoolProxiedConnection:
+        is_full, began = self.checkedout() >= self.size(), time.monotonic()
+        try:
+            return super().connect()
+        finally:
+            if is_full:
+                metrics.POOL_WAIT_SECONDS.labels("database").inc(time.monotonic() - began)
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:
@@ -61,7 +79,7 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         options["pool_recycle"] = 60
     # hide_parameters: error messages are logged, and parameters are personal data.
     engine = create_engine(
-        address, pool_size=pool_size, max_overflow=0, pool_timeout=1, hide_parameters=True, **options
+        address, poolclass=Pool, pool_size=pool_size, max_overflow=0, pool_timeout=1, hide_parameters=True, **options
     )
     event.listen(engine, "handle_error", _handle_error)
     if engine.dialect.name == "sqlite":
@@ -100,9 +118,10 @@ def _hide_other_names(text: str) -> str:
 
 
 def init_app(app: Flask) -> None:
-    app.extensions["database"] = engine_for(
+    engine = app.extensions["database"] = engine_for(
         app.config["DATABASE_URL"], pool_size=app.config["DATABASE_CONNECTIONS"], seconds=STATEMENT_SECONDS
     )
+    metrics.SAMPLED[metrics.POOL_IN_USE.labels("database")] = lambda: engine.pool.checkedout()  # type: ignore[attr-defined]
     app.teardown_appcontext(_close)
 
 

@@ -10,6 +10,8 @@ from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
 
+from telemetry import metrics
+
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
 
 
@@ -43,6 +45,8 @@ def init_app(app: Flask) -> None:
         # it has not run the command, script or MULTI.
         retry=Retry(Failover(close_idle), 1, (ResponseError, BusyLoadingError)),
     )
+    pool = client.connection_pool
+    metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
 
 def ping() -> None:

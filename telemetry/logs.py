@@ -1,24 +1,25 @@
 """Log lines: one JSON object each, on stdout, with the trace id of the request that they belong to.
 
 `fields.py` declares the fields of a line, `redaction.py` hides what its texts must not show. Lines wait in a bounded
-queue for a thread that writes them: no request waits for the reader of stdout.
+queue for a thread that writes them: no request waits for the reader of stdout. It is a thread of the operating system
+also where gevent makes greenlets of all others: one that waited for a pipe, a disk or a lock of another process would
+stop all requests of its worker. So it touches nothing that greenlets wait for, such as metrics, locks and loggers.
 """
 
 import fcntl
 import logging
 import os
-import select
 import sys
 import threading
 import time
+from collections import deque
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler
-from queue import SimpleQueue
 from traceback import TracebackException
 from typing import Any
 
-from pythonjsonlogger.msgspec import MsgspecFormatter
+import msgspec
+from gevent import monkey
 
 from telemetry import metrics, traces
 from telemetry.fields import FIELDS, SERVICE
@@ -37,18 +38,22 @@ logger = logging.getLogger(__name__)
 # They quote callers' headers, a malformed OTEL_EXPORTER_OTLP_HEADERS, and each retry; giving up is an error.
 for name in ("opentelemetry.trace", "opentelemetry.util.re", "opentelemetry.exporter"):
     logging.getLogger(name).setLevel(logging.ERROR)
-request_fields: ContextVar[dict[str, Any]] = ContextVar("request_fields", default={})  # noqa: B039  never written to
-"""The fields of every line of a request: method, route, and the user once known."""
+request_fields: ContextVar[dict[str, Any]] = ContextVar("request_fields")
+"""The fields of every line of a request: method, route, ids, and the user once known. Not set outside of a request."""
 
 _NUMBERS: dict[str, tuple[type, ...]] = {"long": (int,), "float": (int, float), "boolean": (bool,)}
+_OF_ANY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "context"}
 
 
 def bind(**fields: Any) -> None:
-    """Add fields, such as the user, to all further lines of this request and of the work that it begins."""
-    request_fields.get().update(fields)
+    """Add fields, such as the user, to all further lines of this request and of the work that it begins.
+
+    In place, as the view runs in a copy of the context in which the request's own line is written.
+    """
+    request_fields.get({}).update(fields)
 
 
-class JsonLineFormatter(MsgspecFormatter):
+class JsonLineFormatter(logging.Formatter):
     """Formats a record as a line with the declared fields.
 
     :param instance: which of the processes that serve behind one address, such as host:port.
@@ -56,97 +61,84 @@ class JsonLineFormatter(MsgspecFormatter):
     """
 
     def __init__(self, instance: str, version: str) -> None:
-        super().__init__(static_fields={"instance": instance, "version": version})
-        self.reserved_attrs.add("context")
+        super().__init__()
+        self._of_process = {"instance": instance, "version": version}
 
-    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-        log_data["timestamp"] = datetime.fromtimestamp(record.created, UTC)
-        log_data.update(level=record.levelname, service=SERVICE, traceId=None, message=scrub(record.message))
-        log_data.update(vars(record).get("context") or request_fields.get() | traces.current_ids())
-        for name in vars(record).keys() - self.reserved_attrs:
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line. A record may bring the fields of its request as `context`, which are not checked."""
+        line: dict[str, Any] = {"timestamp": datetime.fromtimestamp(record.created, UTC), "level": record.levelname}
+        line.update(service=SERVICE, traceId=None, message=scrub(record.getMessage()))
+        line.update(vars(record).get("context") or request_fields.get({}) | traces.current_ids())
+        for name in vars(record).keys() - _OF_ANY_RECORD:
             extra = getattr(record, name)
             several = isinstance(extra, list | tuple)
             values = [scrub(one) if isinstance(one, str) else one for one in (extra if several else [extra])]
             if name in FIELDS and all(type(one) in _NUMBERS.get(FIELDS[name], (str,)) for one in values):
-                log_data[name] = values if several else values[0]
+                line[name] = values if several else values[0]
             elif extra is not None:
-                log_data.setdefault("undeclared", []).append(scrub(name))
-        log_data.update(self.static_fields, logger=record.name, pid=os.getpid())
+                line.setdefault("undeclared", []).append(scrub(name))
+        line.update(self._of_process, logger=record.name, pid=os.getpid())
         if record.exc_info and (error := record.exc_info[1]) is not None:
-            name = f"{type(error).__module__}.{type(error).__qualname__}"
-            log_data["exceptionType"] = name.removeprefix("builtins.")
-            log_data["exceptionMessage"] = scrub(str(TracebackException.from_exception(error)))  # also if it has none
-            log_data["stack"] = message_dict["exc_info"]
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Format the stack as Python prints it: lines of code as they are, messages redacted."""
-        parts = TracebackException.from_exception(ei[1]).format() if ei[1] is not None else ()
-        return "".join(part if part.startswith('  File "') else scrub(part) for part in parts)[-STACK_CHARACTERS:]
+            shown = TracebackException.from_exception(error)
+            line["exceptionType"] = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+            line["exceptionMessage"] = scrub(str(shown))  # also if it has none
+            # As Python prints it: lines of code as they are, messages redacted.
+            stack = "".join(part if part.startswith('  File "') else scrub(part) for part in shown.format())
+            line["stack"] = stack[-STACK_CHARACTERS:]
+        return msgspec.json.encode(line).decode()
 
 
-class LineHandler(QueueHandler):
-    """Puts records into a queue, from which a thread of its own takes them to write them."""
+class LineHandler(logging.Handler):
+    """Puts lines into a queue, from which a thread of its own writes them."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
-        super().__init__(SimpleQueue())
+        super().__init__()
         self.setFormatter(formatter)
         self.start()
 
     def start(self) -> None:
         """Begin with an empty queue and a new thread; threads do not survive a fork."""
-        self.queue: SimpleQueue[Any] = SimpleQueue()  # reentrant: a garbage collection may log while a line is put
-        threading.Thread(target=self._write_lines, daemon=True).start()
+        # What is done with them is atomic: a garbage collection may log while a line is put.
+        self.lines: deque[bytes] = deque()
+        self.lost: deque[int] = deque()
+        monkey.get_original("_thread", "start_new_thread")(self._write_lines, ())
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        if self.queue.qsize() < CAPACITY:
-            self.queue.put(record)
-        else:
-            metrics.LINES_DROPPED.inc()
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Keep what may change until the record is formatted: the arguments and the context."""
-        record.msg, record.args = record.getMessage(), ()
-        record.context = request_fields.get() | traces.current_ids()
-        return record
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Log the place of a line that cannot be formatted; logging's own prints the record with all its arguments."""
-        logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if len(self.lines) < CAPACITY:
+                self.lines.append(f"{self.format(record)}\n".encode())
+            else:
+                self.lost.append(1)
+        except Exception:  # noqa: BLE001  not by logging's own handleError, which prints all the arguments
+            logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
+        while self.lost:
+            metrics.LINES_DROPPED.inc(self.lost.popleft())
 
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""
-        written = threading.Event()
-        self.queue.put(written)
-        if not written.wait(FLUSH_SECONDS):
-            metrics.LINES_DROPPED.inc(self.queue.qsize())
+        ends = time.monotonic() + FLUSH_SECONDS
+        while self.lines and time.monotonic() < ends:
+            time.sleep(0.005)
+        metrics.LINES_DROPPED.inc(len(self.lines))
 
     def _write_lines(self) -> None:
-        """Write what comes within GATHER_SECONDS at once, as each write lets a request wait; set events afterwards."""
+        """Write what comes within GATHER_SECONDS at once."""
         while True:
-            first = self.queue.get()
-            time.sleep(GATHER_SECONDS)
-            queued = [first, *(self.queue.get() for _ in range(self.queue.qsize()))]
-            records = [one for one in queued if isinstance(one, logging.LogRecord)]
-            try:
-                _write("".join(map(self._line, records)).encode())
-            except OSError:  # nobody reads any more
-                metrics.LINES_DROPPED.inc(len(records))
-            for event in [one for one in queued if isinstance(one, threading.Event)]:
-                event.set()
-
-    def _line(self, record: logging.LogRecord) -> str:
-        try:
-            return f"{self.format(record)}\n"
-        except Exception:  # noqa: BLE001  the thread must go on
-            self.handleError(record)
-            return ""
+            monkey.get_original("time", "sleep")(GATHER_SECONDS)
+            if lines := self.lines.copy():
+                try:
+                    _write(b"".join(lines))
+                except OSError:  # nobody reads any more, or the disk is full
+                    self.lost.append(len(lines))
+                for _ in lines:
+                    self.lines.popleft()
 
 
 def _write(lines: bytes) -> None:
     fcntl.lockf(STDOUT, fcntl.LOCK_EX)  # the processes of an instance share a pipe, which mixes long writes
     try:
         while lines:
-            select.select([], [STDOUT], [])  # the pipe may be one that does not block
+            monkey.get_original("select", "select")([], [STDOUT], [])  # the pipe may be one that does not block
             lines = lines[os.write(STDOUT, lines) :]
     finally:
         fcntl.lockf(STDOUT, fcntl.LOCK_UN)

@@ -5,6 +5,7 @@ https://www.w3.org/TR/trace-context/
 """
 
 import random
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +17,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes
 from redis import Redis
 from sqlalchemy import Engine
-from werkzeug.datastructures import Headers
 
 from telemetry.fields import SERVICE
 
@@ -69,13 +69,13 @@ class RequestSpan:
     """The span of a request, current from here to `end`.
 
     :param method: `OTHER` for one that HTTP does not know.
-    :param headers: those of the request; a valid `traceparent` is continued.
+    :param environ: that of the request; a valid `traceparent` is continued.
 
     `trace_id`, and `parent_id`, the span of the caller if there is one, are 32 and 16 hex digits.
     """
 
-    def __init__(self, method: str, headers: Headers) -> None:
-        caller = _caller(headers)
+    def __init__(self, method: str, environ: Mapping[str, Any]) -> None:
+        caller = _caller(environ)
         self.parent_id = trace.format_span_id(caller.span_id) if caller.is_valid else None
         # https://opentelemetry.io/docs/specs/semconv/http/http-spans/ has its own names for unknown methods.
         self._verb, known = ("HTTP", "_OTHER") if method == "OTHER" else (method, method)
@@ -103,9 +103,12 @@ class RequestSpan:
         self._span.end()
 
 
-def _caller(headers: Headers) -> SpanContext:
+def _caller(environ: Mapping[str, Any]) -> SpanContext:
     """Return the ids in `traceparent`; invalid ones if it is missing, malformed, or came several times."""
-    extracted = _W3C.extract({} if "," in headers.get("traceparent", "") else headers, Context())
+    parent = environ.get("HTTP_TRACEPARENT", "")
+    if not parent or "," in parent:  # which is how several come
+        return trace.INVALID_SPAN_CONTEXT
+    extracted = _W3C.extract({"traceparent": parent, "tracestate": environ.get("HTTP_TRACESTATE", "")}, Context())
     return trace.get_current_span(extracted).get_span_context()
 
 

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 from flask import Flask, g
-from werkzeug.datastructures import Headers
 
 from concurrency import FanOut, fan_out
 from storage import database
@@ -26,7 +25,7 @@ def test_functions_run_concurrently_in_contexts_of_their_own_with_the_trace_id_o
         database.ping()
         return g._get_current_object(), current_ids()["traceId"]
 
-    span = RequestSpan("GET", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    span = RequestSpan("GET", {"HTTP_TRACEPARENT": f"00-{'a' * 32}-{'b' * 16}-01"})
     with app.app_context():
         outcomes = fan_out.run({"one": work, "other": lambda: work()}, WAIT_SECONDS)
         contexts = [*(context for context, _ in outcomes.values()), g._get_current_object()]

@@ -61,7 +61,7 @@ def queries() -> dict[str, str]:
 def series() -> dict[str, set[str]]:
     """The labels of each series, by its name."""
     there = {"up": OF_PROMETHEUS, "ALERTS": {"alertname", "alertstate", *OF_PROMETHEUS}}
-    for metric in vars(metrics).values():
+    for metric in (*vars(metrics).values(), *metrics.PROCESS.values()):
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
                 more = {"le"} if suffix == "_bucket" else set()

@@ -9,7 +9,6 @@ import pytest
 from flask import Flask
 from redis import Redis
 from redis.exceptions import ConnectionError as NoRedis
-from werkzeug.datastructures import Headers
 
 from errors import ApiError, Code
 from storage import message_queue
@@ -74,7 +73,7 @@ def test_concurrent_repeats_are_put_once(app: Flask, put: Any) -> None:
 
 def test_a_message_is_handled_in_the_trace_and_with_the_log_fields_of_its_request(app: Flask, put: Any) -> None:
     seen: list[Any] = []
-    request = RequestSpan("POST", Headers({"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}))
+    request = RequestSpan("POST", {"HTTP_TRACEPARENT": f"00-{'a' * 32}-{'b' * 16}-01"})
     token = logs.request_fields.set({"route": "/route"})
     put("a")
     logs.request_fields.reset(token)
@@ -143,7 +142,7 @@ def test_a_message_that_each_process_dies_with_is_put_aside_and_logged(
 ) -> None:
     seen: list[Any] = []
     before = counted("messages_handled_total", outcome="dropped")
-    request = RequestSpan("POST", Headers({"traceparent": f"00-{'c' * 32}-{'b' * 16}-01"}))
+    request = RequestSpan("POST", {"HTTP_TRACEPARENT": f"00-{'c' * 32}-{'b' * 16}-01"})
     put("bad")
     request.end(200)
     for _ in range(message_queue.TRIES):

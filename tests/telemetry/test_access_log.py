@@ -1,5 +1,8 @@
 import json
+import logging
+import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from telemetry.traces import current_ids
-from tests.harness import Simulator, bearer, counted
+from tests.harness import Simulator, bearer, counted, wait_until
 
 Lines = Callable[[], list[dict[str, Any]]]
 
@@ -110,6 +113,30 @@ def test_a_hook_that_fails_costs_neither_answer_nor_trace_id_nor_line_nor_count(
     assert [(line["route"], line["status"]) for line in lines] == [("/last-hook-fails", 500), ("/livez", 200)]
     assert counted("http_requests_in_flight") == 0
     assert current_ids() == {"traceId": None}
+
+
+def test_work_in_the_background_has_the_fields_of_its_request_but_not_of_the_response(
+    app: Flask, log_lines: Lines
+) -> None:
+    ended = threading.Event()
+
+    @app.get("/later")
+    def later() -> str:
+        def work() -> None:
+            ended.wait(5)
+            logging.getLogger(__name__).info("at work")
+
+        threading.Thread(target=copy_context().run, args=(work,)).start()
+        return "soon"
+
+    app.test_client().get("/later")
+    ended.set()
+    wait_until(lambda: len(log_lines()) == 2)
+    first, second = log_lines()
+    assert (first["message"], first["status"]) == ("request", 200)
+    assert (second["message"], second["route"], second["method"]) == ("at work", "/later", "GET")
+    assert second["traceId"] == first["traceId"]
+    assert not second.keys() & {"status", "code", "durationMs"}
 
 
 def test_a_trace_that_the_caller_began_goes_on(client: FlaskClient, log_lines: Lines) -> None:

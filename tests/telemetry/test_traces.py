@@ -20,7 +20,6 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from werkzeug.datastructures import Headers
 
 import settings
 from dev.redis_server import RedisServer
@@ -59,7 +58,7 @@ def outgoing_headers() -> dict[str, str]:
     ],
 )
 def test_a_valid_traceparent_is_continued(traceparent: str, flags: str) -> None:
-    span = traces.RequestSpan("GET", Headers({"traceparent": traceparent}))
+    span = traces.RequestSpan("GET", {"HTTP_TRACEPARENT": traceparent})
     trace_id, span_id = traces.current_ids().values()
     assert (trace_id, span.trace_id, span.parent_id) == (TRACE, TRACE, CALLER)
     assert span_id != CALLER
@@ -85,7 +84,7 @@ def test_any_other_traceparent_begins_a_new_trace() -> None:
         f"01-{TRACE}-{CALLER}-01-x,01-{TRACE}-{CALLER}-01",
         "\xff" * 80,
     ):
-        span = traces.RequestSpan("GET", Headers({"traceparent": traceparent, "tracestate": "a=1"}))
+        span = traces.RequestSpan("GET", {"HTTP_TRACEPARENT": traceparent, "HTTP_TRACESTATE": "a=1"})
         sent = outgoing_headers()
         span.end(200)
         assert span.parent_id is None, traceparent
@@ -101,7 +100,7 @@ def test_the_tracestate_goes_along_if_it_is_valid(journal: Any) -> None:
         ("13812345678 is no member", {}),
         ("a=1," * 200, {}),
     ]:
-        span = traces.RequestSpan("GET", Headers({"traceparent": TRACEPARENT, "tracestate": tracestate}))
+        span = traces.RequestSpan("GET", {"HTTP_TRACEPARENT": TRACEPARENT, "HTTP_TRACESTATE": tracestate})
         headers = outgoing_headers()
         span.end(200)
         assert headers.pop("traceparent")
