@@ -84,7 +84,7 @@ class MessageQueue:
         """
         trace: dict[str, str] = {}
         propagate.inject(trace)
-        sealed = cipher.encrypt(json.dumps([message, trace, logs.request_fields.get()]), STREAM)
+        sealed = cipher.encrypt(json.dumps([message, trace, logs.request_fields.get({})]), STREAM)
         arguments = _WORKERS, BACKLOG, sealed, KEEP_SECONDS, remember
         outcome = redis.eval(_PUT, 2, STREAM, f"message:{key}", *arguments)
         if outcome == -1:
