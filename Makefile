@@ -13,7 +13,7 @@ override ID := $(value ID)
 override LOGS := $(value LOGS)
 export ID LOGS
 
-.PHONY: help run trace test bench overload soak lint format requirements openapi clean
+.PHONY: help run trace test bench overload waiting soak lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ bench: $(INSTALLED) ## what each kind of request costs, beside a constant respon
 
 overload: $(INSTALLED) ## twice what a worker can serve, for a minute (ARGS=--seconds=20)
 	$(VENV)/bin/python -m bench.overload $(ARGS)
+
+waiting: $(INSTALLED) ## 2,000 logins at once on a WeChat that takes 3 s, and reads beside them (ARGS=--logins=500)
+	$(VENV)/bin/python -m bench.waiting $(ARGS)
 
 soak: $(INSTALLED) ## mixed load for ten minutes, and what grows (ARGS=--minutes=2)
 	$(VENV)/bin/python -m bench.soak $(ARGS)

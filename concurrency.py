@@ -1,18 +1,20 @@
 """How long a request may wait, and parallel work, with its trace id."""
 
 import math
+import os
 import re
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, cast
 
 import gevent
-from flask import Flask, current_app
+from flask import Flask, current_app, has_request_context, request
 from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code, handle_http_exception
@@ -28,15 +30,46 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 
 
-def seconds_left(at_most: float) -> float:
+class GaveUp(ApiError):
+    """The caller's time is over, or the caller is gone; which proves nothing against whom the request waited for."""
+
+
+def seconds_left(at_most: float, reserve: float = 0) -> float:
     """Return how long a wait may take: so many seconds, or less if the request ends before.
 
-    :raises ApiError: UNAVAILABLE if it has ended.
+    :param reserve: the seconds that must be left after the wait.
+    :raises GaveUp: UNAVAILABLE if there is no time left.
     """
-    left = _deadline.get() - time.monotonic()
+    left = _deadline.get() - time.monotonic() - reserve
     if left <= 0:
-        raise ApiError(Code.UNAVAILABLE)
+        raise GaveUp(Code.UNAVAILABLE)
     return min(at_most, left)
+
+
+@contextmanager
+def waiting_elsewhere() -> Iterator[None]:
+    """Take none of the room of the requests in flight, while this one waits for WeChat."""
+    in_request = has_request_context()
+    if in_request:
+        current_app.extensions["door"].in_flight -= 1
+    try:
+        yield
+    finally:
+        if in_request:
+            current_app.extensions["door"].in_flight += 1
+
+
+def ensure_somebody_waits() -> None:
+    """Make sure that the client of this request has not closed its connection.
+
+    :raises GaveUp: if it has. Nobody sees the code, which must not count as a failure of ours.
+    """
+    connection = request.environ.get("gunicorn.socket") if has_request_context() else None
+    if connection is not None:
+        with suppress(BlockingIOError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+            same.settimeout(0)  # of this copy alone
+            if not same.recv(1, socket.MSG_PEEK):
+                raise GaveUp(Code.INVALID_INPUT)
 
 
 def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:

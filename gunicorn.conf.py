@@ -4,9 +4,12 @@ The master imports nothing of ours: what it has imported, reloaded workers inher
 """
 
 # Before anything that could wait: whatever waits lets other requests of its process go on.
+import gevent
 from gevent import monkey
 
 monkey.patch_all()
+# Look-ups of names need no thread: of gevent's ten, a name server that hangs would take all, those of Redis too.
+gevent.config.resolver = "ares"
 
 import errno
 import logging

@@ -88,6 +88,7 @@ class Settings(Schema):
     WECHAT_WEBSITE_APP_SECRET = _optional("Its app secret.")
     WECHAT_PUSH_TOKEN = _optional("Token of message push, 3 to 32 letters and digits; else off.", "[A-Za-z0-9]{3,32}")
     WECHAT_PUSH_AES_KEY = _optional("Its EncodingAESKey, 43 letters and digits, if it is encrypted.", "[A-Za-z0-9]{43}")
+    WECHAT_CONCURRENCY = _integer(1000, 1, 100_000, "Calls of WeChat that a worker makes at a time; more get 503.")
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
     TRUST_WXCLOUD_HEADERS = _switch("Whether X-WX-OPENID names the user: safe only if cloud run is the only way in.")
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")

@@ -18,7 +18,6 @@ from storage.identities import find_openid, start_session
 from storage.single_flight import single_flight
 from telemetry.access_log import CODE
 from telemetry.metrics import LOGINS
-from wechat.transport import PATIENCE_SECONDS
 
 login = Blueprint("login", __name__, description="登录 Log in")
 blueprint = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
@@ -56,7 +55,6 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     token = single_flight(
         f"login:{hashlib.sha256(code.encode()).hexdigest()}",
         lambda: _redeem(code),
-        patience=PATIENCE_SECONDS + 2,  # for the database and Redis, after WeChat
         remember=WECHAT_CODE_LIFETIME_SECONDS,
         messages={Code.FORBIDDEN: blocks.BLOCKED},
     )

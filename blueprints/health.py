@@ -8,6 +8,7 @@ from marshmallow import Schema, fields
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+import wechat
 from blueprints.api import Blueprint
 from concurrency import fan_out
 from errors import ApiError, Code
@@ -42,6 +43,9 @@ def failing_dependencies() -> dict[str, list[str]]:
 class ReadinessSchema(Schema):
     redis = fields.String(required=True)
     database = fields.String(required=True)
+    wechat = fields.String(
+        required=True, metadata={"description": "`down` while this worker makes no calls, as they kept failing."}
+    )
 
 
 class VersionSchema(Schema):
@@ -58,12 +62,15 @@ def live() -> None:
 @blueprint.response(200, ReadinessSchema)
 @blueprint.fails(Code.UNAVAILABLE)
 def ready() -> dict[str, str]:
-    """Whether Redis and the database take writes; `data.errors` says which does not and why, or that it is stopping"""
+    """Whether Redis and the database take writes; `data.errors` says which does not and why, or that it is stopping
+
+    WeChat is no reason to be unready.
+    """
     is_stopping = os.path.exists(f"{os.environ.get(MULTIPROC_DIR)}/stopping")  # announced by gunicorn.conf.py
     down = {"instance": ["Stopping."]} if is_stopping else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)
-    return {"redis": "up", "database": "up"}
+    return {"redis": "up", "database": "up", "wechat": "down" if wechat.is_failing() else "up"}
 
 
 @blueprint.route("/version")

@@ -27,7 +27,6 @@ from storage.single_flight import single_flight
 from telemetry.access_log import CODE
 from telemetry.metrics import LOGINS
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo
-from wechat.transport import PATIENCE_SECONDS
 
 STATE_SECONDS, COOKIE_SECONDS = 600, 3600
 """A state that comes too late begins no session, but its cookie still tells where it would have led."""
@@ -103,7 +102,6 @@ def callback(query: dict[str, str]) -> BaseResponse:
     token = single_flight(  # browsers inside WeChat may open the page twice at once
         f"web_login:{mark}",
         partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"]),
-        patience=4 * PATIENCE_SECONDS,
         remember=2 * STATE_SECONDS,
         messages={},
     )

@@ -19,7 +19,6 @@ from storage.single_flight import single_flight
 from wechat import lenient
 from wechat.client import phone_number, read_nickname
 from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
-from wechat.transport import PATIENCE_SECONDS
 
 PHONE_CODE_REQUIRED = Message(
     "code 无效、过期或已使用：需要 getPhoneNumber 按钮返回的 code，而非 wx.login 的 code",
@@ -85,7 +84,6 @@ def put_phone(body: dict[str, str]) -> User:
         single_flight(
             f"phone:{g.user_id}:{hashlib.sha256(body['code'].encode()).hexdigest()}",
             lambda: _store(phone=wechat.api.code_to_phone(body["code"], openid)),
-            patience=5 * PATIENCE_SECONDS,  # a token, the call, another token, which can take two calls, the call again
             remember=WECHAT_CODE_LIFETIME_SECONDS,
             messages=dict.fromkeys([Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED], PHONE_CODE_REQUIRED),
         )

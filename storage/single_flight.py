@@ -11,11 +11,14 @@ from redis import Redis
 from redis.exceptions import RedisError
 from redis.lock import Lock
 
+from concurrency import GaveUp, seconds_left
 from errors import ApiError, Code, Message
 from storage.cipher import Cipher, DecryptionError
 
 _POLL_SECONDS = 0.02
-_FOLLOW_SECONDS = 5
+_FOLLOW_SECONDS = 10
+_CALL_SECONDS = 60
+_RELEASE_SECONDS = 1
 _RESULT_SECONDS = 5
 _ERROR_SECONDS = 3
 
@@ -38,7 +41,7 @@ class SingleFlight:
         self._redis = redis
         self._cipher = cipher
 
-    def run(self, key: str, look: Look, call: Call, *, patience: float, wait: float) -> str:
+    def run(self, key: str, look: Look, call: Call, *, patience: float = _CALL_SECONDS) -> str:
         """Return the kept result if `look` accepts it; otherwise one process makes the call and the others wait for it.
 
         A call costs four round trips to Redis: the lock, `read`, the result and the release.
@@ -47,13 +50,13 @@ class SingleFlight:
         :param look: returns a result, or None to have the call made, or raises what the call raised. The second
             argument is whether another process was found making the call.
         :param call: returns the result, the seconds to keep it, and the seconds for which the call is not repeated.
-        :param patience: seconds that the call takes at most; after that its process is assumed dead.
-        :param wait: seconds to wait for another process.
+        :param patience: seconds that the call takes at most, unless its request ends before; after that its process is
+            assumed dead.
         :raises ApiError: what `look` and `call` raise; UNAVAILABLE if another process takes too long or crashed.
         :raises redis.exceptions.RedisError: if Redis is away.
         """
-        deadline = time.monotonic() + wait
-        lock = self._redis.lock(f"{key}:lock", timeout=patience, blocking=False)
+        deadline = time.monotonic() + seconds_left(_FOLLOW_SECONDS)
+        lock = self._redis.lock(f"{key}:lock", timeout=seconds_left(patience) + _RELEASE_SECONDS, blocking=False)
         waited = False
         while True:
             is_locked = lock.acquire()
@@ -93,9 +96,9 @@ class SingleFlight:
             self._redis.delete(pause_key)  # of an earlier call: callers that wait for this one must not read it
         try:
             result, seconds, pause_seconds = call(lock)
-        except RedisError:
+        except (RedisError, GaveUp):
             raise
-        except BaseException as error:  # a crash too: the call may have been made, so waiting callers do not repeat it
+        except Exception as error:  # a crash too: the call may have been made, so waiting callers do not repeat it
             code = error.api_code if isinstance(error, ApiError) else Code.UNAVAILABLE
             self._redis.set(pause_key, code.name, ex=_ERROR_SECONDS)
             raise
@@ -107,15 +110,12 @@ class SingleFlight:
         return result
 
 
-def single_flight(
-    key: str, call: Callable[[], Any], *, patience: int, remember: int, messages: Mapping[Code, Message]
-) -> Any:
+def single_flight(key: str, call: Callable[[], Any], *, remember: int, messages: Mapping[Code, Message]) -> Any:
     """Redeem a code of WeChat's, which works once, and share the outcome with callers that ask while it is running, or
     within five seconds after it succeeded: the response to the first one may have been lost.
 
     :param key: as for `SingleFlight.run`.
     :param call: its result must be JSON.
-    :param patience: as for `SingleFlight.run`.
     :param remember: seconds for which a call that succeeded is not made again.
     :param messages: what these codes say here; of an error that was raised there, only the code is known.
     :returns: what `call` returned, here or in another process.
@@ -139,7 +139,7 @@ def single_flight(
 
     flights: SingleFlight = current_app.extensions["single_flight"]
     try:
-        return json.loads(flights.run(key, look, call_once, patience=patience, wait=_FOLLOW_SECONDS))
+        return json.loads(flights.run(key, look, call_once))
     except ApiError as error:
         error.message = messages.get(error.api_code, error.message)
         raise

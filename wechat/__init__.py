@@ -23,6 +23,7 @@ class WeChat(NamedTuple):
     client: Client
     web_apps: dict[str, WebApp]
     push: MessagePush | None
+    transport: Transport
 
 
 _wechat = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
@@ -40,6 +41,11 @@ def web_app_of(app_id: str) -> WebApp | None:
     return next((app for app in _wechat.web_apps.values() if app.app_id == app_id), None)
 
 
+def is_failing() -> bool:
+    """Whether this process makes no calls of WeChat for now, as it kept failing."""
+    return _wechat.transport.admission.is_open
+
+
 def configured_push() -> MessagePush:
     """The account's message push.
 
@@ -53,7 +59,7 @@ def configured_push() -> MessagePush:
 def init_app(app: Flask) -> None:
     config = app.config
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
-    transport = Transport(config["WECHAT_API_BASE_URL"], connections=100)
+    transport = Transport(config["WECHAT_API_BASE_URL"], connections=100, places=config["WECHAT_CONCURRENCY"])
     access_token = AccessToken(transport, app.extensions["redis"], app.extensions["single_flight"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
@@ -66,4 +72,5 @@ def init_app(app: Flask) -> None:
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
         push=MessagePush(push_token, push_aes_key, app_id) if push_token else None,
+        transport=transport,
     )

@@ -1,11 +1,13 @@
 """The access token of the mini-program, shared through Redis: one refresh at a time across all processes."""
 
 import logging
+import threading
 from typing import Any, Protocol
 
 from redis import Redis
 from redis.lock import Lock
 
+from concurrency import seconds_left
 from errors import ApiError, Code
 from telemetry.metrics import TOKEN_REFRESHES
 from wechat.transport import PATIENCE_SECONDS, Transport, unexpected_response
@@ -15,7 +17,7 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 240
 """How long before its end a token is replaced. WeChat hands out a new one from 300 s before the end on."""
 WAIT_SECONDS = 10
-"""Long enough for two slow calls to WeChat."""
+"""How long to wait for another caller."""
 PAUSE_SECONDS = 3
 """How long refreshing is paused after WeChat has returned no newer token."""
 FORCE_INTERVAL_SECONDS = 30
@@ -28,7 +30,7 @@ class SingleFlight(Protocol):
     """What storage.single_flight offers."""
 
     def read(self, key: str) -> tuple[str | None, float, str | None]: ...
-    def run(self, key: str, look: Any, call: Any, *, patience: float, wait: float) -> str: ...
+    def run(self, key: str, look: Any, call: Any, *, patience: float) -> str: ...
 
 
 class AccessToken:
@@ -46,11 +48,12 @@ class AccessToken:
         self._app_id = app_id
         self._app_secret = app_secret
         self._key = f"wechat:{app_id}:access_token"
+        self._turn = threading.Lock()
 
     def get(self, refused: str | None = None) -> str:
         """Return a valid token, refreshed if necessary; meanwhile other callers wait, or use the old token while valid.
 
-        Takes at most two calls to WeChat, or WAIT_SECONDS while another process makes them.
+        Takes at most two calls to WeChat, or WAIT_SECONDS while another caller makes them.
 
         :param refused: a token that WeChat has just rejected. It is replaced, unless that has happened already; while
             WeChat keeps handing out the same one, that one is returned.
@@ -62,9 +65,9 @@ class AccessToken:
 
         def look(kept: tuple[str | None, float, str | None], waited: bool) -> str | None:
             nonlocal usable
-            token, seconds_left, pause = kept
+            token, left, pause = kept
             usable = token if token != refused else None
-            if usable and (waited or pause is not None or seconds_left > REFRESH_SECONDS):
+            if usable and (waited or pause is not None or left > REFRESH_SECONDS):
                 return usable
             if pause:
                 raise ApiError(Code[pause])
@@ -82,7 +85,14 @@ class AccessToken:
         try:
             if valid := look(self._flights.read(self._key), False):  # nearly always, in one round trip
                 return valid
-            return self._flights.run(self._key, look, refresh, patience=PATIENCE_SECONDS + 2, wait=WAIT_SECONDS)
+            # One caller of each process at a time, or a thousand of them would keep asking Redis.
+            if not self._turn.acquire(timeout=0 if usable else seconds_left(WAIT_SECONDS)):
+                raise ApiError(Code.UNAVAILABLE)
+            try:
+                valid = look(self._flights.read(self._key), False)
+                return valid or self._flights.run(self._key, look, refresh, patience=2 * PATIENCE_SECONDS)
+            finally:
+                self._turn.release()
         except ApiError:
             if usable is None:
                 raise

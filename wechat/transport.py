@@ -8,14 +8,17 @@ from collections.abc import Collection, Mapping
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
+import gevent
 import requests
 import urllib3
 from opentelemetry.trace import SpanKind, StatusCode
 from requests.adapters import HTTPAdapter
 
+from concurrency import GaveUp, ensure_somebody_waits, seconds_left
 from errors import ApiError, Code
 from telemetry import metrics, traces
 from wechat import lenient
+from wechat.admission import Admission, Failed
 from wechat.errcodes import MESSAGES, code_of
 
 logger = logging.getLogger(__name__)
@@ -23,13 +26,16 @@ logger = logging.getLogger(__name__)
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 CONNECT_SECONDS = 1
-READ_SECONDS = 3
-ANSWER_SECONDS = 4
+ANSWER_SECONDS = 5
+"""For a try as a whole, from the name server to the end of the body."""
+FAIR_SECONDS = 2
+"""A try that had less time proves nothing."""
+RESPOND_SECONDS = 0.05
+"""Before a request's deadline, so that it still ends with 504."""
 MAXIMUM_ANSWER_BYTES = 1024 * 1024
 RETRY_PAUSE_SECONDS = 0.2
-PATIENCE_SECONDS = 15
-"""Upper bound for a call: two tries, each of which can end with a last wait for a part of the response. A slow name
-server, a host with several unreachable addresses or headers sent byte by byte can exceed it."""
+PATIENCE_SECONDS = 2 * ANSWER_SECONDS + RETRY_PAUSE_SECONDS
+"""Upper bound for a call, which ends with its request if that is sooner."""
 
 MEDIA_TYPES = ("image/", "audio/", "video/", "application/octet-stream")
 BUSY = -1
@@ -43,10 +49,12 @@ class Transport:
     """Calls WeChat's API. Thread-safe.
 
     :param base_url: the API's scheme, host and port.
-    :param connections: the maximum number kept open.
+    :param connections: the maximum number kept open between calls.
+    :param places: how many calls may be made at a time.
     """
 
-    def __init__(self, base_url: str, connections: int) -> None:
+    def __init__(self, base_url: str, connections: int, places: int = 1000) -> None:
+        self.admission = Admission(places)
         self._base_url = base_url.rstrip("/")
         self._http = requests.Session()
         self._http.mount(self._base_url, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
@@ -69,7 +77,7 @@ class Transport:
     ) -> Any:
         """Call an interface, and once more if WeChat is busy or the connection is lost.
 
-        Takes at most PATIENCE_SECONDS.
+        Takes at most PATIENCE_SECONDS. Nothing is begun when nobody waits for it, nor as `Admission.place` says.
 
         :param params: the query.
         :param body: posted as JSON if there is one; otherwise the call is a GET.
@@ -82,15 +90,23 @@ class Transport:
         """
         for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, kind, "failure")
+        with self.admission.place():
+            return self._call(path, params, body, expected, idempotent, media)
+
+    def _call(self, path: str, params: Params, body: Body, expected: Codes, idempotent: bool, media: bool) -> Any:
         for may_retry in (True, False):
+            limit = seconds_left(ANSWER_SECONDS, reserve=RESPOND_SECONDS)
+            ensure_somebody_waits()
             result, outcome = "invalid", "failure"
             try:
                 # No traceparent is sent: our traces are none of WeChat's business.
                 traced = traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path})
                 with metrics.WECHAT_SECONDS.labels(path).time(), traced as span:
-                    errcode, answer = _parse(path, media, *self._exchange(path, params, body))
+                    errcode, answer = _parse(path, media, *self._exchange(path, params, body, limit))
                     span.set_attribute("wechat.errcode", errcode)
                     result, outcome = str(errcode), "ok"
+                    if errcode != BUSY:
+                        self.admission.count(0)
                     if errcode == 0 or errcode in expected:
                         return answer
                     code = code_of(path, errcode)
@@ -98,9 +114,10 @@ class Transport:
                     span.set_status(StatusCode.ERROR)
                 if errcode != BUSY or not may_retry:
                     raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
-            except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
+            except (gevent.Timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
                 result = "timeout"
-                raise failure(path, Code.UPSTREAM_TIMEOUT, "no response in time") from None
+                error = failure(path, Code.UPSTREAM_TIMEOUT, f"no response in {limit:.2f} s")
+                raise error if limit >= FAIR_SECONDS else GaveUp(error.api_code) from None
             except requests.ConnectionError as error:
                 result = "unreachable"
                 if not (may_retry and idempotent):
@@ -110,20 +127,33 @@ class Transport:
                 raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
             finally:
                 metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
-            time.sleep(RETRY_PAUSE_SECONDS)
+            time.sleep(seconds_left(RETRY_PAUSE_SECONDS))
         raise AssertionError("unreachable")
 
-    def _exchange(self, path: str, params: Params, body: Body) -> tuple[int, str, bytes]:
-        """Send a request and read the response under a deadline; requests' own timeout lets it trickle for ever."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        url, timeout = self._base_url + path, (CONNECT_SECONDS, READ_SECONDS)
+    def _exchange(self, path: str, params: Params, body: Body, limit: float) -> tuple[int, str, bytes]:
+        """Send a request and read the response in so many seconds.
+
+        requests' own timeout is for each part of the response; gevent's ends all of it, where there are greenlets.
+        """
+        deadline = time.monotonic() + limit
+        url, timeout = self._base_url + path, (min(CONNECT_SECONDS, limit), limit)
         method, data, headers = "GET", None, {}
         if body is not None:  # as raw UTF-8: with \u escapes WeChat's content check lets everything pass
             method, data = "POST", json.dumps(body, ensure_ascii=False).encode()
             headers = {"Content-Type": "application/json"}
-        with self._http.request(
-            method, url, params=params, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
-        ) as response:
+        with (
+            gevent.Timeout(limit),
+            self._http.request(
+                method,
+                url,
+                params=params,
+                data=data,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+                stream=True,
+            ) as response,
+        ):
             content = b""
             while part := response.raw.read1(65536, decode_content=True):
                 content += part
@@ -140,7 +170,8 @@ def failure(path: str, code: Code, why: str, errcode: int | None = None) -> ApiE
     level = logging.INFO if code.number < 500 else logging.WARNING if goes_away else logging.ERROR
     fields = {"interface": path, "code": code.number, "reason": why, "errcode": errcode}
     logger.log(level, "WeChat call failed", extra=fields)
-    return ApiError(code, message=MESSAGES.get(errcode or 0))
+    kind = Failed if code.number >= 500 and errcode in (None, BUSY) else ApiError
+    return kind(code, message=MESSAGES.get(errcode or 0))
 
 
 def unexpected_response(path: str, why: str, answer: Mapping[str, Any]) -> ApiError:

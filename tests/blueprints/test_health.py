@@ -20,7 +20,8 @@ from dev.run import free_port
 from service import create_app
 from telemetry.metrics import REGISTRY
 from tests.databases import Databases, MariaDB
-from tests.harness import WAIT_SECONDS, bearer, bound_to_this_process, migrate, wait_until
+from tests.harness import WAIT_SECONDS, Simulator, bearer, bound_to_this_process, migrate, wait_until
+from wechat.admission import FAILURES
 
 
 def up(dependency: str) -> float | None:
@@ -29,9 +30,17 @@ def up(dependency: str) -> float | None:
 
 def test_the_probes_respond(client: FlaskClient) -> None:
     assert client.get("/livez").get_json()["data"] == {}
-    assert client.get("/readyz").get_json()["data"] == {"redis": "up", "database": "up"}
+    assert client.get("/readyz").get_json()["data"] == {"redis": "up", "database": "up", "wechat": "up"}
     assert (up("redis"), up("database")) == (1, 1)
     assert client.get("/version").get_json()["data"] == {"version": settings.VERSION}
+
+
+def test_readiness_says_that_wechat_keeps_failing_and_is_200(client: FlaskClient, simulator: Simulator) -> None:
+    simulator.fault("http_500", times=FAILURES)
+    for _ in range(FAILURES):
+        client.post("/api/v1/auth/wechat", json={"code": simulator.code()})
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.get_json()["data"]["wechat"]) == (200, "down")
 
 
 @pytest.mark.parametrize("away", ["redis", "database"])

@@ -3,13 +3,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import pytest
 from flask import Flask
+from gevent import GreenletExit
 from redis import Redis
 from redis.exceptions import RedisError
 
+import concurrency
+from concurrency import GaveUp
 from dev.redis_server import RedisServer
 from errors import ApiError, Code, Message
 from storage.single_flight import single_flight
@@ -18,9 +22,9 @@ from tests.harness import WAIT_SECONDS, round_trips, suspend, wait_until
 REFUSED = Message("被拒", "Refused")
 
 
-def ask(app: Flask, call: Any, patience: int = 5, key: str = "flight") -> Any:
+def ask(app: Flask, call: Any, key: str = "flight") -> Any:
     with app.app_context():
-        return single_flight(key, call, patience=patience, remember=60, messages={Code.WECHAT_REFUSED: REFUSED})
+        return single_flight(key, call, remember=60, messages={Code.WECHAT_REFUSED: REFUSED})
 
 
 def test_simultaneous_callers_share_one_call(app: Flask) -> None:
@@ -95,8 +99,31 @@ def test_waiting_callers_learn_of_a_crash_and_the_next_one_calls_again(app: Flas
     assert ask(app, lambda: "now it works") == "now it works"
 
 
-def test_the_lock_expires_after_the_patience(app: Flask, redis: Redis) -> None:
-    assert 0 < ask(app, lambda: redis.ttl("flight:lock"), patience=5) <= 5
+def test_the_lock_expires_soon_after_the_request(app: Flask, redis: Redis) -> None:
+    context = copy_context()
+    context.run(concurrency._deadline.set, time.monotonic() + 5)
+    assert 5000 < context.run(ask, app, lambda: redis.pttl("flight:lock")) <= 6000
+    redis.flushall()
+    assert 60_000 < ask(app, lambda: redis.pttl("flight:lock")) <= 61_000
+
+
+def test_a_caller_who_gives_up_is_no_reason_for_others_to_give_up(app: Flask, redis: Redis) -> None:
+    for error in (GaveUp(Code.UPSTREAM_TIMEOUT), GreenletExit()):
+        started = threading.Event()
+
+        def give_up(error: BaseException = error, started: threading.Event = started) -> None:
+            started.set()
+            time.sleep(0.3)
+            raise error
+
+        with ThreadPoolExecutor(1) as pool:
+            leader = pool.submit(ask, app, give_up)
+            started.wait(WAIT_SECONDS)
+            assert ask(app, lambda: "mine") == "mine"
+            with pytest.raises(type(error)):
+                leader.result(WAIT_SECONDS)
+        assert not redis.exists("flight:lock")
+        redis.flushall()
 
 
 def test_a_killed_process_delays_others_only_until_the_lock_expires(app: Flask, redis: Redis) -> None:

@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from flask import Flask
 from redis import Redis
 from redis.exceptions import RedisError
 
+import concurrency
 from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from service import create_app
-from tests.harness import APP_ID, Simulator, counted, wait_until
+from tests.harness import APP_ID, Simulator, counted, round_trips, wait_until
 from tests.wechat.harness import outcome, refusal
 from wechat import access_token as access_token_module
 from wechat.access_token import DAY_SECONDS, AccessToken
@@ -158,8 +160,7 @@ def test_simultaneous_callers_share_a_failure_until_the_pause_is_over(
 def test_others_wait_for_a_refresh_of_two_slow_calls(
     access_token: AccessToken, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("READ_SECONDS", "ANSWER_SECONDS"):  # a busy machine makes slow calls slower
-        monkeypatch.setattr(f"wechat.transport.{name}", 8)
+    monkeypatch.setattr("wechat.transport.ANSWER_SECONDS", 8)  # a busy machine makes slow calls slower
     refused = access_token.get()
     simulator.fault("slow", path=PATH, times=2, seconds=2.6)
     tokens = set(at_once(lambda: access_token.get(refused=refused)))
@@ -234,9 +235,36 @@ def test_a_killed_process_delays_others_only_until_the_lock_expires(
 def test_a_hanging_process_is_not_waited_for(
     access_token: AccessToken, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_token_module, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("storage.single_flight._FOLLOW_SECONDS", 0.2)
     redis.set(f"{KEY}:lock", "of-one-who-hangs", ex=60)
     assert refusal(access_token.get) is Code.UNAVAILABLE
+
+
+def test_a_hanging_caller_of_this_process_is_not_waited_for(
+    access_token: AccessToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_token_module, "WAIT_SECONDS", 0.2)
+    with access_token._turn:
+        assert refusal(access_token.get) is Code.UNAVAILABLE
+
+
+def test_one_caller_of_a_process_asks_redis_while_others_wait(
+    app: Flask, access_token: AccessToken, simulator: Simulator
+) -> None:
+    simulator.fault("slow", path=PATH, seconds=1)
+    with round_trips(app.extensions["redis"]) as count:
+        assert set(at_once(access_token.get, times=32)) == {simulator.access_token()}
+    assert count() <= 2 * 32 + 4  # each reads twice; one locks, reads, stores and releases
+
+
+def test_a_caller_who_gives_up_leaves_the_refresh_to_the_next_one(
+    access_token: AccessToken, simulator: Simulator
+) -> None:
+    simulator.fault("slow", path=PATH, seconds=5)
+    context = copy_context()
+    context.run(concurrency._deadline.set, time.monotonic() + 0.5)
+    assert context.run(refusal, access_token.get) is Code.UPSTREAM_TIMEOUT
+    assert access_token.get() == simulator.access_token()
 
 
 def test_the_lock_outlasts_each_of_two_calls_and_is_released(access_token: AccessToken, redis: Redis) -> None:

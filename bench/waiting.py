@@ -1,0 +1,97 @@
+"""2,000 logins at once on a WeChat that takes 3 s, and reads beside them: `make waiting`.
+
+One worker. First come the reads alone. Ends with a status that is not 0 if fewer than 1,000 logins succeed, another one
+has any other response than a 503 with Retry-After, the 99th percentile of the reads is more than twice the quiet one,
+or a waiting login costs more than 30 KB.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Iterable
+
+import psutil
+
+from bench import sign_in
+from bench.load import Outcome, Request, open_loop, pool, quantile, statuses
+from bench.speed import USERS, login, read, stage
+
+WECHAT_SECONDS = 3
+READS_A_SECOND = 50
+QUIET_SECONDS = 10
+SERVED, FACTOR, KILOBYTES = 1000, 2, 30
+
+
+async def burst(port: int, logins: int, seconds: float) -> list[Outcome]:
+    """Send so many logins, spread over so many seconds, each on a connection of its own."""
+    async with pool(port) as opened:
+
+        async def send(number: int) -> Outcome:
+            await asyncio.sleep(number / logins * seconds)
+            return await opened.send(Request("login", login(number)))
+
+        return await asyncio.gather(*map(send, range(logins)))
+
+
+async def both(
+    port: int, worker: psutil.Process, reads: Iterable[Request], logins: int, seconds: float
+) -> tuple[list[Outcome], list[Outcome], int]:
+    """Send logins, and reads until all of those have a response; also return the most memory of the worker."""
+    peak = 0
+
+    async def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, worker.memory_info().rss)
+            await asyncio.sleep(0.1)
+
+    watching = asyncio.ensure_future(watch())
+    reading = asyncio.ensure_future(open_loop(port, reads, READS_A_SECOND, seconds + WECHAT_SECONDS + 2))
+    outcomes = await burst(port, logins, seconds)
+    beside = await reading
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    return outcomes, beside, peak
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Logins that wait for WeChat.")
+    options.add_argument("--logins", type=int, default=2000)
+    options.add_argument("--seconds", type=float, default=0, help="in which they come")
+    options = options.parse_args()
+    with stage(WECHAT_SECONDS) as servers:
+        tokens = sign_in(servers.environ, USERS)
+        service = servers.service()
+        port, (worker,) = int(service.environ["PORT"]), service.workers()
+        reads = [Request("read", read(token)) for token in tokens]
+        asyncio.run(open_loop(port, itertools.cycle(reads), READS_A_SECOND, 2))
+        asyncio.run(burst(port, 50, 1))  # whatever a first login loads
+        quiet = asyncio.run(open_loop(port, itertools.cycle(reads), READS_A_SECOND, QUIET_SECONDS))
+        before, began = worker.memory_info().rss, time.monotonic()
+        logins, beside, peak = asyncio.run(both(port, worker, itertools.cycle(reads), options.logins, options.seconds))
+        taken = max(outcome.began + outcome.seconds for outcome in logins) - began
+    served = [outcome for outcome in logins if outcome.status == 200]
+    refused = [outcome for outcome in logins if outcome.status == 503]
+    kilobytes = (peak - before) / 1024 / max(len(served), 1)
+    ratio = quantile(beside, 0.99) / quantile(quiet, 0.99)
+    print(f"logins: {statuses(logins)} in {taken:.1f} s")
+    for name, outcomes in (("served", served), ("refused", refused)):
+        if len(outcomes) > 1:
+            print(f"  {name}: p50 {quantile(outcomes, 0.5):.3f} s, p99 {quantile(outcomes, 0.99):.3f} s")
+    print(f"reads: quiet {statuses(quiet)}, p50 {quantile(quiet, 0.5) * 1000:.1f} ms, ", end="")
+    print(f"p99 {quantile(quiet, 0.99) * 1000:.1f} ms; beside the logins {statuses(beside)}, ", end="")
+    print(f"p50 {quantile(beside, 0.5) * 1000:.1f} ms, p99 {quantile(beside, 0.99) * 1000:.1f} ms: {ratio:.2f} ×")
+    print(f"memory: {before / 1e6:.1f} MB before, {peak / 1e6:.1f} MB at most: {kilobytes:.1f} KB a served login")
+    hinted = all(outcome.answer and b"Retry-After" in outcome.answer.head for outcome in refused)
+    if len(served) < SERVED or len(served) + len(refused) < len(logins) or not hinted:
+        sys.exit("too few logins, or one without a proper response")
+    if ratio > FACTOR or kilobytes > KILOBYTES:
+        sys.exit("those that wait cost too much")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Which calls of WeChat are begun: so many at a time, and one now and then while WeChat keeps failing.
+
+The circuit breaker is our own, as no library fits: pybreaker 1.4.1 lets one call at a time through (`call` holds its
+lock) and follows the machine's clock; circuitbreaker 2.1.3 and pyresilience 0.4.1 have no bound for trials; and each
+takes a caller who gives up for a success or a failure of WeChat's.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from concurrency import seconds_left, waiting_elsewhere
+from errors import ApiError, Code
+from telemetry import metrics
+
+logger = logging.getLogger(__name__)
+
+PLACE_SECONDS = 0.1
+"""How long to wait for a place."""
+FAILURES = 10
+"""So many in a row open the breaker."""
+PAUSE_SECONDS = 5
+"""From a failure to the next trial, while it is open."""
+
+
+class Failed(ApiError):
+    """WeChat is to blame: no response in time, none that makes sense, or it is busy."""
+
+
+class Admission:
+    """Admits the calls of this process. Thread-safe.
+
+    :param places: how many may be made at a time.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = threading.BoundedSemaphore(places)
+        self._failures = 0
+        self._next_trial = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether WeChat keeps failing: the state of the circuit breaker."""
+        return self._failures >= FAILURES
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place for a call, which raises Failed, or calls `count(0)` when WeChat has responded.
+
+        :raises ApiError: UNAVAILABLE if WeChat keeps failing, or if there is no place.
+        """
+        is_trial = self.is_open
+        if is_trial:
+            if time.monotonic() < self._next_trial:
+                raise ApiError(Code.UNAVAILABLE)
+            self._next_trial = math.inf
+        try:
+            self._take_place()
+            try:
+                with metrics.POOL_IN_USE.labels("wechat").track_inprogress(), waiting_elsewhere():
+                    yield
+            finally:
+                self._places.release()
+        except Failed:
+            self.count(self._failures + 1)
+            raise
+        finally:
+            if is_trial and self._next_trial == math.inf:  # its caller gave up
+                self._next_trial = 0
+
+    def _take_place(self) -> None:
+        began = time.monotonic()
+        is_free = self._places.acquire(timeout=seconds_left(PLACE_SECONDS))
+        metrics.POOL_WAIT_SECONDS.labels("wechat").inc(time.monotonic() - began)
+        if not is_free:
+            metrics.SHED.labels("wechat").inc()
+            raise ApiError(Code.UNAVAILABLE)
+
+    def count(self, failures: int) -> None:
+        """Note how many calls in a row have failed."""
+        was_open, self._failures = self.is_open, failures
+        if self.is_open:
+            self._next_trial = time.monotonic() + PAUSE_SECONDS
+        if self.is_open != was_open:
+            metrics.BREAKER_OPEN.set(self.is_open)
+            logger.error("WeChat keeps failing: calls pause") if self.is_open else logger.info("WeChat responds again")
