@@ -131,9 +131,7 @@ class Settings(Schema):
     DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
     METRICS_TOKEN = _optional("Bearer token for /metrics, 16 or more ASCII characters; without it 404.", "[!-~]{16,}")
     OTEL_EXPORTER_OTLP_ENDPOINT = _site("", "Collector for traces: http://collector:4318; other OTEL_ variables apply.")
-    LOG_LEVEL = _optional(
-        "Minimum: DEBUG, INFO, WARNING or ERROR; requests are logged at INFO.", "DEBUG|INFO|WARNING|ERROR", "INFO"
-    )
+    LOG_LEVEL = _optional("Minimum: DEBUG, INFO (with requests), WARNING or ERROR.", "DEBUG|INFO|WARNING|ERROR", "INFO")
 
     @validates_schema
     def _belong_together(self, settings: dict[str, Any], **kwargs: Any) -> None:
