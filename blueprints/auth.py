@@ -51,10 +51,9 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     first one may have been lost. The token comes in the body for `wx.request`, which keeps no cookies; a page of this
     site gets it in a cookie as well.
     """
-    code = body["code"]
     token = single_flight(
-        f"login:{hashlib.sha256(code.encode()).hexdigest()}",
-        lambda: _redeem(code),
+        f"login:{hashlib.sha256(body['code'].encode()).hexdigest()}",
+        lambda: _redeem(body["code"]),
         remember=WECHAT_CODE_LIFETIME_SECONDS,
         messages={Code.FORBIDDEN: blocks.BLOCKED},
     )

@@ -1,6 +1,5 @@
 """The API's documents: /openapi.json for programs, /docs for people. flask-smorest makes both from the code."""
 
-from importlib.resources import files
 from typing import Any
 
 from flask import Blueprint
@@ -30,5 +29,4 @@ CONFIG: dict[str, Any] = {
 }
 
 # flask-swagger-ui carries Swagger UI's files, so the page works without the internet.
-folder = str(files("flask_swagger_ui") / "dist")
-assets = Blueprint("docs", __name__, static_folder=folder, static_url_path="/docs/assets")
+assets = Blueprint("docs", "flask_swagger_ui", static_folder="dist", static_url_path="/docs/assets")
