@@ -100,11 +100,10 @@ class Client:
         path = "/wxa/business/getuserphonenumber"
         answer = self.call(path, body={"code": code, "openid": openid}, media=False)
         info = answer.get("phone_info")
-        if not isinstance(info, dict):
-            raise unexpected_response(path, "phone_info missing or malformed", answer)
-        number, watermark = phone_number(info), info.get("watermark")
-        if number is None or not isinstance(watermark, dict) or watermark.get("appid") != self.app_id:
-            raise unexpected_response(path, "phone number or watermark missing, malformed or for another app", info)
+        watermark = info.get("watermark") if isinstance(info, dict) else None
+        number = phone_number(info) if isinstance(watermark, dict) and watermark.get("appid") == self.app_id else None
+        if number is None:
+            raise unexpected_response(path, "phone_info missing, malformed or for another app", answer)
         return number
 
     def is_risky(self, text: str, openid: str, *, scene: int = 1, nickname: str | None = None) -> bool:

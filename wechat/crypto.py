@@ -74,8 +74,7 @@ def decrypt_user_data(
     watermark = data.get("watermark")
     timestamp = watermark.get("timestamp") if isinstance(watermark, dict) and watermark.get("appid") == app_id else None
     is_fresh = type(timestamp) is int and now - MAXIMUM_AGE_SECONDS <= timestamp <= now + CLOCK_SKEW_SECONDS
-    is_expected = all(name in data and data[name] == value for name, value in expected.items())
-    if not (is_fresh and is_expected and data.get("openId", openid) == openid):
+    if not (is_fresh and expected.items() <= data.items() and data.get("openId", openid) == openid):
         raise ApiError(Code.SIGNATURE_MISMATCH)
     return data
 

@@ -99,24 +99,21 @@ class WebApp:
         return answer.get("errcode") not in AUTHORIZATION_ENDED, authorization
 
     def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
-        """Call with the user's access token, and once more with a new one if WeChat rejects it."""
+        """Call with the access token; if WeChat rejects it, once more with a new one (sns/oauth2/refresh_token)."""
 
         def call() -> Any:
             query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
             return self._transport.call(path, query, expected=AUTHORIZATION_ENDED)
 
         answer = call()
-        if answer.get("errcode") in INVALID_TOKEN and (refreshed := self._refresh(authorization)):
-            authorization = refreshed
-            answer = call()
+        if answer.get("errcode") in INVALID_TOKEN:
+            refresh = "/sns/oauth2/refresh_token"
+            grant = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
+            refreshed = self._transport.call(refresh, grant, expected=AUTHORIZATION_ENDED)
+            if refreshed.get("errcode") not in AUTHORIZATION_ENDED:
+                authorization = _authorization(refresh, refreshed)
+                answer = call()
         return answer, authorization
-
-    def _refresh(self, authorization: Authorization) -> Authorization | None:
-        """Get a new access token (sns/oauth2/refresh_token); None if the authorization has ended."""
-        path = "/sns/oauth2/refresh_token"
-        params = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
-        answer = self._transport.call(path, params, expected=AUTHORIZATION_ENDED)
-        return None if answer.get("errcode") in AUTHORIZATION_ENDED else _authorization(path, answer)
 
 
 def _authorization(path: str, answer: dict[str, Any]) -> Authorization:
