@@ -32,9 +32,6 @@ class Failover(AbstractBackoff):
 
 
 def init_app(app: Flask) -> None:
-    def close_idle() -> None:
-        client.connection_pool.disconnect(inuse_connections=False)
-
     client = app.extensions["redis"] = Redis.from_url(
         app.config["REDIS_URL"],
         # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
@@ -43,7 +40,7 @@ def init_app(app: Flask) -> None:
         socket_timeout=0.4,
         # What Redis refused is sent again: READONLY, MASTERDOWN, NOREPLICAS … An error that it responds with means that
         # it has not run the command, script or MULTI.
-        retry=Retry(Failover(close_idle), 1, (ResponseError, BusyLoadingError)),
+        retry=Retry(Failover(lambda: pool.disconnect(inuse_connections=False)), 1, (ResponseError, BusyLoadingError)),
     )
     pool = client.connection_pool
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
