@@ -34,6 +34,9 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
 	exit $$failed
 
+faults: $(INSTALLED) ## break everything in turn under load, count what was lost, and write bench/faults.md
+	$(VENV)/bin/python -m tests.faults $(ARGS)
+
 bench: $(INSTALLED) ## what each kind of request costs, beside a constant response (PEERS=folder adds others, ARGS=--rounds=1)
 	$(VENV)/bin/python -m bench.speed $(ARGS)
 

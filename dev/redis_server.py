@@ -50,10 +50,11 @@ class RedisServer:
         self.url = f"unix://{self.socket}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, inherited: Sequence[int] = ()) -> None:
+    def start(self, inherited: Sequence[int] = (), **options: str) -> None:
         """Start the server and wait until it responds.
 
         :param inherited: file descriptors that it keeps open while it runs.
+        :param options: further options of the server, this time.
         :raises RuntimeError: if it does not respond in time.
         """
         self._data.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,7 @@ class RedisServer:
             "save": "",
             "logfile": "redis.log",
             **self._options,
+            **options,
         }
         self.process = subprocess.Popen(
             [*self._wrapper, executable(), *(word for name, value in options.items() for word in (f"--{name}", value))],

@@ -1,44 +1,87 @@
-"""A TCP proxy, as the one address of a service in front of servers that take each other's place."""
+"""A TCP proxy, as the one address of a service in front of servers that take each other's place, or misbehave."""
 
 import socket
+import struct
 import threading
+import time
 from contextlib import suppress
 from typing import Self
 
 
 class Proxy:
-    """Forwards each new connection to `target`, the path of a server's socket; those that are open stay where they are.
+    """Forwards each new connection to `target`; those that are open stay where they are.
 
     A context manager, which closes all connections at its end.
+
+    :param target: the path of a server's socket, or its host and port.
     """
 
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.accepted = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+    delay = 0.0
+    """Seconds for which all that a client sends is held back."""
+    share: float | None = None
+    """The share of a response that arrives before the connection ends; 0 resets it. None forwards all."""
 
-    def _accept(self) -> None:
+    def __init__(self, target: str | tuple[str, int]) -> None:
+        self.target = target
+        self.accepted = self.cut = 0
+        self._open: list[socket.socket] = []
+        self.port = 0
+        self.listen()
+
+    def listen(self) -> None:
+        """Accept connections, on the same port as before."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def refuse(self) -> None:
+        """End all connections, and let new ones be refused."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """End all connections."""
+        dropped, self._open = self._open, []
+        for opened in dropped:
+            with suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             while True:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
                 self.accepted += 1
-                server = socket.socket(socket.AF_UNIX)
+                server = socket.socket(socket.AF_UNIX if isinstance(self.target, str) else socket.AF_INET)
                 self._open += [client, server]
                 try:
                     server.connect(self.target)
                 except OSError:
                     client.close()
                     continue
-                for source, sink in ((client, server), (server, client)):
-                    threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+                for copy, *ends in ((self._send, client, server), (self._answer, server, client)):
+                    threading.Thread(target=self._copy, args=(copy, *ends), daemon=True).start()
 
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+    def _send(self, data: bytes, sink: socket.socket) -> None:
+        time.sleep(self.delay)
+        sink.sendall(data)
+
+    def _answer(self, data: bytes, sink: socket.socket) -> None:
+        if self.share is None:
+            sink.sendall(data)
+            return
+        self.cut += 1
+        sink.sendall(data[: int(len(data) * self.share)])
+        if not self.share:
+            sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sink.close()
+        raise ConnectionAbortedError
+
+    def _copy(self, copy, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[no-untyped-def]
         with suppress(OSError):
             while data := source.recv(65536):
-                sink.sendall(data)
+                copy(data, sink)
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -47,9 +90,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for opened in (self._listener, *self._open):
-            with suppress(OSError):
-                opened.shutdown(socket.SHUT_RDWR)
-            opened.close()
+        opened = list(self._open)
+        self.refuse()
+        for end in opened:
+            end.close()

@@ -51,3 +51,14 @@ def fail_in_a_finalizer() -> str:
 def warn() -> str:
     warnings.warn("this will not do", stacklevel=1)
     return "beware"
+
+
+@app.get("/faulty/spin")
+def spin() -> None:
+    while True:
+        pass
+
+
+@app.get("/faulty/allocate")
+def allocate() -> str:
+    return str(len(bytes(1 << 30)))

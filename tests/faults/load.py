@@ -1,0 +1,194 @@
+"""The load that runs while a fault happens, and the record of what was acknowledged."""
+
+import asyncio
+import json
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from sqlalchemy import select
+
+from bench.load import HUNG, Outcome, Pool, Request, encode, pool
+from storage.database import engine_for
+from storage.models import Order
+from tests.faults.stage import REQUEST_SECONDS, Stage
+from tests.harness import bearer
+
+RIGHT = {"read": 200, "login": 200, "order": 201}
+TEMPORARY = (429, 502, 503, 504)
+CLIENTS = {"read": 3, "login": 2, "order": 3}
+PAUSE_SECONDS = 0.03
+PATIENCE_SECONDS = REQUEST_SECONDS + 4
+"""A response that takes longer than its deadline and a busy machine together counts as hung."""
+SETTLE_SECONDS, RECOVERY_SECONDS = 1, 30
+ITEM = {"sku": "tea", "name": "茶", "quantity": 1, "unit_price": 100}
+
+
+def is_right(outcome: Outcome) -> bool:
+    return outcome.status == RIGHT[outcome.request.kind]
+
+
+def complaint(outcome: Outcome) -> str | None:
+    """Return what is wrong with a response, whatever fault there is; None for one that says to try again later."""
+    if outcome.answer is None or outcome.status == HUNG:
+        return None  # no response, which some faults excuse
+    kind, status = outcome.request.kind, outcome.status
+    try:
+        body = json.loads(outcome.answer.body)
+    except ValueError:
+        return f"{kind}: {status} is not JSON"
+    if set(body) != {"code", "message", "data"}:
+        return f"{kind}: {status} is not the envelope"
+    if not is_right(outcome) and status not in TEMPORARY:
+        return f"{kind}: {status}"
+    if status in (429, 503) and b"retry-after:" not in outcome.answer.head.lower():
+        return f"{kind}: {status} without Retry-After"
+    return None
+
+
+class Load:
+    """Users who read, log in, and order. An order that was not acknowledged is sent again, with its key."""
+
+    service: Pool
+    simulator: Pool
+    over = False
+    missing_sessions = 0
+    """Logins that were acknowledged, and whose session is no more at the end."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.tokens: list[str] = []
+        self.outcomes: list[Outcome] = []
+        self.asked: set[str] = set()
+        self.acknowledged: set[str] = set()
+        self.issued: list[str] = []
+        self._numbers = count()
+
+    async def log_in(self) -> Outcome:
+        number = next(self._numbers)
+        made = await self.simulator.send(
+            Request("code", encode("POST", "/simulator/codes", {"openid": f"o-fault-{number % 20}"}))
+        )
+        assert made.answer, made
+        code = json.loads(made.answer.body)["code"]
+        outcome = await self.service.send(Request("login", encode("POST", "/api/v1/auth/wechat", {"code": code})))
+        if is_right(outcome):
+            self.issued.append(json.loads(outcome.answer.body)["data"]["token"])  # type: ignore[union-attr]
+        return outcome
+
+    async def read(self, token: str) -> Outcome:
+        return await self.service.send(Request("read", encode("GET", "/api/v1/users/me", headers=bearer(token))))
+
+    async def order(self, token: str, key: str) -> Outcome:
+        self.asked.add(key)
+        headers = {**bearer(token), "Idempotency-Key": key}
+        content = encode("POST", "/api/v1/orders", {"items": [ITEM], "remark": key}, headers)
+        outcome = await self.service.send(Request("order", content, key))
+        if is_right(outcome):
+            self.acknowledged.add(key)
+        return outcome
+
+    async def client(self, kind: str, number: int) -> None:
+        token, pending = self.tokens[number % len(self.tokens)], list[str]()
+        while not self.over:
+            if kind == "login":
+                outcome = await self.log_in()
+            elif kind == "read":
+                outcome = await self.read(token)
+            else:
+                key = pending.pop(0) if len(pending) > 3 else secrets.token_hex(16)
+                outcome = await self.order(token, key)
+                if not is_right(outcome):
+                    pending.append(key)
+            self.outcomes.append(outcome)
+            await asyncio.sleep(PAUSE_SECONDS)
+        for key in pending:
+            await self.settle(token, key)
+
+    async def settle(self, token: str, key: str) -> None:
+        """Send an order until it is acknowledged."""
+        end = time.monotonic() + RECOVERY_SECONDS
+        while not is_right(outcome := await self.order(token, key)):
+            if time.monotonic() > end:
+                raise AssertionError(f"order {key}: {outcome.status}")
+            await asyncio.sleep(0.2)
+
+    def since(self, moment: float) -> list[Outcome]:
+        """Return what was sent since then."""
+        return [outcome for outcome in list(self.outcomes) if outcome.began >= moment]
+
+    def recovered(self, since: float, settle: float = SETTLE_SECONDS) -> float | None:
+        """Wait until all kinds of requests have been right for so many seconds.
+
+        :returns: the seconds from then until the last one that was not, or None if it does not recover in time.
+        """
+        while time.monotonic() < since + RECOVERY_SECONDS:
+            time.sleep(0.1)
+            last = max((one.began + one.seconds for one in list(self.outcomes) if not is_right(one)), default=since)
+            last = max(last, since)
+            kinds = Counter(outcome.request.kind for outcome in self.since(last) if is_right(outcome))
+            if time.monotonic() > last + settle and set(kinds) == set(RIGHT):
+                return last - since
+        return None
+
+    def count_orders(self) -> tuple[int, int]:
+        """Return how many acknowledged orders are missing, and how many exist more than once."""
+        engine = engine_for(self.stage.database_url)
+        with engine.connect() as connection:
+            found = Counter(connection.scalars(select(Order.remark)).all())
+        engine.dispose()
+        return len(self.acknowledged - set(found)), sum(found[key] > 1 for key in self.asked)
+
+    async def run(self, ready: threading.Event) -> None:
+        """Send requests until it is over, then what was not acknowledged until it is, and ask for all sessions."""
+        assert self.stage.service
+        port = int(self.stage.service.environ["PORT"])
+        async with pool(port, PATIENCE_SECONDS) as self.service, pool(self.stage.simulator_port) as self.simulator:
+            for _ in range(max(CLIENTS.values())):
+                outcome = await self.log_in()
+                assert is_right(outcome), outcome
+            self.tokens = list(self.issued)
+            ready.set()
+            clients = [self.client(kind, number) for kind, many in CLIENTS.items() for number in range(many)]
+            await asyncio.gather(*clients)
+            found = []
+            for start in range(0, len(self.issued), 16):
+                found += await asyncio.gather(*map(self.read, self.issued[start : start + 16]))
+            self.missing_sessions = sum(not is_right(outcome) for outcome in found)
+
+
+@contextmanager
+def load(stage: Stage) -> Iterator[Load]:
+    """Load the service until the end of the block.
+
+    In a thread of its own, as what the block starts in the main thread would end with another one.
+    """
+    running, ready = Load(stage), threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        done = executor.submit(asyncio.run, running.run(ready))
+        while not ready.wait(0.1):
+            if done.done():
+                done.result()
+        try:
+            yield running
+        finally:
+            running.over = True
+        done.result()
+
+
+def codes(outcomes: Iterable[Outcome]) -> dict[Any, int]:
+    """Return the number of responses by business code, and of requests without any by what happened."""
+    return dict(Counter(_code(outcome) for outcome in outcomes).most_common())
+
+
+def _code(outcome: Outcome) -> Any:
+    try:
+        return json.loads(outcome.answer.body)["code"]  # type: ignore[union-attr]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return outcome.status
