@@ -7,7 +7,7 @@ from flask import url_for
 from blueprints.api import Blueprint
 from blueprints.lists import ListSchema, page_schema
 from blueprints.orders import MAXIMUM_ITEMS, ItemSchema, fill_item, load_order
-from blueprints.preconditions import VERSION
+from blueprints.preconditions import VERSION, require_match
 from errors import ApiError, Code, Message, conflict
 from storage import database
 from storage.models import OrderItem
@@ -70,6 +70,7 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
     item = load_item(order_id, item_id, pending=True)
+    require_match(item.order)
     fill_item(item, body)
     item.order.sum_up()
     return item
@@ -82,6 +83,7 @@ def delete_item(order_id: int, item_id: int) -> None:
     """Remove an item from a pending order, but not the last one"""
     item = load_item(order_id, item_id, pending=True)
     order = item.order
+    require_match(order)
     if len(order.items) == 1:
         reason = Message("订单至少要有一项明细：请改为删除订单", "An order needs an item: delete the order instead")
         raise conflict("items", reason)

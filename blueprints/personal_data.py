@@ -14,7 +14,7 @@ from redis.lock import Lock
 
 from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
-from blueprints.preconditions import VERSION
+from blueprints.preconditions import VERSION, require_match
 from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user, matches
 from errors import ApiError, Code, Message, envelope
 from storage import database, ownership
@@ -93,6 +93,7 @@ def get_personal_data(user_id: str) -> User:
 def put_personal_data(body: dict[str, Any], user_id: str) -> User:
     """Change personal data"""
     user = load_user(user_id)
+    require_match(user)
     for name, value in body.items():
         setattr(user, name, value)
     database.after_commit(partial(audit, "personal data changed", user.id))

@@ -151,6 +151,7 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 
     def change() -> User:
         user = load_user(user_id)
+        require_match(user)
         if body.get("blocked") and user.id == g.user_id:
             raise ApiError(Code.INVALID_INPUT, errors={"blocked": ["You cannot block yourself."]})
         for name, value in body.items():
@@ -176,6 +177,7 @@ def delete_user(user_id: str) -> None:
 
     def claim() -> int:
         user = load_user(user_id)
+        require_match(user)
         user.updated_at = now()  # and so a new version, which no other If-Match fits
         return user.id
 
@@ -204,19 +206,16 @@ def load_user(user_id: str) -> User:
     """Load a user whom the caller may see; for a change locked, so that the user's own do not outrun it.
 
     :param user_id: a number, or `me`.
-    :raises ApiError: NOT_FOUND also for another user, so that ids reveal nothing; UNAUTHORIZED as `current_user` does;
-        what `require_match` does if the user is to be changed or deleted.
+    :raises ApiError: NOT_FOUND also for another user, so that ids reveal nothing; UNAUTHORIZED as `current_user` does.
     """
     me = current_user()
-    user: User | None = me
-    if user_id not in ("me", str(me.id)):
-        is_read = request.method in sessions.SAFE_METHODS
-        find = snapshots.find if is_read else partial(database.session.get, with_for_update=True)
-        user = find(User, int(user_id)) if me.role == "admin" else None
+    if user_id in ("me", str(me.id)):
+        return me
+    is_read = request.method in sessions.SAFE_METHODS
+    find = snapshots.find if is_read else partial(database.session.get, with_for_update=True)
+    user = find(User, int(user_id)) if me.role == "admin" else None
     if user is None:
         raise ApiError(Code.NOT_FOUND)
-    if request.method in ("PUT", "DELETE"):
-        require_match(user)
     return user
 
 
