@@ -57,34 +57,28 @@ class RateLimit:
         key = window, _ = int(now), caller
         rest = window + 1 - now  # of this window, and the part of the previous one that still counts
         with self._lock:
-            previous, count = self._counts.get((window - 1, caller), Count()), self._count(key)
+            previous, count = self._counts.get((window - 1, caller), Count()), self._counts.setdefault(key, Count())
+            self._counts.move_to_end(key)
+            while len(self._counts) > CALLERS:
+                self._counts.popitem(last=False)
             earlier, used = previous.own + previous.others, count.own + count.others
             left = self.amount - used - earlier * rest
             count.own += left >= 1
             if count.own - count.settled >= max(2, self.amount // 50) and key not in self._due:
-                self._due.add(key)
-                if len(self._due) == 1:  # otherwise it is taken along
+                if not self._due:  # otherwise what is due is taken along
                     self._settler.submit(self._settle)
+                self._due.update(((window - 1, caller), key))
         if left >= 1:
             return int(left) - 1, math.ceil(rest * self.seconds)
-        soon = 1 - left <= earlier * rest  # before this window ends
-        wait = (1 - left) / earlier if soon else rest + (used + 1 - self.amount) / used
+        # In this window, when enough of the previous one is over; otherwise in the next, when enough of this one is.
+        wait = (1 - left) / earlier if 1 - left <= earlier * rest else rest + (used + 1 - self.amount) / used
         return -1, math.ceil(wait * self.seconds)
-
-    def _count(self, key: Key) -> Count:
-        count = self._counts.setdefault(key, Count())
-        self._counts.move_to_end(key)
-        if len(self._counts) > CALLERS:
-            self._counts.popitem(last=False)
-        return count
 
     def _settle(self) -> None:
         process, secret = f"{self._app.config['INSTANCE']}:{os.getpid()}", self._app.config["SECRET_KEY"].encode()
         with self._lock:
             due, self._due = self._due, set()
-            counts = {
-                key: self._count(key) for window, caller in due for key in ((window - 1, caller), (window, caller))
-            }
+            counts = {key: self._counts.setdefault(key, Count()) for key in due}
         with suppress(RedisError), self._app.extensions["redis"].pipeline(transaction=False) as pipeline:
             for (window, caller), count in counts.items():
                 name = f"rate:{self._name}:{window}:{hmac.digest(secret, caller.encode(), 'sha256').hex()}"

@@ -108,6 +108,20 @@ def test_there_is_room_when_it_says_so_and_not_before(process: Process, clock: C
     assert limit.take("alice")[0] >= 0
 
 
+def test_more_than_so_many_of_several_processes_are_waited_for_too(process: Process, clock: Clock) -> None:
+    one, other = process(1, 10), process(2, 10)
+    clock.now += 0.4
+    assert allowed(one, 5) == 5
+    clock.now += 3600 + 3000
+    assert sum(allowed(limit, 1) for _ in range(20) for limit in (one, other)) > 10
+    left, wait = one.take("alice")
+    assert left == -1
+    clock.now += wait - 2
+    assert one.take("alice")[0] == -1
+    clock.now += 2
+    assert one.take("alice")[0] >= 0
+
+
 def test_processes_share_a_limit_within_what_each_may_keep_to_itself(process: Process, clock: Clock) -> None:
     limits = [process(number) for number in range(4)]
     count = sum(allowed(limit, 1) for _ in range(AMOUNT) for limit in limits)
