@@ -120,7 +120,9 @@ class Door:
         for number in range(10**18):
             began, used = time.monotonic(), time.thread_time()
             time.sleep(BEAT_SECONDS)
-            self.beat(min(time.monotonic() - began - BEAT_SECONDS, time.thread_time() - used))
+            late = min(time.monotonic() - began - BEAT_SECONDS, time.thread_time() - used)
+            metrics.QUEUE_SECONDS.observe(max(late, 0))
+            self.beat(late)
             if number % round(1 / BEAT_SECONDS) == 0:
                 self.report()
 

@@ -41,7 +41,7 @@ def _from_0(metric: Metric, *values: str) -> Metric:
 
 REQUESTS = _counter("http_requests", "Requests served.", ("route", "method", "status", "code"))
 REQUEST_SECONDS = _seconds("http_request_duration_seconds", "Without the wait to be begun.", ("route", "method"))
-QUEUE_SECONDS = _seconds("http_queue_seconds", "How long requests waited to be begun.")
+QUEUE_SECONDS = _seconds("http_queue_seconds", "How late a worker begins what waits, 50 times a second.")
 REQUESTS_IN_FLIGHT = _sum("http_requests_in_flight", "Requests being served.")
 DEADLINES_MISSED = _counter("http_deadlines_missed", "Requests that were given up because their time was over.")
 # wechat: too many calls of WeChat wait.

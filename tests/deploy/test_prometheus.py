@@ -134,7 +134,11 @@ def test_every_panel_shows_the_chosen_instances_of_the_chosen_deployment() -> No
 
 def test_probes_do_not_count_for_the_objectives(app: Flask) -> None:
     there = {rule.rule for rule in app.url_map.iter_rules()}
-    selectors = [selector for rule in RULES for selector in re.findall(r"kuaishang_http_\w+\{(.*?)\}", rule["expr"])]
+    selectors = [
+        selector
+        for rule in RULES
+        for selector in re.findall(r"kuaishang_http_requests?_(?:total|duration_\w+)\{(.*?)\}", rule["expr"])
+    ]
     assert selectors
     for selector in selectors:
         (probes,) = re.findall(r'route!~"(.*?)"', selector)
