@@ -47,6 +47,11 @@ class Blueprint(flask_smorest.Blueprint):
         super().__init__(*args, **kwargs)
         self._prepare_doc_cbks.append(self._document_failures)
 
+    def arguments(self, schema: Any, **options: Any) -> Callable[..., Any]:
+        """Pass what was sent, loaded by one instance of the schema: webargs would make one for each request."""
+        made: Callable[..., Any] = super().arguments(schema() if isinstance(schema, type) else schema, **options)
+        return made
+
     def response(
         self, status_code: int, schema: Any = None, *, transaction: bool = True, if_match: bool = True, **kwargs: Any
     ) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     sessions.resume(token)
     set_current_user(session["user_id"])
     user = blocks.require_not_blocked(current_user())
-    session.modified = True  # a browser gets the cookie again
+    session.modified = sessions.current.by_cookie  # a browser gets the cookie again
     return {"token": token, "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
 
 

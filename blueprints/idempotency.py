@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 from flask import Response, g, request
-from sqlalchemy import delete
+from sqlalchemy import bindparam, delete, insert, select
 
 from blueprints.parsing import read_body
 from errors import ApiError, Code
@@ -16,13 +16,16 @@ from storage import database
 from storage.models import IdempotencyKey, User, now
 
 LIFETIME = timedelta(hours=24)
+_MINE = IdempotencyKey.user_id == bindparam("id")
+_KNOWN = select(*IdempotencyKey.__table__.c).where(_MINE, IdempotencyKey.key == bindparam("sent"))
+_EXPIRED = delete(IdempotencyKey).where(_MINE, IdempotencyKey.created_at <= bindparam("until"))
 
 
 def run_once(make_response: Callable[[], Response]) -> Response:
     """Run a POST in one transaction; with an Idempotency-Key, return the stored response if there is one.
 
     The key and what `make_response` does are committed together. Of two requests at the same moment the second waits
-    for the first to commit, fails with an IntegrityError, is run again, and then finds the response.
+    for the lock of the user, until the first has committed, and then finds the response.
 
     Two requests are the same if method, path, query parameters and the JSON of their bodies are, in whatever order and
     notation; 1, 1.0 and true differ.
@@ -43,19 +46,17 @@ def run_once(make_response: Callable[[], Response]) -> Response:
 
 
 def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:
-    known = database.session.get(IdempotencyKey, (g.user_id, key))
+    connection = database.session.connection()
+    known = connection.execute(_KNOWN, {"id": g.user_id, "sent": key}).first()
     if known is not None and known.created_at > now() - LIFETIME:
         if known.fingerprint != fingerprint:
             raise ApiError(Code.IDEMPOTENCY_KEY_REUSED)
         return Response(known.body, known.status, json.loads(known.headers or "{}"))
-    expired = IdempotencyKey.user_id == g.user_id, IdempotencyKey.created_at <= now() - LIFETIME
-    database.session.execute(delete(IdempotencyKey).where(*expired))
-    record = IdempotencyKey(user_id=g.user_id, key=key, fingerprint=fingerprint)
-    database.session.add(record)
-    database.session.flush()
+    connection.execute(_EXPIRED, {"id": g.user_id, "until": now() - LIFETIME})
     response = make_response()
+    record = {"user_id": g.user_id, "key": key, "fingerprint": fingerprint, "status": response.status_code}
+    record |= {"headers": json.dumps(dict(response.headers)), "body": response.get_data()}
     # The response goes when the user whom it is about is deleted.
-    record.about_user_id = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
-    record.status, record.body = response.status_code, response.get_data()
-    record.headers = json.dumps(dict(response.headers))
+    record["about_user_id"] = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
+    connection.execute(insert(IdempotencyKey), record)
     return response

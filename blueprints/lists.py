@@ -1,12 +1,12 @@
 """Pages of a list: the query, the schema of a page, and the SQL."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import Select, bindparam, func, select
 
 from blueprints.parsing import MAXIMUM_ID
 from storage import snapshots
@@ -48,29 +48,45 @@ def page_schema(item: type[Schema]) -> type[Schema]:
     return Schema.from_dict({"items": items, **numbers}, name=f"{item.__name__.removesuffix('Schema')}PageSchema")
 
 
+@cache
+def _statements(
+    model: Any, filters: tuple[tuple[str, bool], ...], descending: bool, is_after: bool
+) -> tuple[Select[Any], Select[Any]]:
+    """Make the SELECTs of a page and of its total once: that takes longer than to run them."""
+    key = model.id
+    found = select(key)
+    for name, several in filters:
+        column = getattr(model, name)
+        found = found.where(column.in_(bindparam(name, expanding=True)) if several else column == bindparam(name))
+    counted = found.limit(bindparam("count_limit")).subquery()
+    ids = found.order_by(key.desc() if descending else key.asc()).limit(bindparam("limit")).offset(bindparam("offset"))
+    if is_after:
+        ids = ids.where(key < bindparam("after") if descending else key > bindparam("after"))
+    page = ids.subquery()
+    items = select(model.__table__).join(page, key == page.c.id)
+    return items, select(func.count()).select_from(counted)
+
+
 def load_page(
-    model: Any, conditions: Sequence[ColumnElement[bool]], *, page: int, page_size: int, after: int | None, sort: str
+    model: Any, filters: Mapping[str, Any], *, page: int, page_size: int, after: int | None, sort: str
 ) -> dict[str, Any]:
-    """Load a page of the rows that meet the conditions, in the order of their ids, which is that of their creation.
+    """Load a page of the rows that the filters find, in the order of their ids, which is that of their creation.
 
     The ids are found in an index alone, and only the rows of the page are read. A page number skips rows in that index;
     `after` goes straight to the place.
 
-    :param model: has an `id`; an index must begin with the columns of the conditions.
+    :param model: has an `id`; an index must begin with the columns of the filters.
+    :param filters: the value of each column, or a list of values.
     :param page: from 1.
     :param after: the id of an item; pages are those of the items that follow it.
     :param sort: `created_at`, or `-created_at` for the newest first.
     :returns: `items`, `page`, `page_size` and `total`, which is at most COUNT_LIMIT.
     """
-    key = model.id
     descending = sort.startswith("-")
-    order = key.desc() if descending else key.asc()
-    ids = select(key).where(*conditions).order_by(order).limit(page_size).offset((page - 1) * page_size)
-    if after is not None:
-        ids = ids.where(key < after) if descending else ids.where(key > after)
-    page_ids = ids.subquery()
-    found = snapshots.load(model, select(model.__table__).join(page_ids, key == page_ids.c.id))
-    items = sorted(found, key=attrgetter("id"), reverse=descending)
-    counted = select(key).where(*conditions).limit(COUNT_LIMIT).subquery()
-    ((total,),) = snapshots.rows(select(func.count()).select_from(counted))
+    names = tuple((name, isinstance(value, list)) for name, value in filters.items())
+    of_page, of_total = _statements(model, names, descending, after is not None)
+    place = {"limit": page_size, "offset": (page - 1) * page_size} | ({} if after is None else {"after": after})
+    items = snapshots.load(model, snapshots.rows(of_page, **filters, **place))
+    items.sort(key=attrgetter("id"), reverse=descending)
+    ((total,),) = snapshots.rows(of_total, **filters, count_limit=COUNT_LIMIT)
     return {"items": items, "page": page, "page_size": page_size, "total": total}

@@ -54,7 +54,8 @@ class JsonParser(FlaskParser):
         body = read_body(req)
         try:  # undecoded, json takes UTF-16 and lone surrogates too
             document = json.loads(body.decode(), object_pairs_hook=_object) if body else {}
-            json.dumps(document, ensure_ascii=False).encode()  # no database stores half a surrogate pair
+            if b"\\u" in body:
+                json.dumps(document, ensure_ascii=False).encode()  # no database stores half a surrogate pair
         except (ValueError, RecursionError):
             raise ApiError(Code.INVALID_INPUT, errors={"body": ["Not valid JSON in UTF-8."]}) from None
         return document

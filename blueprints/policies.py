@@ -29,7 +29,9 @@ METRICS_TOKEN_WRONG = Message("METRICS_TOKEN 不正确", "Not the METRICS_TOKEN"
 
 
 def current_user() -> User:
-    """Return the user who is signed in: in a transaction the row that it has locked, else a snapshot, read once.
+    """Return the user who is signed in: as the transaction has locked the row, or as read once outside of one.
+
+    It is a snapshot, not to be changed.
 
     :raises ApiError: UNAUTHORIZED if the user has been deleted.
     """
@@ -92,7 +94,7 @@ def _is_named_in_setting() -> bool:
 
 def _apply_setting() -> User:
     """Make the current user an administrator or none, as ADMIN_OPENIDS says; one made otherwise stays one."""
-    user, is_named = current_user(), _is_named_in_setting()
+    user, is_named = database.session.get_one(User, g.user_id), _is_named_in_setting()
     if user.role != "admin" or user.admin_by_setting:
         set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
     return user

@@ -94,7 +94,7 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 
     They are counted up to 10,000.
     """
-    return load_page(User, [], **query)
+    return load_page(User, {}, **query)
 
 
 @administration.route("/search", methods=["POST"])
@@ -105,7 +105,7 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 
     A POST that stores nothing: a number in a URL would stay in the logs of proxies.
     """
-    return load_page(User, [User.phone.equals(body.pop("phone"))], **body)
+    return load_page(User, User.phone.filter(body.pop("phone")), **body)
 
 
 @administration.route("", methods=["POST"])
@@ -203,17 +203,17 @@ def delete_user(user_id: str) -> None:
 
 
 def load_user(user_id: str) -> User:
-    """Load a user whom the caller may see; for a change locked, so that the user's own do not outrun it.
+    """Load a user whom the caller may see; for a change as a locked object, so that the user's own do not outrun it.
 
     :param user_id: a number, or `me`.
     :raises ApiError: NOT_FOUND also for another user, so that ids reveal nothing; UNAUTHORIZED as `current_user` does.
     """
     me = current_user()
-    if user_id in ("me", str(me.id)):
+    number = me.id if user_id == "me" else int(user_id)
+    if number == me.id and request.method in sessions.SAFE_METHODS:
         return me
-    is_read = request.method in sessions.SAFE_METHODS
-    find = snapshots.find if is_read else partial(database.session.get, with_for_update=True)
-    user = find(User, int(user_id)) if me.role == "admin" else None
+    find = snapshots.find if request.method in sessions.SAFE_METHODS else database.lock
+    user = find(User, number) if number == me.id or me.role == "admin" else None
     if user is None:
         raise ApiError(Code.NOT_FOUND)
     return user

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from urllib.parse import urlencode
 
-from flask import Response, current_app, redirect, render_template, request, session, url_for
+from flask import Response, current_app, g, redirect, render_template, request, session, url_for
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from marshmallow import EXCLUDE, Schema, fields, validate
 from sqlalchemy import select
@@ -16,12 +16,12 @@ from werkzeug import Response as BaseResponse
 import wechat
 from blueprints.api import TRACE_ID_HEADER, Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
-from blueprints.policies import count_request, current_user, set_current_user
+from blueprints.policies import count_request, set_current_user
 from blueprints.wechat_profile import ProfileSchema
 from errors import ApiError, Code, Message
 from storage import database
 from storage.identities import get_or_create_user, start_session
-from storage.models import Identity
+from storage.models import Identity, User
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
 from telemetry.access_log import CODE
@@ -188,7 +188,7 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
     invalid = ProfileSchema().validate(profile)
 
     def store() -> None:
-        user = current_user()
+        user = database.session.get_one(User, g.user_id)
         for name, value in profile.items():
             if name not in invalid and getattr(user, name) is None:  # a typed one stays
                 setattr(user, name, value)

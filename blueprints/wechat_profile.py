@@ -11,7 +11,14 @@ import wechat
 from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user
-from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
+from blueprints.users import (
+    MINI_PROGRAM_LOGIN_REQUIRED,
+    TypedProfileSchema,
+    UserSchema,
+    check_nickname,
+    load_user,
+    own_openid,
+)
 from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
@@ -117,7 +124,7 @@ def put_profile(body: dict[str, str | None]) -> User:
 def _store(**values: str | None) -> None:
     def change() -> None:
         for name, value in values.items():
-            setattr(current_user(), name, value)
+            setattr(load_user("me"), name, value)
 
     database.in_transaction(change)
 

@@ -7,13 +7,15 @@ import random
 import re
 import shutil
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
-from sqlalchemy import ColumnElement, Engine, and_, create_engine, event, false, make_url, or_, select
+from sqlalchemy import ColumnElement, Engine, and_, create_engine, event, exc, false, make_url, or_, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -24,7 +26,7 @@ from werkzeug.local import LocalProxy
 
 from concurrency import seconds_left
 from errors import ApiError, Code
-from storage import failures, sessions
+from storage import failures, sessions, snapshots
 from storage.models import Base, User
 from telemetry import metrics
 
@@ -122,6 +124,7 @@ def init_app(app: Flask) -> None:
         app.config["DATABASE_URL"], pool_size=app.config["DATABASE_CONNECTIONS"], seconds=STATEMENT_SECONDS
     )
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("database")] = lambda: engine.pool.checkedout()  # type: ignore[attr-defined]
+    app.extensions["sqlite_writers"] = threading.Lock()
     app.teardown_appcontext(_close)
 
 
@@ -182,12 +185,9 @@ def in_transaction(work: Callable[[], T]) -> T:
         session.rollback()  # rows read before may be stale
         g.after_commit = []
         try:
-            with session.begin():
-                if session.get_bind().dialect.name == "sqlite":
-                    # Makes writers wait for each other here, instead of failing when they write after a read.
-                    _begin_immediate()
+            with _transaction():
                 if "user_id" in g:
-                    g.user = session.get(User, g.user_id, with_for_update=True)
+                    g.user = snapshots.find(User, g.user_id, session.connection())
                     if g.user is None or sessions.is_revoked():
                         raise ApiError(Code.UNAUTHORIZED)
                 result = work()
@@ -203,6 +203,27 @@ def in_transaction(work: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+@contextmanager
+def _transaction() -> Iterator[None]:
+    """Begin and commit. Writers of SQLite wait for each other before, instead of failing when they write after a read.
+
+    Those of one process queue up for a lock; whether another process writes is asked again and again.
+    """
+    if session.get_bind().dialect.name != "sqlite":
+        with session.begin():
+            yield
+        return
+    queue: threading.Lock = current_app.extensions["sqlite_writers"]
+    if not queue.acquire(timeout=seconds_left(STATEMENT_SECONDS)):
+        raise exc.TimeoutError("another transaction of this process takes too long")
+    try:
+        with session.begin():
+            _begin_immediate()
+            yield
+    finally:
+        queue.release()
+
+
 def _begin_immediate() -> None:
     ends = time.monotonic() + seconds_left(STATEMENT_SECONDS)
     while True:
@@ -213,6 +234,11 @@ def _begin_immediate() -> None:
             if "SQLITE_BUSY" not in failures.codes(error.orig) or time.monotonic() > ends:
                 raise
         time.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+
+
+def lock(model: type[T], id: int) -> T | None:  # noqa: A002
+    """Load a row by its id, locked until the transaction ends."""
+    return session.get(model, id, with_for_update=True)
 
 
 def after_commit(function: Callable[[], object]) -> None:

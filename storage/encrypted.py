@@ -58,8 +58,13 @@ class Encrypted:
 
     def equals(self, text: str) -> ColumnElement[bool]:
         """Return the SQL condition that a row holds exactly this text, under any of the keys; nothing is normalised."""
-        column: ColumnElement[str] = getattr(self.model, f"{self.name}_index")
-        return column.in_(cipher.blind_indexes(text, self.place))
+        ((name, values),) = self.filter(text).items()
+        column: ColumnElement[str] = getattr(self.model, name)
+        return column.in_(values)
+
+    def filter(self, text: str) -> dict[str, list[str]]:
+        """Return the same as the column and the values that it may have."""
+        return {f"{self.name}_index": cipher.blind_indexes(text, self.place)}
 
     def _context(self, row: Any) -> str:
         # Not the id, which a new row does not have yet.

@@ -4,7 +4,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_, bindparam, select
 from sqlalchemy.orm.exc import StaleDataError
 
 from errors import ApiError, Code
@@ -13,6 +13,12 @@ from storage.models import PROFILE_FIELDS, Identity, User
 
 logger = logging.getLogger(__name__)
 
+_KNOWN = (
+    select(*User.__table__.c)
+    .join_from(User, Identity, Identity.user_id == User.id)
+    .where(Identity.app_id == bindparam("app_id"), Identity.openid == bindparam("openid"))
+)
+
 
 def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     """Find the one user of this app and openid, creating it at the first login, however many arrive at once.
@@ -20,14 +26,14 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     The same unionid under another app is the same user. Users who turn out to be the same person are merged: the
     oldest stays, and the sessions of the others end. Commits; uncommitted changes from before may be lost.
 
+    :returns: a user to be read, not to be changed.
     :raises ApiError: FORBIDDEN if the user is blocked, or was when deleted.
     :raises sqlalchemy.orm.exc.StaleDataError: if others merged the same user all the time.
     """
-    mine = and_(Identity.app_id == app_id, Identity.openid == openid)
-    user = database.session.scalar(select(User).join(Identity, Identity.user_id == User.id).where(mine))
+    found = snapshots.load(User, snapshots.rows(_KNOWN, app_id=app_id, openid=openid))
+    user = next(iter(found), None)
     if user is None or unionid not in (None, user.unionid):
         user = database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
-    database.session.commit()
     return blocks.require_not_blocked(user)
 
 

@@ -82,7 +82,7 @@ class SessionInterface(RedisSessionInterface):
         credentials = request.authorization
         if credentials and credentials.type == "bearer":
             return LazySession(partial(self.fetch, credentials.token), by_cookie=False)
-        cookie = request.cookies.get(self.get_cookie_name(app))
+        cookie = request.cookies.get(self.get_cookie_name(app)) if "Cookie" in request.headers else None
         if request.method in SAFE_METHODS or _is_from_our_origin(request):
             return LazySession(partial(self.fetch, cookie), by_cookie=True)
         return LazySession(partial(self.fetch, None), by_cookie=False, refused=cookie is not None)
@@ -102,7 +102,7 @@ class SessionInterface(RedisSessionInterface):
         return f"{self.key_prefix}{hashlib.sha256(sid.encode()).hexdigest()}"
 
     def save_session(self, app: Flask, session: LazySession, response: Response) -> None:
-        if not session.loaded:
+        if not session.loaded or not self.should_set_storage(app, session):
             return
         try:
             # On a response that is dropped flask-session sets no cookie, and deletes none without Secure, which
@@ -116,7 +116,7 @@ class SessionInterface(RedisSessionInterface):
 
     def should_set_storage(self, app: Flask, session: LazySession) -> bool:
         expires_at = session.get("expires_at", 0)
-        half_gone = expires_at - time.time() < app.permanent_session_lifetime.total_seconds() / 2
+        half_gone = expires_at - time.time() < app.config["SESSION_LIFETIME"] / 2
         return session.modified or (half_gone and expires_at < session.get("ends_at", 0))
 
     def _upsert_session(self, session_lifetime: timedelta, session: LazySession, store_id: str) -> None:

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 from flask import current_app
-from sqlalchemy import Row, Select, bindparam, select
+from sqlalchemy import Connection, Row, Select, bindparam, select
 
 from storage.encrypted import Encrypted
 
@@ -33,20 +33,27 @@ def rows(statement: Select[Any], **values: Any) -> Sequence[Row[Any]]:
         return cast(Sequence[Row[Any]], connection.execute(statement, values).all())
 
 
-def load(model: Callable[..., M], statement: Select[Any], **values: Any) -> list[M]:
-    """Run a SELECT of the columns of a model's table.
+def load(model: Callable[..., M], found: Sequence[Row[Any]]) -> list[M]:
+    """Make objects of rows that have all columns of a model's table.
 
     :returns: objects that have the model's columns, encrypted fields and properties as attributes, and no relationship;
         to be read, not to be changed.
     """
     made = []
-    for row in rows(statement, **values):
+    for row in found:
         snapshot = _class_of(model)()
         vars(snapshot).update(zip(row._fields, row, strict=True))
         made.append(snapshot)
     return made
 
 
-def find(model: Callable[..., M], id: int) -> M | None:  # noqa: A002
-    """Read a row by its id, as `load` does; None if there is none."""
-    return next(iter(load(model, _by_id(model), id=id)), None)
+def find(model: Callable[..., M], id: int, locking: Connection | None = None) -> M | None:  # noqa: A002
+    """Read a row by its id, as `load` does; None if there is none.
+
+    :param locking: a connection whose transaction locks the row.
+    """
+    if locking is None:
+        found = rows(_by_id(model), id=id)
+    else:
+        found = locking.execute(_by_id(model).with_for_update(), {"id": id}).all()
+    return next(iter(load(model, found)), None)

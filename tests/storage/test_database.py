@@ -15,10 +15,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask import Flask, g, request
-from sqlalchemy import Connection, Engine, TextClause, inspect, select, text, update
+from sqlalchemy import Connection, Engine, TextClause, event, exc, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
+from errors import ApiError, Code
 from storage import database, failures
 from storage.models import Base, User, now
 from tests.databases import Databases, MariaDB
@@ -199,7 +200,7 @@ def test_alembic_names_a_missing_or_invalid_database_url_without_a_traceback(url
     ("setting", "value"),
     [
         pytest.param("PRAGMA journal_mode", "wal", marks=pytest.mark.only_on("sqlite")),
-        pytest.param("PRAGMA busy_timeout", 3000, marks=pytest.mark.only_on("sqlite")),
+        pytest.param("PRAGMA busy_timeout", 0, marks=pytest.mark.only_on("sqlite")),
         pytest.param("PRAGMA foreign_keys", 1, marks=pytest.mark.only_on("sqlite")),
         pytest.param("SELECT @@tx_isolation", "READ-COMMITTED", marks=pytest.mark.only_on("mariadb")),
         pytest.param("SELECT @@sql_mode LIKE '%STRICT_ALL_TABLES%'", 1, marks=pytest.mark.only_on("mariadb")),
@@ -430,8 +431,8 @@ def test_a_deadlock_is_a_lost_race(app: Flask) -> None:
 def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(app: Flask) -> None:
     def insert(nickname: str) -> None:
         with app.app_context():
-            database.insert_unless_exists(User, app_id="wx1", openid="o-crowd", nickname=nickname)
-            database.session.commit()
+            values = {"app_id": "wx1", "openid": "o-crowd", "nickname": nickname}
+            database.in_transaction(lambda: database.insert_unless_exists(User, **values))
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(insert, ["first"] * 50))
@@ -473,3 +474,35 @@ def test_personal_data_is_migrated_in_place_down_and_up_again(tmp_path: Path) ->
     assert schemas[0][0] - schemas[1][0] == {f"ix_users_{name}_index" for name in PERSON}
     new = {f"{name}_{kind}" for name in PERSON for kind in ("encrypted", "index")} - {"phone_encrypted"}
     assert schemas[0][1] - schemas[1][1] == new
+
+
+@pytest.mark.only_on("sqlite")
+def test_writers_of_one_process_queue_up_instead_of_asking_again(app: Flask) -> None:
+    begun: list[str] = []
+
+    def write(number: int) -> None:
+        with app.app_context():
+            database.in_transaction(lambda: time.sleep(0.02))
+
+    listen = app.extensions["database"], "before_cursor_execute", lambda *executed: begun.append(executed[2])
+    event.listen(*listen)
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(write, range(10)))
+    event.remove(*listen)
+    assert begun == ["BEGIN IMMEDIATE"] * 10
+
+
+@pytest.mark.only_on("sqlite")
+def test_the_turn_of_a_writer_is_bounded_and_passed_on_by_one_that_fails(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ApiError(Code.CONFLICT)
+
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.1)
+    with app.app_context():
+        with pytest.raises(ApiError):
+            database.in_transaction(fail)
+        with app.extensions["sqlite_writers"], pytest.raises(exc.TimeoutError):
+            database.in_transaction(lambda: pytest.fail("began"))
+        assert database.in_transaction(lambda: "begins") == "begins"
