@@ -1,4 +1,4 @@
-"""How long a request may wait, and parallel work, with its trace id."""
+"""How long a request may wait, how much expensive work runs at once, and what runs in parallel."""
 
 import math
 import os
@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar, copy_context
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +22,12 @@ from overload import Door
 from telemetry import metrics
 
 THREADS = 8
-
+BACKLOG = 1000
+ROOM = 16
+"""An export takes 4 for each part that it reads, a page 1 for each 10,000 rows that it skips, a decryption 1, a read
+nothing. `flask keys rotate` is a process of its own, with one connection."""
+ROOM_SECONDS = 1
+_turn, _room = threading.Lock(), threading.Semaphore(ROOM)
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 """Seconds, such as 1.5, after which the caller gives up."""
@@ -72,6 +77,34 @@ def ensure_somebody_waits() -> None:
                 raise GaveUp(Code.INVALID_INPUT)
 
 
+def context_for(seconds: float) -> Context:
+    """Return the context of this request, but with a deadline so many seconds from now."""
+    context = copy_context()
+    context.run(_deadline.set, time.monotonic() + seconds)
+    return context
+
+
+@contextmanager
+def room(weight: int, seconds: float = ROOM_SECONDS) -> Iterator[None]:
+    """Take a part of the ROOM that this process has for expensive work; for a `with` block, or as a decorator.
+
+    In the order of arrival: what is heavy is not overtaken for ever. As Go's `semaphore.Weighted`.
+
+    :param weight: at most ROOM. Hold nothing that others need while this waits.
+    :param seconds: how long to wait for it, if the request does not end before.
+    :raises ApiError: UNAVAILABLE if it is not free in time.
+    """
+    ends_at = time.monotonic() + seconds_left(seconds)
+    with ExitStack() as taken:
+        with ExitStack() as turn:
+            locks: Any = [(turn, _turn), *[(taken, _room)] * weight]
+            for stack, lock in locks:
+                if not lock.acquire(timeout=max(ends_at - time.monotonic(), 0)):
+                    raise ApiError(Code.UNAVAILABLE)
+                stack.callback(lock.release)
+        yield
+
+
 def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
     """Serve a request; respond with 503 if that takes longer than it may, and give up whatever it waits for.
 
@@ -83,8 +116,7 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
             error = ApiError(Code.INVALID_INPUT, errors={TIMEOUT_HEADER: ["Must be seconds, such as 1.5."]})
             return _fail(app, environ, error, start_response)
         seconds = min(seconds, float(asked))
-    context = copy_context()
-    context.run(_deadline.set, time.monotonic() + seconds)
+    context = context_for(seconds)
     door: Door = app.extensions["door"]
     door.in_flight += 1
     try:
@@ -140,25 +172,26 @@ class FanOut:
         """Run functions in parallel, each in an application context of its own.
 
         :param functions: by their names, which tell one from another in all calls.
-        :param seconds: the deadline, from now.
+        :param seconds: the deadline, from now; the end of the request may be sooner.
         :returns: by the same names the result of each function, or its exception, or a TimeoutError if it is not done.
+        :raises ApiError: UNAVAILABLE if BACKLOG functions are pending.
         """
         with self._lock:
-            for name, function in functions.items():
-                if name not in self._futures or self._futures[name].done():
-                    self._futures[name] = self.pool.submit(copy_context().run, self._run, function)
-            futures = {name: self._futures[name] for name in functions}
-        wait(futures.values(), seconds)
-        return {name: self._outcome(future) for name, future in futures.items()}
+            pending = self._futures = {name: future for name, future in self._futures.items() if not future.done()}
+            if len(pending) >= BACKLOG:
+                raise ApiError(Code.UNAVAILABLE)
+            for name in [name for name in functions if name not in pending]:
+                # Not with the deadline of this request: others may wait for it, too.
+                pending[name] = self.pool.submit(context_for(seconds).run, self._run, functions[name])
+            futures = {name: pending[name] for name in functions}
+        done, _ = wait(futures.values(), seconds_left(seconds))
+        late = TimeoutError("not done in time")
+        return {name: one.exception() or one.result() if one in done else late for name, one in futures.items()}
 
     def _run(self, function: Callable[[], Any]) -> Any:
+        seconds_left(0)  # what has not begun by the deadline never does
         with self._app.app_context():
             return function()
-
-    def _outcome(self, future: Future[Any]) -> Any:
-        if future.cancel() or not future.done():  # one that has not started never will
-            return TimeoutError("not done in time")
-        return future.exception() or future.result()
 
 
 fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))

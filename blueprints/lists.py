@@ -1,6 +1,7 @@
 """Pages of a list: the query, the schema of a page, and the SQL."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -9,9 +10,12 @@ from marshmallow import Schema, ValidationError, fields, validate, validates_sch
 from sqlalchemy import Select, bindparam, func, select
 
 from blueprints.parsing import MAXIMUM_ID
+from concurrency import room
 from storage import snapshots
 
 MAXIMUM_SKIP = 100_000
+SKIPPED_AT_ONCE = 10_000
+"""A page takes a part of `concurrency.room` for each time that it skips so many rows."""
 COUNT_LIMIT = 10_000
 """The largest total: where counting stops."""
 
@@ -73,7 +77,7 @@ def load_page(
     """Load a page of the rows that the filters find, in the order of their ids, which is that of their creation.
 
     The ids are found in an index alone, and only the rows of the page are read. A page number skips rows in that index;
-    `after` goes straight to the place.
+    `after` goes straight to the place. The count ends at COUNT_LIMIT, so it costs little, whatever there is.
 
     :param model: has an `id`; an index must begin with the columns of the filters.
     :param filters: the value of each column, or a list of values.
@@ -81,12 +85,16 @@ def load_page(
     :param after: the id of an item; pages are those of the items that follow it.
     :param sort: `created_at`, or `-created_at` for the newest first.
     :returns: `items`, `page`, `page_size` and `total`, which is at most COUNT_LIMIT.
+    :raises ApiError: UNAVAILABLE if too many deep pages are read at once.
     """
     descending = sort.startswith("-")
     names = tuple((name, isinstance(value, list)) for name, value in filters.items())
     of_page, of_total = _statements(model, names, descending, after is not None)
     place = {"limit": page_size, "offset": (page - 1) * page_size} | ({} if after is None else {"after": after})
-    items = snapshots.load(model, snapshots.rows(of_page, **filters, **place))
+    weight = (page - 1) * page_size // SKIPPED_AT_ONCE
+    with room(weight) if weight else nullcontext():
+        rows = snapshots.rows(of_page, **filters, **place)
+    items = snapshots.load(model, rows)
     items.sort(key=attrgetter("id"), reverse=descending)
     ((total,),) = snapshots.rows(of_total, **filters, count_limit=COUNT_LIMIT)
     return {"items": items, "page": page, "page_size": page_size, "total": total}

@@ -1,9 +1,9 @@
 """Personal data of a user: masked; in full, which is logged; and the export of everything."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import suppress
-from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from blueprints.api import Blueprint
 from blueprints.orders import OrderSchema
 from blueprints.preconditions import VERSION, require_match
 from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user, matches
+from concurrency import context_for, room
 from errors import ApiError, Code, Message, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
@@ -25,6 +26,8 @@ from storage.redis_client import redis
 
 EXPORT_SECONDS = 60
 """For how long the lock of an export outlives its last part, if its process has died."""
+EXPORT_WEIGHT = 4
+"""What a part of an export takes of `concurrency.room` while it is read; while the client receives it, nothing."""
 EXPORT_RUNNING = Message("正在导出，请待其完成后再试", "An export is running already: retry when it is complete")
 
 logger = logging.getLogger(__name__)
@@ -119,7 +122,8 @@ def export() -> Response:
     One export at a time. The lists are read and sent in parts: each order is shown as it was at one moment, and what is
     added or changed during the export may be missing. A response that breaks off is not valid JSON.
     """
-    user = load_user("me")
+    with room(EXPORT_WEIGHT):
+        user = load_user("me")
     data = {"user": user, "unionid": user.unionid, "personal_data": user}
     head = envelope(Code.SUCCESS, ExportSchema(only=data.keys()).dump(data))
     lock = redis.lock(f"user:{user.id}:export", timeout=EXPORT_SECONDS, blocking=False, thread_local=False)
@@ -127,9 +131,14 @@ def export() -> Response:
         raise ApiError(Code.TOO_MANY_REQUESTS, message=EXPORT_RUNNING)
     parts = _parts(user.id, head, lock)
     # In the context of this request, which has ended by then: with its app, and its trace id in log lines.
-    response = Response(iter(partial(copy_context().run, next, parts, None), None), content_type="application/json")
+    response = Response(iter(partial(context_for(math.inf).run, _read, parts), None), content_type="application/json")
     response.call_on_close(partial(_release, lock))  # also if the client goes away
     return response
+
+
+@room(EXPORT_WEIGHT, EXPORT_SECONDS / 2)
+def _read(parts: Iterator[str]) -> str | None:
+    return next(parts, None)
 
 
 def _parts(user_id: int, head: bytes, lock: Lock) -> Iterator[str]:

@@ -19,6 +19,7 @@ from blueprints.users import (
     load_user,
     own_openid,
 )
+from concurrency import room
 from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
@@ -129,6 +130,7 @@ def _store(**values: str | None) -> None:
     database.in_transaction(change)
 
 
+@room(1)
 def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Decrypt encryptedData.
 

@@ -131,6 +131,8 @@ def test_a_message_that_takes_long_is_not_claimed(app: Flask, put: Any, redis: R
         while time.monotonic() < deadline:
             assert not MessageQueue(app, seen.append).handle_next(claim=True)
             time.sleep(0.02)
+        (claim,) = redis.xpending_range(STREAM, "workers", "-", "+", 2)
+        assert claim["times_delivered"] == 1  # or it would soon be put aside
     finally:
         gate.set()
         queue.stop(1)
@@ -264,6 +266,7 @@ def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
         put("a")
         wait_until(lambda: seen)
         redis.flushall()
+        time.sleep(0.3)  # it is looked for several times
         put("a")
         wait_until(lambda: len(seen) == 2)
     finally:

@@ -1,0 +1,80 @@
+"""What is expensive takes room by weight, and a read takes none."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from blueprints import personal_data
+from concurrency import ROOM, room
+from storage import ownership
+from tests.blueprints.callers import Caller, code_of, data_of
+from tests.blueprints.test_wechat_profile import PHONE, PROFILE, encrypted_phone
+from tests.test_concurrency import is_free
+
+
+def test_without_room_what_is_expensive_is_503_and_reads_are_served(alice: Caller) -> None:
+    expensive = [
+        lambda: alice.get("/users/me/export"),
+        lambda: alice.get("/orders?page=1001&page_size=10"),
+        lambda: alice.put(PHONE, encrypted_phone(alice)),
+    ]
+    with room(ROOM):
+        for request in expensive:
+            answer = request()
+            assert code_of(answer) == (503, 503)
+            assert int(answer.headers["Retry-After"]) > 0
+        for path in ("/users/me", "/orders", "/orders?page=100&page_size=100"):
+            assert alice.get(path).status_code == 200
+        assert alice.put(PROFILE, {"nickname": "阿上"}).status_code == 200
+    for request in expensive:
+        answer = request()
+        assert answer.status_code == 200
+        answer.close()
+    assert is_free(ROOM)
+
+
+@pytest.mark.parametrize(
+    ("path", "weight"),
+    [("/orders?page=1001&page_size=10", 1), ("/orders?page=1000&page_size=100", 9), ("/users/me/export", 4)],
+)
+def test_it_takes_as_much_as_it_weighs(alice: Caller, path: str, weight: int) -> None:
+    with room(ROOM - weight):
+        answer = alice.get(path)
+        assert answer.status_code == 200
+        answer.get_data()
+    with room(ROOM - weight + 1):
+        assert code_of(alice.get(path)) == (503, 503)
+
+
+def test_an_export_takes_room_for_each_part_and_none_while_the_client_reads(
+    alice: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "EXPORTED_AT_ONCE", 1)
+    read_all, weighed = ownership.read_all, []
+
+    def weigh(*args: Any) -> Iterator[Any]:
+        for rows in read_all(*args):
+            weighed.append([weight for weight in range(1, ROOM + 1) if not is_free(weight)])
+            yield rows
+
+    monkeypatch.setattr(personal_data.ownership, "read_all", weigh)
+    for _ in range(3):
+        alice.order()
+    answer = alice.get("/users/me/export")
+    for _ in answer.response:
+        assert is_free(ROOM)
+    answer.close()
+    assert weighed == [[*range(ROOM - 3, ROOM + 1)]] * 4  # an identity and three orders
+
+
+def test_an_export_may_take_longer_than_a_request(alice: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "EXPORTED_AT_ONCE", 1)
+    placed = [alice.order() for _ in range(3)]
+    answer = alice.get("/users/me/export", X_Request_Timeout="1")
+    parts = iter(answer.response)
+    read = [next(parts)]
+    time.sleep(1.1)
+    answer.response = [b"".join([*read, *parts])]
+    assert data_of(answer)["orders"] == placed
