@@ -33,7 +33,8 @@ def _see_through(wsgi_app: Any, trusted: list[Any], environ: dict[str, Any], sta
         while hops and is_proxy(environ["REMOTE_ADDR"]) and (hop := parse_address(hops.pop().strip())):
             environ["REMOTE_ADDR"] = str(hop)
         for header, name in (("PROTO", "wsgi.url_scheme"), ("HOST", "HTTP_HOST")):
-            environ[name] = environ.get(f"HTTP_X_FORWARDED_{header}", "").split(",")[-1].strip() or environ[name]
+            if value := environ.get(f"HTTP_X_FORWARDED_{header}", "").split(",")[-1].strip():
+                environ[name] = value
     return wsgi_app(environ, start_response)
 
 

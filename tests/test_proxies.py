@@ -118,3 +118,8 @@ def test_cookies_and_links_are_those_of_https_behind_a_proxy_that_says_so(
     }.items():
         found_secure, found_url = authorize(*lines)
         assert (found_secure, found_url.startswith(url)) == (secure, True), (lines, found_url)
+    for line in ("", f"{https}\r\n"):  # of a load balancer, which may name no host
+        client = Client(service)
+        with closing(client.socket):
+            client.socket.sendall(f"GET /livez HTTP/1.0\r\n{line}\r\n".encode())
+            assert client.response()[0] == 200
