@@ -43,8 +43,7 @@ class Proxy:
 
     def drop(self) -> None:
         """End all connections."""
-        dropped, self._open = self._open, []
-        for opened in dropped:
+        for opened in list(self._open):
             with suppress(OSError):
                 opened.shutdown(socket.SHUT_RDWR)
 
@@ -90,7 +89,6 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        opened = list(self._open)
         self.refuse()
-        for end in opened:
-            end.close()
+        for opened in self._open:
+            opened.close()
