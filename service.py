@@ -1,8 +1,7 @@
 """The application factory: reads the settings and puts the parts together, in order."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from flask import Flask
 
@@ -16,20 +15,13 @@ import telemetry
 import wechat
 
 
-class Service(Flask):
-    """Flask, without the question for each function of each request whether it is a coroutine: none is."""
-
-    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        return func
-
-
 def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     """Make the WSGI application.
 
     :param environ: where the settings are read from; see settings.py.
     :raises settings.SettingsError: listing every setting that is missing or malformed.
     """
-    app = Service("service", static_folder=None)
+    app = Flask("service", static_folder=None)
     app.config.update(settings.load(environ), VERSION=settings.VERSION)
     app.config["INSTANCE"] = settings.instance(app.config["PORT"])
     proxies.init_app(app)

@@ -90,7 +90,9 @@ def load_page(
     descending = sort.startswith("-")
     names = tuple((name, isinstance(value, list)) for name, value in filters.items())
     of_page, of_total = _statements(model, names, descending, after is not None)
-    place = {"limit": page_size, "offset": (page - 1) * page_size} | ({} if after is None else {"after": after})
+    place: dict[str, Any] = {"limit": page_size, "offset": (page - 1) * page_size} | (
+        {} if after is None else {"after": after}
+    )
     weight = (page - 1) * page_size // SKIPPED_AT_ONCE
     with room(weight) if weight else nullcontext():
         rows = snapshots.rows(of_page, **filters, **place)

@@ -11,14 +11,7 @@ import wechat
 from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user
-from blueprints.users import (
-    MINI_PROGRAM_LOGIN_REQUIRED,
-    TypedProfileSchema,
-    UserSchema,
-    check_nickname,
-    load_user,
-    own_openid,
-)
+from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
 from concurrency import room
 from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
@@ -125,7 +118,7 @@ def put_profile(body: dict[str, str | None]) -> User:
 def _store(**values: str | None) -> None:
     def change() -> None:
         for name, value in values.items():
-            setattr(load_user("me"), name, value)
+            setattr(database.session.get_one(User, g.user_id), name, value)
 
     database.in_transaction(change)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, String
+from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 from storage.cipher import cipher
@@ -56,14 +56,8 @@ class Encrypted:
         values = [cipher.encrypt(text, self._context(row)), cipher.blind_index(text, self.place)]
         return dict(zip(self.columns, values, strict=False))
 
-    def equals(self, text: str) -> ColumnElement[bool]:
-        """Return the SQL condition that a row holds exactly this text, under any of the keys; nothing is normalised."""
-        ((name, values),) = self.filter(text).items()
-        column: ColumnElement[str] = getattr(self.model, name)
-        return column.in_(values)
-
     def filter(self, text: str) -> dict[str, list[str]]:
-        """Return the same as the column and the values that it may have."""
+        """Return the column by which a text is found, and its values under each of the keys; nothing is normalised."""
         return {f"{self.name}_index": cipher.blind_indexes(text, self.place)}
 
     def _context(self, row: Any) -> str:

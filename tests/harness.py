@@ -20,8 +20,10 @@ import requests
 from alembic import command
 from alembic.config import Config
 from redis import Redis
+from sqlalchemy import ColumnElement
 
 from dev.run import free_port
+from storage.models import User
 from telemetry import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,3 +309,9 @@ def until_available(request: Callable[[], requests.Response]) -> requests.Respon
 
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
+
+
+def having(name: str, text: str) -> ColumnElement[bool]:
+    """Return the condition that users have exactly this text in an encrypted field."""
+    ((column, values),) = getattr(User, name).filter(text).items()
+    return getattr(User, column).in_(values)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 from storage import database, identities
 from storage.identities import find_openid, get_or_create_user
 from storage.models import PERSONAL_FIELDS, IdempotencyKey, Identity, Order, User
+from tests.harness import having
 
 MINI, WEB = "wx-mini", "wx-web"
 numbers = count()
@@ -65,7 +66,7 @@ def test_merged_users_become_the_older_one_with_all_their_data(name: str) -> Non
     assert (one.nickname, one.role, one.unionid) == ("阿上", "admin", f"u-{name}")
     personal = {field: getattr(one, field) for field in PERSONAL_FIELDS}
     assert personal == {field: f"{field} of {name}" for field in PERSONAL_FIELDS} | {"email": f"own email of {name}"}
-    assert database.session.scalars(select(User.id).where(User.phone.equals(f"phone of {name}"))).all() == [one.id]
+    assert database.session.scalars(select(User.id).where(having("phone", f"phone of {name}"))).all() == [one.id]
     assert database.session.get(User, younger.id) is None
     assert get_or_create_user(WEB, f"w-{name}", None).id == older.id
 

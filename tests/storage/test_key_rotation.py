@@ -16,7 +16,7 @@ from storage import blocks, database, key_rotation
 from storage.encrypted import Encrypted
 from storage.models import PERSONAL_FIELDS, Base, Identity, User
 from tests.databases import Databases
-from tests.harness import PERSON, ROOT
+from tests.harness import PERSON, ROOT, having
 
 OLD, NEW, LOST = (base64.b64encode(secrets.token_bytes(32)).decode() for _ in range(3))
 ApplicationWith = Callable[..., Flask]
@@ -68,7 +68,7 @@ def is_complete(app: Flask) -> bool:
     """Whether all users can be read, and found by each of their fields."""
     with app.app_context():
         for name, value in PERSON.items():
-            users = database.session.scalars(select(User).where(getattr(User, name).equals(value))).all()
+            users = database.session.scalars(select(User).where(having(name, value))).all()
             if [getattr(user, name) for user in users] != [value] * 5:
                 return False
         tokens = {identity.authorization for identity in database.session.scalars(select(Identity))}
@@ -155,7 +155,7 @@ def test_concurrent_changes_are_not_overwritten(
         assert [row[name] for name in columns] == [before[name] for name in columns]
     assert run(app, "rotate").exit_code == 0
     with application_with(NEW).app_context():
-        assert database.session.scalars(select(User.openid).where(User.phone.equals("13900000000"))).all() == ["o-1"]
+        assert database.session.scalars(select(User.openid).where(having("phone", "13900000000"))).all() == ["o-1"]
         phones = [user.phone for user in database.session.scalars(select(User).order_by(User.id))]
     assert phones == ["13900000000", None, *[PERSON["phone"]] * 3]
 

@@ -10,7 +10,7 @@ from sqlalchemy.schema import CreateTable
 from storage import database
 from storage.cipher import DecryptionError
 from storage.models import PERSONAL_FIELDS, Base, Identity, Order, OrderItem, User, UtcDateTime
-from tests.harness import PERSON
+from tests.harness import PERSON, having
 
 
 def test_an_etag_names_table_row_and_version() -> None:
@@ -147,7 +147,7 @@ def test_users_are_found_by_the_exact_value_of_one_column(app: Flask, name: str)
         ]
         database.session.add_all(users)
         database.session.commit()
-        found = database.session.scalars(select(User).where(getattr(User, name).equals(value)))
+        found = database.session.scalars(select(User).where(having(name, value)))
         assert set(found) == set(users[:2])
 
 
