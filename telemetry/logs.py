@@ -35,9 +35,8 @@ FLUSH_SECONDS = 2
 STACK_CHARACTERS = 10_000
 
 logger = logging.getLogger(__name__)
-# They quote callers' headers, a malformed OTEL_EXPORTER_OTLP_HEADERS, and each retry; giving up is an error.
-for name in ("opentelemetry.trace", "opentelemetry.util.re", "opentelemetry.exporter"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+# Its warnings quote callers' headers, a malformed OTEL_EXPORTER_OTLP_HEADERS, and each retry; giving up is an error.
+logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 request_fields: ContextVar[dict[str, Any]] = ContextVar("request_fields")
 """The fields of every line of a request: method, route, ids, and the user once known. Not set outside of a request."""
 

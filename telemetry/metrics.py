@@ -21,13 +21,11 @@ SCRAPED: Collector = REGISTRY
 if multiprocess.MULTIPROC_DIR in os.environ:
     SCRAPED, values.ValueClass = multiprocess.Instance(), multiprocess.number
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-
 _counter = partial(Counter, namespace="kuaishang", registry=REGISTRY)
 _sum = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="livesum")
 _latest = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="livemostrecent")
 _of_each_worker = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="liveall")
-_seconds = partial(Histogram, namespace="kuaishang", registry=REGISTRY, buckets=_SECONDS)
+_seconds = partial(Histogram, namespace="kuaishang", registry=REGISTRY)
 
 Metric = TypeVar("Metric", Counter, Gauge)
 
@@ -56,9 +54,8 @@ TOKEN_REFRESHES = _from_0(_counter("wechat_token_refreshes", "Access tokens.", (
 LOGINS = _counter("logins", "Logins by mini_program or web; success, or the code.", ("kind", "outcome"))
 SESSIONS = _counter("sessions_created", "Sessions started.")
 MESSAGES_PENDING = _latest("messages_pending", "Messages that WeChat has pushed to any instance, not handled yet.")
-# By handler: success or failure. dropped: put aside, as no key decrypts it, or as each process that handled it died.
-MESSAGES = _counter("messages_handled", "Messages handled, rejected or dropped.", ("outcome",))
-_from_0(MESSAGES, "success", "failure", "rejected", "dropped")
+# rejected: too many pending; dropped: put aside, as no key decrypts it, or as each process that handled it died.
+MESSAGES = _from_0(_counter("messages_handled", "Pushed.", ("outcome",)), "success", "failure", "rejected", "dropped")
 # Connections, and places for calls of WeChat; the rate of the seconds of waiting is how many wait.
 POOL_IN_USE = _from_0(_sum("pool_in_use", "Connections in use.", ("pool",)), "redis", "database", "wechat")
 POOL_WAIT_SECONDS = _from_0(_counter("pool_wait_seconds", "Waits for one.", ("pool",)), "redis", "database", "wechat")

@@ -12,7 +12,6 @@ their first 4 bytes, which say how much of a file is used.
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterable
 from functools import cache
 from glob import glob
@@ -31,13 +30,11 @@ _warn_once = cache(logging.getLogger(__name__).warning)
 
 def number(*args: Any, **kwargs: Any) -> Any:
     """Make a number of a metric, as `values.ValueClass` does."""
-    value = values.MutexValue(*args)
-    _place(value, args, kwargs)
-    return value
+    return _place(values.MutexValue(*args), args, kwargs)
 
 
-def _place(value: Any, args: tuple[str, ...], kwargs: dict[str, str]) -> None:
-    """Let a number go on in its file of this worker, or else wait."""
+def _place(value: Any, args: tuple[str, ...], kwargs: dict[str, str]) -> Any:
+    """Let a number go on in its file of this worker, or else wait; return it."""
     try:
         kind = f"gauge_{kwargs['multiprocess_mode']}" if args[0] == "gauge" else args[0]
         with open(f"{os.environ[MULTIPROC_DIR]}/{kind}_{os.getpid()}.db", "ab+") as file:
@@ -49,9 +46,10 @@ def _place(value: Any, args: tuple[str, ...], kwargs: dict[str, str]) -> None:
     except Exception as error:  # noqa: BLE001  whatever it is, it must not fail a request
         _waiting.append((value, args, kwargs))
         _warn_once("no room for metrics: serving without them (%s)", str(error))
-        return
-    placed.set(placed.get() + value.get(), time.time())
-    vars(value).update(inc=placed.inc, set=placed.set)
+    else:
+        placed.inc(value.get())
+        vars(value).update(inc=placed.inc, set=placed.set)
+    return value
 
 
 class Instance(Collector):

@@ -24,8 +24,6 @@ from sqlalchemy import Engine
 
 from telemetry.fields import SERVICE
 
-STOP_SECONDS = 3
-"""How long the end of the process waits for a collector."""
 ATTRIBUTES = frozenset(
     # http.route is the template. Some have two names: OTEL_SEMCONV_STABILITY_OPT_IN chooses which the libraries use.
     "http.request.method http.route http.response.status_code error.type wechat.interface wechat.errcode "  # noqa: SIM905
@@ -61,8 +59,8 @@ def instrument(redis: Redis, engine: Engine, tracers: trace.TracerProvider) -> N
 
 class _Processor(BatchSpanProcessor):
     def shutdown(self) -> None:
-        # OpenTelemetry's own waits for 30 s, and gunicorn kills earlier.
-        self._batch_processor.shutdown(timeout_millis=STOP_SECONDS * 1000)
+        # OpenTelemetry's own waits for 30 s for a collector, and gunicorn kills earlier.
+        self._batch_processor.shutdown(timeout_millis=3000)
 
 
 class Exporter(OTLPSpanExporter):

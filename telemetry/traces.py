@@ -95,8 +95,7 @@ class RequestSpan:
         detach(self._token)
         if route:
             self._span.update_name(f"{self._verb} {route}")
-            self._span.set_attribute("http.route", route)
-        self._span.set_attribute("http.response.status_code", status)
+        self._span.set_attributes({"http.response.status_code": status} | ({"http.route": route} if route else {}))
         if status >= 500:
             self._span.set_attribute("error.type", str(status))
             self._span.set_status(trace.StatusCode.ERROR)
@@ -113,7 +112,6 @@ def _caller(environ: Mapping[str, Any]) -> SpanContext:
 
 
 def _new_ids(caller: SpanContext) -> SpanContext:
-    defined = TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID
-    flags = TraceFlags(caller.trace_flags & defined if caller.is_valid else TraceFlags.SAMPLED)
+    flags = caller.trace_flags & (TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID) if caller.is_valid else 1  # sampled
     trace_id = caller.trace_id or random.getrandbits(128)
-    return SpanContext(trace_id, random.getrandbits(64), False, flags, caller.trace_state)
+    return SpanContext(trace_id, random.getrandbits(64), False, TraceFlags(flags), caller.trace_state)

@@ -137,6 +137,7 @@ def test_every_setting_is_a_secret_or_known_to_be_none() -> None:
         "WECHAT_ACCOUNT_APP_ID",
         "WECHAT_WEBSITE_APP_ID",
         "WECHAT_CONTENT_CHECK",
+        "WECHAT_CONCURRENCY",
         "TRUST_WXCLOUD_HEADERS",
         "TRUSTED_PROXIES",
         "LOGIN_RATE",
