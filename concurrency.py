@@ -51,19 +51,6 @@ def seconds_left(at_most: float, reserve: float = 0) -> float:
     return min(at_most, left)
 
 
-@contextmanager
-def waiting_elsewhere() -> Iterator[None]:
-    """Take none of the room of the requests in flight, while this one waits for WeChat."""
-    in_request = has_request_context()
-    if in_request:
-        current_app.extensions["door"].in_flight -= 1
-    try:
-        yield
-    finally:
-        if in_request:
-            current_app.extensions["door"].in_flight += 1
-
-
 def ensure_somebody_waits() -> None:
     """Make sure that the client of this request has not closed its connection.
 

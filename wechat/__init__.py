@@ -7,6 +7,7 @@ from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code, Message
 from wechat.access_token import AccessToken
+from wechat.admission import Admission
 from wechat.client import Client
 from wechat.message_push import MessagePush
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, WebApp
@@ -23,7 +24,7 @@ class WeChat(NamedTuple):
     client: Client
     web_apps: dict[str, WebApp]
     push: MessagePush | None
-    transport: Transport
+    admission: Admission
 
 
 _wechat = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
@@ -43,7 +44,7 @@ def web_app_of(app_id: str) -> WebApp | None:
 
 def is_failing() -> bool:
     """Whether this process makes no calls of WeChat for now, as it kept failing."""
-    return _wechat.transport.admission.is_open
+    return _wechat.admission.is_open
 
 
 def configured_push() -> MessagePush:
@@ -59,7 +60,8 @@ def configured_push() -> MessagePush:
 def init_app(app: Flask) -> None:
     config = app.config
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
-    transport = Transport(config["WECHAT_API_BASE_URL"], connections=100, places=config["WECHAT_CONCURRENCY"])
+    admission = Admission(config["WECHAT_CONCURRENCY"], app.extensions["door"])
+    transport = Transport(config["WECHAT_API_BASE_URL"], connections=100, admission=admission)
     access_token = AccessToken(transport, app.extensions["redis"], app.extensions["single_flight"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
@@ -72,5 +74,5 @@ def init_app(app: Flask) -> None:
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
         push=MessagePush(push_token, push_aes_key, app_id) if push_token else None,
-        transport=transport,
+        admission=admission,
     )

@@ -6,13 +6,13 @@ takes a caller who gives up for a success or a failure of WeChat's.
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from concurrency import seconds_left, waiting_elsewhere
+from concurrency import seconds_left
 from errors import ApiError, Code
 from telemetry import metrics
 
@@ -23,7 +23,7 @@ PLACE_SECONDS = 0.1
 FAILURES = 10
 """So many in a row open the breaker."""
 PAUSE_SECONDS = 5
-"""From a failure to the next trial, while it is open."""
+"""From one trial, or a failure, to the next trial while it is open. A trial ends before, unless it is made twice."""
 
 
 class Failed(ApiError):
@@ -34,10 +34,12 @@ class Admission:
     """Admits the calls of this process. Thread-safe.
 
     :param places: how many may be made at a time.
+    :param door: whose requests in flight are those that do not wait for WeChat.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, door: Any) -> None:
         self._places = threading.BoundedSemaphore(places)
+        self._door = door
         self._failures = 0
         self._next_trial = 0.0
 
@@ -52,32 +54,26 @@ class Admission:
 
         :raises ApiError: UNAVAILABLE if WeChat keeps failing, or if there is no place.
         """
-        is_trial = self.is_open
-        if is_trial:
-            if time.monotonic() < self._next_trial:
-                raise ApiError(Code.UNAVAILABLE)
-            self._next_trial = math.inf
-        try:
-            self._take_place()
-            try:
-                with metrics.POOL_IN_USE.labels("wechat").track_inprogress(), waiting_elsewhere():
-                    yield
-            finally:
-                self._places.release()
-        except Failed:
-            self.count(self._failures + 1)
-            raise
-        finally:
-            if is_trial and self._next_trial == math.inf:  # its caller gave up
-                self._next_trial = 0
-
-    def _take_place(self) -> None:
         began = time.monotonic()
+        if self.is_open:
+            if began < self._next_trial:
+                raise ApiError(Code.UNAVAILABLE)
+            self._next_trial = began + PAUSE_SECONDS
         is_free = self._places.acquire(timeout=seconds_left(PLACE_SECONDS))
         metrics.POOL_WAIT_SECONDS.labels("wechat").inc(time.monotonic() - began)
         if not is_free:
             metrics.SHED.labels("wechat").inc()
             raise ApiError(Code.UNAVAILABLE)
+        self._door.in_flight -= 1
+        try:
+            with metrics.POOL_IN_USE.labels("wechat").track_inprogress():
+                yield
+        except Failed:
+            self.count(self._failures + 1)
+            raise
+        finally:
+            self._door.in_flight += 1
+            self._places.release()
 
     def count(self, failures: int) -> None:
         """Note how many calls in a row have failed."""

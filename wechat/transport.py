@@ -50,11 +50,11 @@ class Transport:
 
     :param base_url: the API's scheme, host and port.
     :param connections: the maximum number kept open between calls.
-    :param places: how many calls may be made at a time.
+    :param admission: decides which calls are begun.
     """
 
-    def __init__(self, base_url: str, connections: int, places: int = 1000) -> None:
-        self.admission = Admission(places)
+    def __init__(self, base_url: str, connections: int, admission: Admission) -> None:
+        self._admission = admission
         self._base_url = base_url.rstrip("/")
         self._http = requests.Session()
         self._http.mount(self._base_url, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
@@ -90,50 +90,47 @@ class Transport:
         """
         for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, kind, "failure")
-        with self.admission.place():
-            return self._call(path, params, body, expected, idempotent, media)
-
-    def _call(self, path: str, params: Params, body: Body, expected: Codes, idempotent: bool, media: bool) -> Any:
-        for may_retry in (True, False):
-            limit = seconds_left(ANSWER_SECONDS, reserve=RESPOND_SECONDS)
-            ensure_somebody_waits()
-            result, outcome = "invalid", "failure"
-            try:
-                # No traceparent is sent: our traces are none of WeChat's business.
-                traced = traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path})
-                with metrics.WECHAT_SECONDS.labels(path).time(), traced as span:
-                    errcode, answer = _parse(path, media, *self._exchange(path, params, body, limit))
-                    span.set_attribute("wechat.errcode", errcode)
-                    result, outcome = str(errcode), "ok"
-                    if errcode != BUSY:
-                        self.admission.count(0)
-                    if errcode == 0 or errcode in expected:
-                        return answer
-                    code = code_of(path, errcode)
-                    outcome = "caller" if code.number < 500 else "failure"
-                    span.set_status(StatusCode.ERROR)
-                if errcode != BUSY or not may_retry:
-                    raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
-            except (gevent.Timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
-                result = "timeout"
-                error = failure(path, Code.UPSTREAM_TIMEOUT, f"no response in {limit:.2f} s")
-                raise error if limit >= FAIR_SECONDS else GaveUp(error.api_code) from None
-            except requests.ConnectionError as error:
-                result = "unreachable"
-                if not (may_retry and idempotent):
-                    raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
-                raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
-            finally:
-                metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
-            time.sleep(seconds_left(RETRY_PAUSE_SECONDS))
+        with self._admission.place():
+            for may_retry in (True, False):
+                limit = seconds_left(ANSWER_SECONDS, reserve=RESPOND_SECONDS)
+                ensure_somebody_waits()
+                result, outcome = "invalid", "failure"
+                try:
+                    # No traceparent is sent: our traces are none of WeChat's business.
+                    traced = traces.span(f"WeChat {path}", SpanKind.CLIENT, {"wechat.interface": path})
+                    with gevent.Timeout(limit), metrics.WECHAT_SECONDS.labels(path).time(), traced as span:
+                        errcode, answer = _parse(path, media, *self._exchange(path, params, body, limit))
+                        span.set_attribute("wechat.errcode", errcode)
+                        result, outcome = str(errcode), "ok"
+                        if errcode != BUSY:
+                            self._admission.count(0)
+                        if errcode == 0 or errcode in expected:
+                            return answer
+                        code = code_of(path, errcode)
+                        outcome = "caller" if code.number < 500 else "failure"
+                        span.set_status(StatusCode.ERROR)
+                    if errcode != BUSY or not may_retry:
+                        raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
+                except (gevent.Timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
+                    result = "timeout"
+                    error = failure(path, Code.UPSTREAM_TIMEOUT, f"no response in {limit:.2f} s")
+                    raise error if limit >= FAIR_SECONDS else GaveUp(error.api_code) from None
+                except requests.ConnectionError as error:
+                    result = "unreachable"
+                    if not (may_retry and idempotent):
+                        raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
+                except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                    # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
+                    raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
+                finally:
+                    metrics.WECHAT_CALLS.labels(path, result, outcome).inc()
+                time.sleep(seconds_left(RETRY_PAUSE_SECONDS))
         raise AssertionError("unreachable")
 
     def _exchange(self, path: str, params: Params, body: Body, limit: float) -> tuple[int, str, bytes]:
         """Send a request and read the response in so many seconds.
 
-        requests' own timeout is for each part of the response; gevent's ends all of it, where there are greenlets.
+        requests' own timeout is for each part of the response; where there are greenlets the caller's ends all of it.
         """
         deadline = time.monotonic() + limit
         url, timeout = self._base_url + path, (min(CONNECT_SECONDS, limit), limit)
@@ -141,19 +138,9 @@ class Transport:
         if body is not None:  # as raw UTF-8: with \u escapes WeChat's content check lets everything pass
             method, data = "POST", json.dumps(body, ensure_ascii=False).encode()
             headers = {"Content-Type": "application/json"}
-        with (
-            gevent.Timeout(limit),
-            self._http.request(
-                method,
-                url,
-                params=params,
-                data=data,
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,
-                stream=True,
-            ) as response,
-        ):
+        with self._http.request(
+            method, url, params=params, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
+        ) as response:
             content = b""
             while part := response.raw.read1(65536, decode_content=True):
                 content += part

@@ -1,3 +1,8 @@
+# Thousands of slow responses at a time need a greenlet each, not a thread.
+from gevent import monkey
+
+monkey.patch_all()
+
 import argparse
 
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -44,6 +49,7 @@ def main() -> None:
         request_handler=QuietHandler,
         fd=options.fd,
     )
+    server.socket.listen(4096)  # a burst of connections
     server.serve_forever()
 
 

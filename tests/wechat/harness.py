@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
 from errors import ApiError, Code
+from wechat.admission import Admission
+from wechat.transport import Transport
 
 VECTORS = {
     vector["id"]: vector for vector in json.loads(Path(__file__).with_name("vectors.json").read_text())["vectors"]
@@ -81,6 +84,10 @@ def decrypt_cbc(ciphertext: bytes, key: bytes, iv: bytes) -> bytes:
 def pad(data: bytes, block: int) -> bytes:
     count = block - len(data) % block
     return data + bytes([count]) * count
+
+
+def transport_to(base_url: str) -> Transport:
+    return Transport(base_url, connections=4, admission=Admission(1000, SimpleNamespace(in_flight=0)))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import concurrency
 from concurrency import GaveUp
 from errors import ApiError, Code
 from tests.harness import WAIT_SECONDS, Simulator, counted, wait_until
-from tests.wechat.harness import outcome, refusal
+from tests.wechat.harness import outcome, refusal, transport_to
 from wechat import admission as admission_module
 from wechat.admission import FAILURES, Admission
 from wechat.transport import Transport
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 @pytest.fixture
 def transport(simulator: Simulator) -> Iterator[Transport]:
-    transport = Transport(simulator.url, connections=4)
+    transport = transport_to(simulator.url)
     yield transport
     transport.close()
 
@@ -81,7 +81,7 @@ def test_failures_that_are_not_in_a_row_do_not_count(transport: Transport, simul
         for _ in range(FAILURES - 1):
             assert call(transport) is Code.UPSTREAM_INVALID
         assert call(transport) is Code.INTERNAL_ERROR  # 41001, as there is no token: it works
-    assert not transport.admission.is_open
+    assert not transport._admission.is_open
 
 
 @pytest.mark.parametrize("errcode", [40029, 40163, 40226, 45009, 40013, 99999])
@@ -108,7 +108,7 @@ def test_a_caller_without_time_proves_nothing_against_wechat(
 
     with ThreadPoolExecutor(FAILURES + 1) as pool:
         assert set(pool.map(call_in_time, range(FAILURES + 1))) == {code}
-    assert not transport.admission.is_open
+    assert not transport._admission.is_open
     assert bool(simulator.calls()) == (seconds > 0.05)  # nothing is begun for nothing
 
 
@@ -130,7 +130,6 @@ def test_one_trial_after_a_pause_decides(
     with ThreadPoolExecutor(1) as pool:
         trial = pool.submit(call, transport)
         wait_until(simulator.calls)
-        clock(60)
         assert {call(transport) for _ in range(3)} == {Code.UNAVAILABLE}
         assert trial.result(WAIT_SECONDS) is Code.INTERNAL_ERROR
     assert call(transport) is Code.INTERNAL_ERROR
@@ -139,13 +138,14 @@ def test_one_trial_after_a_pause_decides(
 
 
 @pytest.mark.parametrize("error", [GaveUp(Code.UPSTREAM_TIMEOUT), GreenletExit()])
-def test_a_trial_whose_caller_gives_up_is_left_to_the_next_one(error: BaseException) -> None:
-    admission = Admission(1)
+def test_a_trial_whose_caller_gives_up_decides_nothing(error: BaseException, clock: Callable[[float], None]) -> None:
+    admission = Admission(1, SimpleNamespace(in_flight=0))
     admission.count(FAILURES)
-    admission._next_trial = 0
+    clock(5)
     with suppress(type(error)), admission.place():
         raise error
     assert admission.is_open
+    clock(5)
     with admission.place():
         admission.count(0)
     assert not admission.is_open
@@ -161,7 +161,8 @@ def test_a_clock_that_is_stepped_delays_no_trial(
 
 
 def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
-    admission, gate = Admission(2), threading.Event()
+    door = SimpleNamespace(in_flight=10)
+    admission, gate = Admission(2, door), threading.Event()
 
     def occupy() -> None:
         with admission.place():
@@ -175,13 +176,14 @@ def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(occupy) for _ in range(2)]
         wait_until(lambda: in_use() == idle + 2)
+        assert door.in_flight == 8  # they keep no other requests out
         assert [refusal(occupy) for _ in range(3)] == [Code.UNAVAILABLE] * 3
         assert counted("http_requests_shed_total", reason="wechat") == shed + 3
         assert counted("pool_wait_seconds_total", pool="wechat") >= waited + 0.3
         gate.set()
         for one in both:
             one.result(WAIT_SECONDS)
-    assert in_use() == idle
+    assert (in_use(), door.in_flight) == (idle, 10)
     for error in (ApiError(Code.WECHAT_CODE_INVALID), GreenletExit(), RuntimeError()):  # none of which keeps its place
         with suppress(BaseException), admission.place():
             raise error

@@ -17,7 +17,7 @@ from werkzeug import Request, Response
 from errors import ApiError, Code
 from telemetry import metrics
 from tests.harness import APP_ID, APP_SECRET, Simulator, counted
-from tests.wechat.harness import server
+from tests.wechat.harness import server, transport_to
 from wechat import transport as wechat_transport
 from wechat.transport import Transport, unexpected_response
 
@@ -26,7 +26,7 @@ PATH = "/sns/jscode2session"
 
 @pytest.fixture
 def transport(simulator: Simulator) -> Iterator[Transport]:
-    transport = Transport(simulator.url, connections=4)
+    transport = transport_to(simulator.url)
     yield transport
     transport.close()
 
@@ -61,7 +61,7 @@ def test_an_expected_errcode_is_not_a_failure(
 
 def test_a_body_is_posted_as_json_in_raw_utf_8() -> None:
     with server(lambda request: Response(json.dumps({"raw": request.get_data().decode()}))) as url:
-        echo = Transport(url, connections=1)
+        echo = transport_to(url)
         assert echo.call("/echo", {}, {"content": "你好"})["raw"] == '{"content": "你好"}'
         echo.close()
 
@@ -195,7 +195,7 @@ def test_a_response_that_is_cut_short_or_stalls_is_not_retried(
                     failed.wait(5)
 
         answered = pool.submit(answer)
-        transport = Transport(f"http://127.0.0.1:{listener.getsockname()[1]}", connections=1)
+        transport = transport_to(f"http://127.0.0.1:{listener.getsockname()[1]}")
         assert failure(transport, "0secretcode").api_code is code
         failed.set()
         answered.result(5)
@@ -212,7 +212,7 @@ def test_redirects_and_cookies_are_ignored() -> None:
         return Response(status=302, headers={"Location": "/elsewhere", "Set-Cookie": "tracked=yes; Path=/"})
 
     with server(elsewhere) as url:
-        transport = Transport(url, connections=1)
+        transport = transport_to(url)
         assert [failure(transport, "0code").api_code for _ in range(2)] == [Code.UPSTREAM_INVALID] * 2
         transport.close()
     assert seen == [(PATH, {})] * 2
@@ -229,7 +229,7 @@ def test_a_broken_header_is_not_logged_with_the_url(caplog: pytest.LogCaptureFix
                 connection.sendall(b"HTTP/1.1 200 OK\r\nno header at all\r\nContent-Length: 2\r\n\r\n{}")
 
         answered = pool.submit(answer)
-        transport = Transport(f"http://127.0.0.1:{listener.getsockname()[1]}", connections=1)
+        transport = transport_to(f"http://127.0.0.1:{listener.getsockname()[1]}")
         with contextlib.suppress(ApiError):
             redeem(transport, "0secretcode")
         answered.result(5)
@@ -242,7 +242,7 @@ def test_no_credentials_of_the_machine_are_sent(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password of-the-machine")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with server(lambda request: Response(json.dumps({"sent": request.headers.get("Authorization")}))) as url:
-        transport = Transport(url, connections=1)
+        transport = transport_to(url)
         assert transport.call("/", {})["sent"] is None
         transport.close()
 
@@ -282,7 +282,7 @@ def test_neither_the_exception_nor_the_log_contains_the_secret_or_the_code(
     monkeypatch.setattr(wechat_transport, "ANSWER_SECONDS", 0.2)
     caplog.set_level(logging.DEBUG)
     code = simulator.code()
-    transport = Transport(simulator.url if fault else "http://127.0.0.1:9", connections=1)
+    transport = transport_to(simulator.url if fault else "http://127.0.0.1:9")
     if fault:
         simulator.fault(fault, times=2, errcode=40226, seconds=0.5)
     error = failure(transport, code)
