@@ -116,9 +116,9 @@ class Settings(Schema):
     )
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _integer(86400, 60, YEAR_SECONDS, "Seconds after which any session ends, 60 or more.")
-    LOGIN_RATE = _optional("Logins of a client address, as N/second, minute, hour or day; or off.", _RATE, "600/minute")
+    LOGIN_RATE = _optional("Logins of a client address, as N/second, minute, hour or day; or off.", _RATE, "10000/hour")
     APP_LOGIN_RATE = _optional("Logins of all clients that WeChat is asked about, or off.", _RATE, "10000/minute")
-    SESSION_RATE = _optional("Requests of a session, or off.", _RATE, "600/minute")
+    SESSION_RATE = _optional("Requests of a session, or off.", _RATE, "36000/hour")
     HOST = fields.IP(load_default="0.0.0.0", metadata={"help": "The IP address to listen on; :: for IPv6 too."})  # noqa: S104
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")

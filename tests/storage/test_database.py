@@ -23,7 +23,7 @@ from errors import ApiError, Code
 from storage import database, failures
 from storage.models import Base, User, now
 from tests.databases import Databases, MariaDB
-from tests.harness import PERSON, ROOT, WAIT_SECONDS, migrate
+from tests.harness import ROOT, WAIT_SECONDS, migrate
 
 
 def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
@@ -68,10 +68,6 @@ def test_the_migrations_go_down_and_up_again_with_a_row_in_each_table(databases:
     engine = database.engine_for(url)
     migrate(url)
     fill(engine)
-    migrate(url, "downgrade", "0001")
-    migrate(url)
-    with engine.connect() as connection:
-        assert connection.scalar(text("SELECT count(*) FROM users")) == 1
     migrate(url, "downgrade", "base")
     assert inspect(engine).get_table_names() == ["alembic_version"]
     migrate(url)
@@ -159,30 +155,6 @@ def test_a_generated_migration_runs_up_and_down_and_needs_no_model(tmp_path: Pat
     alembic("revision", "--autogenerate", "--rev-id", "9999", "-m", "less")
     alembic("upgrade", "head")
     alembic("downgrade", "-1")
-
-
-def test_a_migration_creates_identities_and_leaves_a_unionid_to_one_user(databases: Databases) -> None:
-    url = databases.create()
-    engine = database.engine_for(url)
-    migrate(url, "upgrade", "0001")
-    rows = [("o-one", "u-twice"), ("o-two", "u-twice"), ("o-three", "u-once"), ("o-four", None)]
-    insert = text(
-        "INSERT INTO users (app_id, openid, unionid, role, created_at, updated_at)"
-        " VALUES ('wx', :openid, :unionid, 'user', '2026-01-01', '2026-01-01')"
-    )
-    with engine.begin() as connection:
-        connection.execute(insert, [{"openid": openid, "unionid": unionid} for openid, unionid in rows])
-    for _ in range(2):
-        migrate(url)
-        with engine.connect() as connection:
-            identities = connection.execute(text("SELECT openid, user_id FROM identities ORDER BY user_id")).all()
-            assert identities == [("o-one", 1), ("o-two", 2), ("o-three", 3), ("o-four", 4)]
-            unionids = connection.scalars(text("SELECT unionid FROM users ORDER BY id")).all()
-            assert unionids == ["u-twice", None, "u-once", None]
-        migrate(url, "downgrade", "0001")
-        with engine.connect() as connection:
-            assert connection.scalar(text("SELECT count(*) FROM users")) == 4
-    engine.dispose()
 
 
 @pytest.mark.parametrize("url", [None, "nonsense", "postgresql://localhost/x"])
@@ -439,41 +411,6 @@ def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(app: Flask)
     insert("second")
     with app.app_context():
         assert database.session.scalars(select(User.nickname).where(User.openid == "o-crowd")).all() == ["first"]
-
-
-def test_personal_data_is_migrated_in_place_down_and_up_again(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'migrated.db'}"
-    engine = database.engine_for(url)
-    add = text(
-        "INSERT INTO users (app_id, openid, phone_encrypted, role, created_at, updated_at)"
-        " VALUES ('wx', :openid, 'sealed', 'user', '2026-01-01', '2026-01-01')"
-    )
-    migrate(url, "upgrade", "0002")
-    with engine.begin() as connection:
-        connection.execute(add, [{"openid": f"o-{number}"} for number in (1, 2, 3)])
-        connection.execute(
-            text("INSERT INTO identities (app_id, openid, user_id, created_at) SELECT app_id, openid, id, 1 FROM users")
-        )
-        connection.execute(text("DELETE FROM users WHERE id = 3"))
-    schemas = []
-    for revision in ("0003", "0002", "0003"):
-        migrate(url, "downgrade" if revision == "0002" else "upgrade", revision)
-        with engine.begin() as connection:
-            users = connection.execute(text("SELECT id, openid, phone_encrypted FROM users")).all()
-            assert users == [(1, "o-1", "sealed"), (2, "o-2", "sealed")]
-            assert connection.scalars(text("SELECT user_id FROM identities")).all() == [1, 2]
-            indexes = {index["name"] for index in inspect(connection).get_indexes("users")}
-            columns = {column["name"] for column in inspect(connection).get_columns("users")}
-            schemas.append((indexes, columns))
-            # The highest id has been used before, and is not reused.
-            connection.execute(add, {"openid": "o-next"})
-            assert connection.scalar(text("SELECT max(id) FROM users")) == 3 + len(schemas)
-            connection.execute(text("DELETE FROM users WHERE openid = 'o-next'"))
-    engine.dispose()
-    assert schemas[0] == schemas[2]
-    assert schemas[0][0] - schemas[1][0] == {f"ix_users_{name}_index" for name in PERSON}
-    new = {f"{name}_{kind}" for name in PERSON for kind in ("encrypted", "index")} - {"phone_encrypted"}
-    assert schemas[0][1] - schemas[1][1] == new
 
 
 @pytest.mark.only_on("sqlite")
