@@ -4,6 +4,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from flask import g
 from sqlalchemy import and_, bindparam, select
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -98,7 +99,8 @@ def start_session(user_id: int, **facts: Any) -> str:
     """
     token = sessions.log_in(user_id, **facts)
     # A deletion that commits after this finds the session and the session_key, and ends them.
-    if snapshots.find(User, user_id) is None:
+    g.user = snapshots.find(User, user_id)
+    if g.user is None:
         sessions.current.clear()
         sessions.revoke_sessions(user_id)
         raise ApiError(Code.UNAVAILABLE)
