@@ -58,7 +58,7 @@ def ensure_somebody_waits() -> None:
     """
     connection = request.environ.get("gunicorn.socket") if has_request_context() else None
     if connection is not None:
-        with suppress(BlockingIOError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:  # there is nothing to read
             same.settimeout(0)  # of this copy alone
             if not same.recv(1, socket.MSG_PEEK):
                 raise GaveUp(Code.INVALID_INPUT)

@@ -1,3 +1,5 @@
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -8,7 +10,7 @@ import pytest
 from flask import Flask, g
 
 import concurrency
-from concurrency import ROOM, FanOut, context_for, fan_out, room, seconds_left
+from concurrency import ROOM, FanOut, GaveUp, context_for, ensure_somebody_waits, fan_out, room, seconds_left
 from errors import ApiError, Code
 from storage import database
 from telemetry.traces import RequestSpan, current_ids
@@ -217,3 +219,22 @@ with room(ROOM, 0):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_SECONDS
     )
     assert done.stdout == "free\n", done.stderr
+
+
+def test_a_client_that_has_hung_up_is_noticed_and_one_that_is_there_is_not_disturbed(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = socket.socketpair()
+    with server, app.test_request_context(environ_overrides={"gunicorn.socket": server}):
+        ensure_somebody_waits()
+        client.sendall(b"the next request")
+        ensure_somebody_waits()
+        assert server.recv(100) == b"the next request"
+        client.close()
+        with monkeypatch.context() as patch:
+            patch.setattr("os.dup", lambda number: os.open("/nowhere", 0))  # fails, as where descriptors run out
+            ensure_somebody_waits()
+        with pytest.raises(GaveUp) as caught:
+            ensure_somebody_waits()
+        assert caught.value.api_code.number < 500
+    ensure_somebody_waits()  # outside of a request
