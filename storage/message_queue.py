@@ -143,7 +143,7 @@ class MessageQueue:
                 logs.request_fields.set(fields)
                 if times >= TRIES:
                     raise ValueError("Each process that handled it died.")
-            except ValueError as error:
+            except (KeyError, ValueError) as error:
                 logger.error("message put aside", extra={"reason": str(error)})
                 metrics.MESSAGES.labels("dropped").inc()
                 self._redis.xadd(DEAD, stored, maxlen=DEAD_KEPT, approximate=False)
@@ -156,7 +156,7 @@ class MessageQueue:
             try:
                 if self.handle_next(claim=claim and time.monotonic() > self._claims_from):
                     continue
-            except RedisError as error:
+            except Exception as error:  # noqa: BLE001  the thread must go on
                 if not str(error).startswith("NOGROUP"):  # no message has come yet
                     logger.error("messages cannot be read", extra={"reason": str(error)})
             if self._stops_at:

@@ -178,6 +178,9 @@ def test_what_no_key_decrypts_is_put_aside_and_that_is_bounded(
             MessageQueue(other, seen.append).put(str(number), number, 60)
         assert MessageQueue(app, seen.append).handle_next()
     assert (seen, redis.xlen(STREAM), redis.xlen(DEAD)) == ([], 0, 2)
+    redis.xadd(STREAM, {"not": "ours"})
+    assert MessageQueue(app, seen.append).handle_next()
+    assert redis.xrange(DEAD)[-1][1] == {b"not": b"ours"}
 
 
 def test_too_many_are_refused(app: Flask, put: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,3 +276,21 @@ def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
         queue.stop(1)
     reasons = {line["reason"] for line in log_lines() if line["message"] == "messages cannot be read"}
     assert reasons == {"away"}  # and not that there is no stream
+
+
+def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(app: Flask, put: Any, redis: Redis) -> None:
+    seen: list[Any] = []
+
+    def fail_first(message: Any) -> None:
+        seen.append(message)
+        if len(seen) <= 2:
+            raise TypeError
+
+    queue = MessageQueue(app, fail_first)
+    put("a")
+    queue.start()
+    try:
+        wait_until(lambda: len(seen) == 3)
+        wait_until(lambda: redis.xlen(STREAM) == 0)
+    finally:
+        queue.stop(1)
