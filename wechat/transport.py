@@ -59,7 +59,10 @@ class Transport:
         self._http = requests.Session()
         self._http.mount(self._base_url, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._http.auth = lambda request: request  # no credentials, not even from ~/.netrc
+        # Proxies and certificates of the environment, read once instead of for each call.
+        environment = self._http.merge_environment_settings(self._base_url, {}, None, None, None)
+        self._http.proxies, self._http.verify = environment["proxies"], environment["verify"]
+        self._http.trust_env = False  # nor are credentials taken from ~/.netrc
 
     def close(self) -> None:
         """Close the open connections."""

@@ -247,6 +247,25 @@ def test_no_credentials_of_the_machine_are_sent(tmp_path: Path, monkeypatch: pyt
         transport.close()
 
 
+@pytest.mark.parametrize("bypass", ["", "wechat.invalid"])
+def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPatch, bypass: str) -> None:
+    with server(lambda request: Response(json.dumps({"host": request.host}))) as url:
+        monkeypatch.setenv("http_proxy", url)
+        monkeypatch.setenv("no_proxy", bypass)
+        transport = transport_to("http://wechat.invalid")
+        if bypass:
+            with pytest.raises(ApiError):
+                transport.call("/", {})
+        else:
+            assert transport.call("/", {})["host"] == "wechat.invalid"
+        transport.close()
+
+
+def test_certificates_of_the_environment_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/etc/ssl/ours.pem")
+    assert transport_to("https://wechat.invalid")._http.verify == "/etc/ssl/ours.pem"
+
+
 @pytest.mark.parametrize(
     ("content", "nickname"),
     [
