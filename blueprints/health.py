@@ -44,7 +44,7 @@ class ReadinessSchema(Schema):
     redis = fields.String(required=True)
     database = fields.String(required=True)
     wechat = fields.String(
-        required=True, metadata={"description": "`down` while this worker makes no calls, as they kept failing."}
+        required=True, metadata={"description": "`down` while this worker pauses calls that kept failing."}
     )
 
 

@@ -43,7 +43,7 @@ def web_app_of(app_id: str) -> WebApp | None:
 
 
 def is_failing() -> bool:
-    """Whether this process makes no calls of WeChat for now, as it kept failing."""
+    """Whether this process pauses the calls of an interface of WeChat, as they kept failing."""
     return _wechat.admission.is_open
 
 

@@ -1,4 +1,4 @@
-"""Which calls of WeChat are begun: so many at a time, and one now and then while WeChat keeps failing.
+"""Which calls of WeChat are begun: so many at a time, and one now and then of an interface that keeps failing.
 
 The circuit breaker is our own, as no library fits: pybreaker 1.4.1 lets one call at a time through (`call` holds its
 lock) and follows the machine's clock; circuitbreaker 2.1.3 and pyresilience 0.4.1 have no bound for trials; and each
@@ -8,6 +8,7 @@ takes a caller who gives up for a success or a failure of WeChat's.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,25 +41,25 @@ class Admission:
     def __init__(self, places: int, door: Any) -> None:
         self._places = threading.BoundedSemaphore(places)
         self._door = door
-        self._failures = 0
-        self._next_trial = 0.0
+        self._failures: Counter[str] = Counter()
+        self._next_trial: dict[str, float] = {}
 
     @property
     def is_open(self) -> bool:
-        """Whether WeChat keeps failing: the state of the circuit breaker."""
-        return self._failures >= FAILURES
+        """Whether an interface keeps failing: the state of the circuit breaker."""
+        return max(self._failures.values(), default=0) >= FAILURES
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place for a call, which raises Failed, or calls `count(0)` when WeChat has responded.
+    def place(self, path: str) -> Iterator[None]:
+        """Hold a place for a call, which raises Failed, or calls `count(path, 0)` when WeChat has responded.
 
-        :raises ApiError: UNAVAILABLE if WeChat keeps failing, or if there is no place.
+        :raises ApiError: UNAVAILABLE if the interface keeps failing, or if there is no place.
         """
         began = time.monotonic()
-        if self.is_open:
-            if began < self._next_trial:
+        if self._failures[path] >= FAILURES:
+            if began < self._next_trial[path]:
                 raise ApiError(Code.UNAVAILABLE)
-            self._next_trial = began + PAUSE_SECONDS
+            self._next_trial[path] = began + PAUSE_SECONDS
         is_free = self._places.acquire(timeout=seconds_left(PLACE_SECONDS))
         metrics.POOL_WAIT_SECONDS.labels("wechat").inc(time.monotonic() - began)
         if not is_free:
@@ -69,17 +70,17 @@ class Admission:
             with metrics.POOL_IN_USE.labels("wechat").track_inprogress():
                 yield
         except Failed:
-            self.count(self._failures + 1)
+            self.count(path, self._failures[path] + 1)
             raise
         finally:
             self._door.in_flight += 1
             self._places.release()
 
-    def count(self, failures: int) -> None:
-        """Note how many calls in a row have failed."""
-        was_open, self._failures = self.is_open, failures
-        if self.is_open:
-            self._next_trial = time.monotonic() + PAUSE_SECONDS
-        if self.is_open != was_open:
+    def count(self, path: str, failures: int) -> None:
+        """Note how many calls of an interface in a row have failed."""
+        was_open, is_open = self._failures[path] >= FAILURES, failures >= FAILURES
+        self._failures[path], self._next_trial[path] = failures, time.monotonic() + PAUSE_SECONDS
+        if is_open != was_open:
             metrics.BREAKER_OPEN.set(self.is_open)
-            logger.error("WeChat keeps failing: calls pause") if self.is_open else logger.info("WeChat responds again")
+            level, text = (logging.ERROR, "keeps failing: calls pause") if is_open else (logging.INFO, "responds again")
+            logger.log(level, "WeChat %s", text, extra={"interface": path})

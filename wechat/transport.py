@@ -93,7 +93,7 @@ class Transport:
         """
         for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, kind, "failure")
-        with self._admission.place():
+        with self._admission.place(path):
             for may_retry in (True, False):
                 limit = seconds_left(ANSWER_SECONDS, reserve=RESPOND_SECONDS)
                 ensure_somebody_waits()
@@ -106,7 +106,7 @@ class Transport:
                         span.set_attribute("wechat.errcode", errcode)
                         result, outcome = str(errcode), "ok"
                         if errcode != BUSY:
-                            self._admission.count(0)
+                            self._admission.count(path, 0)
                         if errcode == 0 or errcode in expected:
                             return answer
                         code = code_of(path, errcode)

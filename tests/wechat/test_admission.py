@@ -75,6 +75,13 @@ def test_a_wechat_that_keeps_failing_is_not_called(
     assert [record.levelname for record in caplog.records if record.name == "wechat.admission"] == ["ERROR"]
 
 
+def test_an_interface_that_fails_stops_no_other(transport: Transport, simulator: Simulator) -> None:
+    fail(transport, simulator, "http_500")
+    assert outcome(transport.call, "/sns/userinfo", {}) is Code.INTERNAL_ERROR  # it works, and has no token
+    assert call(transport) is Code.UNAVAILABLE
+    assert transport._admission.is_open
+
+
 def test_failures_that_are_not_in_a_row_do_not_count(transport: Transport, simulator: Simulator) -> None:
     for _ in range(2):
         simulator.fault("http_500", path=PATH, times=FAILURES - 1)
@@ -140,14 +147,14 @@ def test_one_trial_after_a_pause_decides(
 @pytest.mark.parametrize("error", [GaveUp(Code.UPSTREAM_TIMEOUT), GreenletExit()])
 def test_a_trial_whose_caller_gives_up_decides_nothing(error: BaseException, clock: Callable[[float], None]) -> None:
     admission = Admission(1, SimpleNamespace(in_flight=0))
-    admission.count(FAILURES)
+    admission.count(PATH, FAILURES)
     clock(5)
-    with suppress(type(error)), admission.place():
+    with suppress(type(error)), admission.place(PATH):
         raise error
     assert admission.is_open
     clock(5)
-    with admission.place():
-        admission.count(0)
+    with admission.place(PATH):
+        admission.count(PATH, 0)
     assert not admission.is_open
 
 
@@ -165,7 +172,7 @@ def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
     admission, gate = Admission(2, door), threading.Event()
 
     def occupy() -> None:
-        with admission.place():
+        with admission.place(PATH):
             gate.wait(WAIT_SECONDS)
 
     def in_use() -> float:
@@ -185,7 +192,7 @@ def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
             one.result(WAIT_SECONDS)
     assert (in_use(), door.in_flight) == (idle, 10)
     for error in (ApiError(Code.WECHAT_CODE_INVALID), GreenletExit(), RuntimeError()):  # none of which keeps its place
-        with suppress(BaseException), admission.place():
+        with suppress(BaseException), admission.place(PATH):
             raise error
     occupy()
 
