@@ -4,13 +4,17 @@ from collections.abc import Callable
 from typing import cast
 
 from flask import Flask, current_app
-from redis import Redis
+from redis import BlockingConnectionPool, Redis
 from redis.backoff import AbstractBackoff
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
 
 from telemetry import metrics
+
+CONNECTIONS = 100
+WAIT_SECONDS = 1
+"""How many a process opens at most, and how long a request waits for one that is free."""
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
 
@@ -32,8 +36,10 @@ class Failover(AbstractBackoff):
 
 
 def init_app(app: Flask) -> None:
-    client = app.extensions["redis"] = Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         app.config["REDIS_URL"],
+        max_connections=CONNECTIONS,
+        timeout=WAIT_SECONDS,
         # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
         # a SET NX would take its own key for somebody else's. A closed connection is noticed before use.
         socket_connect_timeout=0.4,
@@ -42,7 +48,7 @@ def init_app(app: Flask) -> None:
         # it has not run the command, script or MULTI.
         retry=Retry(Failover(lambda: pool.disconnect(inuse_connections=False)), 1, (ResponseError, BusyLoadingError)),
     )
-    pool = client.connection_pool
+    app.extensions["redis"] = Redis(connection_pool=pool)
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
 

@@ -1,15 +1,17 @@
 """What Redis responds with after a failover that left the connections open."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from dev.redis_server import RedisServer
+from storage import redis_client
 from tests.harness import bound_to_this_process
 from tests.proxy import Proxy
 
@@ -106,3 +108,18 @@ def test_a_refusal_replaces_the_idle_connections_too(
         assert read() == [None, None]  # nothing has been refused yet
         redis.set("counted", 1)
         assert read() == [b"newer", b"newer"]
+
+
+def test_requests_beyond_the_pool_wait_for_a_connection(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_client, "CONNECTIONS", 1)
+    redis = make_app().extensions["redis"]
+    taken = redis.connection_pool.get_connection()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(redis.ping)
+        with pytest.raises(RedisError):
+            redis.ping()
+        redis.connection_pool.release(taken)
+        assert redis.ping()
+        waiting.exception()
