@@ -1,6 +1,7 @@
-"""2,000 logins at once on a WeChat that takes 3 s, and reads beside them: `make waiting`.
+"""2,000 logins at once on a WeChat that takes 3 s, 1,000 slow clients, and reads beside them: `make waiting`.
 
-One worker. First come the reads alone. Ends with a status that is not 0 if fewer than 1,000 logins succeed, another one
+One worker. First come the reads alone. The slow clients send half a head, or half a body, and begin again when the
+service has ended their connection. Ends with a status that is not 0 if fewer than 1,000 logins succeed, another one
 has any other response than a 503 with Retry-After, the 99th percentile of the reads is more than twice the quiet one,
 or a waiting login costs more than 30 KB.
 """
@@ -16,12 +17,14 @@ from collections.abc import Iterable
 import psutil
 
 from bench import sign_in
-from bench.load import Outcome, Request, open_loop, pool, quantile, statuses
+from bench.load import Outcome, Request, encode, open_loop, pool, quantile, statuses
 from bench.speed import USERS, login, read, stage
+from tests.harness import bearer
 
 WECHAT_SECONDS = 3
 READS_A_SECOND = 50
 QUIET_SECONDS = 10
+SLOW_COME_SECONDS = 5
 SERVED, FACTOR, KILOBYTES = 1000, 2, 30
 
 
@@ -36,11 +39,52 @@ async def burst(port: int, logins: int, seconds: float) -> list[Outcome]:
         return await asyncio.gather(*map(send, range(logins)))
 
 
+async def slow_client(port: int, content: bytes, pause: float, ended: list[float]) -> None:
+    """Send this after a pause, and wait until the service ends the connection, again and again.
+
+    :param ended: gets the seconds that each took.
+    """
+    await asyncio.sleep(pause)
+    while True:
+        began = time.monotonic()
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(1)
+            continue
+        try:
+            writer.write(content)
+            with contextlib.suppress(OSError):
+                await reader.read()
+            ended.append(time.monotonic() - began)
+        finally:
+            writer.transport.abort()
+        await asyncio.sleep(1)  # slow, not many
+
+
+def slow_clients(port: int, token: str, count: int, ended: list[float]) -> list[asyncio.Task[None]]:
+    """Start so many slow clients within SLOW_COME_SECONDS: half of them send half a head, the others half a body."""
+    head = encode("GET", "/api/v1/users/me")[:-20]
+    body = encode("POST", "/api/v1/orders", {"remark": "x" * 100}, bearer(token))[:-50]
+    pauses = [SLOW_COME_SECONDS * number / count for number in range(count)]
+    return [
+        asyncio.ensure_future(slow_client(port, (head, body)[number % 2], pause, ended))
+        for number, pause in enumerate(pauses)
+    ]
+
+
 async def both(
-    port: int, worker: psutil.Process, reads: Iterable[Request], logins: int, seconds: float
-) -> tuple[list[Outcome], list[Outcome], int]:
-    """Send logins, and reads until all of those have a response; also return the most memory of the worker."""
-    peak = 0
+    port: int, worker: psutil.Process, reads: Iterable[Request], logins: int, seconds: float, slow: int, token: str
+) -> tuple[list[Outcome], list[Outcome], int, list[float]]:
+    """Send logins, and reads until all of those have a response, while there are slow clients.
+
+    :returns: the outcomes of the logins and of the reads, the most memory of the worker beside the slow clients', and
+        the seconds after which slow clients were ended.
+    """
+    ended: list[float] = []
+    slow_ones = slow_clients(port, token, slow, ended)
+    await asyncio.sleep(SLOW_COME_SECONDS + 0.5)
+    peak = held = worker.memory_info().rss
 
     async def watch() -> None:
         nonlocal peak
@@ -52,16 +96,17 @@ async def both(
     reading = asyncio.ensure_future(open_loop(port, reads, READS_A_SECOND, seconds + WECHAT_SECONDS + 2))
     outcomes = await burst(port, logins, seconds)
     beside = await reading
-    watching.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await watching
-    return outcomes, beside, peak
+    for task in (watching, *slow_ones):
+        task.cancel()
+    await asyncio.gather(watching, *slow_ones, return_exceptions=True)
+    return outcomes, beside, peak - held, ended
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description="Logins that wait for WeChat.")
     options.add_argument("--logins", type=int, default=2000)
     options.add_argument("--seconds", type=float, default=0, help="in which they come")
+    options.add_argument("--slow", type=int, default=1000, help="slow clients")
     options = options.parse_args()
     with stage(WECHAT_SECONDS) as servers:
         tokens = sign_in(servers.environ, USERS)
@@ -72,11 +117,12 @@ def main() -> None:
         asyncio.run(burst(port, 50, 1))  # whatever a first login loads
         quiet = asyncio.run(open_loop(port, itertools.cycle(reads), READS_A_SECOND, QUIET_SECONDS))
         before, began = worker.memory_info().rss, time.monotonic()
-        logins, beside, peak = asyncio.run(both(port, worker, itertools.cycle(reads), options.logins, options.seconds))
+        load = both(port, worker, itertools.cycle(reads), options.logins, options.seconds, options.slow, tokens[0])
+        logins, beside, grown, ended = asyncio.run(load)
         taken = max(outcome.began + outcome.seconds for outcome in logins) - began
     served = [outcome for outcome in logins if outcome.status == 200]
     refused = [outcome for outcome in logins if outcome.status == 503]
-    kilobytes = (peak - before) / 1024 / max(len(served), 1)
+    kilobytes = grown / 1024 / max(len(served), 1)
     ratio = quantile(beside, 0.99) / quantile(quiet, 0.99)
     print(f"logins: {statuses(logins)} in {taken:.1f} s")
     for name, outcomes in (("served", served), ("refused", refused)):
@@ -85,7 +131,9 @@ def main() -> None:
     print(f"reads: quiet {statuses(quiet)}, p50 {quantile(quiet, 0.5) * 1000:.1f} ms, ", end="")
     print(f"p99 {quantile(quiet, 0.99) * 1000:.1f} ms; beside the logins {statuses(beside)}, ", end="")
     print(f"p50 {quantile(beside, 0.5) * 1000:.1f} ms, p99 {quantile(beside, 0.99) * 1000:.1f} ms: {ratio:.2f} ×")
-    print(f"memory: {before / 1e6:.1f} MB before, {peak / 1e6:.1f} MB at most: {kilobytes:.1f} KB a served login")
+    print(f"memory: {before / 1e6:.1f} MB before, {grown / 1e6:.1f} MB more: {kilobytes:.1f} KB a served login")
+    if ended:
+        print(f"slow clients ended: {len(ended)}, after {min(ended):.1f} to {max(ended):.1f} s")
     hinted = all(outcome.answer and b"Retry-After" in outcome.answer.head for outcome in refused)
     if len(served) < SERVED or len(served) + len(refused) < len(logins) or not hinted:
         sys.exit("too few logins, or one without a proper response")
