@@ -16,7 +16,7 @@ from tests.harness import Service, Simulator, bound_to_this_process, migrate, wa
 from tests.proxy import Proxy
 from tests.test_probes import readiness
 
-READY = (200, {"redis": "up", "database": "up"})
+READY = (200, {"redis": "up", "database": "up", "wechat": "up"})
 THREADS = 8
 
 
