@@ -67,7 +67,8 @@ def _statements(
     if is_after:
         ids = ids.where(key < bindparam("after") if descending else key > bindparam("after"))
     page = ids.subquery()
-    items = select(model.__table__).join(page, key == page.c.id)
+    # Outer, so that the rows are looked up by the ids, and not the other way round, as MariaDB does with small tables.
+    items = select(model.__table__).select_from(page.outerjoin(model.__table__, key == page.c.id))
     return items, select(func.count()).select_from(counted)
 
 
@@ -90,13 +91,11 @@ def load_page(
     descending = sort.startswith("-")
     names = tuple((name, isinstance(value, list)) for name, value in filters.items())
     of_page, of_total = _statements(model, names, descending, after is not None)
-    place: dict[str, Any] = {"limit": page_size, "offset": (page - 1) * page_size} | (
-        {} if after is None else {"after": after}
-    )
-    weight = (page - 1) * page_size // SKIPPED_AT_ONCE
+    skipped = (page - 1) * page_size
+    values = {**filters, "limit": page_size, "offset": skipped, "after": after, "count_limit": COUNT_LIMIT}
+    weight = skipped // SKIPPED_AT_ONCE
     with room(weight) if weight else nullcontext():
-        rows = snapshots.rows(of_page, **filters, **place)
-    items = snapshots.load(model, rows)
+        items = snapshots.load(model, snapshots.rows(of_page, **values))
     items.sort(key=attrgetter("id"), reverse=descending)
-    ((total,),) = snapshots.rows(of_total, **filters, count_limit=COUNT_LIMIT)
+    ((total,),) = snapshots.rows(of_total, **values)
     return {"items": items, "page": page, "page_size": page_size, "total": total}
