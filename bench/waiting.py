@@ -122,7 +122,9 @@ def main() -> None:
         taken = max(outcome.began + outcome.seconds for outcome in logins) - began
     served = [outcome for outcome in logins if outcome.status == 200]
     refused = [outcome for outcome in logins if outcome.status == 503]
-    kilobytes = grown / 1024 / max(len(served), 1)
+    events = [(one.began, 1) for one in logins] + [(one.began + one.seconds, -1) for one in logins]
+    waiting = max(itertools.accumulate(change for _, change in sorted(events)))  # at the door or for WeChat
+    kilobytes = grown / 1024 / waiting
     ratio = quantile(beside, 0.99) / quantile(quiet, 0.99)
     print(f"logins: {statuses(logins)} in {taken:.1f} s")
     for name, outcomes in (("served", served), ("refused", refused)):
@@ -131,7 +133,7 @@ def main() -> None:
     print(f"reads: quiet {statuses(quiet)}, p50 {quantile(quiet, 0.5) * 1000:.1f} ms, ", end="")
     print(f"p99 {quantile(quiet, 0.99) * 1000:.1f} ms; beside the logins {statuses(beside)}, ", end="")
     print(f"p50 {quantile(beside, 0.5) * 1000:.1f} ms, p99 {quantile(beside, 0.99) * 1000:.1f} ms: {ratio:.2f} ×")
-    print(f"memory: {before / 1e6:.1f} MB before, {grown / 1e6:.1f} MB more: {kilobytes:.1f} KB a served login")
+    print(f"memory: {before / 1e6:.1f} MB before, {grown / 1e6:.1f} MB more: {kilobytes:.1f} KB a login, of {waiting}")
     if ended:
         print(f"slow clients ended: {len(ended)}, after {min(ended):.1f} to {max(ended):.1f} s")
     hinted = all(outcome.answer and b"Retry-After" in outcome.answer.head for outcome in refused)
