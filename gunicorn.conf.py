@@ -14,7 +14,6 @@ gevent.config.resolver = "ares"
 import errno
 import logging
 import os
-import re
 import resource
 import runpy
 import secrets
@@ -53,9 +52,6 @@ worker_connections = settings["WEB_CONNECTIONS"]
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 
-ENDS_HERE = re.compile(rb"\r\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
-
-
 class Client(gevent.socket.socket):
     """A connection whose client has HEAD_SECONDS for a head, from its first byte, and BODY_SECONDS for the rest.
 
@@ -85,9 +81,8 @@ class Client(gevent.socket.socket):
             if refusal is None:
                 self.ends_at = self.ends_at or time.monotonic() + settings["HEAD_SECONDS"]
                 return data
-            # Before it is parsed, which costs more than all of this. What may not be all of the request ends here.
-            super().sendall(refusal)
-            if not data.startswith(b"GET ") or data.find(b"\r\n\r\n") != len(data) - 4 or ENDS_HERE.search(data):
+            super().sendall(refusal)  # before anything is parsed, which costs more than all of this
+            if b"Connection: close" in refusal:
                 break
         return b""
 

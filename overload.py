@@ -26,6 +26,8 @@ TARGET_SECONDS = 0.005
 BEAT_SECONDS = 0.02
 LOWER_A_SECOND, RAISE_A_SECOND = 3.0, 0.5
 """How fast the level goes down while the worker is late, and up again; in classes."""
+HOLD_SECONDS = 1
+"""For how long it stays where a class is refused as a whole: what was begun before still makes the worker late."""
 WRITES, READS, STRANGERS = 0, 1, 2
 """The classes, the most important first: what a user writes, and reads, and requests without a known session."""
 EVERYTHING = STRANGERS + 1.0
@@ -42,10 +44,11 @@ BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the momen
 _LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
 _NEVER_REFUSED = (b"GET /livez ", b"GET /readyz ", b"GET /metrics ")
 _TOKEN = re.compile(rb"\r\n(?:Authorization: *Bearer +|Cookie:[^\r\n]*\bsession=)([^\s;]+)", re.IGNORECASE)
+_ENDS = re.compile(rb"\r\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
 _ENGLISH = re.compile(rb"\r\nAccept-Language: *en", re.IGNORECASE)
 _RESPONSE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-    b"Retry-After: %d\r\nX-Trace-Id: %s\r\n\r\n%s"
+    b"Retry-After: %d\r\nX-Trace-Id: %s\r\nConnection: %s\r\n\r\n%s"
 )
 _BODIES = [msgspec.json.encode({"code": Code.UNAVAILABLE.number, "message": text, "data": None}) for text in BUSY]
 
@@ -67,6 +70,7 @@ class Door:
         self._users: dict[int, int] = {}
         self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
         self._is_late = False
+        self._held_until = -math.inf
         self._logins, self._pace, self._turns = 0, 1, threading.Semaphore(0)
         self._refused = 0
         self._trace_id = ""
@@ -79,6 +83,8 @@ class Door:
 
     def refusal(self, head: bytes) -> bytes | None:
         """Return the response to a request that is not begun, or None if it is. A login may have to wait before that.
+
+        It says `Connection: close` unless it is certain where the next request begins.
 
         :param head: what has arrived of the request.
         """
@@ -105,8 +111,13 @@ class Door:
         self._pace = max(1, self._pace // 2 if self._is_late else self._pace + 1)
         if self._logins:
             self._turns.release(min(self._pace, self._logins))
-        change = -LOWER_A_SECOND if self._is_late else RAISE_A_SECOND
-        self.level = min(max(self.level + change * (BEAT_SECONDS + late), 0.0), EVERYTHING)
+        before, now = self.level, self._clock()
+        if not self._is_late:
+            self.level = min(before + RAISE_A_SECOND * (BEAT_SECONDS + late), EVERYTHING)
+        elif now > self._held_until:
+            self.level = max(before - LOWER_A_SECOND * (BEAT_SECONDS + late), math.ceil(before) - 1.0, 0.0)
+            if self.level.is_integer():
+                self._held_until = now + HOLD_SECONDS
 
     def report(self) -> None:
         """Log that requests were refused since the last report; their responses have the trace id of this line."""
@@ -138,5 +149,6 @@ class Door:
         metrics.SHED.labels(reason).inc()
         self._refused += 1
         body = _BODIES[_ENGLISH.search(head) is not None]
+        is_whole = head.startswith(b"GET ") and head.find(b"\r\n\r\n") == len(head) - 4 and not _ENDS.search(head)
         retry, trace_id = random.randint(*RETRY_SECONDS), self._trace_id.encode()  # noqa: S311
-        return _RESPONSE % (len(body), retry, trace_id, body)
+        return _RESPONSE % (len(body), retry, trace_id, b"keep-alive" if is_whole else b"close", body)

@@ -123,7 +123,7 @@ class Settings(Schema):
     PORT = _integer(8000, 1, 65535, "The TCP port to listen on.")
     WEB_CONCURRENCY = _integer(2, 1, 256, "Worker processes, 1 to 256.")
     WEB_CONNECTIONS = _integer(5000, 100, 100_000, "Client connections that a worker holds at once, 100 or more.")
-    REQUESTS_IN_FLIGHT = _integer(256, 10, 100_000, "Requests at once per worker, waits for WeChat aside; 10 or more.")
+    REQUESTS_IN_FLIGHT = _integer(128, 10, 100_000, "Requests at once per worker, waits for WeChat aside; 10 or more.")
     DATABASE_CONNECTIONS = _integer(16, 1, 256, "Database connections of a worker, 1 to 256.")
     REQUEST_SECONDS = _integer(10, 1, 300, "Seconds that a request may take; X-Request-Timeout may ask for less.")
     HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")

@@ -10,7 +10,16 @@ from typing import Any, cast
 
 import pytest
 
-from overload import EVERYTHING, FEW_A_SECOND, FEW_IN_FLIGHT, KNOWN_SESSIONS, TARGET_SECONDS, Door
+from overload import (
+    BEAT_SECONDS,
+    EVERYTHING,
+    FEW_A_SECOND,
+    FEW_IN_FLIGHT,
+    HOLD_SECONDS,
+    KNOWN_SESSIONS,
+    TARGET_SECONDS,
+    Door,
+)
 from tests.harness import counted, wait_until
 
 LIMIT = 200
@@ -138,12 +147,19 @@ def test_the_less_important_leave_room_in_flight_for_the_others(door: Door) -> N
 
 
 def test_the_level_goes_down_while_the_worker_is_late_and_up_again_more_slowly(door: Door) -> None:
-    for _ in range(200):
+    clock = cast(Clock, door._clock)
+    levels = []
+    for _ in range(400):
+        clock.now += BEAT_SECONDS
         door.beat(2 * TARGET_SECONDS)
+        levels.append(door.level)
     assert door.level == 0
+    for boundary in (2.0, 1.0):  # what was begun may end before the next class is refused
+        assert levels.count(boundary) * BEAT_SECONDS > 0.9 * HOLD_SECONDS
     door.beat(TARGET_SECONDS / 2)
     once = door.level
     assert once > 0
+    clock.now += 2 * HOLD_SECONDS
     door.beat(2 * TARGET_SECONDS)
     assert door.level == 0
     for _ in range(2000):
@@ -159,11 +175,13 @@ def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
     responses = [parse(refusal) for _ in range(60) if (refusal := door.refusal(head("POST")))]
     english = door.refusal(head("GET", "", "Accept-Language: en-US,en;q=0.9"))
     assert english
+    assert parse(english)[0].headers["Connection"] == "keep-alive"
     assert parse(english)[1]["message"] == "Too many requests at the moment: retry later"
     assert len(responses) == 60
     response, body = responses[0]
     assert response.status == 503
     assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["Connection"] == "close"  # a body may follow
     assert body == {"code": 503, "message": "服务繁忙，请稍后再试", "data": None}
     waits = {int(parsed.headers["Retry-After"]) for parsed, _ in responses}
     assert waits <= set(range(1, 6))
