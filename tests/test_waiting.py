@@ -50,5 +50,7 @@ def test_neither_waiting_logins_nor_slow_clients_keep_reads_out(
         # A machine that is busy with other tests cannot serve them all.
         assert set(statuses(outcomes)) <= {200, 503}
         assert statuses(outcomes)[200] > len(outcomes) / 2
+    refused = [outcome.answer for outcome in logins if outcome.status == 503]
+    assert all(answer and b"\r\nRetry-After: " in answer.head for answer in refused)
     assert len(ended) >= SLOW_CLIENTS
     assert statistics.median(ended) > SLOW_SECONDS - 1  # a few may have been refused at once

@@ -295,36 +295,28 @@ def database_frozen(stage: Stage) -> Iterator[Proof]:
 
 @contextmanager
 def no_connections_left(stage: Stage) -> Iterator[Proof]:
-    database = stage.database
-    assert isinstance(database, MariaDB)
-
-    def refused() -> int:
-        return int(database.execute("SHOW GLOBAL STATUS LIKE 'Connection_errors_max_connections'")[1])
-
-    (allowed,) = database.execute("SELECT @@GLOBAL.max_connections")
-    database.execute("SET GLOBAL max_connections = 10")
-    before = refused()
-    user = {"unix_socket": database.socket, "user": "app", "password": "app-password"}
+    assert isinstance(stage.database, MariaDB)
+    socket_path = stage.database.socket
     with ExitStack() as stack:
-        # Connections that are closed may count a moment longer.
-        stack.callback(wait_until, lambda: _succeeds(database, f"SET GLOBAL max_connections = {allowed}"))
-        with pymysql.connect(unix_socket=database.socket, user="root") as connection, connection.cursor() as cursor:
-            cursor.execute("SELECT id FROM information_schema.processlist WHERE user = 'app'")
-            for (number,) in cursor.fetchall():
-                with suppress(pymysql.Error):
-                    cursor.execute(f"KILL {number}")
+        # One connection for all, as the next one of an administrator might be refused, too.
+        cursor = stack.enter_context(pymysql.connect(unix_socket=socket_path, user="root")).cursor()
+
+        def ask(statement: str) -> list[Any]:
+            cursor.execute(statement)
+            return [row[-1] for row in cursor.fetchall()]
+
+        (allowed,) = ask("SELECT @@GLOBAL.max_connections")
+        stack.callback(ask, f"SET GLOBAL max_connections = {allowed}")
+        (before,) = ask("SHOW GLOBAL STATUS LIKE 'Connection_errors_max_connections'")
+        ask("SET GLOBAL max_connections = 10")
+        for number in ask("SELECT id FROM information_schema.processlist WHERE user = 'app'"):
+            with suppress(pymysql.Error):
+                ask(f"KILL {number}")
         for _ in range(20):
             with suppress(pymysql.Error):
-                stack.enter_context(closing(pymysql.connect(**user)))
-        yield lambda: refused() > before
-
-
-def _succeeds(database: MariaDB, statement: str) -> bool:
-    try:
-        database.execute(statement)
-    except pymysql.Error:
-        return False
-    return True
+                app = pymysql.connect(unix_socket=socket_path, user="app", password="app-password")
+                stack.enter_context(closing(app))
+        yield lambda: int(ask("SHOW GLOBAL STATUS LIKE 'Connection_errors_max_connections'")[0]) > int(before)
 
 
 @contextmanager
