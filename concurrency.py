@@ -32,6 +32,9 @@ _turn, _room = threading.Lock(), threading.Semaphore(ROOM)
 TIMEOUT_HEADER = "X-Request-Timeout"
 """Seconds, such as 1.5, after which the caller gives up."""
 
+CLEANUP_SECONDS = 0.05
+"""How long a request that is given up may wait to clean up, before that is given up, too."""
+
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 
 
@@ -92,31 +95,35 @@ def room(weight: int, seconds: float = ROOM_SECONDS) -> Iterator[None]:
         yield
 
 
-def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
-    """Serve a request; respond with 503 if that takes longer than it may, and give up whatever it waits for.
+class TimeOver(BaseException):
+    """Ends whatever a request waits for. No `except Exception` may stop it."""
 
-    It has a greenlet of its own, which may still need to clean up when the response is due.
-    """
+
+def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    """Serve a request; respond with 503 if that takes longer than it may, and give up whatever it waits for."""
     seconds: float = app.config["REQUEST_SECONDS"]
     if asked := environ.get("HTTP_X_REQUEST_TIMEOUT"):
         if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", asked, re.ASCII):
             error = ApiError(Code.INVALID_INPUT, errors={TIMEOUT_HEADER: ["Must be seconds, such as 1.5."]})
             return _fail(app, environ, error, start_response)
         seconds = min(seconds, float(asked))
-    context = context_for(seconds)
     door: Door = app.extensions["door"]
     door.in_flight += 1
+    token = _deadline.set(time.monotonic() + seconds)
+    timer = gevent.get_hub().loop.timer(seconds, CLEANUP_SECONDS)
+    timer.start(gevent.getcurrent().throw, TimeOver)
     try:
-        work = gevent.spawn(context.run, _outcome, wsgi_app, environ, start_response)
-        work.join(seconds)
+        return wsgi_app(environ, start_response)
+    except TimeOver:
+        timer.stop()
+        metrics.DEADLINES_MISSED.inc()
+        return _fail(app, environ, ApiError(Code.UNAVAILABLE), start_response)
+    except Exception as error:  # noqa: BLE001  in a teardown, after the response was made and before it is sent
+        return _fail(app, environ, error, start_response)
     finally:
+        timer.close()
+        _deadline.reset(token)
         door.in_flight -= 1
-    if work.ready():
-        failed = isinstance(work.value, Exception)  # in a teardown, after the response was made and before it is sent
-        return _fail(app, environ, work.value, start_response) if failed else work.value
-    work.kill(block=False)
-    metrics.DEADLINES_MISSED.inc()
-    return _fail(app, environ, ApiError(Code.UNAVAILABLE), start_response)
 
 
 def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response: Any) -> Any:
@@ -131,13 +138,6 @@ def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response:
         if body is None:
             raise
     return body
-
-
-def _outcome(function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except Exception as error:  # noqa: BLE001  gevent would print it
-        return error
 
 
 class FanOut:

@@ -44,7 +44,7 @@ def test_a_request_ends_in_the_envelope_when_its_time_is_over(service: Service) 
     assert response.status_code == 503
     assert response.json() == {"code": 503, "message": "服务暂时不可用，请稍后再试", "data": None}
     assert response.headers["Retry-After"]
-    assert "sleep: GreenletExit" in get(service, "/given-up").json()
+    assert "sleep: TimeOver" in get(service, "/given-up").json()
     wait_until(lambda: any(line.get("route") == "/given-up" for line in service.log_lines()))
     (line,) = [line for line in service.log_lines() if line.get("route") == "/sleep/<float:seconds>"]
     assert (line["status"], line["traceId"]) == (503, response.headers["X-Trace-Id"])
