@@ -52,6 +52,11 @@ class Blueprint(flask_smorest.Blueprint):
         made: Callable[..., Any] = super().arguments(schema() if isinstance(schema, type) else schema, **options)
         return made
 
+    def route(self, rule: str, **options: Any) -> Callable[..., Any]:
+        """Make a route as Flask does; one that names something by its id may find nothing."""
+        decorate: Callable[..., Any] = super().route(rule, **options)
+        return lambda view: decorate(self.fails(Code.NOT_FOUND)(view) if "<" in rule else view)
+
     def response(
         self, status_code: int, schema: Any = None, *, transaction: bool = True, if_match: bool = True, **kwargs: Any
     ) -> Callable[..., Any]:
@@ -127,6 +132,7 @@ class Blueprint(flask_smorest.Blueprint):
     def _document_failures(self, doc: dict[str, Any], doc_info: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         doc["security"] = self.auth.security
         codes, responses = [*self.auth.fails], doc["responses"]
+        codes += [Code.INVALID_INPUT] if Code.INVALID_INPUT.status in responses else []  # of `arguments`
         if "requestBody" in doc:
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE]
             body = doc["requestBody"]["content"]["application/json"]["schema"]

@@ -31,7 +31,6 @@ class ItemChangeSchema(ItemSchema):
 @blueprint.route("/<id:order_id>/items")
 @blueprint.arguments(ListSchema(only=["page", "page_size"]), location="query")
 @blueprint.response(200, page_schema(ShownItemSchema))
-@blueprint.fails(Code.NOT_FOUND, Code.INVALID_INPUT)
 def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
     """List the items of an order"""
     items = load_order(order_id).items
@@ -42,7 +41,7 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 @blueprint.route("/<id:order_id>/items", methods=["POST"])
 @blueprint.arguments(ItemSchema)
 @blueprint.response(201, ShownItemSchema)
-@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+@blueprint.fails(Code.CONFLICT)
 def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
     """Add an item to a pending order"""
     order = load_order(order_id, pending=True)
@@ -57,7 +56,6 @@ def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[st
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>")
 @blueprint.response(200, ShownItemSchema)
-@blueprint.fails(Code.NOT_FOUND)
 def get_item(order_id: int, item_id: int) -> OrderItem:
     """Read an item of an order"""
     return load_item(order_id, item_id)
@@ -66,7 +64,7 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
 @blueprint.arguments(ItemChangeSchema)
 @blueprint.response(200, ShownItemSchema)
-@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+@blueprint.fails(Code.CONFLICT)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
     item = load_item(order_id, item_id, pending=True)
@@ -78,7 +76,7 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["DELETE"])
 @blueprint.response(200)
-@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+@blueprint.fails(Code.CONFLICT)
 def delete_item(order_id: int, item_id: int) -> None:
     """Remove an item from a pending order, but not the last one"""
     item = load_item(order_id, item_id, pending=True)

@@ -88,7 +88,6 @@ class OrderListSchema(ListSchema):
 @blueprint.route("")
 @blueprint.arguments(OrderListSchema, location="query")
 @blueprint.response(200, page_schema(OrderSummarySchema))
-@blueprint.fails(Code.INVALID_INPUT)
 def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     """List your orders, without their items; an administrator lists those of all users
 
@@ -116,7 +115,6 @@ def create_order(body: dict[str, Any]) -> tuple[Order, dict[str, str]]:
 
 @blueprint.route("/<id:order_id>")
 @blueprint.response(200, OrderSchema)
-@blueprint.fails(Code.NOT_FOUND)
 def get_order(order_id: int) -> Order:
     """Read an order"""
     return load_order(order_id)
@@ -125,7 +123,7 @@ def get_order(order_id: int) -> Order:
 @blueprint.route("/<id:order_id>", methods=["PUT"])
 @blueprint.arguments(OrderChangeSchema)
 @blueprint.response(200, OrderSchema)
-@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+@blueprint.fails(Code.CONFLICT)
 @blueprint.fails(Code.FORBIDDEN, message=NOT_THE_BUYERS)
 def put_order(body: dict[str, Any], order_id: int) -> Order:
     """Change the remark or the status"""
@@ -141,7 +139,7 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 
 @blueprint.route("/<id:order_id>", methods=["DELETE"])
 @blueprint.response(200)
-@blueprint.fails(Code.NOT_FOUND, Code.CONFLICT)
+@blueprint.fails(Code.CONFLICT)
 def delete_order(order_id: int) -> None:
     """Delete a pending order; orders past pending are kept for accounting"""
     order = load_order(order_id, pending=True)

@@ -83,7 +83,6 @@ def keep_out_of_caches(response: Response) -> Response:
 
 @blueprint.route("/<user:user_id>/personal-data")
 @blueprint.response(200, MaskedPersonalDataSchema)
-@blueprint.fails(Code.NOT_FOUND)
 def get_personal_data(user_id: str) -> User:
     """Read personal data, masked"""
     return load_user(user_id)
@@ -92,7 +91,6 @@ def get_personal_data(user_id: str) -> User:
 @blueprint.route("/<user:user_id>/personal-data", methods=["PUT"])
 @blueprint.arguments(PersonalDataChangeSchema)
 @blueprint.response(200, MaskedPersonalDataSchema)
-@blueprint.fails(Code.NOT_FOUND)
 def put_personal_data(body: dict[str, Any], user_id: str) -> User:
     """Change personal data"""
     user = load_user(user_id)
@@ -105,7 +103,6 @@ def put_personal_data(body: dict[str, Any], user_id: str) -> User:
 
 @blueprint.route("/<user:user_id>/personal-data/full")
 @blueprint.response(200, FullPersonalDataSchema)
-@blueprint.fails(Code.NOT_FOUND)
 def get_full_personal_data(user_id: str) -> User:
     """Read personal data in full, which is logged"""
     user = load_user(user_id)

@@ -88,7 +88,6 @@ class UserSearchSchema(ListSchema):
 @administration.route("")
 @administration.arguments(ListSchema, location="query")
 @administration.response(200, page_schema(UserSchema))
-@administration.fails(Code.INVALID_INPUT)
 def list_users(query: dict[str, Any]) -> dict[str, Any]:
     """List all users, for administrators
 
@@ -131,7 +130,6 @@ def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
 
 @blueprint.route("/<user:user_id>")
 @blueprint.response(200, UserSchema)
-@blueprint.fails(Code.NOT_FOUND)
 def get_user(user_id: str) -> User:
     """Read a user: yourself, or any user for administrators"""
     return load_user(user_id)
@@ -140,7 +138,7 @@ def get_user(user_id: str) -> User:
 @blueprint.route("/<user:user_id>", methods=["PUT"])
 @blueprint.arguments(UserChangeSchema)
 @blueprint.response(200, UserSchema, transaction=False)
-@blueprint.fails(Code.NOT_FOUND, Code.CONTENT_REFUSED, *wechat.FAILS)
+@blueprint.fails(Code.CONTENT_REFUSED, *wechat.FAILS)
 @blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
 def put_user(body: dict[str, Any], user_id: str) -> User:
     """Change a user; only administrators change a role or block a user"""
@@ -168,7 +166,6 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 
 @blueprint.route("/<user:user_id>", methods=["DELETE"])
 @blueprint.response(200, transaction=False)
-@blueprint.fails(Code.NOT_FOUND)
 def delete_user(user_id: str) -> None:
     """Delete a user for good
 

@@ -59,7 +59,6 @@ class CallbackSchema(Schema):
 @blueprint.route("/authorize")
 @blueprint.arguments(AuthorizeSchema(unknown=EXCLUDE), location="query")
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
-@blueprint.fails(Code.INVALID_INPUT)
 def authorize(query: dict[str, str]) -> BaseResponse:
     """Redirect to WeChat's consent page
 
@@ -82,7 +81,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 @blueprint.route("/callback")
 @blueprint.arguments(CallbackSchema(unknown=EXCLUDE), location="query")  # WeChat adds parameters of its own
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
-@blueprint.fails(Code.INVALID_INPUT, *wechat.FAILS)
+@blueprint.fails(*wechat.FAILS)
 @blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=BEGIN_AGAIN)
 @blueprint.fails(Code.FORBIDDEN, message=DECLINED)
 def callback(query: dict[str, str]) -> BaseResponse:
