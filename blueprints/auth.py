@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from flask import current_app, g, request, session
+from flask import current_app, g, session
 from marshmallow import Schema, fields
 
 import wechat
@@ -16,8 +16,6 @@ from errors import Code
 from storage import blocks, sessions, wechat_session_keys
 from storage.identities import find_openid, start_session
 from storage.single_flight import single_flight
-from telemetry.access_log import CODE
-from telemetry.metrics import LOGINS
 
 login = Blueprint("login", __name__, description="登录 Log in")
 blueprint = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
@@ -62,11 +60,6 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     user = blocks.require_not_blocked(current_user())
     session.modified = sessions.current.by_cookie  # a browser gets the cookie again
     return {"token": token, "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
-
-
-@login.teardown_request
-def _count(error: BaseException | None) -> None:
-    LOGINS.labels("mini_program", request.environ.get(CODE, "success")).inc()
 
 
 def _redeem(code: str) -> str:

@@ -24,8 +24,6 @@ from storage.identities import get_or_create_user, start_session
 from storage.models import Identity, User
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
-from telemetry.access_log import CODE
-from telemetry.metrics import LOGINS
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo
 
 STATE_SECONDS, COOKIE_SECONDS = 600, 3600
@@ -126,12 +124,6 @@ def _make_page(response: Response) -> Response:
         response.data = render_template("web_login.html", **error, again=urlencode(again))
         response.content_type = "text/html; charset=utf-8"
     return response
-
-
-@blueprint.teardown_request
-def _count(error: BaseException | None) -> None:
-    if request.endpoint == "web_login.callback":
-        LOGINS.labels("web", request.environ.get(CODE, "success")).inc()
 
 
 def check_authorization(user_id: int, app_id: str) -> bool:

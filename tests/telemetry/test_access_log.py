@@ -166,7 +166,11 @@ def test_requests_are_counted_by_template_and_measured(client: FlaskClient) -> N
 
 def test_logins_are_counted_by_outcome_and_sessions_as_they_begin(client: FlaskClient, simulator: Simulator) -> None:
     def state() -> list[float]:
-        outcomes = [counted("logins_total", kind="mini_program", outcome=outcome) for outcome in ("success", "460")]
+        route = {"route": "/api/v1/auth/wechat", "method": "POST"}
+        outcomes = [
+            counted("http_requests_total", **route, status=status, code=code)
+            for status, code in (("200", "200"), ("400", "460"))
+        ]
         return [*outcomes, counted("sessions_created_total")]
 
     before = state()
