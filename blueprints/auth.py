@@ -53,7 +53,6 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
         f"login:{hashlib.sha256(body['code'].encode()).hexdigest()}",
         lambda: _redeem(body["code"]),
         remember=WECHAT_CODE_LIFETIME_SECONDS,
-        messages={Code.FORBIDDEN: blocks.BLOCKED},
     )
     sessions.resume(token)
     set_current_user(session["user_id"])

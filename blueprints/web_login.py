@@ -100,7 +100,6 @@ def callback(query: dict[str, str]) -> BaseResponse:
         f"web_login:{mark}",
         partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"]),
         remember=2 * STATE_SECONDS,
-        messages={},
     )
     resume(token)
     session.modified = True  # a browser gets the cookie again

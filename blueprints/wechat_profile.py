@@ -82,12 +82,16 @@ def put_phone(body: dict[str, str]) -> User:
     """
     openid = own_openid()
     if "code" in body:
-        single_flight(
-            f"phone:{g.user_id}:{hashlib.sha256(body['code'].encode()).hexdigest()}",
-            lambda: _store(phone=wechat.api.code_to_phone(body["code"], openid)),
-            remember=WECHAT_CODE_LIFETIME_SECONDS,
-            messages=dict.fromkeys([Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED], PHONE_CODE_REQUIRED),
-        )
+        try:
+            single_flight(
+                f"phone:{g.user_id}:{hashlib.sha256(body['code'].encode()).hexdigest()}",
+                lambda: _store(phone=wechat.api.code_to_phone(body["code"], openid)),
+                remember=WECHAT_CODE_LIFETIME_SECONDS,
+            )
+        except ApiError as error:
+            if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
+                error.message = PHONE_CODE_REQUIRED
+            raise
     else:
         data, _ = _decrypt(body, openid, expected={})
         phone = phone_number(data)

@@ -4,14 +4,12 @@ from flask import Flask
 
 from storage import database, key_rotation, rate_limits, redis_client, sessions
 from storage.cipher import Cipher
-from storage.single_flight import SingleFlight
 from telemetry import traces
 
 
 def init_app(app: Flask) -> None:
     redis_client.init_app(app)
     app.extensions["cipher"] = Cipher(app.config["ENCRYPTION_KEYS"])
-    app.extensions["single_flight"] = SingleFlight(app.extensions["redis"], app.extensions["cipher"])
     database.init_app(app)
     traces.instrument(app.extensions["redis"], app.extensions["database"])
     sessions.init_app(app)

@@ -62,7 +62,7 @@ def init_app(app: Flask) -> None:
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
     admission = Admission(config["WECHAT_CONCURRENCY"], app.extensions["door"])
     transport = Transport(config["WECHAT_API_BASE_URL"], connections=100, admission=admission)
-    access_token = AccessToken(transport, app.extensions["redis"], app.extensions["single_flight"], app_id, app_secret)
+    access_token = AccessToken(transport, app.extensions["redis"], app.extensions["cipher"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
         own_id, own_secret = config[f"{name}_APP_ID"] or app_id, config[f"{name}_APP_SECRET"] or app_secret

@@ -77,8 +77,8 @@ def test_a_login_costs_eight_round_trips_to_redis(app: Flask, client: FlaskClien
 
 def expire_results(redis: Redis) -> None:
     """Do as Redis does five seconds after a call that succeeded."""
-    (mark,) = redis.keys("login:*:pause")
-    result = mark.removesuffix(b":pause")
+    (mark,) = redis.keys("login:*:used")
+    result = mark.removesuffix(b":used")
     assert 0 < redis.pttl(result) <= 5000
     redis.delete(result)
     assert 240 < redis.ttl(mark) <= 300  # after that WeChat rejects the code

@@ -184,7 +184,7 @@ def test_redis_stores_a_state_once_it_is_used_for_longer_than_it_is_accepted(bro
     browser.begin()
     assert redis.dbsize() == 0
     browser.log_in()
-    (mark,) = redis.scan_iter("web_login:*:pause")
+    (mark,) = redis.scan_iter("web_login:*:used")
     assert 1140 < redis.ttl(mark) <= 1200
 
 
@@ -252,7 +252,7 @@ def test_a_used_state_begins_no_session_after_five_seconds(browser: Browser, red
     url = browser.simulator.sign_in_on_the_web(browser.begin(return_to="/orders?a=1&b=2"))
     cookies = browser.client._cookies.copy()
     browser.call_back(url)
-    (result,) = (key for key in redis.keys("web_login:*") if not key.endswith(b":pause"))
+    (result,) = (key for key in redis.keys("web_login:*") if not key.endswith(b":used"))
     assert 0 < redis.pttl(result) <= 5000
     redis.delete(result)
     browser.client._cookies = cookies

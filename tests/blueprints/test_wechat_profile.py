@@ -69,7 +69,7 @@ def test_an_invalid_phone_code_gets_a_message_about_phone_codes(alice: Caller, r
     used = simulator.phone_code(openid=alice.openid)
     answers = [alice.put(PHONE, {"code": used}) for _ in range(2)]
     assert data_of(answers[0]) == data_of(answers[1])  # the first response may have been lost
-    redis.delete(*(mark.removesuffix(b":pause") for mark in redis.scan_iter("phone:*:pause")))  # as after five seconds
+    redis.delete(*(mark.removesuffix(b":used") for mark in redis.scan_iter("phone:*:used")))  # as after five seconds
     expired = simulator.phone_code(openid=alice.openid, expires_in=-1)
     for code, number in ((simulator.code(openid=alice.openid), 460), ("unknown", 460), (expired, 460), (used, 461)):
         answer = alice.put(PHONE, {"code": code})
@@ -113,7 +113,7 @@ def test_a_phone_code_is_redeemed_under_a_lock_outside_of_transactions_and_remem
     ((lock_seconds, connections),) = calls
     assert 5 < lock_seconds <= 11  # for as long as the request may take
     assert connections == 0
-    assert 240 < lifetime("pause") <= 300  # for as long as WeChat takes a code
+    assert 240 < lifetime("used") <= 300  # for as long as WeChat takes a code
 
 
 @pytest.mark.parametrize(

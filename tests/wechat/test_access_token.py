@@ -15,10 +15,9 @@ import concurrency
 from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from service import create_app
-from tests.harness import APP_ID, Simulator, counted, round_trips, wait_until
+from tests.harness import APP_ID, WAIT_SECONDS, Simulator, counted, round_trips, wait_until
 from tests.wechat.harness import outcome, refusal
-from wechat import access_token as access_token_module
-from wechat.access_token import DAY_SECONDS, AccessToken
+from wechat.access_token import AccessToken
 
 PATH, CHECK = "/cgi-bin/stable_token", "/wxa/msg_sec_check"
 KEY = f"wechat:{APP_ID}:access_token"
@@ -63,7 +62,7 @@ def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes
 
 
 @pytest.mark.xdist_group("launch")
-def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once(
+def test_eight_processes_of_eight_threads_share_a_token_and_each_replaces_it_once_at_most(
     app: Flask, environ: dict[str, str], simulator: Simulator
 ) -> None:
     app.extensions["wechat"].client.code_to_session(simulator.code(openid="o-alice"))
@@ -84,8 +83,8 @@ def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once(
     codes = [code for _ in processes for code in outcomes.get(timeout=60)]
     for process in processes:
         process.join(60)
-    assert from_cold == 1
-    assert len(simulator.calls(PATH)) == 2
+    assert from_cold <= 8  # one in each process
+    assert len(simulator.calls(PATH)) <= from_cold + 8
     assert len(codes) > 400
     assert set(codes) == {"done"}
 
@@ -123,9 +122,11 @@ def test_near_its_end_one_caller_refreshes_while_the_others_use_the_old_token(
     simulator.travel(7200 - 200)
     redis.expire(KEY, 200)
     simulator.fault("slow", path=PATH, seconds=0.5)
-    answers = at_once(access_token.get)
-    assert answers.count(old) == 7
-    assert simulator.access_token() in answers
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(access_token.get)
+        wait_until(lambda: len(simulator.calls(PATH)) == 2)
+        assert [access_token.get() for _ in range(5)] == [old] * 5
+        assert first.result(WAIT_SECONDS) == simulator.access_token()
     assert access_token.get() == simulator.access_token() != old
     assert len(simulator.calls(PATH)) == 2
 
@@ -194,18 +195,17 @@ def test_a_token_that_wechat_refuses_but_keeps_issuing_is_replaced_by_force_once
     assert access_token.get(refused=second) not in (first, second)
 
 
-def test_refreshes_are_forced_20_times_a_day(access_token: AccessToken, redis: Redis) -> None:
-    def is_forced() -> bool:
-        redis.delete(f"{KEY}:forced")  # the 30 seconds are over
-        return access_token._may_force()
+def test_a_token_that_is_still_refused_does_not_replace_a_newer_one(access_token: AccessToken, redis: Redis) -> None:
+    first = access_token.get()
+    redis.set(f"{KEY}:forced", "")  # another process forces a refresh
 
-    assert is_forced()
-    assert 0 < redis.ttl(f"{KEY}:forced:count") <= DAY_SECONDS
-    redis.expire(f"{KEY}:forced:count", 1000)
-    assert [is_forced() for _ in range(20)] == [True] * 19 + [False]
-    assert redis.ttl(f"{KEY}:forced:count") <= 1000  # none begins the day anew
-    redis.delete(f"{KEY}:forced:count")  # the day is over
-    assert is_forced()
+    def fetch() -> tuple[str, int]:
+        redis.set(KEY, access_token._cipher.encrypt("newer", KEY), ex=7200)
+        return first, 7200
+
+    access_token._fetch = fetch  # type: ignore[method-assign]
+    access_token.get(refused=first)
+    assert access_token.get(refused=first) == "newer"
 
 
 @pytest.mark.parametrize("is_away", [True, False])
@@ -225,36 +225,13 @@ def test_a_redis_that_is_away_or_takes_no_writes_costs_wechat_no_call(
     assert len(simulator.calls(PATH)) == is_away
 
 
-def test_a_killed_process_delays_others_only_until_the_lock_expires(
-    access_token: AccessToken, simulator: Simulator, redis: Redis
-) -> None:
-    redis.set(f"{KEY}:lock", "of-a-dead-process", px=300)
-    assert access_token.get() == simulator.access_token()
-
-
-def test_a_hanging_process_is_not_waited_for(
-    access_token: AccessToken, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("storage.single_flight._FOLLOW_SECONDS", 0.2)
-    redis.set(f"{KEY}:lock", "of-one-who-hangs", ex=60)
-    assert refusal(access_token.get) is Code.UNAVAILABLE
-
-
-def test_a_hanging_caller_of_this_process_is_not_waited_for(
-    access_token: AccessToken, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(access_token_module, "WAIT_SECONDS", 0.2)
-    with access_token._turn:
-        assert refusal(access_token.get) is Code.UNAVAILABLE
-
-
 def test_one_caller_of_a_process_asks_redis_while_others_wait(
     app: Flask, access_token: AccessToken, simulator: Simulator
 ) -> None:
     simulator.fault("slow", path=PATH, seconds=1)
     with round_trips(app.extensions["redis"]) as count:
         assert set(at_once(access_token.get, times=32)) == {simulator.access_token()}
-    assert count() <= 2 * 32 + 4  # each reads twice; one locks, reads, stores and releases
+    assert count() <= 2 * 32 + 1  # each reads twice, and one stores
 
 
 def test_a_caller_who_gives_up_leaves_the_refresh_to_the_next_one(
@@ -265,22 +242,6 @@ def test_a_caller_who_gives_up_leaves_the_refresh_to_the_next_one(
     context.run(concurrency._deadline.set, time.monotonic() + 0.5)
     assert context.run(refusal, access_token.get) is Code.UPSTREAM_TIMEOUT
     assert access_token.get() == simulator.access_token()
-
-
-def test_the_lock_outlasts_each_of_two_calls_and_is_released(access_token: AccessToken, redis: Redis) -> None:
-    first = access_token.get()
-    locked_for = []
-
-    def fetch(force: bool = False) -> tuple[str, int]:
-        locked_for.append(redis.pttl(f"{KEY}:lock"))
-        redis.pexpire(f"{KEY}:lock", 1000)  # it took nearly as long as it may
-        return "second" if force else first, 7200
-
-    access_token._fetch = fetch  # type: ignore[method-assign]
-    assert access_token.get(refused=first) == "second"
-    assert len(locked_for) == 2
-    assert min(locked_for) > 15_000
-    assert not redis.exists(f"{KEY}:lock")
 
 
 @pytest.mark.parametrize(
