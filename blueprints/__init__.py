@@ -2,27 +2,13 @@
 
 `flask.g` holds for one request: `user_id`, who is signed in, `user`, their row (policies, database), and `rate_limit`,
 the headers about it (policies); `row`, what the view returned (api); `version_checked`, whether its If-Match was
-compared (preconditions); `database_session` and `after_commit` (database).
+compared (api); `database_session` and `after_commit` (database).
 """
 
 from flask import Flask, Response, current_app, request
 from flask_cors import CORS
 
-from blueprints import (
-    auth,
-    docs,
-    health,
-    messages,
-    metrics,
-    order_items,
-    orders,
-    personal_data,
-    policies,
-    user_commands,
-    users,
-    web_login,
-    wechat_profile,
-)
+from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
 from errors import ApiError, Code
 from storage.message_queue import MessageQueue
@@ -46,7 +32,7 @@ def init_app(app: Flask) -> None:
     app.register_blueprint(docs.assets)
     api.guard("docs", auth=policies.public)
     api.register_blueprint(health.blueprint, auth=policies.public)
-    api.register_blueprint(metrics.blueprint, auth=policies.scrapers)
+    api.register_blueprint(health.scraped, auth=policies.scrapers)
     api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)
     api.register_blueprint(auth.blueprint, url_prefix=f"{V1}/auth", auth=policies.session_holders)
     api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=policies.logins)
@@ -55,11 +41,8 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(wechat_profile.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
     api.register_blueprint(personal_data.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
     api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
-    api.register_blueprint(order_items.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
     app.extensions["messages"] = MessageQueue(app, messages.handle)  # gunicorn.conf.py starts it
-
-    app.cli.add_command(user_commands.users)
 
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])

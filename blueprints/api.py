@@ -1,4 +1,6 @@
-"""flask-smorest's Api and Blueprint, with our envelope around what they respond and document."""
+"""flask-smorest's Api and Blueprint, with our envelope and ETags around what they respond and document.
+
+Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13)."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
@@ -9,11 +11,11 @@ from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
 from werkzeug.wrappers import Response as BaseResponse
 
-from blueprints import idempotency, preconditions
-from blueprints.dumping import dumper
+from blueprints import idempotency
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
-from errors import HEADERS, Code, ErrorEnvelope, Message, envelope
+from errors import HEADERS, ApiError, Code, ErrorEnvelope, Message, envelope, language
 from storage import database
+from storage.models import Versioned
 from storage.sessions import SAFE_METHODS
 
 TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
@@ -21,8 +23,20 @@ TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
 IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
 
+VERSION = fields.Integer(dump_only=True, required=True, metadata={"description": "For If-Match, in quotes."})
+"""The field of every schema of a versioned row."""
+
+ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
+IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}, "example": '"7"'}
+IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412 if it has changed since."
+
 PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language", "Cache-Control": "private, no-cache"}
 """Headers of every success of a group that demands a session."""
+
+
+PLAIN = (fields.Integer, fields.String, fields.Boolean)
+"""Fields of what has the right type already, as typed columns and views return it."""
+Convert = Callable[[Any], Any]
 
 
 class AuthPolicy(NamedTuple):
@@ -113,7 +127,7 @@ class Blueprint(flask_smorest.Blueprint):
             response = Response(envelope(Code.SUCCESS, data), status, headers, content_type="application/json")
         if is_secured:
             response.headers.extend(PRIVATE)
-        return preconditions.set_etag(response, row if is_versioned else None, hash_body=is_secured)
+        return set_etag(response, row if is_versioned else None, hash_body=is_secured)
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
@@ -142,13 +156,13 @@ class Blueprint(flask_smorest.Blueprint):
             doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED]
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
-            doc.setdefault("parameters", []).append(preconditions.IF_MATCH)
+            doc.setdefault("parameters", []).append(IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
         for status in (200, 201) if self.auth.security else ():
             if status in responses and kwargs["method"] in doc_info["with_etag"]:
-                responses[status]["headers"] = TRACE_ID_HEADER | preconditions.ETAG_HEADER
+                responses[status]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
                 if kwargs["method"] == "get":
-                    responses[304] = {"description": "Not modified.", "headers": preconditions.ETAG_HEADER}
+                    responses[304] = {"description": "Not modified.", "headers": ETAG_HEADER}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
@@ -171,6 +185,61 @@ def _success_envelope(schema: type[Schema] | None) -> type[Schema]:
     code = fields.Integer(required=True, metadata={"enum": [Code.SUCCESS.number]})
     name = f"{schema.__name__.removesuffix('Schema') if schema else 'Empty'}Envelope"
     return Schema.from_dict({"code": code, "message": fields.String(required=True), "data": data}, name=name)
+
+
+def require_match(row: Versioned) -> None:
+    """Let a request pass only if its If-Match names the current version.
+
+    By RFC 9110 a weak ETag never matches. Here it does: ours name versions, whatever a proxy that compresses makes of
+    them, and whatever the language.
+
+    :raises ApiError: PRECONDITION_REQUIRED without If-Match, PRECONDITION_FAILED if it names another version.
+    """
+    if not request.if_match:
+        raise ApiError(Code.PRECONDITION_REQUIRED)
+    current = f"{row.version}-", f"{row.etag}-"  # what follows is the language, or a proxy's
+    tags = [f"{tag}-" for tag in request.if_match.as_set(include_weak=True)]
+    if not request.if_match.star_tag and not any(tag.startswith(current) for tag in tags):
+        raise ApiError(Code.PRECONDITION_FAILED)
+    g.version_checked = True
+
+
+def set_etag(response: Response, row: Versioned | None, *, hash_body: bool) -> Response:
+    """Give a response its ETag, and make it a 304 if If-None-Match names that.
+
+    :param row: its version is the ETag, with the language, as messages are translated.
+    :param hash_body: whether a read without a version gets a hash of its body.
+    """
+    is_read = request.method in ("GET", "HEAD") and not response.is_streamed  # a hash would read it to the end
+    if row is not None:
+        response.headers["ETag"] = f'"{row.etag}-{language()}"'
+    elif is_read and hash_body:
+        response.add_etag()
+    # Not with If-Match, with which werkzeug would make a 412 of the body of a 200.
+    if is_read and "If-None-Match" in request.headers and not request.if_match:
+        response.make_conditional(request)
+    return response
+
+
+def dumper(schema: Schema) -> Convert:
+    """Make the function that dumps an object, or a dict, as this schema declares it."""
+    parts = [(name, _converter(name, field)) for name, field in schema.dump_fields.items()]
+
+    def dump(source: Any) -> dict[str, Any]:
+        get = source.__getitem__ if isinstance(source, dict) else partial(getattr, source)
+        return {name: convert(get(name)) if convert else get(name) for name, convert in parts}
+
+    return dump
+
+
+def _converter(name: str, field: fields.Field[Any]) -> Convert | None:
+    if type(field) in PLAIN:
+        return None
+    if isinstance(field, fields.Nested):
+        return dumper(field.schema)
+    if isinstance(field, fields.List) and (convert := _converter(name, field.inner)):
+        return lambda values: [convert(value) for value in values]
+    return partial(field._serialize, attr=name, obj=None)  # what a field's own class overrides
 
 
 class Api(flask_smorest.Api):

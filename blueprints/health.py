@@ -1,17 +1,19 @@
-"""Probes: is the process alive, can it serve, and which version does it run."""
+"""Probes: is the process alive, can it serve, which version does it run; and the metrics that Prometheus scrapes."""
 
 import os
 from typing import Any
 
-from flask import current_app
+from flask import Response, current_app, request
 from marshmallow import Schema, fields
+from prometheus_client.exposition import choose_encoder
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 import wechat
 from blueprints.api import Blueprint
+from blueprints.policies import METRICS_TOKEN_WRONG
 from concurrency import fan_out
-from errors import ApiError, Code
+from errors import ApiError, Code, Message
 from storage import database, failures, redis_client
 from telemetry import metrics
 from telemetry.multiprocess import MULTIPROC_DIR
@@ -20,6 +22,7 @@ CHECK_SECONDS = 0.7
 """How long Redis and the database may take; with everything around it, a probe takes less than a second."""
 
 blueprint = Blueprint("health", __name__, description="探针 Probes")
+scraped = Blueprint("metrics", __name__, description="指标 Metrics")
 
 
 def failing_dependencies() -> dict[str, list[str]]:
@@ -78,3 +81,18 @@ def ready() -> dict[str, str]:
 def version() -> dict[str, Any]:
     """The version that is running"""
     return {"version": current_app.config["VERSION"]}
+
+
+@scraped.route("/metrics")
+@scraped.response(200, {"type": "string"}, content_type="text/plain", description="In Prometheus's text format.")
+@scraped.fails(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
+@scraped.fails(Code.NOT_FOUND, message=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
+def scrape() -> Response:
+    """Metrics of all workers together, with Redis and the database checked
+
+    In OpenMetrics where `Accept` prefers it.
+    """
+    failing_dependencies()
+    metrics.publish()
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return current_app.response_class(encode(metrics.SCRAPED), content_type=content_type)

@@ -12,9 +12,8 @@ from marshmallow import Schema, fields
 from redis.exceptions import RedisError
 from redis.lock import Lock
 
-from blueprints.api import Blueprint
+from blueprints.api import VERSION, Blueprint, require_match
 from blueprints.orders import OrderSchema
-from blueprints.preconditions import VERSION, require_match
 from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user, matches
 from concurrency import context_for, room
 from errors import ApiError, Code, Message, envelope
