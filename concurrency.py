@@ -24,8 +24,8 @@ from telemetry import metrics
 THREADS = 8
 BACKLOG = 1000
 ROOM = 16
-"""An export takes 4 for each part that it reads, a page 1 for each 10,000 rows that it skips, a decryption 1, a read
-nothing. `flask keys rotate` is a process of its own, with one connection."""
+"""An export takes 4 for each part that it reads, a decryption 1, a read nothing. `flask keys rotate` is a
+process of its own, with one connection."""
 ROOM_SECONDS = 1
 _turn, _room = threading.Lock(), threading.Semaphore(ROOM)
 

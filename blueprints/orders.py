@@ -110,8 +110,8 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     me = current_user()
     if me.role != "admin" and query.setdefault("user_id", me.id) != me.id:
         raise ApiError(Code.NOT_FOUND)
-    filters: dict[str, Any] = {name: query.pop(name) for name in ("user_id", "status") if name in query}
-    return load_page(Order, filters, **query)
+    filters = [getattr(Order, name) == query.pop(name) for name in ("user_id", "status") if name in query]
+    return load_page(Order, *filters, **query)
 
 
 @blueprint.route("", methods=["POST"])

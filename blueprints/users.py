@@ -95,7 +95,7 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 
     They are counted up to 10,000.
     """
-    return load_page(User, {}, **query)
+    return load_page(User, **query)
 
 
 @administration.route("/search", methods=["POST"])
@@ -106,7 +106,7 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 
     A POST that stores nothing: a number in a URL would stay in the logs of proxies.
     """
-    return load_page(User, User.phone.filter(body.pop("phone")), **body)
+    return load_page(User, User.phone.equals(body.pop("phone")), **body)
 
 
 @administration.route("", methods=["POST"])

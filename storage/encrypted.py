@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import String
+from sqlalchemy import ColumnElement, String
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 from storage.cipher import cipher
@@ -56,9 +56,9 @@ class Encrypted:
         values = [cipher.encrypt(text, self._context(row)), cipher.blind_index(text, self.place)]
         return dict(zip(self.columns, values, strict=False))
 
-    def filter(self, text: str) -> dict[str, list[str]]:
-        """Return the column by which a text is found, and its values under each of the keys; nothing is normalised."""
-        return {f"{self.name}_index": cipher.blind_indexes(text, self.place)}
+    def equals(self, text: str) -> ColumnElement[bool]:
+        """Return the condition that a row has this text, under whichever of the keys; nothing is normalised."""
+        return self.model.__table__.c[self.columns[1]].in_(cipher.blind_indexes(text, self.place))
 
     def _context(self, row: Any) -> str:
         # Not the id, which a new row does not have yet.

@@ -14,7 +14,7 @@ from blueprints.orders import STATUS_TRANSITIONS, set_status
 from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem
-from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields, list_paths
+from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields
 from tests.harness import Simulator
 
 ORDERS = "/orders"
@@ -268,6 +268,7 @@ def test_after_continues_a_list_although_orders_are_added(alice: Caller) -> None
         seen += page
         alice.order()
     assert seen == created[::-1]
+    assert ids(alice, f"?page_size=2&page=2&after={created[4]}") == created[1::-1]  # pages are counted from there
 
 
 def test_orders_are_filtered_by_status_and_for_administrators_by_user(alice: Caller, admin: Caller) -> None:
@@ -312,18 +313,10 @@ def test_the_reasons_of_conflicts_are_in_the_language_of_the_request(alice: Call
 
 
 def test_invalid_queries_name_the_parameter(alice: Caller) -> None:
-    queries = ["page=0", "page=x", "page=1000001", "page=5001", "page_size=0", "page_size=101", "sort=total"]
+    queries = ["page=0", "page=x", "page=1001", "page_size=0", "page_size=101", "sort=total"]
     queries += ["status=lost", "after=0", f"after={2**63}", "user_id=x", f"user_id={2**63}", "stauts=paid"]
     for query in queries:
         assert invalid_fields(alice.get(f"{ORDERS}?{query}")) == {query.partition("=")[0]}, query
-
-
-def test_a_list_takes_page_or_after_but_not_both(admin: Caller, app: Flask) -> None:
-    lists = [admin.get(f"{path}?after=9&page={page}") for path in list_paths(app) for page in (1, 2)]
-    lists += [admin.post("/users/search", {"phone": "13711112222", "after": 9, "page": 1})]
-    assert [invalid_fields(answer) for answer in lists] == [{"page", "after"}] * len(lists)
-    for body in ({"page": 2, "after": None}, {"page_size": 1, "after": 9}):
-        data_of(admin.post("/users/search", {"phone": "13711112222", **body}))
 
 
 def test_each_change_of_an_order_or_its_items_gives_it_another_etag(alice: Caller) -> None:
