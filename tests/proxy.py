@@ -1,5 +1,6 @@
 """A TCP proxy, as the one address of a service in front of servers that take each other's place, or misbehave."""
 
+import select
 import socket
 import struct
 import threading
@@ -24,7 +25,7 @@ class Proxy:
     def __init__(self, target: str | tuple[str, int]) -> None:
         self.target = target
         self.accepted = self.cut = 0
-        self._open: list[socket.socket] = []
+        self._open: set[socket.socket] = set()
         self.port = 0
         self.listen()
 
@@ -53,14 +54,14 @@ class Proxy:
                 client, _ = listener.accept()
                 self.accepted += 1
                 server = socket.socket(socket.AF_UNIX if isinstance(self.target, str) else socket.AF_INET)
-                self._open += [client, server]
                 try:
                     server.connect(self.target)
                 except OSError:
                     client.close()
+                    server.close()
                     continue
-                for copy, *ends in ((self._send, client, server), (self._answer, server, client)):
-                    threading.Thread(target=self._copy, args=(copy, *ends), daemon=True).start()
+                self._open |= {client, server}
+                threading.Thread(target=self._relay, args=(client, server), daemon=True).start()
 
     def _send(self, data: bytes, sink: socket.socket) -> None:
         time.sleep(self.delay)
@@ -77,18 +78,24 @@ class Proxy:
             sink.close()
         raise ConnectionAbortedError
 
-    def _copy(self, copy, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[no-untyped-def]
-        with suppress(OSError):
-            while data := source.recv(65536):
-                copy(data, sink)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+    def _relay(self, client: socket.socket, server: socket.socket) -> None:
+        """One thread for both ways, so that a socket that it closes is closed."""
+        ways = {client.fileno(): (client, server, self._send), server.fileno(): (server, client, self._answer)}
+        readable = select.poll()
+        for number in ways:
+            readable.register(number, select.POLLIN)
+        with client, server, suppress(OSError):
+            while True:
+                for number, _ in readable.poll():
+                    source, sink, pass_on = ways[number]
+                    data = source.recv(65536)
+                    if not data:
+                        raise ConnectionAbortedError
+                    pass_on(data, sink)
+        self._open -= {client, server}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.refuse()
-        for opened in self._open:
-            opened.close()
