@@ -155,7 +155,9 @@ def pre_request(worker, req):  # type: ignore[no-untyped-def]
 
 # Which proxies may say where the service is, TRUSTED_PROXIES says: gunicorn's own list knows of no client's address and
 # of no host. Trusted, SCRIPT_NAME would lead past a proxy's rules for paths, and contradictory schemes would be a 400.
+# Nobody is believed, so gunicorn need not compare addresses.
 forwarder_headers = ""
+forwarded_allow_ips = "*"
 secure_scheme_headers = {}  # type: ignore[var-annotated]
 
 # All of a request's headers together; each may have 8190 bytes, as cookies need.

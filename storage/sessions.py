@@ -91,7 +91,7 @@ class SessionInterface(RedisSessionInterface):
         return cookie_name("session")
 
     def fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
-        stored = self.client.get(self._get_store_id(token)) if token else None
+        stored = current_app.extensions["shared_reads"].get(self._get_store_id(token)) if token else None
         try:
             # JSON only: flask-session's own serializer falls back to pickle, which can run any code.
             return str(token), msgspec.json.decode(stored or b"", type=dict[str, Any]), False

@@ -1,5 +1,6 @@
 """What gunicorn does with connections and headers: the service as in production, with clients that write bytes."""
 
+import json
 import re
 import socket
 import time
@@ -231,3 +232,23 @@ def test_a_body_of_ambiguous_length_is_refused(services: Services, lines: str) -
         response = client.all()
     assert re.match(rb"HTTP/1.1 (400|501) ", response)
     assert b"close" in response
+
+
+def test_users_who_read_at_the_same_moment_each_read_themselves(services: Services, simulator: Simulator) -> None:
+    tokens = [services[0].log_in(simulator) for _ in range(20)]
+    mine = {token: services[0].read_me(token).json()["data"]["id"] for token in tokens}
+    assert len(set(mine.values())) == 20
+    clients = [Client(services[0]) for _ in tokens]
+    with ExitStack() as stack:
+        for client in clients:
+            stack.callback(client.socket.close)
+        for _ in range(20):
+            for client, token in zip(clients, tokens, strict=True):
+                client.send("GET /api/v1/users/me", Authorization=f"Bearer {token}")
+            for client, token in zip(clients, tokens, strict=True):
+                head = client.until(b"\r\n\r\n").decode().lower()
+                length = int(head.partition("content-length: ")[2].split()[0])
+                while len(client.received) < length:
+                    client.received += client.socket.recv(65536)
+                body, client.received = client.received[:length], client.received[length:]
+                assert json.loads(body)["data"]["id"] == mine[token]
