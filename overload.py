@@ -112,7 +112,7 @@ class Door:
         if self._logins:
             self._turns.release(min(self._pace, self._logins))
         before, now = self.level, self._clock()
-        if not self._is_late:
+        if not self._is_late or self.in_flight < FEW_IN_FLIGHT:
             self.level = min(before + RAISE_A_SECOND * (BEAT_SECONDS + late), EVERYTHING)
         elif now > self._held_until:
             self.level = max(before - LOWER_A_SECOND * (BEAT_SECONDS + late), math.ceil(before) - 1.0, 0.0)

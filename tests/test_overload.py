@@ -167,6 +167,13 @@ def test_the_level_goes_down_while_the_worker_is_late_and_up_again_more_slowly(d
     assert door.level == EVERYTHING
 
 
+def test_a_late_worker_with_few_requests_is_not_overloaded(door: Door) -> None:
+    door.in_flight = FEW_IN_FLIGHT - 1
+    for _ in range(100):
+        door.beat(2 * TARGET_SECONDS)
+    assert door.level == EVERYTHING
+
+
 def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
     door: Door, journal: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
