@@ -263,7 +263,7 @@ def test_a_nickname_with_odd_characters_is_stored_without_them(
     assert profile(alice) == (stored, AVATAR_URL)
     reasons = {line["interface"]: line["reason"] for line in log_lines() if line["message"].startswith("WeChat sent")}
     if "\ufffd" in (stored or ""):
-        assert reasons == dict.fromkeys(("rawData", "encryptedData"), "characters replaced in nickName")
+        assert reasons == dict.fromkeys(("rawData", "encryptedData"), "characters replaced")
 
 
 def test_a_forged_profile_gets_464(alice: Caller) -> None:

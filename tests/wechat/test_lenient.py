@@ -35,20 +35,14 @@ def test_equal_keys_and_what_follows_are_ignored() -> None:
     assert lenient.read('{"a": [NaN, -Infinity]}', None) == {"a": ["NaN", "-Infinity"]}
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b'{"list": ["a\x01"]}', "characters replaced in a field"),
-        (b'{"a": "\\u0001", "b": {"c": "\\ud83d"}}', "characters replaced in a, c"),
-        (b'{"o-secret": "\xff"}', "characters replaced in a field"),  # not the name of a field
-    ],
-)
-def test_the_log_names_fields_and_no_content(caplog: pytest.LogCaptureFixture, content: bytes, reason: str) -> None:
+@pytest.mark.parametrize("content", [b'{"list": ["a\x01"]}', b'{"b": {"c": "\\ud83d"}}', b'{"o-secret": "\xff"}'])
+def test_the_log_names_the_interface_and_no_content(caplog: pytest.LogCaptureFixture, content: bytes) -> None:
     lenient.read(content, None)  # of a sender who is not verified
+    lenient.read(b'{"a": ["b"]}', "/sns/userinfo")
     assert caplog.records == []
     lenient.read(content, "/sns/userinfo")
     (line,) = caplog.records
-    assert (vars(line)["interface"], vars(line)["reason"]) == ("/sns/userinfo", reason)
+    assert (vars(line)["interface"], vars(line)["reason"]) == ("/sns/userinfo", "characters replaced")
 
 
 @PROPERTY

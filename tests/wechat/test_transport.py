@@ -284,7 +284,7 @@ def test_malformed_text_is_replaced_and_the_log_names_the_field(
     monkeypatch.setattr(transport, "_exchange", lambda *_: (200, "text/plain", content))
     assert transport.call("/sns/userinfo", {})["nickname"] == nickname
     line = vars(caplog.records[-1])
-    assert (line["interface"], line["reason"]) == ("/sns/userinfo", "characters replaced in nickname")
+    assert (line["interface"], line["reason"]) == ("/sns/userinfo", "characters replaced")
 
 
 @pytest.mark.parametrize("kind", ["errcode", "close"])
