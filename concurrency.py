@@ -7,22 +7,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import gevent
 from flask import Flask, current_app, has_request_context, request
-from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code, handle_http_exception
 from overload import Door
 from telemetry import metrics
 
-THREADS = 8
-BACKLOG = 1000
 ROOM = 16
 """An export takes 4 for each part that it reads, a decryption 1, a read nothing. `flask keys rotate` is a
 process of its own, with one connection."""
@@ -140,53 +136,26 @@ def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response:
     return body
 
 
-class FanOut:
-    """Runs functions in parallel in threads of this process, and waits for them until a deadline.
+def in_parallel(functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+    """Run functions at the same time, each in a greenlet and an application context of its own.
 
-    A function that still runs from an earlier call is not started again: its result counts for both. So one that hangs
-    occupies one thread, however often it is called; the end of the process waits for that thread.
-
-    :param threads: how many run at once.
+    :param seconds: for how long one may wait; the end of the request may be sooner.
+    :returns: by the same names the result of each function, or its exception, or a TimeoutError if it is not done.
     """
 
-    def __init__(self, app: Flask, threads: int) -> None:
-        self._app = app
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fan-out")
-        self._lock = threading.Lock()
-        self._futures: dict[str, Future[Any]] = {}
+    def run(function: Callable[[], Any]) -> Any:
+        try:
+            with current_app.app_context(), gevent.Timeout(seconds_left(seconds), TimeoutError("not done in time")):
+                return function()
+        except Exception as error:  # noqa: BLE001  gevent would print it
+            return error
 
-    def run(self, functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-        """Run functions in parallel, each in an application context of its own.
-
-        :param functions: by their names, which tell one from another in all calls.
-        :param seconds: the deadline, from now; the end of the request may be sooner.
-        :returns: by the same names the result of each function, or its exception, or a TimeoutError if it is not done.
-        :raises ApiError: UNAVAILABLE if BACKLOG functions are pending.
-        """
-        with self._lock:
-            pending = self._futures = {name: future for name, future in self._futures.items() if not future.done()}
-            if len(pending) >= BACKLOG:
-                raise ApiError(Code.UNAVAILABLE)
-            for name in [name for name in functions if name not in pending]:
-                # Not with the deadline of this request: others may wait for it, too.
-                pending[name] = self.pool.submit(context_for(seconds).run, self._run, functions[name])
-            futures = {name: pending[name] for name in functions}
-        done, _ = wait(futures.values(), seconds_left(seconds))
-        late = TimeoutError("not done in time")
-        return {name: one.exception() or one.result() if one in done else late for name, one in futures.items()}
-
-    def _run(self, function: Callable[[], Any]) -> Any:
-        seconds_left(0)  # what has not begun by the deadline never does
-        with self._app.app_context():
-            return function()
-
-
-fan_out = cast(FanOut, LocalProxy(lambda: current_app.extensions["fan_out"]))
-"""The parallel calls of this process."""
+    work = {name: gevent.spawn(copy_context().run, run, function) for name, function in functions.items()}
+    gevent.joinall(work.values())
+    return {name: greenlet.value for name, greenlet in work.items()}
 
 
 def init_app(app: Flask) -> None:
     door = app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"])
     metrics.SAMPLED[metrics.REQUESTS_IN_FLIGHT] = lambda: door.in_flight
     app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]
-    app.extensions["fan_out"] = FanOut(app, THREADS)

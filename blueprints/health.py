@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 import wechat
 from blueprints.api import Blueprint
 from blueprints.policies import METRICS_TOKEN_WRONG
-from concurrency import fan_out
+from concurrency import in_parallel
 from errors import ApiError, Code, Message
 from storage import database, failures, redis_client
 from telemetry import metrics
@@ -32,7 +32,8 @@ def failing_dependencies() -> dict[str, list[str]]:
     :raises Exception: the exception of a check if it is not an outage but a bug of ours.
     """
     down = {}
-    for name, outcome in fan_out.run({"redis": redis_client.ping, "database": database.ping}, CHECK_SECONDS).items():
+    checks = {"redis": redis_client.ping, "database": database.ping}
+    for name, outcome in in_parallel(checks, CHECK_SECONDS).items():
         metrics.DEPENDENCY_UP.labels(name).set(not isinstance(outcome, Exception))
         if isinstance(outcome, RedisError | SQLAlchemyError | OSError):
             down[name] = [failures.kind(outcome)]

@@ -21,7 +21,6 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 import wechat
-from concurrency import THREADS, FanOut
 from dev.redis_server import RedisServer
 from service import create_app
 from telemetry.logs import JsonLineFormatter
@@ -202,7 +201,6 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
             stack.callback(app.extensions["database"].dispose)
             stack.callback(app.extensions["wechat"].client._transport.close)
             stack.callback(app.extensions["redis"].close)
-            stack.callback(app.extensions["fan_out"].pool.shutdown)
             return app
 
         yield make
@@ -222,10 +220,8 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     What it remembers outside of Redis and the database is made anew.
     """
     shared_app.extensions["journal"] = journal
-    shared_app.extensions["fan_out"] = FanOut(shared_app, THREADS)
     wechat.init_app(shared_app)
     yield shared_app
-    shared_app.extensions["fan_out"].pool.shutdown()
     shared_app.extensions["wechat"].client._transport.close()
 
 

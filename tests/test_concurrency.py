@@ -4,124 +4,60 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
+import gevent
 import pytest
 from flask import Flask, g
 
-import concurrency
-from concurrency import ROOM, FanOut, GaveUp, context_for, ensure_somebody_waits, fan_out, room, seconds_left
+from concurrency import ROOM, GaveUp, context_for, ensure_somebody_waits, in_parallel, room
 from errors import ApiError, Code
 from storage import database
 from telemetry.traces import RequestSpan, current_ids
 from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 
-@pytest.fixture
-def small_fan_out(app: Flask) -> Any:
-    fan_out = FanOut(app, threads=2)
-    yield fan_out
-    fan_out.pool.shutdown()
-
-
 def test_functions_run_concurrently_in_contexts_of_their_own_with_the_trace_id_of_the_caller(app: Flask) -> None:
-    together = threading.Barrier(2)
+    begun: list[Any] = []
 
     def work() -> Any:
-        together.wait(WAIT_SECONDS)
+        begun.append(g._get_current_object())
+        while len(begun) < 2:
+            gevent.sleep()
         database.ping()
-        return g._get_current_object(), current_ids()["traceId"]
+        return current_ids()["traceId"]
 
     span = RequestSpan("GET", {"HTTP_TRACEPARENT": f"00-{'a' * 32}-{'b' * 16}-01"})
     with app.app_context():
-        outcomes = fan_out.run({"one": work, "other": lambda: work()}, WAIT_SECONDS)
-        contexts = [*(context for context, _ in outcomes.values()), g._get_current_object()]
+        outcomes = in_parallel({"one": work, "other": work}, WAIT_SECONDS)
+        begun.append(g._get_current_object())
     span.end(200)
-    assert len({id(context) for context in contexts}) == 3
-    assert {trace_id for _, trace_id in outcomes.values()} == {"a" * 32}
+    assert len({id(context) for context in begun}) == 3
+    assert outcomes == dict.fromkeys(("one", "other"), "a" * 32)
     assert app.extensions["database"].pool.checkedout() == 0
 
 
-def test_an_exception_is_the_outcome_of_its_function_alone(small_fan_out: FanOut) -> None:
+def test_a_failure_or_the_end_of_the_time_is_the_outcome_of_its_function_alone(app: Flask) -> None:
     error = RuntimeError("the reason")
 
     def fail() -> None:
         raise error
 
-    assert small_fan_out.run({"bad": fail, "good": lambda: None, "better": lambda: 1}, WAIT_SECONDS) == {
-        "bad": error,
-        "good": None,
-        "better": 1,
-    }
+    functions = {"bad": fail, "good": lambda: None, "better": lambda: 1, "hangs": lambda: gevent.sleep(WAIT_SECONDS)}
+    with app.app_context():
+        outcomes = in_parallel(functions, 0.1)
+    late = outcomes.pop("hangs")
+    assert isinstance(late, TimeoutError)
+    assert outcomes == {"bad": error, "good": None, "better": 1}
 
 
-def test_a_function_that_hangs_occupies_one_thread(small_fan_out: FanOut) -> None:
-    gate, begun = threading.Event(), []
-
-    def hang() -> str:
-        begun.append(threading.current_thread())
-        gate.wait(WAIT_SECONDS)
-        return "done"
-
-    for _ in range(2):
-        outcomes = small_fan_out.run({"hangs": hang, "answers": lambda: 1}, 1)
-        assert isinstance(outcomes["hangs"], TimeoutError)
-        assert outcomes["answers"] == 1
-    assert len(begun) == 1
-    threading.Timer(0.1, gate.set).start()
-    assert small_fan_out.run({"hangs": hang}, WAIT_SECONDS) == {"hangs": "done"}  # the call that started first
-    assert len(begun) == 1
-    assert small_fan_out.run({"hangs": hang}, WAIT_SECONDS) == {"hangs": "done"}
-    assert len(begun) == 2
-
-
-def test_a_function_not_started_by_the_deadline_never_runs(small_fan_out: FanOut) -> None:
-    gate, begun, running = threading.Event(), [], []
-    hanging = {str(number): lambda: running.append(1) or gate.wait(WAIT_SECONDS) for number in range(2)}
-    while len(running) < 2:
-        small_fan_out.run(hanging, 0.1)
-    outcomes = small_fan_out.run({"late": lambda: begun.append(1)}, 0.1)
-    assert isinstance(outcomes["late"], TimeoutError)
-    gate.set()
-    small_fan_out.pool.shutdown()
-    assert begun == []
-
-
-def test_functions_have_the_deadline_of_the_call_and_not_that_of_the_request_that_began_them(
-    small_fan_out: FanOut,
-) -> None:
-    left: list[float] = []
-
-    def hang() -> str:
-        left.append(seconds_left(1000))
-        time.sleep(0.5)
-        return "done"
-
-    with pytest.raises(ApiError) as caught:
-        context_for(-1).run(small_fan_out.run, {"hangs": hang}, WAIT_SECONDS)
-    assert caught.value.api_code is Code.UNAVAILABLE
-    outcome = context_for(0.1).run(small_fan_out.run, {"hangs": hang}, WAIT_SECONDS)["hangs"]
-    assert isinstance(outcome, TimeoutError)
-    assert small_fan_out.run({"hangs": hang}, WAIT_SECONDS) == {"hangs": "done"}  # another request, the same call
-    (seconds,) = left
-    assert WAIT_SECONDS - 5 < seconds <= WAIT_SECONDS
-
-
-def test_no_more_functions_are_kept_than_the_backlog_and_none_that_is_done(
-    small_fan_out: FanOut, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(concurrency, "BACKLOG", 3)
-    gate = threading.Event()
-    hanging = {str(number): lambda: gate.wait(WAIT_SECONDS) for number in range(3)}
-    small_fan_out.run(hanging, 0.1)
-    with pytest.raises(ApiError) as caught:
-        small_fan_out.run({"more": lambda: 1}, WAIT_SECONDS)
-    assert caught.value.api_code is Code.UNAVAILABLE
-    gate.set()
-    wait_until(lambda: not [future for future in small_fan_out._futures.values() if not future.done()])
-    for number in range(10):
-        assert small_fan_out.run({f"name-{number}": lambda: 1}, WAIT_SECONDS) == {f"name-{number}": 1}
-    assert len(small_fan_out._futures) == 1
+def test_parallel_functions_end_with_the_request(app: Flask) -> None:
+    with app.app_context():
+        run = partial(in_parallel, {"hangs": lambda: gevent.sleep(WAIT_SECONDS)}, WAIT_SECONDS)
+        assert isinstance(context_for(0.1).run(run)["hangs"], TimeoutError)
+        outcome = context_for(-1).run(run)["hangs"]
+    assert isinstance(outcome, GaveUp)
 
 
 def is_free(weight: int) -> bool:
