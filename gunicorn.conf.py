@@ -250,7 +250,7 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
 
 def worker_exit(server, worker):  # type: ignore[no-untyped-def]
     if worker.booted:
-        worker.wsgi.extensions["messages"].stop(graceful_timeout / 2)
+        worker.wsgi.extensions["messages"].stop()
 
 
 def child_exit(server, worker):  # type: ignore[no-untyped-def]

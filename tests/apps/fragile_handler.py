@@ -1,6 +1,6 @@
 """The service with a handler that ends its process if a text says so: `gunicorn tests.apps.fragile_handler:app`.
 
-What a dead process leaves is claimed after 2 s.
+What a dead process leaves is claimed after 4 s.
 """
 
 import os
@@ -17,7 +17,7 @@ from wsgi import app
 
 __all__ = ["app"]
 
-message_queue.IDLE_SECONDS = 2
+message_queue.CLAIM_SECONDS = 4
 message_queue.POLL_SECONDS = 1
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
+import gevent
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -15,12 +16,12 @@ from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import TestResponse
 
 import wechat
-from blueprints import message_handlers
+from blueprints import message_handlers, messages
 from storage import database, message_queue
 from storage.message_queue import STREAM
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of
-from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, Simulator, counted
+from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simulator, counted
 from wechat.crypto import push_signature
 from wechat.message_push import MessagePush
 
@@ -112,7 +113,7 @@ def test_a_repeated_message_is_handled_once(
 @pytest.mark.parametrize(
     ("content", "read"), [(b"a\x1db", "a\ufffdb"), (b"\xe5\xbe\xae\xe4\xbf", "微\ufffd"), (b"a&#29;", "a&#29;")]
 )
-def test_a_message_with_malformed_text_is_handled_and_the_log_says_what_it_was(
+def test_a_message_with_malformed_text_is_handled_and_logged(
     make_app: Callable[..., Flask], handled: Messages, log_lines: Any, content: bytes, read: str
 ) -> None:
     body = MessagePush(PUSH_TOKEN, None, APP_ID).seal({**TEXT, "Content": "?"}, "xml", 0).encode()
@@ -123,7 +124,7 @@ def test_a_message_with_malformed_text_is_handled_and_the_log_says_what_it_was(
     settled(app)
     assert [message["Content"] for message in handled] == [read]
     reasons = [line["reason"] for line in log_lines() if line["message"] == "WeChat sent malformed text"]
-    assert [reason.endswith(" in Content") for reason in reasons] == [True] * ("\ufffd" in read)
+    assert reasons == ["characters replaced"] * ("\ufffd" in read)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,20 @@ def test_a_failing_handler_is_logged_and_counted_and_stops_no_other(
     (line,) = [line for line in log_lines() if line["message"] == "a handler failed"]
     assert line["traceId"] == answer.headers["X-Trace-Id"]
     assert counted("messages_handled_total", outcome="failure") == before + 1
+    assert len(handled) == 1
+
+
+def test_handlers_share_a_time_that_is_shorter_than_that_of_a_claim(
+    app: Flask, client: FlaskClient, handled: Messages, log_lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert messages.HANDLERS_SECONDS + 30 < message_queue.CLAIM_SECONDS  # and gunicorn's timeout
+    monkeypatch.setattr(messages, "HANDLERS_SECONDS", 0.2)
+    message_handlers.handlers["event", "debug_demo"].insert(0, lambda message: gevent.sleep(WAIT_SECONDS))
+    push(client, EVENT)
+    settled(app)
+    (line,) = [line for line in log_lines() if line["message"] == "a handler failed"]
+    assert line["exceptionType"] == "gevent.timeout.Timeout"
+    assert "0.1 seconds" in line["exceptionMessage"]
     assert len(handled) == 1
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from flask import Flask
@@ -12,8 +13,7 @@ from redis.exceptions import ConnectionError as NoRedis
 
 from errors import ApiError, Code
 from storage import message_queue
-from storage.message_queue import DEAD, STREAM, MessageQueue
-from telemetry import logs
+from storage.message_queue import STREAM, MessageQueue
 from telemetry.traces import RequestSpan, current_ids
 from tests.harness import WAIT_SECONDS, counted, wait_until
 
@@ -27,7 +27,7 @@ class Death(BaseException):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_queue, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(message_queue, "CLAIM_SECONDS", 0.2)
     monkeypatch.setattr(message_queue, "POLL_SECONDS", 0.1)
 
 
@@ -71,20 +71,17 @@ def test_concurrent_repeats_are_put_once(app: Flask, put: Any) -> None:
     assert sorted(outcomes) == [False] * 7 + [True]
 
 
-def test_a_message_is_handled_in_the_trace_and_with_the_log_fields_of_its_request(app: Flask, put: Any) -> None:
+def test_a_message_is_handled_in_the_trace_of_its_request(app: Flask, put: Any) -> None:
     seen: list[Any] = []
     request = RequestSpan("POST", {"HTTP_TRACEPARENT": f"00-{'a' * 32}-{'b' * 16}-01"})
-    token = logs.request_fields.set({"route": "/route"})
     put("a")
-    logs.request_fields.reset(token)
     request.end(200)
-    queue = MessageQueue(app, lambda message: seen.append((current_ids()["traceId"], logs.request_fields.get())))
-    queue.handle_next()
-    assert seen == [("a" * 32, {"route": "/route"})]
+    MessageQueue(app, lambda message: seen.append(current_ids()["traceId"])).handle_next()
+    assert seen == ["a" * 32]
     assert current_ids() == {"traceId": None}  # the next message is of another request
 
 
-def test_what_a_dead_process_left_is_claimed_when_nobody_has_renewed_it(app: Flask, put: Any, redis: Redis) -> None:
+def test_what_a_dead_process_left_is_taken_when_its_time_is_over(app: Flask, put: Any, redis: Redis) -> None:
     seen: list[Any] = []
     queue = MessageQueue(app, seen.append)
     put("a")
@@ -115,31 +112,7 @@ def test_only_one_of_two_claims_what_was_left(app: Flask, put: Any) -> None:
     claims.join()
 
 
-def test_a_message_that_takes_long_is_not_claimed(app: Flask, put: Any, redis: Redis) -> None:
-    gate, seen = threading.Event(), []
-
-    def take_long(message: Any) -> None:
-        seen.append(message)
-        gate.wait(WAIT_SECONDS)
-
-    queue = MessageQueue(app, take_long)
-    queue.start()
-    try:
-        put("a")
-        wait_until(lambda: seen)
-        deadline = time.monotonic() + 1  # five times as long as a dead process has
-        while time.monotonic() < deadline:
-            assert not MessageQueue(app, seen.append).handle_next(claim=True)
-            time.sleep(0.02)
-        (claim,) = redis.xpending_range(STREAM, "workers", "-", "+", 2)
-        assert claim["times_delivered"] == 1  # or it would soon be put aside
-    finally:
-        gate.set()
-        queue.stop(1)
-    assert (seen, redis.xlen(STREAM)) == (["message"], 0)
-
-
-def test_a_message_that_each_process_dies_with_is_put_aside_and_logged(
+def test_a_message_that_each_process_dies_with_is_dropped_and_logged(
     app: Flask, put: Any, redis: Redis, log_lines: Any
 ) -> None:
     seen: list[Any] = []
@@ -153,34 +126,26 @@ def test_a_message_that_each_process_dies_with_is_put_aside_and_logged(
     queue = MessageQueue(app, seen.append)
     assert [queue.handle_next(claim=True) for _ in range(3)] == [True, True, False]
     assert seen == ["message"]
-    (line,) = [line for line in log_lines() if line["message"] == "message put aside"]
+    (line,) = [line for line in log_lines() if line["message"] == "message dropped"]
     assert (line["level"], line["traceId"]) == ("ERROR", "c" * 32)
-    assert line["reason"] == "Each process that handled it died."
     assert counted("messages_handled_total", outcome="dropped") == before + 1
-    assert (redis.xlen(STREAM), redis.xlen(DEAD)) == (0, 1)
-    assert redis.ttl(DEAD) > 86400
-    # As the README says, once its handler is patched.
-    ((number, entry),) = redis.xrange(DEAD)
-    redis.xadd(STREAM, entry)
-    redis.xdel(DEAD, number)
-    assert queue.handle_next()
-    assert seen == ["message", "message"]
+    assert (redis.xlen(STREAM), redis.xpending(STREAM, "workers")["pending"]) == (0, 0)
 
 
-def test_what_no_key_decrypts_is_put_aside_and_that_is_bounded(
-    app: Flask, make_app: Callable[..., Flask], redis: Redis, monkeypatch: pytest.MonkeyPatch
+def test_what_no_key_decrypts_waits_for_a_process_that_has_the_key_and_is_dropped_in_the_end(
+    app: Flask, make_app: Callable[..., Flask], redis: Redis
 ) -> None:
-    monkeypatch.setattr(message_queue, "DEAD_KEPT", 2)
     other = make_app(ENCRYPTION_KEYS="A" * 43 + "=")
     seen: list[Any] = []
-    for number in range(3):
+    for number, tries in enumerate([1, message_queue.TRIES]):
         with other.app_context():
             MessageQueue(other, seen.append).put(str(number), number, 60)
-        assert MessageQueue(app, seen.append).handle_next()
-    assert (seen, redis.xlen(STREAM), redis.xlen(DEAD)) == ([], 0, 2)
-    redis.xadd(STREAM, {"not": "ours"})
-    assert MessageQueue(app, seen.append).handle_next()
-    assert redis.xrange(DEAD)[-1][1] == {b"not": b"ours"}
+        for _ in range(tries):
+            with pytest.raises(ValueError, match="not decrypt"):
+                MessageQueue(app, seen.append).handle_next(claim=True)
+            time.sleep(0.25)
+        assert MessageQueue(other, seen.append).handle_next(claim=True)
+    assert (seen, redis.xlen(STREAM)) == ([0], 0)
 
 
 def test_too_many_are_refused(app: Flask, put: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,56 +159,30 @@ def test_too_many_are_refused(app: Flask, put: Any, monkeypatch: pytest.MonkeyPa
     assert put("c")
 
 
-def test_a_message_handled_while_redis_is_away_is_not_handled_again(
+def test_a_message_that_cannot_be_removed_is_handled_again(
     app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("redis.retry.sleep", lambda seconds: None)
     put("a")
     seen: list[Any] = []
     queue = MessageQueue(app, seen.append)
-    evaluate, failures = queue._redis.eval, [NoRedis(), NoRedis(), NoRedis()]
-
-    def fail_first(*args: Any) -> Any:
-        if failures:
-            raise failures.pop()
-        return evaluate(*args)
-
-    monkeypatch.setattr(queue._redis, "eval", fail_first)
-    assert queue.handle_next()
+    with monkeypatch.context() as away:
+        away.setattr(queue._redis, "eval", Mock(side_effect=NoRedis))
+        with pytest.raises(NoRedis):
+            queue.handle_next()
     time.sleep(0.25)
-    assert not queue.handle_next(claim=True)
-    assert (failures, seen, redis.xlen(STREAM)) == ([], ["message"], 0)
+    assert queue.handle_next(claim=True)
+    assert (seen, redis.xlen(STREAM)) == (["message", "message"], 0)
 
 
-def test_threads_handle_a_bounded_number_at_once_and_a_stop_waits_for_all(app: Flask, put: Any, redis: Redis) -> None:
-    gate, lock, running, most, seen = threading.Event(), threading.Lock(), 0, 0, []
-
-    def work(message: Any) -> None:
-        nonlocal running, most
-        with lock:
-            running, most = running + 1, max(most, running + 1)
-        gate.wait(WAIT_SECONDS)
-        with lock:
-            running -= 1
-            seen.append(message)
-
-    queue = MessageQueue(app, work)
-    for number in range(2 * message_queue.THREADS):
-        put(str(number), number)
-    queue.start()
-    wait_until(lambda: running == message_queue.THREADS)
-    threading.Timer(0.3, gate.set).start()
-    queue.stop(WAIT_SECONDS)
-    assert (sorted(seen), most) == ([*range(2 * message_queue.THREADS)], message_queue.THREADS)
-    assert redis.xlen(STREAM) == 0
-
-
-def test_a_stop_without_time_leaves_what_was_not_begun(app: Flask, put: Any, redis: Redis) -> None:
-    gate, begun = threading.Event(), []
+def test_threads_handle_a_bounded_number_at_once_and_a_stop_waits_for_these_alone(
+    app: Flask, put: Any, redis: Redis
+) -> None:
+    gate, begun, done = threading.Event(), [], []
 
     def work(message: Any) -> None:
         begun.append(message)
         gate.wait(WAIT_SECONDS)
+        done.append(message)
 
     queue = MessageQueue(app, work)
     for number in range(message_queue.THREADS + 3):
@@ -251,8 +190,13 @@ def test_a_stop_without_time_leaves_what_was_not_begun(app: Flask, put: Any, red
     queue.start()
     wait_until(lambda: len(begun) == message_queue.THREADS)
     threading.Timer(0.3, gate.set).start()
-    queue.stop(0)
-    assert (len(begun), redis.xlen(STREAM)) == (message_queue.THREADS, 3)
+    queue.stop()
+    assert (len(done), len(begun), redis.xlen(STREAM)) == (message_queue.THREADS, message_queue.THREADS, 3)
+    other = MessageQueue(app, work)
+    other.start()
+    wait_until(lambda: len(done) == message_queue.THREADS + 3)
+    other.stop()
+    assert (sorted(done), redis.xlen(STREAM)) == ([*range(message_queue.THREADS + 3)], 0)
 
 
 def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
@@ -260,22 +204,22 @@ def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
 ) -> None:
     seen: list[Any] = []
     queue = MessageQueue(app, seen.append)
-    read = queue._redis.xreadgroup
-    monkeypatch.setattr(queue._redis, "xreadgroup", lambda *args, **options: (_ for _ in ()).throw(NoRedis("away")))
+    xlen = queue._redis.xlen
+    monkeypatch.setattr(queue._redis, "xlen", Mock(side_effect=NoRedis("away")))
     queue.start()
     try:
-        wait_until(lambda: [line for line in log_lines() if line["message"] == "messages cannot be read"])
-        monkeypatch.setattr(queue._redis, "xreadgroup", read)
+        wait_until(lambda: [line for line in log_lines() if line["message"] == "messages cannot be handled"])
+        monkeypatch.setattr(queue._redis, "xlen", xlen)
         put("a")
-        wait_until(lambda: seen)
+        wait_until(lambda: seen and not redis.xlen(STREAM))
         redis.flushall()
         time.sleep(0.3)  # it is looked for several times
         put("a")
         wait_until(lambda: len(seen) == 2)
     finally:
-        queue.stop(1)
-    reasons = {line["reason"] for line in log_lines() if line["message"] == "messages cannot be read"}
-    assert reasons == {"away"}  # and not that there is no stream
+        queue.stop()
+    reasons = {line["reason"] for line in log_lines() if line["message"] == "messages cannot be handled"}
+    assert reasons == {"ConnectionError: away"}  # and not that there is no stream
 
 
 def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(app: Flask, put: Any, redis: Redis) -> None:
@@ -293,4 +237,4 @@ def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(app: F
         wait_until(lambda: len(seen) == 3)
         wait_until(lambda: redis.xlen(STREAM) == 0)
     finally:
-        queue.stop(1)
+        queue.stop()
