@@ -20,7 +20,7 @@ import requests
 from dev.redis_server import RedisServer
 from tests.harness import WAIT_SECONDS, Service, Simulator, bearer, wait_until
 from tests.proxy import Proxy
-from wechat.admission import FAILURES
+from wechat.transport import FAILURES
 
 StartService = Callable[..., Service]
 LOGIN = "/api/v1/auth/wechat"

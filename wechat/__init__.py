@@ -7,7 +7,6 @@ from werkzeug.local import LocalProxy
 
 from errors import ApiError, Code, Message
 from wechat.access_token import AccessToken
-from wechat.admission import Admission
 from wechat.client import Client
 from wechat.message_push import MessagePush
 from wechat.oauth import QR_CODE_SCOPE, SCOPES, WebApp
@@ -24,7 +23,7 @@ class WeChat(NamedTuple):
     client: Client
     web_apps: dict[str, WebApp]
     push: MessagePush | None
-    admission: Admission
+    transport: Transport
 
 
 _wechat = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
@@ -44,7 +43,7 @@ def web_app_of(app_id: str) -> WebApp | None:
 
 def is_failing() -> bool:
     """Whether this process pauses the calls of an interface of WeChat, as they kept failing."""
-    return _wechat.admission.is_open
+    return _wechat.transport.is_failing
 
 
 def configured_push() -> MessagePush:
@@ -60,8 +59,7 @@ def configured_push() -> MessagePush:
 def init_app(app: Flask) -> None:
     config = app.config
     app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
-    admission = Admission(config["WECHAT_CONCURRENCY"], app.extensions["door"])
-    transport = Transport(config["WECHAT_API_BASE_URL"], connections=100, admission=admission)
+    transport = Transport(config["WECHAT_API_BASE_URL"], config["WECHAT_CONCURRENCY"], app.extensions["door"])
     access_token = AccessToken(transport, app.extensions["redis"], app.extensions["cipher"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
@@ -74,5 +72,5 @@ def init_app(app: Flask) -> None:
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
         push=MessagePush(push_token, push_aes_key, app_id) if push_token else None,
-        admission=admission,
+        transport=transport,
     )

@@ -1,24 +1,25 @@
-"""HTTP to WeChat over one `requests.Session`: timeouts, one retry, errcode to error code."""
+"""HTTP to WeChat: deadlines, one retry, errcode to error code, and which calls are begun."""
 
 import json
 import logging
 import re
+import threading
 import time
-from collections.abc import Collection, Mapping
-from http.cookiejar import DefaultCookiePolicy
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gevent
 import requests
 import urllib3
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import SpanKind
 from requests.adapters import HTTPAdapter
 
 from concurrency import GaveUp, ensure_somebody_waits, seconds_left
 from errors import ApiError, Code
 from telemetry import metrics, traces
 from wechat import lenient
-from wechat.admission import Admission, Failed
 from wechat.errcodes import MESSAGES, code_of
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,15 @@ MAXIMUM_ANSWER_BYTES = 1024 * 1024
 RETRY_PAUSE_SECONDS = 0.2
 PATIENCE_SECONDS = 2 * ANSWER_SECONDS + RETRY_PAUSE_SECONDS
 """Upper bound for a call, which ends with its request if that is sooner."""
+PLACE_SECONDS = 0.1
+"""How long to wait for a place."""
+FAILURES = 10
+"""So many in a row open the circuit breaker of an interface."""
+PAUSE_SECONDS = 5
+"""From one trial, or a failure, to the next trial while it is open. A trial ends before, unless it is made twice."""
 
+CONNECTIONS = 100
+"""How many are kept open between calls."""
 MEDIA_TYPES = ("image/", "audio/", "video/", "application/octet-stream")
 BUSY = -1
 
@@ -45,28 +54,37 @@ Body = Mapping[str, Any] | None
 Codes = Collection[int]
 
 
+class Failed(ApiError):
+    """WeChat is to blame: no response in time, none that makes sense, or it is busy."""
+
+
 class Transport:
-    """Calls WeChat's API. Thread-safe.
+    """Calls WeChat's API: so many calls at a time, and few of an interface that keeps failing. Thread-safe.
+
+    The circuit breaker is our own, as no library fits: pybreaker 1.4.1 lets one call at a time through (`call` holds
+    its lock) and follows the machine's clock; circuitbreaker 2.1.3 and pyresilience 0.4.1 have no bound for trials; and
+    each takes a caller who gives up for a success or a failure of WeChat's.
 
     :param base_url: the API's scheme, host and port.
-    :param connections: the maximum number kept open between calls.
-    :param admission: decides which calls are begun.
+    :param places: how many calls may be made at a time.
+    :param door: whose requests in flight are those that do not wait for WeChat.
     """
 
-    def __init__(self, base_url: str, connections: int, admission: Admission) -> None:
-        self._admission = admission
+    def __init__(self, base_url: str, places: int, door: Any) -> None:
         self._base_url = base_url.rstrip("/")
-        self._http = requests.Session()
-        self._http.mount(self._base_url, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
-        self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        # Not a Session, which keeps cookies, follows redirects and takes credentials from ~/.netrc.
+        self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=CONNECTIONS)
         # Proxies and certificates of the environment, read once instead of for each call.
-        environment = self._http.merge_environment_settings(self._base_url, {}, None, None, None)
-        self._http.proxies, self._http.verify = environment["proxies"], environment["verify"]
-        self._http.trust_env = False  # nor are credentials taken from ~/.netrc
+        self._options: Any = requests.Session().merge_environment_settings(self._base_url, {}, True, None, None)
+        self._places = threading.BoundedSemaphore(places)
+        self._door = door
+        self._failures: Counter[str] = Counter()
+        self._next_trial: dict[str, float] = {}
 
-    def close(self) -> None:
-        """Close the open connections."""
-        self._http.close()
+    @property
+    def is_failing(self) -> bool:
+        """Whether an interface keeps failing: the state of the circuit breaker."""
+        return max(self._failures.values(), default=0) >= FAILURES
 
     def call(
         self,
@@ -80,7 +98,8 @@ class Transport:
     ) -> Any:
         """Call an interface, and once more if WeChat is busy or the connection is lost.
 
-        Takes at most PATIENCE_SECONDS. Nothing is begun when nobody waits for it, nor as `Admission.place` says.
+        Takes at most PATIENCE_SECONDS. Nothing is begun when nobody waits for it, the interface keeps failing, or too
+        many calls wait already.
 
         :param params: the query.
         :param body: posted as JSON if there is one; otherwise the call is a GET.
@@ -93,7 +112,7 @@ class Transport:
         """
         for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, kind, "failure")
-        with self._admission.place(path):
+        with self._place(path):
             for may_retry in (True, False):
                 limit = seconds_left(ANSWER_SECONDS, reserve=RESPOND_SECONDS)
                 ensure_somebody_waits()
@@ -106,14 +125,13 @@ class Transport:
                         span.set_attribute("wechat.errcode", errcode)
                         result, outcome = str(errcode), "ok"
                         if errcode != BUSY:
-                            self._admission.count(path, 0)
+                            self._count(path, 0)
                         if errcode == 0 or errcode in expected:
                             return answer
                         code = code_of(path, errcode)
                         outcome = "caller" if code.number < 500 else "failure"
-                        span.set_status(StatusCode.ERROR)
-                    if errcode != BUSY or not may_retry:
-                        raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
+                        if errcode != BUSY or not may_retry:
+                            raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
                 except (gevent.Timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
                     result = "timeout"
                     error = failure(path, Code.UPSTREAM_TIMEOUT, f"no response in {limit:.2f} s")
@@ -130,27 +148,56 @@ class Transport:
                 time.sleep(seconds_left(RETRY_PAUSE_SECONDS))
         raise AssertionError("unreachable")
 
-    def _exchange(self, path: str, params: Params, body: Body, limit: float) -> tuple[int, str, bytes]:
-        """Send a request and read the response in so many seconds.
+    @contextmanager
+    def _place(self, path: str) -> Iterator[None]:
+        """Hold a place for a call, which raises Failed, or calls `_count(path, 0)` when WeChat has responded.
 
-        requests' own timeout is for each part of the response; where there are greenlets the caller's ends all of it.
+        :raises ApiError: UNAVAILABLE if the interface keeps failing, or if there is no place.
         """
-        deadline = time.monotonic() + limit
-        url, timeout = self._base_url + path, (min(CONNECT_SECONDS, limit), limit)
-        method, data, headers = "GET", None, {}
-        if body is not None:  # as raw UTF-8: with \u escapes WeChat's content check lets everything pass
-            method, data = "POST", json.dumps(body, ensure_ascii=False).encode()
-            headers = {"Content-Type": "application/json"}
-        with self._http.request(
-            method, url, params=params, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
-        ) as response:
-            content = b""
-            while part := response.raw.read1(65536, decode_content=True):
-                content += part
-                if time.monotonic() > deadline:
-                    raise requests.Timeout
-                if len(content) > MAXIMUM_ANSWER_BYTES:
-                    raise requests.RequestException
+        began = time.monotonic()
+        if self._failures[path] >= FAILURES:
+            if began < self._next_trial[path]:
+                raise ApiError(Code.UNAVAILABLE)
+            self._next_trial[path] = began + PAUSE_SECONDS
+        is_free = self._places.acquire(timeout=seconds_left(PLACE_SECONDS))
+        metrics.POOL_WAIT_SECONDS.labels("wechat").inc(time.monotonic() - began)
+        if not is_free:
+            metrics.SHED.labels("wechat").inc()
+            raise ApiError(Code.UNAVAILABLE)
+        self._door.in_flight -= 1
+        try:
+            with metrics.POOL_IN_USE.labels("wechat").track_inprogress():
+                yield
+        except Failed:
+            self._count(path, self._failures[path] + 1)
+            raise
+        finally:
+            self._door.in_flight += 1
+            self._places.release()
+
+    def _count(self, path: str, failures: int) -> None:
+        """Note how many calls of an interface in a row have failed."""
+        was_open, is_open = self._failures[path] >= FAILURES, failures >= FAILURES
+        self._failures[path], self._next_trial[path] = failures, time.monotonic() + PAUSE_SECONDS
+        if is_open != was_open:
+            metrics.BREAKER_OPEN.set(self.is_failing)
+            level, text = (logging.ERROR, "keeps failing: calls pause") if is_open else (logging.INFO, "responds again")
+            logger.log(level, "WeChat %s", text, extra={"interface": path})
+
+    def _exchange(self, path: str, params: Params, body: Body, limit: float) -> tuple[int, str, bytes]:
+        """Send a request and read the response.
+
+        :param limit: seconds for each part of the response; where there are greenlets the caller's ends all of it.
+        """
+        # As raw UTF-8: with \u escapes WeChat's content check lets everything pass.
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        method = "GET" if body is None else "POST"
+        request = requests.Request(method, self._base_url + path, headers, data=data, params=params).prepare()
+        with self._adapter.send(request, timeout=(CONNECT_SECONDS, limit), **self._options) as response:
+            content = response.raw.read(MAXIMUM_ANSWER_BYTES + 1, decode_content=True)
+            if len(content) > MAXIMUM_ANSWER_BYTES:
+                raise requests.RequestException
             return response.status_code, response.headers.get("Content-Type", ""), content
 
 
@@ -192,5 +239,4 @@ def _root_cause(error: BaseException) -> str:
     """The name and number of the innermost exception, such as ConnectionRefusedError; its text contains the URL."""
     while error.__context__:
         error = error.__context__
-    number = getattr(error, "errno", None)
-    return f"{type(error).__name__} [Errno {number}]" if number else type(error).__name__
+    return f"{type(error).__name__}, errno {getattr(error, 'errno', None)}"

@@ -22,7 +22,7 @@ from storage import database
 from telemetry.metrics import REGISTRY
 from tests.databases import Databases, MariaDB
 from tests.harness import WAIT_SECONDS, Simulator, bearer, bound_to_this_process, migrate, wait_until
-from wechat.admission import FAILURES
+from wechat.transport import FAILURES
 
 
 def up(dependency: str) -> float | None:

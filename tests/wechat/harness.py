@@ -18,7 +18,6 @@ from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
 from errors import ApiError, Code
-from wechat.admission import Admission
 from wechat.transport import Transport
 
 VECTORS = {
@@ -87,7 +86,7 @@ def pad(data: bytes, block: int) -> bytes:
 
 
 def transport_to(base_url: str) -> Transport:
-    return Transport(base_url, connections=4, admission=Admission(1000, SimpleNamespace(in_flight=0)))
+    return Transport(base_url, places=1000, door=SimpleNamespace(in_flight=0))
 
 
 @contextmanager

@@ -19,9 +19,8 @@ from concurrency import GaveUp
 from errors import ApiError, Code
 from tests.harness import WAIT_SECONDS, Simulator, counted, wait_until
 from tests.wechat.harness import outcome, refusal, transport_to
-from wechat import admission as admission_module
-from wechat.admission import FAILURES, Admission
-from wechat.transport import Transport
+from wechat import transport as transport_module
+from wechat.transport import FAILURES, Transport
 
 PATH = "/sns/auth"
 
@@ -30,7 +29,9 @@ PATH = "/sns/auth"
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Advance the clock of the breaker."""
     passed: list[float] = []
-    monkeypatch.setattr(admission_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(passed)))
+    monkeypatch.setattr(
+        transport_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(passed), sleep=time.sleep)
+    )
     return passed.append
 
 
@@ -38,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def transport(simulator: Simulator) -> Iterator[Transport]:
     transport = transport_to(simulator.url)
     yield transport
-    transport.close()
+    transport._adapter.close()
 
 
 def call(transport: Transport) -> Any:
@@ -72,14 +73,14 @@ def test_a_wechat_that_keeps_failing_is_not_called(
     assert [call(transport) for _ in range(3)] == [Code.UNAVAILABLE] * 3
     assert simulator.calls() == []
     assert counted("wechat_breaker_open") == 1
-    assert [record.levelname for record in caplog.records if record.name == "wechat.admission"] == ["ERROR"]
+    assert [record.levelname for record in caplog.records if record.msg == "WeChat %s"] == ["ERROR"]
 
 
 def test_an_interface_that_fails_stops_no_other(transport: Transport, simulator: Simulator) -> None:
     fail(transport, simulator, "http_500")
     assert outcome(transport.call, "/sns/userinfo", {}) is Code.INTERNAL_ERROR  # it works, and has no token
     assert call(transport) is Code.UNAVAILABLE
-    assert transport._admission.is_open
+    assert transport.is_failing
 
 
 def test_failures_that_are_not_in_a_row_do_not_count(transport: Transport, simulator: Simulator) -> None:
@@ -88,7 +89,7 @@ def test_failures_that_are_not_in_a_row_do_not_count(transport: Transport, simul
         for _ in range(FAILURES - 1):
             assert call(transport) is Code.UPSTREAM_INVALID
         assert call(transport) is Code.INTERNAL_ERROR  # 41001, as there is no token: it works
-    assert not transport._admission.is_open
+    assert not transport.is_failing
 
 
 @pytest.mark.parametrize("errcode", [40029, 40163, 40226, 45009, 40013, 99999])
@@ -115,7 +116,7 @@ def test_a_caller_without_time_proves_nothing_against_wechat(
 
     with ThreadPoolExecutor(FAILURES + 1) as pool:
         assert set(pool.map(call_in_time, range(FAILURES + 1))) == {code}
-    assert not transport._admission.is_open
+    assert not transport.is_failing
     assert bool(simulator.calls()) == (seconds > 0.05)  # nothing is begun for nothing
 
 
@@ -141,21 +142,21 @@ def test_one_trial_after_a_pause_decides(
         assert trial.result(WAIT_SECONDS) is Code.INTERNAL_ERROR
     assert call(transport) is Code.INTERNAL_ERROR
     assert counted("wechat_breaker_open") == 0
-    assert [record.levelname for record in caplog.records if record.name == "wechat.admission"] == ["ERROR", "INFO"]
+    assert [record.levelname for record in caplog.records if record.msg == "WeChat %s"] == ["ERROR", "INFO"]
 
 
 @pytest.mark.parametrize("error", [GaveUp(Code.UPSTREAM_TIMEOUT), GreenletExit()])
 def test_a_trial_whose_caller_gives_up_decides_nothing(error: BaseException, clock: Callable[[float], None]) -> None:
-    admission = Admission(1, SimpleNamespace(in_flight=0))
-    admission.count(PATH, FAILURES)
+    transport = transport_to("http://wechat.invalid")
+    transport._count(PATH, FAILURES)
     clock(5)
-    with suppress(type(error)), admission.place(PATH):
+    with suppress(type(error)), transport._place(PATH):
         raise error
-    assert admission.is_open
+    assert transport.is_failing
     clock(5)
-    with admission.place(PATH):
-        admission.count(PATH, 0)
-    assert not admission.is_open
+    with transport._place(PATH):
+        transport._count(PATH, 0)
+    assert not transport.is_failing
 
 
 def test_a_clock_that_is_stepped_delays_no_trial(
@@ -169,10 +170,10 @@ def test_a_clock_that_is_stepped_delays_no_trial(
 
 def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
     door = SimpleNamespace(in_flight=10)
-    admission, gate = Admission(2, door), threading.Event()
+    transport, gate = Transport("http://wechat.invalid", 2, door), threading.Event()
 
     def occupy() -> None:
-        with admission.place(PATH):
+        with transport._place(PATH):
             gate.wait(WAIT_SECONDS)
 
     def in_use() -> float:
@@ -192,7 +193,7 @@ def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
             one.result(WAIT_SECONDS)
     assert (in_use(), door.in_flight) == (idle, 10)
     for error in (ApiError(Code.WECHAT_CODE_INVALID), GreenletExit(), RuntimeError()):  # none of which keeps its place
-        with suppress(BaseException), admission.place(PATH):
+        with suppress(BaseException), transport._place(PATH):
             raise error
     occupy()
 
