@@ -136,10 +136,10 @@ def test_few_requests_in_flight_are_never_an_overload(door: Door) -> None:
 
 def test_the_less_important_leave_room_in_flight_for_the_others(door: Door) -> None:
     door.remember("mine", 1)
-    door.in_flight = LIMIT * 2 // 3
+    door.in_flight = LIMIT * 2 // 3 + 1
     assert door.refusal(head("GET")) is not None
     assert door.refusal(head("GET", "mine")) is None
-    door.in_flight = LIMIT * 5 // 6
+    door.in_flight = LIMIT * 5 // 6 + 1
     assert door.refusal(head("GET", "mine")) is not None
     assert door.refusal(head("POST", "mine")) is None
     door.in_flight = LIMIT
