@@ -24,7 +24,6 @@ def init_app(app: Flask) -> None:
     app.after_request(policies.report_rate_limit)
     if app.config["CORS_ORIGINS"]:
         origins = app.config["CORS_ORIGINS"].replace(" ", "").split(",")
-        app.after_request(_vary_by_origin)  # runs last
         CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
     app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"])
     api = Api(app)
@@ -54,9 +53,3 @@ def _answer_before_policies() -> tuple[Response, int] | None:
     if request.method == "OPTIONS" and request.url_rule:
         return current_app.make_default_options_response(), 204
     return None
-
-
-def _vary_by_origin(response: Response) -> Response:
-    """Also where nothing is allowed: a cache must not keep that for the pages that are."""
-    response.vary.add("Origin")
-    return response

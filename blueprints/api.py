@@ -61,14 +61,13 @@ class Blueprint(flask_smorest.Blueprint):
         super().__init__(*args, **kwargs)
         self._prepare_doc_cbks.append(self._document_failures)
 
-    def arguments(self, schema: Any, **options: Any) -> Callable[..., Any]:
+    def arguments(self, schema: Any, **options: Any) -> Any:
         """Pass what was sent, loaded by one instance of the schema: webargs would make one for each request."""
-        made: Callable[..., Any] = super().arguments(schema() if isinstance(schema, type) else schema, **options)
-        return made
+        return super().arguments(schema() if isinstance(schema, type) else schema, **options)
 
-    def route(self, rule: str, **options: Any) -> Callable[..., Any]:
+    def route(self, rule: str, **options: Any) -> Any:
         """Make a route as Flask does; one that names something by its id may find nothing."""
-        decorate: Callable[..., Any] = super().route(rule, **options)
+        decorate = super().route(rule, **options)
         return lambda view: decorate(self.fails(Code.NOT_FOUND)(view) if "<" in rule else view)
 
     def response(
@@ -106,10 +105,7 @@ class Blueprint(flask_smorest.Blueprint):
                 run = idempotency.run_once if request.method == "POST" else database.in_transaction
                 return run(partial(make_response, *args, **arguments))
 
-            methods = ["get"] if has_etag else []
-            if isinstance(schema, type) and "version" in schema().fields:
-                methods += ["post", "put", "delete"]
-            wrapper._apidoc.update(transaction=transaction, if_match=if_match, with_etag=methods)  # type: ignore[attr-defined]
+            wrapper._apidoc.update(transaction=transaction, if_match=if_match, has_etag=has_etag)  # type: ignore[attr-defined]
             return wrapper
 
         return decorate
@@ -117,21 +113,29 @@ class Blueprint(flask_smorest.Blueprint):
     def _respond(
         self, row: Any, dump: Callable[[Any], Any] | None, status: int, headers: Mapping[str, str]
     ) -> Response:
-        """Make the response of a view from what it returns, which may be one already."""
+        """Make the response of a view from what it returns, which may be one already; a 304 if the caller has it."""
         is_versioned, is_secured = hasattr(row, "etag"), bool(self.auth.security)
         if is_versioned and request.method not in SAFE_METHODS:
             database.session.flush()  # which gives it its id and its version
-        response = row
+        response: Response = row
         if not isinstance(row, BaseResponse):
             data = {} if row is None else dump(row) if dump else row
             response = Response(envelope(Code.SUCCESS, data), status, headers, content_type="application/json")
         if is_secured:
             response.headers.extend(PRIVATE)
-        return set_etag(response, row if is_versioned else None, hash_body=is_secured)
+        is_read = request.method in SAFE_METHODS and not response.is_streamed  # a hash would read it to the end
+        if is_versioned:
+            response.headers["ETag"] = f'"{row.etag}-{language()}"'  # with the language, as messages are translated
+        elif is_read and is_secured:
+            response.add_etag()
+        # Not with If-Match, with which werkzeug would make a 412 of the body of a 200.
+        if is_read and "If-None-Match" in request.headers and not request.if_match:
+            response.make_conditional(request)
+        return response
 
     @staticmethod
     def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
-        """Document codes with which an operation can fail, beyond those of its policy and its body.
+        """Document codes with which an operation can fail, beyond those of its policy, its body and its transaction.
 
         :param message: the message here, if it is not the code's own.
         """
@@ -154,15 +158,13 @@ class Blueprint(flask_smorest.Blueprint):
             doc["requestBody"].setdefault("description", f"At most {getattr(body, 'MAXIMUM_BYTES', SMALL_BODY)} bytes.")
         if kwargs["method"] == "post" and doc_info.get("transaction"):
             doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
-            codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED]
+            codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED, Code.CONFLICT]
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
             doc.setdefault("parameters", []).append(IF_MATCH)
-            codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED]
-        for status in (200, 201) if self.auth.security else ():
-            if status in responses and kwargs["method"] in doc_info["with_etag"]:
-                responses[status]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
-                if kwargs["method"] == "get":
-                    responses[304] = {"description": "Not modified.", "headers": ETAG_HEADER}
+            codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONFLICT]
+        if kwargs["method"] == "get" and doc_info.get("has_etag") and self.auth.security:
+            responses[200]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
+            responses[304] = {"description": "Not modified.", "headers": ETAG_HEADER}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
@@ -202,23 +204,6 @@ def require_match(row: Versioned) -> None:
     if not request.if_match.star_tag and not any(tag.startswith(current) for tag in tags):
         raise ApiError(Code.PRECONDITION_FAILED)
     g.version_checked = True
-
-
-def set_etag(response: Response, row: Versioned | None, *, hash_body: bool) -> Response:
-    """Give a response its ETag, and make it a 304 if If-None-Match names that.
-
-    :param row: its version is the ETag, with the language, as messages are translated.
-    :param hash_body: whether a read without a version gets a hash of its body.
-    """
-    is_read = request.method in ("GET", "HEAD") and not response.is_streamed  # a hash would read it to the end
-    if row is not None:
-        response.headers["ETag"] = f'"{row.etag}-{language()}"'
-    elif is_read and hash_body:
-        response.add_etag()
-    # Not with If-Match, with which werkzeug would make a 412 of the body of a 200.
-    if is_read and "If-None-Match" in request.headers and not request.if_match:
-        response.make_conditional(request)
-    return response
 
 
 def dumper(schema: Schema) -> Convert:

@@ -6,8 +6,6 @@ from typing import Any
 from flask import Response, current_app, request
 from marshmallow import Schema, fields
 from prometheus_client.exposition import choose_encoder
-from redis.exceptions import RedisError
-from sqlalchemy.exc import SQLAlchemyError
 
 import wechat
 from blueprints.api import Blueprint
@@ -29,27 +27,22 @@ def failing_dependencies() -> dict[str, list[str]]:
     """Check Redis and the database at the same time, and record in the metrics which are up.
 
     :returns: what is wrong, by dependency, after at most CHECK_SECONDS; empty if all is well.
-    :raises Exception: the exception of a check if it is not an outage but a bug of ours.
     """
     down = {}
     checks = {"redis": redis_client.ping, "database": database.ping}
     for name, outcome in in_parallel(checks, CHECK_SECONDS).items():
         metrics.DEPENDENCY_UP.labels(name).set(not isinstance(outcome, Exception))
-        if isinstance(outcome, RedisError | SQLAlchemyError | OSError):
+        if isinstance(outcome, Exception):
             down[name] = [failures.kind(outcome)]
             reason = f"{type(outcome).__name__}: {getattr(outcome, 'orig', None) or outcome}"
             current_app.logger.error("%s cannot serve: %s", name, *down[name], extra={"reason": reason})
-        elif isinstance(outcome, Exception):
-            raise outcome
     return down
 
 
 class ReadinessSchema(Schema):
     redis = fields.String(required=True)
     database = fields.String(required=True)
-    wechat = fields.String(
-        required=True, metadata={"description": "`down` while this worker pauses calls that kept failing."}
-    )
+    wechat = fields.String(required=True)
 
 
 class VersionSchema(Schema):
@@ -68,7 +61,7 @@ def live() -> None:
 def ready() -> dict[str, str]:
     """Whether Redis and the database take writes; `data.errors` says which does not and why, or that it is stopping
 
-    WeChat is no reason to be unready.
+    `wechat` is `down` while this worker pauses calls that kept failing, which is no reason to be unready.
     """
     is_stopping = os.path.exists(f"{os.environ.get(MULTIPROC_DIR)}/stopping")  # announced by gunicorn.conf.py
     down = {"instance": ["Stopping."]} if is_stopping else failing_dependencies()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 from flask import Response, g, request
-from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy import delete
 
 from blueprints.parsing import read_body
 from errors import ApiError, Code
@@ -16,9 +16,6 @@ from storage import database
 from storage.models import IdempotencyKey, User, now
 
 LIFETIME = timedelta(hours=24)
-_MINE = IdempotencyKey.user_id == bindparam("id")
-_KNOWN = select(*IdempotencyKey.__table__.c).where(_MINE, IdempotencyKey.key == bindparam("sent"))
-_EXPIRED = delete(IdempotencyKey).where(_MINE, IdempotencyKey.created_at <= bindparam("until"))
 
 
 def run_once(make_response: Callable[[], Response]) -> Response:
@@ -46,17 +43,17 @@ def run_once(make_response: Callable[[], Response]) -> Response:
 
 
 def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:
-    connection = database.session.connection()
-    known = connection.execute(_KNOWN, {"id": g.user_id, "sent": key}).first()
+    known = database.session.get(IdempotencyKey, (g.user_id, key))
     if known is not None and known.created_at > now() - LIFETIME:
         if known.fingerprint != fingerprint:
             raise ApiError(Code.IDEMPOTENCY_KEY_REUSED)
         return Response(known.body, known.status, json.loads(known.headers or "{}"))
-    connection.execute(_EXPIRED, {"id": g.user_id, "until": now() - LIFETIME})
+    expired = IdempotencyKey.user_id == g.user_id, IdempotencyKey.created_at <= now() - LIFETIME
+    database.session.execute(delete(IdempotencyKey).where(*expired))
     response = make_response()
-    record = {"user_id": g.user_id, "key": key, "fingerprint": fingerprint, "status": response.status_code}
-    record |= {"headers": json.dumps(dict(response.headers)), "body": response.get_data()}
+    stored = IdempotencyKey(user_id=g.user_id, key=key, fingerprint=fingerprint, status=response.status_code)
+    stored.headers, stored.body = json.dumps(dict(response.headers)), response.get_data()
     # The response goes when the user whom it is about is deleted.
-    record["about_user_id"] = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
-    connection.execute(insert(IdempotencyKey), record)
+    stored.about_user_id = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
+    database.session.add(stored)
     return response

@@ -24,11 +24,7 @@ class ListSchema(Schema):
         validate=validate.Range(1, MAXIMUM_ID),
         metadata={"description": "The previous page's last id: pages count from there. As cheap as page 1."},
     )
-    sort = fields.String(
-        load_default="-created_at",
-        validate=validate.OneOf(["created_at", "-created_at"]),
-        metadata={"description": "Newest first by default; without the minus, oldest first."},
-    )
+    sort = fields.String(load_default="-created_at", validate=validate.OneOf(["created_at", "-created_at"]))
 
 
 @cache

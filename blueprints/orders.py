@@ -39,6 +39,7 @@ NOT_THE_BUYERS = Message(
     "买家只能取消或完成订单；其他状态由管理员或支付回调设定",
     "A buyer may only cancel or complete an order; an administrator or the payment sets other statuses",
 )
+FEN = {"description": "Fen."}
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
 
 blueprint = Blueprint("orders", __name__, description="订单 Orders")
@@ -49,10 +50,8 @@ class ItemSchema(Schema):
     sku = fields.String(required=True, validate=[validate.Length(1, 64), NO_NUL])
     name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL])
     quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999))
-    unit_price = fields.Integer(
-        required=True, strict=True, validate=validate.Range(0, 10**9), metadata={"description": "Fen; 0 for a gift."}
-    )
-    subtotal = fields.Integer(dump_only=True, required=True, metadata={"description": "Fen."})
+    unit_price = fields.Integer(required=True, strict=True, validate=validate.Range(0, 10**9), metadata=FEN)
+    subtotal = fields.Integer(dump_only=True, required=True, metadata=FEN)
 
 
 class ShownItemSchema(ItemSchema):
@@ -73,11 +72,11 @@ class OrderSchema(Schema):
 
     id = fields.Integer(dump_only=True, required=True)
     user_id = fields.Integer(
-        dump_only=True, required=True, allow_none=True, metadata={"description": "null if the user has been deleted."}
+        dump_only=True, required=True, allow_none=True, metadata={"description": "null if deleted."}
     )
     status = fields.String(dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS)})
     remark = fields.String(load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL])
-    total = fields.Integer(dump_only=True, required=True, metadata={"description": "Fen."})
+    total = fields.Integer(dump_only=True, required=True, metadata=FEN)
     items = BoundedList(fields.Nested(ItemSchema), validate.Length(1, MAXIMUM_ITEMS), required=True)
     created_at = fields.DateTime(dump_only=True, required=True)
     updated_at = fields.DateTime(dump_only=True, required=True)
@@ -137,7 +136,6 @@ def get_order(order_id: int) -> Order:
 @blueprint.route("/<id:order_id>", methods=["PUT"])
 @blueprint.arguments(OrderChangeSchema)
 @blueprint.response(200, OrderSchema)
-@blueprint.fails(Code.CONFLICT)
 @blueprint.fails(Code.FORBIDDEN, message=NOT_THE_BUYERS)
 def put_order(body: dict[str, Any], order_id: int) -> Order:
     """Change the remark or the status"""
@@ -153,7 +151,6 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 
 @blueprint.route("/<id:order_id>", methods=["DELETE"])
 @blueprint.response(200)
-@blueprint.fails(Code.CONFLICT)
 def delete_order(order_id: int) -> None:
     """Delete a pending order; orders past pending are kept for accounting"""
     order = load_order(order_id, pending=True)
@@ -174,7 +171,6 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 @blueprint.route("/<id:order_id>/items", methods=["POST"])
 @blueprint.arguments(ItemSchema)
 @blueprint.response(201, ShownItemSchema)
-@blueprint.fails(Code.CONFLICT)
 def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
     """Add an item to a pending order"""
     order = load_order(order_id, pending=True)
@@ -197,7 +193,6 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
 @blueprint.arguments(ItemChangeSchema)
 @blueprint.response(200, ShownItemSchema)
-@blueprint.fails(Code.CONFLICT)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
     item = load_item(order_id, item_id, pending=True)
@@ -209,7 +204,6 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["DELETE"])
 @blueprint.response(200)
-@blueprint.fails(Code.CONFLICT)
 def delete_item(order_id: int, item_id: int) -> None:
     """Remove an item from a pending order, but not the last one"""
     item = load_item(order_id, item_id, pending=True)

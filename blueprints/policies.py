@@ -152,8 +152,7 @@ def _require_metrics_token() -> None:
     if not expected:
         raise ApiError(Code.NOT_FOUND)
     # Not request.authorization, which parses a token with = in it as parameters.
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), expected.encode()):
+    if not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {expected}".encode()):
         raise ApiError(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
 
 

@@ -1,7 +1,6 @@
 """Users: list, create, read, change, block, delete; and `flask users`, what an operator does about them."""
 
 import json
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,8 +20,6 @@ from storage.identities import find_openid, set_role
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
 
-logger = logging.getLogger(__name__)
-
 MINI_PROGRAM_LOGIN_REQUIRED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
 blueprint = Blueprint("users", __name__, description="用户 Users")
@@ -32,9 +29,8 @@ administration = Blueprint("administration", __name__, description="用户管理
 class Masked(fields.String):
     """A field that shows an attribute of a user through a mask."""
 
-    def __init__(self, mask: Callable[[str], str], **metadata: Any) -> None:
-        described = {"type": ["string", "null"], "description": "Masked.", **metadata}
-        super().__init__(dump_only=True, required=True, metadata=described)
+    def __init__(self, mask: Callable[[str], str]) -> None:
+        super().__init__(dump_only=True, required=True, allow_none=True, metadata={"description": "Masked."})
         self.mask = mask
 
     def _serialize(self, value: str | None, *args: Any, **kwargs: Any) -> str | None:
@@ -45,7 +41,7 @@ class UserSchema(Schema):
     id = fields.Integer(required=True)
     nickname = fields.String(required=True, allow_none=True)
     avatar_url = fields.String(required=True, allow_none=True)
-    phone = Masked(mask_phone, examples=["138****5678"])
+    phone = Masked(mask_phone)
     role = fields.String(required=True, metadata={"enum": ["user", "admin"]})
     created_at = fields.DateTime(required=True)
     updated_at = fields.DateTime(required=True)
@@ -71,9 +67,7 @@ class TypedProfileSchema(Schema):
 
 class UserChangeSchema(TypedProfileSchema):
     role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata={"description": "For administrators."})
-    blocked = fields.Boolean(
-        truthy={True}, falsy={False}, metadata={"description": "For administrators: 403 from now on, and at login."}
-    )
+    blocked = fields.Boolean(truthy={True}, falsy={False}, metadata={"description": "For administrators: 403."})
 
 
 class NewUserSchema(UserChangeSchema):
@@ -112,7 +106,6 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 @administration.route("", methods=["POST"])
 @administration.arguments(NewUserSchema)
 @administration.response(201, UserSchema)
-@administration.fails(Code.CONFLICT)
 def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     """Create a user before the first login, for administrators
 
@@ -151,14 +144,12 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 
     def change() -> User:
         user = load_user(user_id)
-        require_match(user)
         if body.get("blocked") and user.id == g.user_id:
             raise ApiError(Code.INVALID_INPUT, errors={"blocked": ["You cannot block yourself."]})
-        for name, value in body.items():
-            if name == "role":
-                set_role(user, value, by="administrator")
-            else:
-                setattr(user, name, value)
+        if "role" in body:
+            set_role(user, body["role"], by="administrator")
+        for name in body.keys() - {"role"}:
+            setattr(user, name, body[name])
         if "blocked" in body:
             database.after_commit(partial(audit, "user blocked" if user.blocked else "user unblocked", user.id))
         return user
@@ -176,7 +167,6 @@ def delete_user(user_id: str) -> None:
 
     def claim() -> int:
         user = load_user(user_id)
-        require_match(user)
         user.updated_at = now()  # and so a new version, which no other If-Match fits
         return user.id
 
@@ -202,10 +192,11 @@ def delete_user(user_id: str) -> None:
 
 
 def load_user(user_id: str) -> User:
-    """Load a user whom the caller may see; for a change as a locked object, so that the user's own do not outrun it.
+    """Load a user whom the caller may see; for a change as a locked object, whose version is compared with If-Match.
 
     :param user_id: a number, or `me`.
-    :raises ApiError: NOT_FOUND also for another user, so that ids reveal nothing; UNAUTHORIZED as `current_user` does.
+    :raises ApiError: NOT_FOUND also for another user, so that ids reveal nothing; UNAUTHORIZED as `current_user` does;
+        as `require_match` does.
     """
     me = current_user()
     number = me.id if user_id == "me" else int(user_id)
@@ -215,12 +206,14 @@ def load_user(user_id: str) -> User:
     user = find(User, number) if number == me.id or me.role == "admin" else None
     if user is None:
         raise ApiError(Code.NOT_FOUND)
+    if request.method in ("PUT", "DELETE"):
+        require_match(user)
     return user
 
 
 def audit(event: str, user_id: int) -> None:
     """Log that somebody accessed or changed personal data or rights: who, whose, and never the data."""
-    logger.info("audit", extra={"event": event, "aboutUserId": user_id})
+    current_app.logger.info("audit", extra={"event": event, "aboutUserId": user_id})
 
 
 def check_nickname(nickname: str | None) -> None:

@@ -183,6 +183,11 @@ def test_a_check_that_takes_longer_than_a_second_fails(client: FlaskClient, monk
     assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"redis": ["Does not respond."]}})
 
 
-def test_a_bug_in_a_check_is_500(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_check_is_503_and_logged(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, log_lines: Any
+) -> None:
     monkeypatch.setattr("storage.database.ping", lambda: {}["mistake"])
-    assert client.get("/readyz").status_code == 500
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.get_json()["data"]) == (503, {"errors": {"database": ["Fails: see the log."]}})
+    (line,) = [line for line in log_lines() if line["level"] == "ERROR"]
+    assert line["reason"] == "KeyError: 'mistake'"

@@ -3,14 +3,12 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from redis import Redis
-from redis.exceptions import LockNotOwnedError
 from werkzeug.test import TestResponse
 
 from blueprints import orders, personal_data
 from storage import database, ownership
 from storage.models import PERSONAL_FIELDS, Identity
-from tests.blueprints.callers import Caller, code_of, data_of, invalid_fields
+from tests.blueprints.callers import Caller, data_of, invalid_fields
 from tests.harness import PERSON, Simulator
 
 PATH = "/users/me/personal-data"
@@ -114,29 +112,6 @@ def test_an_export_is_read_in_parts_that_hold_no_connection(
     assert (list(exported), exported["code"], exported["message"]) == (["code", "message", "data"], 200, "操作成功")
     assert exported["data"]["orders"] == placed
     assert [identity["openid"] for identity in exported["data"]["identities"]] == [alice.openid, *openids]
-
-
-def test_one_export_of_a_user_at_a_time(alice: Caller, admin: Caller) -> None:
-    for end in ("close", "get_data"):  # the client goes away, or reads to the end
-        first = alice.get("/users/me/export")
-        for _ in range(2):
-            second = alice.get("/users/me/export")
-            assert code_of(second) == (429, 429)
-            assert int(second.headers["Retry-After"]) > 0
-        assert data_of(admin.get("/users/me/export"))["user"]["id"] == admin.id
-        getattr(first, end)()
-        first.close()
-        assert data_of(alice.get("/users/me/export"))["user"]["id"] == alice.id
-
-
-def test_the_lock_of_an_export_expires_if_its_process_dies(alice: Caller, redis: Redis) -> None:
-    running = alice.get("/users/me/export")
-    assert 0 < redis.ttl(f"user:{alice.id}:export") <= personal_data.EXPORT_SECONDS
-    redis.delete(f"user:{alice.id}:export")
-    with pytest.raises(LockNotOwnedError):
-        running.get_data()
-    running.close()
-    assert data_of(alice.get("/users/me/export"))["user"]["id"] == alice.id
 
 
 def test_an_export_that_breaks_off_is_logged_with_its_trace_id_and_is_no_json(

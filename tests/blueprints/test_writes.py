@@ -100,7 +100,7 @@ def test_every_response_about_a_versioned_row_shows_its_version(app: Flask, simu
             shown.add(write)
             assert data_of(answer, answer.status_code)["version"] == int(version[1]), write
         documented = operation["responses"][str(answer.status_code)]["headers"]
-        assert ("ETag" in documented) == ("ETag" in answer.headers), write
+        assert method != "get" or ("ETag" in documented) == ("ETag" in answer.headers), write
     assert len(shown) >= 13
     for path in ("/users", "/orders", f"/orders/{ids['order_id']}/items"):
         for item in data_of(caller.get(path))["items"]:
