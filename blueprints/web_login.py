@@ -1,14 +1,13 @@
 """Login on the web with WeChat's OAuth2, inside WeChat or by QR code; it ends with a cookie session."""
 
 import hashlib
-import json
 import secrets
-import time
+from contextlib import suppress
 from functools import partial
 from urllib.parse import urlencode
 
 from flask import Response, current_app, g, redirect, render_template, request, session, url_for
-from itsdangerous import BadSignature, URLSafeTimedSerializer
+from itsdangerous import BadSignature, URLSafeSerializer
 from marshmallow import EXCLUDE, Schema, fields, validate
 from sqlalchemy import select
 from werkzeug import Response as BaseResponse
@@ -24,14 +23,14 @@ from storage.identities import get_or_create_user, start_session
 from storage.models import Identity, User
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
-from wechat.oauth import QR_CODE_SCOPE, SCOPES, Authorization, UserInfo
+from wechat.oauth import QR_CODE_SCOPE, SCOPES, UserInfo
 
-STATE_SECONDS, COOKIE_SECONDS = 600, 3600
-"""A state that comes too late begins no session, but its cookie still tells where it would have led."""
+ATTEMPT_SECONDS = 3600
+"""How long a browser keeps what it has begun."""
 
 COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
-STATE_REFUSED = {"state": ["Unknown, expired after ten minutes, or from another browser: start again at authorize."]}
+STATE_REFUSED = {"state": ["Unknown, expired after an hour, or from another browser: start again at authorize."]}
 DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
 BEGIN_AGAIN = Message("登录链接无效、过期或已使用，请重新登录", "Login link invalid, expired or used: log in again")
@@ -72,7 +71,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
         response.delete_cookie(name, **COOKIE_OPTIONS)
     # Kept by the browser: nothing is stored here for users who never come back.
     attempt = _serializer(state).dumps({"scope": scope, "return_to": query["return_to"]})
-    response.set_cookie(_cookie(state), attempt, max_age=COOKIE_SECONDS, **COOKIE_OPTIONS)
+    response.set_cookie(_cookie(state), attempt, max_age=ATTEMPT_SECONDS, **COOKIE_OPTIONS)
     return response
 
 
@@ -90,16 +89,15 @@ def callback(query: dict[str, str]) -> BaseResponse:
     mark = _cookie(query["state"])
     if session.get("web_login") == mark:
         return redirect(public_url() + session["return_to"])
-    attempt, began_at = _load_attempt(query["state"])
-    # Not loads(max_age=…), which rejects a state from an instance whose clock is ahead.
-    if abs(time.time() - began_at) > STATE_SECONDS:
+    attempt = _load_attempt(query["state"])
+    if not attempt:
         raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     token = single_flight(  # browsers inside WeChat may open the page twice at once
         f"web_login:{mark}",
         partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"]),
-        remember=2 * STATE_SECONDS,
+        remember=ATTEMPT_SECONDS,
     )
     resume(token)
     session.modified = True  # a browser gets the cookie again
@@ -119,7 +117,7 @@ def _make_page(response: Response) -> Response:
         error = response.get_json()
         if response.status_code == 400:  # the code's own message is for developers of the mini-program
             error["message"] = str(BEGIN_AGAIN)
-        again, _ = _load_attempt(request.args.get("state", ""))
+        again = _load_attempt(request.args.get("state", ""))
         response.data = render_template("web_login.html", **error, again=urlencode(again))
         response.content_type = "text/html; charset=utf-8"
     return response
@@ -130,32 +128,19 @@ def check_authorization(user_id: int, app_id: str) -> bool:
 
     :raises ApiError: what `WebApp.is_valid` does.
     """
-    app = wechat.web_app_of(app_id)
-    find = select(Identity).where(Identity.user_id == user_id, Identity.app_id == app_id)
-    identity = database.session.scalar(find)
-    granted = identity.authorization if identity else None
-    if app is None or granted is None:
-        return False
+    mine = Identity.user_id == user_id, Identity.app_id == app_id
+    identity = database.session.scalar(select(Identity).where(*mine))
+    app, refresh_token = wechat.web_app_of(app_id), identity and identity.authorization
     database.session.rollback()  # no transaction waits for WeChat
-    is_valid, renewed = app.is_valid(Authorization(*json.loads(granted)))
-
-    def store() -> None:
-        kept = database.session.scalars(find.with_for_update()).one()
-        if kept.authorization == granted:  # and not one of a login in the meantime
-            kept.authorization = json.dumps(renewed)
-
-    if json.dumps(renewed) != granted:
-        database.in_transaction(store)
-    return is_valid
+    return bool(app and refresh_token and app.is_valid(refresh_token))
 
 
-def _load_attempt(state: str) -> tuple[dict[str, str], float]:
-    """Load the login that this browser began under a state, and when in seconds since the epoch; empty if none."""
-    try:
-        attempt, began_at = _serializer(state).loads(request.cookies.get(_cookie(state), ""), return_timestamp=True)
-    except BadSignature:
-        return {}, 0
-    return attempt, began_at.timestamp()
+def _load_attempt(state: str) -> dict[str, str]:
+    """Load the login that this browser began under a state; empty if there is none."""
+    with suppress(BadSignature):
+        attempt: dict[str, str] = _serializer(state).loads(request.cookies.get(_cookie(state), ""))
+        return attempt
+    return {}
 
 
 def _log_in(scope: str, code: str, **facts: str) -> str:
@@ -169,10 +154,8 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
     grant = app.redeem(code)
     if grant.is_snapshot_user:
         raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
-    info, authorization = UserInfo(None, None, None), grant.authorization
-    if scope != "snsapi_base":
-        info, authorization = app.userinfo(authorization)
-    user_id = get_or_create_user(app.app_id, authorization.openid, grant.unionid or info.unionid).id
+    info = UserInfo(None, None, None) if scope == "snsapi_base" else app.userinfo(grant)
+    user_id = get_or_create_user(app.app_id, grant.openid, grant.unionid or info.unionid).id
     set_current_user(user_id)
     profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}
     invalid = ProfileSchema().validate(profile)
@@ -182,16 +165,15 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
         for name, value in profile.items():
             if name not in invalid and getattr(user, name) is None:  # a typed one stays
                 setattr(user, name, value)
-        identity = database.session.get_one(Identity, (app.app_id, authorization.openid))
-        identity.authorization = json.dumps(authorization)
+        database.session.get_one(Identity, (app.app_id, grant.openid)).authorization = grant.refresh_token
 
     database.in_transaction(store)
     return start_session(user_id, web_app_id=app.app_id, **facts)
 
 
-def _serializer(state: str) -> URLSafeTimedSerializer:
+def _serializer(state: str) -> URLSafeSerializer:
     """Sign for one state: what is kept for another one has no valid signature."""
-    return URLSafeTimedSerializer(current_app.config["SECRET_KEY"], salt=f"web_login:{state}")
+    return URLSafeSerializer(current_app.config["SECRET_KEY"], salt=f"web_login:{state}")
 
 
 def _cookie(state: str) -> str:

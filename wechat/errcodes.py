@@ -12,8 +12,8 @@ INVALID_TOKEN = frozenset({40001, 40014, 42001})
 SESSION_ENDED = frozenset({40003, 87007, 87009})
 """At wxa/checksession: the openid is unknown, or the session_key is not, or no longer, the user's."""
 AUTHORIZATION_ENDED = INVALID_TOKEN | {40003, 40029, 40030, 42002, 42003, 42007, 50001, 61023}
-"""At sns/auth, sns/userinfo and sns/oauth2/refresh_token, where the tokens are the user's and not ours: invalid or
-expired, the openid is unknown, the user has withdrawn the authorization or changed the password (42007)."""
+"""At sns/oauth2/refresh_token, where the token is the user's and not ours: invalid or expired, the openid is unknown,
+the user has withdrawn the authorization or changed the password (42007)."""
 NOT_SUBSCRIBED = frozenset({43101})
 
 ERRCODES = {

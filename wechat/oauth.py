@@ -3,28 +3,20 @@
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from errors import Code
 from wechat.client import is_identifier, read_nickname, read_unionid
-from wechat.errcodes import AUTHORIZATION_ENDED, INVALID_TOKEN
-from wechat.transport import Transport, failure, unexpected_response
+from wechat.errcodes import AUTHORIZATION_ENDED
+from wechat.transport import Transport, unexpected_response
 
 QR_CODE_SCOPE = "snsapi_login"
 SCOPES = ("snsapi_base", "snsapi_userinfo", QR_CODE_SCOPE)
 
 
-class Authorization(NamedTuple):
-    """A user's authorization of one of our web apps."""
+class Grant(NamedTuple):
+    """What WeChat returns for a code: a user's authorization of one of our web apps."""
 
     openid: str
     access_token: str
     refresh_token: str
-    scope: str
-
-
-class Grant(NamedTuple):
-    """What WeChat returns for a code."""
-
-    authorization: Authorization
     unionid: str | None
     is_snapshot_user: bool
     """Whether it is the virtual account of a user who only previews the page."""
@@ -72,53 +64,33 @@ class WebApp:
         path = "/sns/oauth2/access_token"
         params = {"appid": self.app_id, "secret": self._app_secret, "code": code, "grant_type": "authorization_code"}
         answer = self._transport.call(path, params)
-        return Grant(_authorization(path, answer), read_unionid(path, answer), bool(answer.get("is_snapshotuser")))
+        openid, token, refresh_token = (answer.get(name) for name in ("openid", "access_token", "refresh_token"))
+        if not (is_identifier(openid) and _is_token(token) and _is_token(refresh_token)):
+            raise unexpected_response(path, "openid or tokens missing or malformed", answer)
+        return Grant(openid, token, refresh_token, read_unionid(path, answer), bool(answer.get("is_snapshotuser")))
 
-    def userinfo(self, authorization: Authorization) -> tuple[UserInfo, Authorization]:
-        """Get the user's nickname, picture and unionid (sns/userinfo), refreshing the access token if necessary.
+    def userinfo(self, grant: Grant) -> UserInfo:
+        """Get the user's nickname, picture and unionid (sns/userinfo).
 
-        :returns: the profile, and the authorization to store from now on.
         :raises ApiError: WECHAT_CODE_INVALID if the authorization has ended, and what `Transport.call` does.
         """
         path = "/sns/userinfo"
-        answer, authorization = self._call(path, authorization, lang="zh_CN")
-        if errcode := answer.get("errcode"):
-            raise failure(path, Code.WECHAT_CODE_INVALID, f"the authorization has ended, errcode {errcode}", errcode)
-        if answer.get("openid") != authorization.openid:
+        query = {"access_token": grant.access_token, "openid": grant.openid, "lang": "zh_CN"}
+        answer = self._transport.call(path, query)
+        if answer.get("openid") != grant.openid:
             raise unexpected_response(path, "openid missing or different", answer)
         nickname, avatar_url = read_nickname(answer.get("nickname")) or None, answer.get("headimgurl") or None
-        return UserInfo(nickname, avatar_url, read_unionid(path, answer)), authorization
+        return UserInfo(nickname, avatar_url, read_unionid(path, answer))
 
-    def is_valid(self, authorization: Authorization) -> tuple[bool, Authorization]:
-        """Whether the authorization is still valid (sns/auth), refreshing the access token if necessary.
+    def is_valid(self, refresh_token: str) -> bool:
+        """Whether the user's authorization is still valid: whether it can be refreshed (sns/oauth2/refresh_token).
 
-        :returns: the result, and the authorization to store from now on.
         :raises ApiError: what `Transport.call` does.
         """
-        answer, authorization = self._call("/sns/auth", authorization)
-        return answer.get("errcode") not in AUTHORIZATION_ENDED, authorization
-
-    def _call(self, path: str, authorization: Authorization, **params: str) -> tuple[dict[str, Any], Authorization]:
-        """Call with the access token; if WeChat rejects it, once more with a new one (sns/oauth2/refresh_token)."""
-
-        def call() -> Any:
-            query = {"access_token": authorization.access_token, "openid": authorization.openid, **params}
-            return self._transport.call(path, query, expected=AUTHORIZATION_ENDED)
-
-        answer = call()
-        if answer.get("errcode") in INVALID_TOKEN:
-            refresh = "/sns/oauth2/refresh_token"
-            grant = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": authorization.refresh_token}
-            refreshed = self._transport.call(refresh, grant, expected=AUTHORIZATION_ENDED)
-            if refreshed.get("errcode") not in AUTHORIZATION_ENDED:
-                authorization = _authorization(refresh, refreshed)
-                answer = call()
-        return answer, authorization
+        query = {"appid": self.app_id, "grant_type": "refresh_token", "refresh_token": refresh_token}
+        answer: dict[str, Any] = self._transport.call("/sns/oauth2/refresh_token", query, expected=AUTHORIZATION_ENDED)
+        return answer.get("errcode") not in AUTHORIZATION_ENDED
 
 
-def _authorization(path: str, answer: dict[str, Any]) -> Authorization:
-    authorization = Authorization._make(answer.get(name) for name in Authorization._fields)
-    openid, *tokens = authorization
-    if not (is_identifier(openid) and all(isinstance(text, str) and 0 < len(text) <= 512 for text in tokens)):
-        raise unexpected_response(path, "openid, tokens or scope missing or malformed", answer)
-    return authorization
+def _is_token(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 512

@@ -22,6 +22,8 @@ from wechat.errcodes import MESSAGES
 
 PHONE, PROFILE = "/users/me/phone", "/users/me/profile"
 CHECK = "/wxa/msg_sec_check"
+PHONE_FIELDS = {"code", "encryptedData", "iv"}
+PROFILE_FIELDS = {"nickname", "avatar_url", "rawData", "signature", "encryptedData", "iv"}
 AVATAR_URL = "https://thirdwx.qlogo.cn/mmopen/vi_32/0/132"
 
 
@@ -167,15 +169,15 @@ def test_altered_data_is_rejected(alice: Caller, part: str) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [
-        (PHONE, {}, {"code", "encryptedData", "iv"}),
-        (PHONE, {"iv": "x"}, {"encryptedData"}),
-        (PHONE, {"code": "x", "iv": "x"}, {"iv"}),
+        (PHONE, {}, PHONE_FIELDS),
+        (PHONE, {"iv": "x"}, PHONE_FIELDS),
+        (PHONE, {"code": "x", "iv": "x"}, PHONE_FIELDS),
         (PHONE, {"code": 5}, {"code"}),
         (PHONE, {"code": "x y"}, {"code"}),
         (PHONE, {"code": "x", "phone": "13812345678"}, {"phone"}),
         (PHONE, {"encryptedData": "AAAA", "iv": "AAAA"}, {"encryptedData", "iv"}),
         (PHONE, {"encryptedData": "!", "iv": "AAAAAAAAAAAAAAAAAAAAAA=="}, {"encryptedData"}),
-        (PROFILE, {}, {"nickname", "avatar_url", "rawData", "signature", "encryptedData", "iv"}),
+        (PROFILE, {}, PROFILE_FIELDS),
         (PROFILE, {"nickname": ""}, {"nickname"}),
         (PROFILE, {"nickname": " "}, {"nickname"}),
         (PROFILE, {"nickname": "x" * 65}, {"nickname"}),
@@ -186,8 +188,12 @@ def test_altered_data_is_rejected(alice: Caller, part: str) -> None:
         (PROFILE, {"avatar_url": "https://example.com/" + "x" * 512}, {"avatar_url"}),
         (PROFILE, {"role": "admin", "nickname": "x"}, {"role"}),
         (PROFILE, {"blocked": True, "nickname": "x"}, {"blocked"}),
-        (PROFILE, {"rawData": "{}", "signature": "x", "iv": "x"}, {"encryptedData"}),
-        (PROFILE, {"rawData": "{}", "signature": "x", "iv": "x", "encryptedData": "x", "nickname": "x"}, {"nickname"}),
+        (PROFILE, {"rawData": "{}", "signature": "x", "iv": "x"}, PROFILE_FIELDS),
+        (
+            PROFILE,
+            {"rawData": "{}", "signature": "x", "iv": "x", "encryptedData": "x", "nickname": "x"},
+            PROFILE_FIELDS,
+        ),
         (PROFILE, {"rawData": "[]", "signature": "x", "iv": "x", "encryptedData": "x"}, {"rawData"}),
         (PROFILE, {"rawData": "[" * 50_000, "signature": "x", "iv": "x", "encryptedData": "x"}, {"rawData"}),
         (PROFILE, {"rawData": "{}", "signature": "x", "iv": "x", "encryptedData": "x"}, {"encryptedData", "iv"}),

@@ -8,14 +8,12 @@ from flask import Flask
 from errors import Code
 from tests.harness import APP_ID, WEB_APP_ID, Simulator
 from tests.wechat.harness import refusal
-from wechat.oauth import Authorization, Grant, WebApp
+from wechat.oauth import Grant, WebApp
 
-TOKEN, REFRESH, USERINFO, AUTH = (
-    f"/sns/{name}" for name in ("oauth2/access_token", "oauth2/refresh_token", "userinfo", "auth")
-)
+TOKEN, REFRESH, USERINFO = (f"/sns/{name}" for name in ("oauth2/access_token", "oauth2/refresh_token", "userinfo"))
 BACK = "https://example.com/back?n=1"
 TOKENS = {"openid": "o-alice", "access_token": "a", "refresh_token": "r", "scope": "snsapi_userinfo"}
-AUTHORIZATION = Authorization(**TOKENS)
+GRANT = Grant("o-alice", "a", "r", None, False)
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def test_authorize_url(app: Flask, simulator: Simulator, scope: str, path: str, 
 
 def test_redeem(web_app: WebApp, log_in: Callable[..., Grant]) -> None:
     grant = log_in(unionid="u-alice")
-    assert (grant.authorization.openid, grant.authorization.scope) == ("o-alice", "snsapi_userinfo")
+    assert grant.openid == "o-alice"
     assert (grant.unionid, grant.is_snapshot_user) == ("u-alice", False)
     assert log_in("snsapi_base").unionid is None
     assert log_in(snapshot=True).is_snapshot_user
@@ -75,53 +73,36 @@ def test_a_code_works_once(web_app: WebApp, simulator: Simulator) -> None:
 
 
 def test_userinfo(web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator) -> None:
-    authorization = log_in(nickname="爱丽丝", avatar_url="https://example.com/a.png", unionid="u-alice").authorization
-    profile, same = web_app.userinfo(authorization)
-    assert profile == ("爱丽丝", "https://example.com/a.png", "u-alice")
-    assert same == authorization
+    grant = log_in(nickname="爱丽丝", avatar_url="https://example.com/a.png", unionid="u-alice")
+    assert web_app.userinfo(grant) == ("爱丽丝", "https://example.com/a.png", "u-alice")
     (call,) = simulator.calls(USERINFO)
     assert call["parameters"] == ["access_token", "lang", "openid"]
-    assert web_app.userinfo(log_in(nickname="").authorization)[0].nickname is None
-    assert refusal(web_app.userinfo, log_in("snsapi_base").authorization) is Code.WECHAT_REFUSED
+    assert web_app.userinfo(log_in(nickname="")).nickname is None
+    assert refusal(web_app.userinfo, log_in("snsapi_base")) is Code.WECHAT_REFUSED
 
 
-@pytest.mark.parametrize("method", ["userinfo", "is_valid"])
-def test_an_expired_access_token_is_refreshed_once(
-    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, method: str
+def test_an_authorization_is_valid_for_as_long_as_it_can_be_refreshed(
+    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator
 ) -> None:
-    path = {"userinfo": USERINFO, "is_valid": AUTH}[method]
-    old = log_in().authorization
-    simulator.travel(7201)
-    result, new = getattr(web_app, method)(old)
-    assert result
-    assert new == old._replace(access_token=new.access_token)
-    assert new.access_token != old.access_token
-    assert [len(simulator.calls(called)) for called in (path, REFRESH)] == [2, 1]
-    assert getattr(web_app, method)(new) == (result, new)
-
-
-def test_is_valid(web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator) -> None:
-    authorization = log_in().authorization
-    assert web_app.is_valid(authorization) == (True, authorization)
-    assert not web_app.is_valid(authorization._replace(openid="o-bob"))[0]
-    simulator.travel(31 * 86400)  # the refresh token has expired too
-    assert web_app.is_valid(authorization) == (False, authorization)
-    assert refusal(web_app.userinfo, authorization) is Code.WECHAT_CODE_INVALID
+    token = log_in().refresh_token
+    for _ in range(2):
+        assert web_app.is_valid(token)
+        simulator.travel(7201)  # the access token has expired
+    (first, *_) = simulator.calls(REFRESH)
+    assert first["parameters"] == ["appid", "grant_type", "refresh_token"]
+    simulator.travel(31 * 86400)  # and the refresh token
+    assert not web_app.is_valid(token)
+    assert not web_app.is_valid("unknown")
 
 
 @pytest.mark.parametrize("errcode", [40001, 40003, 40029, 40030, 42002, 42003, 42007, 50001])
-@pytest.mark.parametrize("path", [REFRESH, AUTH])
-def test_a_refused_token_or_refresh_means_that_the_authorization_has_ended(
-    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, path: str, errcode: int
+def test_a_refused_refresh_means_that_the_authorization_has_ended(
+    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, errcode: int
 ) -> None:
-    authorization = log_in().authorization
-    simulator.travel(7201)
-    simulator.fault("errcode", times=2, path=path, errcode=errcode)
-    is_valid, kept = web_app.is_valid(authorization)
-    assert not is_valid
-    assert kept.refresh_token == authorization.refresh_token
-    simulator.fault("errcode", times=2, path=path.replace(AUTH, USERINFO), errcode=errcode)
-    assert refusal(web_app.userinfo, kept) is Code.WECHAT_CODE_INVALID
+    token = log_in().refresh_token
+    simulator.fault("errcode", path=REFRESH, errcode=errcode)
+    assert not web_app.is_valid(token)
+    assert web_app.is_valid(token)
 
 
 @pytest.mark.parametrize(
@@ -130,31 +111,20 @@ def test_a_refused_token_or_refresh_means_that_the_authorization_has_ended(
 def test_a_refresh_that_fails_does_not_mean_that_the_authorization_has_ended(
     web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, errcode: int, code: Code
 ) -> None:
-    authorization = log_in().authorization
-    simulator.travel(7201)
+    token = log_in().refresh_token
     simulator.fault("errcode", times=2 if errcode == -1 else 1, path=REFRESH, errcode=errcode)
-    assert refusal(web_app.is_valid, authorization) is code
-    assert web_app.is_valid(authorization)[0]
-
-
-@pytest.mark.parametrize("errcode", [40001, 40014, 42001])
-def test_a_token_that_wechat_keeps_rejecting_is_refreshed_once(
-    web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator, errcode: int
-) -> None:
-    simulator.fault("errcode", times=100, errcode=errcode, path=AUTH)
-    assert not web_app.is_valid(log_in().authorization)[0]
-    assert [len(simulator.calls(path)) for path in (AUTH, REFRESH)] == [2, 1]
+    assert refusal(web_app.is_valid, token) is code
+    assert web_app.is_valid(token)
 
 
 @pytest.mark.parametrize(
     ("different", "reason"),
     [
-        ({"openid": None}, "openid, tokens or scope"),
-        ({"openid": "o alice"}, "openid, tokens or scope"),
-        ({"access_token": 1}, "openid, tokens or scope"),
-        ({"access_token": "x" * 513}, "openid, tokens or scope"),
-        ({"refresh_token": ""}, "openid, tokens or scope"),
-        ({"scope": []}, "openid, tokens or scope"),
+        ({"openid": None}, "openid or tokens"),
+        ({"openid": "o alice"}, "openid or tokens"),
+        ({"access_token": 1}, "openid or tokens"),
+        ({"access_token": "x" * 513}, "openid or tokens"),
+        ({"refresh_token": ""}, "openid or tokens"),
         ({"unionid": 5}, "malformed unionid"),
         ({"unionid": "u" * 65}, "malformed unionid"),
     ],
@@ -178,4 +148,4 @@ def test_a_malformed_profile_or_another_user_s_is_502(
     web_app: WebApp, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
 ) -> None:
     respond(web_app, monkeypatch, answer)
-    assert refusal(web_app.userinfo, AUTHORIZATION) is Code.UPSTREAM_INVALID
+    assert refusal(web_app.userinfo, GRANT) is Code.UPSTREAM_INVALID
