@@ -14,15 +14,16 @@ fails, WeChat gets `success`:
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import delete, update
+from sqlalchemy import delete
 
 import wechat
-from storage import database, ownership, sessions
-from storage.models import PROFILE_FIELDS, IdempotencyKey, Identity, User
+from blueprints import users
+from storage import database
+from storage.models import IdempotencyKey, Identity, User
 
 logger = logging.getLogger(__name__)
 
@@ -63,41 +64,31 @@ def erase_revoked_data(message: Fields) -> None:
 
     Source: https://developers.weixin.qq.com/miniprogram/dev/framework/security.authorize_change.html
     """
+    names = COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ())
+
+    def erase() -> None:
+        identity = _identity(message)
+        if identity is not None and names:
+            user = database.session.get_one(User, identity.user_id, with_for_update=True)
+            # The user's own are about orders, which must not be placed twice.
+            ours = IdempotencyKey.about_user_id == user.id, IdempotencyKey.user_id != user.id
+            database.session.execute(delete(IdempotencyKey).where(*ours))
+            for name in names:
+                setattr(user, name, None)
+            fields = {"userId": user.id, "columns": names}
+            database.after_commit(partial(logger.info, "personal data erased", extra=fields))
+
     if "PluginID" not in message:
-        names = COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ())
-        database.in_transaction(partial(_erase, message, names))
+        database.in_transaction(erase)
 
 
 @on("event", "user_authorization_cancellation")
-def erase_all_data(message: Fields) -> None:
-    """Erase all personal data of somebody who has cancelled their WeChat account, and end all sessions.
-
-    The sessions end first, so that no request that is under way writes anything after it was erased.
-    """
-    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
+def delete_user(message: Fields) -> None:
+    """Delete somebody who has cancelled their WeChat account, as they could have done."""
+    identity = _identity(message)
     if identity is not None:
-        sessions.revoke_sessions(identity.user_id)
-        database.in_transaction(partial(_erase, message, PROFILE_FIELDS, all_data=True))
-        while database.in_transaction(partial(ownership.erase_some, identity.user_id, detach=False)):
-            pass
+        users.delete_for_good(identity.user_id)
 
 
-def _erase(message: Fields, names: Sequence[str], *, all_data: bool = False) -> None:
-    """Erase some columns of the user whom a message is about, and the stored responses that may hold them.
-
-    Runs within a transaction of `database.in_transaction`.
-    """
-    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
-    if identity is None or not names:
-        return
-    user = database.session.get_one(User, identity.user_id, with_for_update=True)
-    responses = delete(IdempotencyKey).where(IdempotencyKey.about_user_id == user.id)
-    if all_data:
-        granted = update(Identity).where(Identity.user_id == user.id)
-        database.session.execute(granted.values(authorization_encrypted=None))
-    else:  # the user's own are about orders, and must not be placed twice
-        responses = responses.where(IdempotencyKey.user_id != user.id)
-    database.session.execute(responses)
-    for name in names:
-        setattr(user, name, None)
-    database.after_commit(partial(logger.info, "personal data erased", extra={"userId": user.id, "columns": names}))
+def _identity(message: Fields) -> Identity | None:
+    return database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))

@@ -56,7 +56,7 @@ def receive() -> Response:
     push = wechat.configured_push()
     message = push.open(request.args, body, time.time())
     if not message.is_recent(time.time()):
-        raise refused("no CreateTime, or an old one, or our clock is wrong")
+        raise refused("CreateTime is missing or old, the body encrypted without a key, or our clock wrong")
     handlers = _handlers(message)
     is_new = not handlers or current_app.extensions["messages"].put(message.key, message.fields, REMEMBER_SECONDS)
     fields = {"type": message.type, "event": message.event, "repeat": not is_new, "handlers": len(handlers)}

@@ -170,25 +170,34 @@ def delete_user(user_id: str) -> None:
         user.updated_at = now()  # and so a new version, which no other If-Match fits
         return user.id
 
+    number = database.in_transaction(claim)
+    delete_for_good(number)
+    if number == g.user_id:
+        sessions.current.clear()
+
+
+def delete_for_good(user_id: int) -> None:
+    """Delete a user, all personal data and all sessions; orders are kept without the person.
+
+    :raises ApiError: NOT_FOUND if the user was deleted or merged concurrently.
+    """
+
     def delete() -> None:
-        user = database.session.get(User, number, with_for_update=True)
-        if user is None:  # deleted or merged concurrently
+        user = database.session.get(User, user_id, with_for_update=True)
+        if user is None:
             raise ApiError(Code.NOT_FOUND)
         if user.blocked:
             blocks.keep_block(user)
         set_role(user, "user", by="deletion")
-        while ownership.erase_some(number, detach=True):  # those made since; the lock keeps out more
+        while ownership.erase_some(user_id):  # those made since; the lock keeps out more
             pass
         database.session.delete(user)
 
-    number = database.in_transaction(claim)
-    while database.in_transaction(partial(ownership.erase_some, number, detach=True)):
+    while database.in_transaction(partial(ownership.erase_some, user_id)):
         pass
     database.in_transaction(delete)
-    audit("user deleted", number)
-    if number == g.user_id:
-        sessions.current.clear()
-    sessions.revoke_sessions(number)
+    audit("user deleted", user_id)
+    sessions.revoke_sessions(user_id)
 
 
 def load_user(user_id: str) -> User:

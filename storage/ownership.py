@@ -6,7 +6,7 @@ A model with a `user_id` that is not in it fails a test.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import false, or_, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import joinedload
 
 from storage import database
@@ -44,10 +44,9 @@ def move_all(user: User, heir: User) -> None:
                 database.session.execute(unless_taken)
 
 
-def erase_some(user_id: int, *, detach: bool) -> bool:
-    """Take what is personal out of some of the rows that outlive the user, whose row is locked.
+def erase_some(user_id: int) -> bool:
+    """Take the user, and what is personal, out of some of the rows that outlive the user, whose row is locked.
 
-    :param detach: whether to take the user out of them, too.
     :returns: whether there may be more; then call it again, best in a transaction of its own: a statement has seconds,
         and a user may have ordered for years.
     """
@@ -55,11 +54,9 @@ def erase_some(user_id: int, *, detach: bool) -> bool:
     database.session.get(User, user_id, with_for_update=True)
     for owned in OWNED:
         if owned.personal is not None:
-            names = [*owned.personal, "user_id"] if detach else owned.personal
-            filled = or_(false(), *(getattr(owned.model, name).is_not(None) for name in names))
-            rows = select(owned.model.id).where(owned.model.user_id == user_id, filled).limit(DETACHED_AT_ONCE)
+            rows = select(owned.model.id).where(owned.model.user_id == user_id).limit(DETACHED_AT_ONCE)
             ids = database.session.scalars(rows).all()
-            without = dict.fromkeys(names) | _next_version(owned)
+            without = dict.fromkeys([*owned.personal, "user_id"]) | _next_version(owned)
             database.session.execute(update(owned.model).where(owned.model.id.in_(ids)).values(without))
             is_full |= len(ids) == DETACHED_AT_ONCE
     return is_full
