@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.padding import PKCS7
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7, PaddingContext
 
 from errors import ApiError, Code
 from wechat import lenient
@@ -20,14 +20,9 @@ from wechat import lenient
 MAXIMUM_AGE_SECONDS = 600
 CLOCK_SKEW_SECONDS = 60
 MAXIMUM_CIPHERTEXT_BYTES = 16 * 1024
-
-_AES_BLOCK_BYTES = 16
-_MESSAGE_BLOCK_BYTES = 32
-"""Messages are padded as if AES had blocks of 256 bits."""
-
-_RANDOM_BYTES = 16
-_HEADER_BYTES = _RANDOM_BYTES + 4
-"""The random bytes before a message's text, and the text's length, big-endian."""
+_MESSAGE_PADDING = PKCS7(256)
+"""Messages are padded as if AES had blocks of 256 bits. They are 16 random bytes, the text's length in 4 bytes,
+big-endian, the text, and the app id."""
 
 
 def decrypt_user_data(
@@ -50,18 +45,16 @@ def decrypt_user_data(
         app, old or altered.
     """
     ciphertext, initial, key = (_decode_base64(text) for text in (encrypted_data, iv, session_key))
-    errors = {}
-    if not 0 < len(ciphertext) <= MAXIMUM_CIPHERTEXT_BYTES or len(ciphertext) % _AES_BLOCK_BYTES:
-        errors["encryptedData"] = [f"Not base64 of whole blocks, {MAXIMUM_CIPHERTEXT_BYTES} bytes at most."]
-    if len(initial) != _AES_BLOCK_BYTES:
-        errors["iv"] = ["Not base64 of 16 bytes."]
-    if errors:
-        raise ApiError(Code.INVALID_INPUT, errors=errors)
+    is_whole = 0 < len(ciphertext) <= MAXIMUM_CIPHERTEXT_BYTES and len(ciphertext) % 16 == 0
+    is_valid = {"encryptedData": is_whole, "iv": len(initial) == 16}
+    if not all(is_valid.values()):
+        reason = ["Not base64, or of the wrong length: send it as WeChat gave it."]
+        raise ApiError(Code.INVALID_INPUT, errors={name: reason for name, valid in is_valid.items() if not valid})
     if len(key) != 16:
         raise ApiError(Code.SESSION_KEY_STALE)
-    padded = _decrypt(ciphertext, key, initial)
+    padded = _process(_aes(key, initial).decryptor(), ciphertext)
     try:
-        plaintext, is_padded = _unpad(padded, _AES_BLOCK_BYTES), True
+        plaintext, is_padded = _process(PKCS7(128).unpadder(), padded), True
     except ValueError:
         plaintext, is_padded = padded, False  # go on, so that timing does not distinguish bad padding from bad JSON
     try:
@@ -120,10 +113,9 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
     :raises ValueError: for a text with lone surrogates.
     """
     content = text.encode()
-    padder = PKCS7(_MESSAGE_BLOCK_BYTES * 8).padder()
-    padded = padder.update(random + len(content).to_bytes(4, "big") + content + app_id.encode()) + padder.finalize()
-    encryptor = Cipher(algorithms.AES(aes_key), modes.CBC(aes_key[:_AES_BLOCK_BYTES])).encryptor()
-    return base64.b64encode(encryptor.update(padded) + encryptor.finalize()).decode()
+    plaintext = random + len(content).to_bytes(4, "big") + content + app_id.encode()
+    padded = _process(_MESSAGE_PADDING.padder(), plaintext)
+    return base64.b64encode(_process(_aes(aes_key, aes_key[:16]).encryptor(), padded)).decode()
 
 
 def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> bytes:
@@ -131,12 +123,12 @@ def decrypt_message(encrypted: str, aes_key: bytes, app_id: str) -> bytes:
 
     :raises ValueError: whatever is wrong.
     """
-    padded = _decrypt(_decode_base64(encrypted), aes_key, aes_key[:_AES_BLOCK_BYTES])
-    plaintext = _unpad(padded, _MESSAGE_BLOCK_BYTES)
-    end = _HEADER_BYTES + int.from_bytes(plaintext[_RANDOM_BYTES:_HEADER_BYTES], "big")
+    padded = _process(_aes(aes_key, aes_key[:16]).decryptor(), _decode_base64(encrypted))
+    plaintext = _process(_MESSAGE_PADDING.unpadder(), padded)
+    end = 20 + int.from_bytes(plaintext[16:20], "big")
     if end > len(plaintext) or not hmac.compare_digest(plaintext[end:], _encode(app_id)):
         raise ValueError("Wrong length or app id.")
-    return plaintext[_HEADER_BYTES:end]
+    return plaintext[20:end]
 
 
 def _encode(text: str) -> bytes:
@@ -153,15 +145,13 @@ def _decode_base64(text: str) -> bytes:
     return decoded if base64.b64encode(decoded).decode() == text else b""
 
 
-def _decrypt(ciphertext: bytes, key: bytes, iv: bytes) -> bytes:
-    decryptor = Cipher(algorithms.AES(key), modes.CBC(iv)).decryptor()
-    return decryptor.update(ciphertext) + decryptor.finalize()
+def _aes(key: bytes, iv: bytes) -> Cipher[modes.CBC]:
+    return Cipher(algorithms.AES(key), modes.CBC(iv))
 
 
-def _unpad(padded: bytes, block_bytes: int) -> bytes:
-    """Remove PKCS#7 padding, in constant time.
+def _process(context: CipherContext | PaddingContext, data: bytes) -> bytes:
+    """Encrypt, decrypt, pad or, in constant time, remove the padding of all of the data.
 
-    :raises ValueError: if the padding is invalid.
+    :raises ValueError: if the padding or the length is invalid.
     """
-    unpadder = PKCS7(block_bytes * 8).unpadder()
-    return unpadder.update(padded) + unpadder.finalize()
+    return context.update(data) + context.finalize()

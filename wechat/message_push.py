@@ -37,12 +37,12 @@ class PushMessage(NamedTuple):
     @property
     def type(self) -> str:
         """MsgType, such as `event` or `text`; empty if there is none."""
-        return self._text("MsgType")
+        return str(self.fields.get("MsgType", ""))
 
     @property
     def event(self) -> str:
         """Event; empty for anything but an event."""
-        return self._text("Event")
+        return str(self.fields.get("Event", ""))
 
     @property
     def key(self) -> str:
@@ -58,10 +58,6 @@ class PushMessage(NamedTuple):
     def is_recent(self, now: float) -> bool:
         """Whether CreateTime is near our clock, or at most MAXIMUM_AGE_SECONDS before it; False if there is none."""
         return -WINDOW_SECONDS <= _age(str(self.fields.get("CreateTime")).strip(), now) <= MAXIMUM_AGE_SECONDS
-
-    def _text(self, name: str) -> str:
-        value = self.fields.get(name)
-        return value if isinstance(value, str) else ""
 
 
 class MessagePush:
@@ -99,10 +95,7 @@ class MessagePush:
         """
         if self._aes_key is None:
             self._verify(query, "signature", now=now)
-            message = _parse(body)
-            if "Encrypt" in message.fields and "MsgType" not in message.fields:
-                raise ApiError(Code.INVALID_INPUT, errors={"body": ["Encrypted, but no EncodingAESKey is set."]})
-            return message
+            return _parse(body)
         envelope = _parse(body, source=None)
         encrypted = envelope.fields.get("Encrypt")
         if not isinstance(encrypted, str):
@@ -119,10 +112,10 @@ class MessagePush:
 
         Characters that the format cannot hold are dropped: lone surrogates, and control characters in XML.
 
-        :param reply: in XML a dict nests, a list repeats its element, None is empty, and anything else is its `str`.
+        :param reply: in XML a dict nests, a list repeats its element, None is empty, and anything else is its `str`;
+            its names must be XML's.
         :param now: seconds since the epoch.
-        :raises ValueError: for NaN or infinity in JSON, and in XML for names with characters other than ASCII letters,
-            digits, `_`, `-` and `.`.
+        :raises ValueError: for NaN or infinity in JSON.
         """
         body = _compose(reply, form)
         if self._aes_key is None:
@@ -171,8 +164,6 @@ def _compose(reply: Mapping[str, Any], form: Form) -> str:
 
 
 def _compose_xml(name: str, value: Any) -> str:
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", name):
-        raise ValueError("Not a valid element name.")
     if isinstance(value, list):
         return "".join(_compose_xml(name, item) for item in value)
     if isinstance(value, Mapping):

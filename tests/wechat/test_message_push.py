@@ -177,10 +177,10 @@ def test_the_settings_decide_the_mode_and_safe_mode_reads_only_the_encrypted_par
     assert PLAIN_MODE.open(query, body, NOW).type == "text"
 
 
-def test_in_plain_mode_an_encrypted_body_is_refused() -> None:
-    encrypted = encrypt('{"MsgType":"event"}')
+def test_in_plain_mode_an_encrypted_body_is_not_recent() -> None:
+    encrypted = encrypt(f'{{"MsgType":"event","CreateTime":{NOW}}}')
     for body in (enclose(encrypted), f"<xml><Encrypt>{encrypted}</Encrypt></xml>".encode()):
-        assert set(errors_of(PLAIN_MODE.open, sign(encrypted), body) or ()) == {"body"}
+        assert not PLAIN_MODE.open(sign(encrypted), body, NOW).is_recent(NOW)
 
 
 def test_a_message_for_another_account_is_refused() -> None:
@@ -357,12 +357,11 @@ def test_a_repeated_message_and_no_other_has_the_same_key() -> None:
     assert PushMessage({"a": 1, "b": 2}, "json").key == PushMessage({"b": 2, "a": 1}, "json").key
 
 
-@pytest.mark.parametrize("value", [None, 1, ["event"], {"a": "b"}, ""])
-def test_an_invalid_type_or_event_reads_as_empty(value: object) -> None:
-    message = PushMessage({"MsgType": value, "Event": value}, "json")
-    assert (message.type, message.event) == ("", "")
-    message = PushMessage({"MsgType": "event", "Event": "subscribe"}, "json")
-    assert (message.type, message.event) == ("event", "subscribe")
+def test_the_type_and_the_event_are_text() -> None:
+    for value in (1, ["event"], {"a": "b"}, ""):
+        message = PushMessage({"MsgType": value, "Event": value}, "json")
+        assert (message.type, message.event) == (str(value), str(value))
+    assert (PushMessage({}, "json").type, PushMessage({}, "json").event) == ("", "")
 
 
 # Replies
@@ -396,12 +395,9 @@ def test_characters_that_the_format_cannot_hold_are_dropped() -> None:
         SAFE_MODE.seal({"a": text}, form, NOW)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a>", "1", "é", "\ud800", "a\n"])
-def test_an_invalid_xml_name_or_nan_in_json_is_a_value_error(name: str) -> None:
-    with pytest.raises(ValueError, match="name"):
-        PLAIN_MODE.seal({"a": [{name: 1}]}, "xml", NOW)
+def test_nan_in_json_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="float"):
-        PLAIN_MODE.seal({name: float("nan")}, "json", NOW)
+        PLAIN_MODE.seal({"a": float("nan")}, "json", NOW)
 
 
 # Any input
