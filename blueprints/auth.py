@@ -13,8 +13,8 @@ from blueprints.policies import count_request, current_user, get_mini_program_us
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
 from errors import Code
-from storage import blocks, sessions, wechat_session_keys
-from storage.identities import find_openid, start_session
+from storage import sessions, wechat_session_keys
+from storage.identities import BLOCKED, find_openid, require_not_blocked, start_session
 from storage.single_flight import single_flight
 
 login = Blueprint("login", __name__, description="登录 Log in")
@@ -41,7 +41,7 @@ class WechatSessionSchema(Schema):
 @login.arguments(WechatCodeSchema)
 @login.response(200, LoginSchema, transaction=False)
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER, *wechat.FAILS)
-@login.fails(Code.FORBIDDEN, message=blocks.BLOCKED)
+@login.fails(Code.FORBIDDEN, message=BLOCKED)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
 
@@ -56,7 +56,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     )
     sessions.resume(token)
     set_current_user(session["user_id"])
-    user = blocks.require_not_blocked(current_user())
+    user = require_not_blocked(current_user())
     session.modified = sessions.current.by_cookie  # a browser gets the cookie again
     return {"token": token, "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
 
@@ -79,7 +79,7 @@ def get_wechat_session() -> dict[str, bool]:
 
     For a user who logged in on the web: whether the web-app authorization is still valid.
     """
-    blocks.require_not_blocked(current_user())
+    require_not_blocked(current_user())
     web_app_id = session.get("web_app_id")
     if web_app_id is not None:
         return {"valid": check_authorization(g.user_id, web_app_id)}

@@ -8,7 +8,7 @@ from marshmallow import Schema, fields, validate
 from sqlalchemy import ColumnElement, func, select
 
 from blueprints.parsing import MAXIMUM_ID
-from storage import snapshots
+from storage import database
 
 COUNT_LIMIT = 10_000
 """The largest total: where counting stops."""
@@ -57,6 +57,6 @@ def load_page(
     place = ids.subquery()
     # Outer, so that the rows are looked up by the ids, and not the other way round, as MariaDB does with small tables.
     rows = select(model.__table__).select_from(place.outerjoin(model.__table__, key == place.c.id))
-    items = sorted(snapshots.load(model, snapshots.rows(rows)), key=attrgetter("id"), reverse=descending)
-    ((total,),) = snapshots.rows(select(func.count()).select_from(found.limit(COUNT_LIMIT).subquery()))
+    items = sorted(database.load(model, database.rows(rows)), key=attrgetter("id"), reverse=descending)
+    ((total,),) = database.rows(select(func.count()).select_from(found.limit(COUNT_LIMIT).subquery()))
     return {"items": items, "page": page, "page_size": page_size, "total": total}

@@ -13,8 +13,8 @@ import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from proxies import parse_address
-from storage import blocks, database, snapshots
-from storage.identities import get_or_create_user, set_role
+from storage import database
+from storage.identities import get_or_create_user, require_not_blocked, set_role
 from storage.models import Identity, User
 from storage.sessions import SAFE_METHODS, current
 from telemetry.logs import bind
@@ -36,7 +36,7 @@ def current_user() -> User:
     :raises ApiError: UNAUTHORIZED if the user has been deleted.
     """
     if "user" not in g:
-        g.user = snapshots.find(User, g.user_id)
+        g.user = database.find(User, g.user_id)
     if g.user is None:
         raise ApiError(Code.UNAUTHORIZED)
     return cast(User, g.user)
@@ -126,7 +126,7 @@ def _require_session() -> None:
 
 def _require_role(*roles: str) -> None:
     _require_session()
-    user = blocks.require_not_blocked(current_user())
+    user = require_not_blocked(current_user())
     if user.admin_by_setting:
         if not _is_named_in_setting():
             user = database.in_transaction(_apply_setting)

@@ -15,8 +15,8 @@ from blueprints.api import VERSION, Blueprint, require_match
 from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from errors import ApiError, Code, Message, conflict
-from storage import blocks, database, ownership, sessions, snapshots
-from storage.identities import find_openid, set_role
+from storage import database, ownership, sessions
+from storage.identities import find_openid, keep_block, require_identity_not_blocked, set_blocked, set_role
 from storage.masks import mask_phone
 from storage.models import Identity, User, now
 
@@ -112,7 +112,7 @@ def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     `openid` is the user's in the mini-program.
     """
     openid, app_id = body["openid"], wechat.api.app_id
-    blocks.require_identity_not_blocked(app_id, openid, None)
+    require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
         raise conflict("openid", Message("已有该 openid 的用户", "A user with this openid already exists"))
     user = User(app_id=app_id, **{**body, "role": "user"})
@@ -187,7 +187,7 @@ def delete_for_good(user_id: int) -> None:
         if user is None:
             raise ApiError(Code.NOT_FOUND)
         if user.blocked:
-            blocks.keep_block(user)
+            keep_block(user)
         set_role(user, "user", by="deletion")
         while ownership.erase_some(user_id):  # those made since; the lock keeps out more
             pass
@@ -211,7 +211,7 @@ def load_user(user_id: str) -> User:
     number = me.id if user_id == "me" else int(user_id)
     if number == me.id and request.method in sessions.SAFE_METHODS:
         return me
-    find = snapshots.find if request.method in sessions.SAFE_METHODS else database.lock
+    find = database.find if request.method in sessions.SAFE_METHODS else database.lock
     user = find(User, number) if number == me.id or me.role == "admin" else None
     if user is None:
         raise ApiError(Code.NOT_FOUND)
@@ -297,6 +297,6 @@ def _set_role(user_id: int, role: str) -> None:
 
 
 def _set_blocked(user_id: int, blocked: bool) -> None:
-    if not database.in_transaction(partial(blocks.set_blocked, user_id, blocked)):
+    if not database.in_transaction(partial(set_blocked, user_id, blocked)):
         raise click.ClickException(f"There is no user {user_id}.")
     audit("user blocked" if blocked else "user unblocked", user_id)

@@ -5,12 +5,13 @@ import socket
 from typing import Any
 
 from redis import exceptions
+from sqlalchemy.orm.exc import StaleDataError
 
 READ_ONLY = {1036, 1290, 1792, 1836, "SQLITE_READONLY", "SQLITE_READONLY_DBMOVED"}
 """Takes no writes, and has rolled the transaction back."""
-LOST = READ_ONLY | {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020}
+LOST = READ_ONLY | {1062, "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", 1213, 1020, StaleDataError}
 """Nothing is committed, and a retry may succeed: also if the same row was inserted concurrently (MySQL, SQLite,
-SQLite), after a deadlock, and by MariaDB's snapshot isolation."""
+SQLite), after a deadlock, by MariaDB's snapshot isolation, and if a row's version is another one now."""
 FAILOVERS = READ_ONLY | {1047, 1053, 3032, 3100}
 """A new connection may lead to a better server: also from Galera without quorum, a shutdown, offline mode, and a
 primary that left its group."""

@@ -1,6 +1,10 @@
-"""The one user behind several openids, one for each of our apps, and the one place that changes a user's role."""
+"""The one user behind several openids, one for each of our apps: found, merged, blocked, and given a role.
+
+A block outlives its account, as keyed hashes of the openids and of the unionid.
+"""
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -8,12 +12,15 @@ from flask import g
 from sqlalchemy import and_, bindparam, select
 from sqlalchemy.orm.exc import StaleDataError
 
-from errors import ApiError, Code
-from storage import blocks, database, ownership, sessions, snapshots
-from storage.models import PROFILE_FIELDS, Identity, User
+from errors import ApiError, Code, Message
+from storage import database, ownership, sessions
+from storage.cipher import cipher
+from storage.models import PROFILE_FIELDS, BlockedIdentity, Identity, User
 
+BLOCKED = Message("账号已被封禁", "This account is blocked")
 logger = logging.getLogger(__name__)
 
+_FINGERPRINT = "blocked_identities.fingerprint"
 _KNOWN = (
     select(*User.__table__.c)
     .join_from(User, Identity, Identity.user_id == User.id)
@@ -31,11 +38,11 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     :raises ApiError: FORBIDDEN if the user is blocked, or was when deleted.
     :raises sqlalchemy.orm.exc.StaleDataError: if others merged the same user all the time.
     """
-    found = snapshots.load(User, snapshots.rows(_KNOWN, app_id=app_id, openid=openid))
+    found = database.load(User, database.rows(_KNOWN, app_id=app_id, openid=openid))
     user = next(iter(found), None)
     if user is None or unionid not in (None, user.unionid):
         user = database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
-    return blocks.require_not_blocked(user)
+    return require_not_blocked(user)
 
 
 def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> User:
@@ -45,7 +52,7 @@ def _make_or_merge(app_id: str, openid: str, unionid: str | None) -> User:
     user = _merge(app_id, openid, unionid)
     database.insert_unless_exists(Identity, app_id=app_id, openid=openid, user_id=user.id, created_at=user.created_at)
     # Last: the inserts have waited for a concurrent deletion of the same user to commit.
-    blocks.require_identity_not_blocked(app_id, openid, unionid)
+    require_identity_not_blocked(app_id, openid, unionid)
     return user
 
 
@@ -99,7 +106,7 @@ def start_session(user_id: int, **facts: Any) -> str:
     """
     token = sessions.log_in(user_id, **facts)
     # A deletion that commits after this finds the session and the session_key, and ends them.
-    g.user = snapshots.find(User, user_id)
+    g.user = database.find(User, user_id)
     if g.user is None:
         sessions.current.clear()
         sessions.revoke_sessions(user_id)
@@ -110,4 +117,51 @@ def start_session(user_id: int, **facts: Any) -> str:
 def find_openid(user_id: int, app_id: str) -> str | None:
     """Find the openid of a user in one of our apps; None if there is none."""
     mine = Identity.user_id == user_id, Identity.app_id == app_id
-    return next((openid for (openid,) in snapshots.rows(select(Identity.openid).where(*mine))), None)
+    return next((openid for (openid,) in database.rows(select(Identity.openid).where(*mine))), None)
+
+
+def require_not_blocked(user: User) -> User:
+    """Return the user.
+
+    :raises ApiError: FORBIDDEN if the user is blocked.
+    """
+    if user.blocked:
+        raise ApiError(Code.FORBIDDEN, message=BLOCKED)
+    return user
+
+
+def require_identity_not_blocked(app_id: str, openid: str, unionid: str | None) -> None:
+    """Make sure that no blocked user who was deleted had this openid or unionid.
+
+    :raises ApiError: FORBIDDEN if one had.
+    """
+    names = _names([(app_id, openid)], unionid)
+    fingerprints = [fingerprint for name in names for fingerprint in cipher.blind_indexes(name, _FINGERPRINT)]
+    found = select(BlockedIdentity.fingerprint).where(BlockedIdentity.fingerprint.in_(fingerprints)).limit(1)
+    if database.session.scalar(found) is not None:
+        raise ApiError(Code.FORBIDDEN, message=BLOCKED)
+
+
+def keep_block(user: User) -> None:
+    """Let the block of a user who is about to be deleted outlive the account. Leaves the commit to the caller."""
+    identities = database.session.execute(select(Identity.app_id, Identity.openid).where(Identity.user_id == user.id))
+    for name in _names(identities, user.unionid):
+        fingerprint = cipher.blind_index(name, _FINGERPRINT)
+        database.insert_unless_exists(BlockedIdentity, fingerprint=fingerprint, former_user_id=user.id)
+
+
+def set_blocked(user_id: int, blocked: bool) -> bool:
+    """Block a user, or lift a block, also that of a user who was deleted since. Runs within a transaction.
+
+    :returns: whether there was such a user or block.
+    """
+    user = database.session.get(User, user_id, with_for_update=True)
+    if user is not None:
+        user.blocked = blocked
+    kept = database.session.query(BlockedIdentity).where(BlockedIdentity.former_user_id == user_id)
+    return (kept.count() if blocked else kept.delete()) > 0 or user is not None
+
+
+def _names(identities: Iterable[tuple[str, str]], unionid: str | None) -> set[str]:
+    names = {f"openid:{app_id}:{openid}" for app_id, openid in identities}
+    return names | {f"unionid:{unionid}"} if unionid else names

@@ -17,7 +17,7 @@ from werkzeug.test import TestResponse
 from blueprints import web_login
 from dev.redis_server import RedisServer
 from errors import Message
-from storage import blocks, database
+from storage import database, identities
 from storage.models import Identity, User
 from storage.sessions import SessionInterface
 from tests.blueprints.callers import data_of, log_in
@@ -325,7 +325,7 @@ def test_a_blocked_user_gets_a_page(browser: Browser, app: Flask) -> None:
         database.session.commit()
     answer = browser.log_in()
     page_of(answer, 403)
-    assert blocks.BLOCKED.chinese in answer.text
+    assert identities.BLOCKED.chinese in answer.text
 
 
 def test_two_tabs_can_log_in_at_the_same_time(browser: Browser) -> None:

@@ -12,7 +12,7 @@ from click.testing import Result
 from flask import Flask
 from sqlalchemy import select, text
 
-from storage import blocks, database, key_rotation
+from storage import database, identities, key_rotation
 from storage.encrypted import Encrypted
 from storage.models import PERSONAL_FIELDS, Base, Identity, User
 from tests.databases import Databases
@@ -240,7 +240,7 @@ def test_the_command_of_the_readme_runs_in_production(
 
 def test_blocks_that_depend_on_an_old_key_are_counted(application_with: ApplicationWith) -> None:
     with application_with(OLD).app_context():
-        blocks.keep_block(database.session.get_one(User, 1))
+        identities.keep_block(database.session.get_one(User, 1))
         database.session.commit()
     assert run(application_with(OLD), "status").exit_code == 0
     result = run(application_with(NEW, OLD), "rotate")
