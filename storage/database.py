@@ -10,30 +10,19 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 from flask import Flask, current_app, g
-from sqlalchemy import (
-    ColumnElement,
-    Engine,
-    Select,
-    and_,
-    bindparam,
-    create_engine,
-    event,
-    false,
-    make_url,
-    or_,
-    select,
-)
+from sqlalchemy import ColumnElement, Engine, and_, bindparam, create_engine, event, false, make_url, or_, select
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import Connection, ExceptionContext, Row
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.sql import Select
 from werkzeug.local import LocalProxy
 
 from concurrency import seconds_left
@@ -139,7 +128,8 @@ def _session() -> Session:
 
 def _close(error: BaseException | None) -> None:
     if "database_session" in g:
-        g.pop("database_session").close()
+        with suppress(SQLAlchemyError):  # the rollback failed; the response is complete all the same
+            g.pop("database_session").close()
 
 
 session = cast(Session, LocalProxy(_session))

@@ -3,16 +3,12 @@
 import hashlib
 import time
 from collections import UserDict
-from collections.abc import Callable
-from datetime import timedelta
-from functools import partial
 from typing import Any, cast
 
 import msgspec
 from flask import Flask, Request, Response, current_app, request, session
 from flask.sessions import SessionMixin
 from flask_session.redis import RedisSessionInterface
-from redis.exceptions import RedisError
 
 from errors import ApiError, Code
 from storage import wechat_session_keys
@@ -20,40 +16,36 @@ from storage.redis_client import redis
 from telemetry.metrics import SESSIONS
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-Fetch = Callable[[], tuple[str, dict[str, Any], bool]]
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
 
 
 class LazySession(SessionMixin, UserDict[str, Any]):
     """A session that is fetched when it is first used: a request that never uses it costs no round trip to Redis.
 
-    :param fetch: returns the session's id, its data, and whether it is new.
+    :param token: what the request brings.
     :param by_cookie: whether the session comes from the cookie of a browser and is set there; otherwise the token is a
         bearer token.
     :param refused: whether a cookie was ignored, as the request does not come from a page of ours.
     """
 
-    permanent = True  # the cookie ends when the session does
-    loaded = accessed = modified = False
+    accessed = modified = False
     sid: str
 
-    def __init__(self, fetch: Fetch, *, by_cookie: bool, refused: bool = False) -> None:
-        self.load(fetch)
-        self.by_cookie = by_cookie
-        self.refused = refused
+    def __init__(self, token: str | None, *, by_cookie: bool, refused: bool = False) -> None:
+        self.by_cookie, self.refused = by_cookie, refused
+        self.load(token)
 
-    def load(self, fetch: Fetch) -> None:
+    def load(self, token: str | None) -> None:
         """Become another session, from its next use on."""
-        self._fetch = fetch
-        self._fetched: dict[str, Any] | None = None
+        self._token, self.loaded = token, False
 
     @property
     def data(self) -> dict[str, Any]:  # type: ignore[override]  # what UserDict reads and writes
         # Not cached_property: before Python 3.12 its lock is shared by all sessions of a process.
-        if self._fetched is None:
-            self.sid, self._fetched, self.new = self._fetch()
+        if not self.loaded:
+            self.sid, self._data, self.new = _interface().fetch(self._token)
             self.loaded = True
-        return self._fetched
+        return self._data
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
@@ -81,16 +73,14 @@ class SessionInterface(RedisSessionInterface):
     def open_session(self, app: Flask, request: Request) -> LazySession:
         credentials = request.authorization
         if credentials and credentials.type == "bearer":
-            return LazySession(partial(self.fetch, credentials.token), by_cookie=False)
-        cookie = request.cookies.get(self.get_cookie_name(app)) if "Cookie" in request.headers else None
+            return LazySession(credentials.token, by_cookie=False)
+        cookie = request.cookies.get(cookie_name("session")) if "Cookie" in request.headers else None
         if request.method in SAFE_METHODS or _is_from_our_origin(request):
-            return LazySession(partial(self.fetch, cookie), by_cookie=True)
-        return LazySession(partial(self.fetch, None), by_cookie=False, refused=cookie is not None)
-
-    def get_cookie_name(self, app: Flask) -> str:
-        return cookie_name("session")
+            return LazySession(cookie, by_cookie=True)
+        return LazySession(None, by_cookie=False, refused=cookie is not None)
 
     def fetch(self, token: str | None) -> tuple[str, dict[str, Any], bool]:
+        """Return the id of the session of a token, its data, and whether it is new."""
         stored = current_app.extensions["shared_reads"].get(self._get_store_id(token)) if token else None
         try:
             # JSON only: flask-session's own serializer falls back to pickle, which can run any code.
@@ -102,28 +92,28 @@ class SessionInterface(RedisSessionInterface):
         return f"{self.key_prefix}{hashlib.sha256(sid.encode()).hexdigest()}"
 
     def save_session(self, app: Flask, session: LazySession, response: Response) -> None:
-        if not session.loaded or not self.should_set_storage(app, session):
+        """Store or delete it if it has changed, or half of its lifetime is over. flask-session would do so each time,
+        and delete no cookie that is Secure.
+        """
+        name, half_over = cookie_name("session"), time.time() + app.config["SESSION_LIFETIME"] / 2
+        is_due = session.loaded and session.get("expires_at", 0) < min(half_over, session.get("ends_at", 0))
+        if not session.modified and not is_due:
             return
-        try:
-            # On a response that is dropped flask-session sets no cookie, and deletes none without Secure, which
-            # browsers ignore.
-            super().save_session(app, session, response if session.by_cookie and session else app.response_class())
-            if session.by_cookie and session.modified and not session:
-                response.delete_cookie(self.get_cookie_name(app), **COOKIE_OPTIONS)
-        except RedisError:
-            session.loaded = False  # the error response is saved too; do not wait for Redis twice
-            raise
+        session.modified = False  # the response to a failure of this is saved too: do not wait for Redis twice
+        if session:
+            self.store(session)
+            if session.by_cookie:
+                response.set_cookie(name, session.sid, expires=session["expires_at"], **COOKIE_OPTIONS)
+        else:
+            self._delete_session(self._get_store_id(session.sid))
+            if session.by_cookie:
+                response.delete_cookie(name, **COOKIE_OPTIONS)
 
-    def should_set_storage(self, app: Flask, session: LazySession) -> bool:
-        expires_at = session.get("expires_at", 0)
-        half_gone = expires_at - time.time() < app.config["SESSION_LIFETIME"] / 2
-        return session.modified or (half_gone and expires_at < session.get("ends_at", 0))
-
-    def _upsert_session(self, session_lifetime: timedelta, session: LazySession, store_id: str) -> None:
-        now = int(time.time())
+    def store(self, session: LazySession) -> None:
+        now, store_id = int(time.time()), self._get_store_id(session.sid)
         lifetime: int = self.app.config["SESSION_ABSOLUTE_LIFETIME"]
-        ends_at = session.setdefault("ends_at", now + lifetime)
-        session["expires_at"] = expires_at = min(now + int(session_lifetime.total_seconds()), ends_at)
+        ends_at = session.data.setdefault("ends_at", now + lifetime)
+        session.data["expires_at"] = expires_at = min(now + self.app.config["SESSION_LIFETIME"], ends_at)
         with self.client.pipeline() as pipeline:
             # A session that was revoked since it was read must not come back: only a new one may be created.
             pipeline.set(store_id, msgspec.json.encode(session.data), ex=max(expires_at - now, 1), xx=not session.new)
@@ -164,8 +154,6 @@ def _index_key(user_id: int) -> str:
 
 
 def init_app(app: Flask) -> None:
-    app.config["PERMANENT_SESSION_LIFETIME"] = app.config["SESSION_LIFETIME"]
-    app.config.update({f"SESSION_COOKIE_{option.upper()}": value for option, value in COOKIE_OPTIONS.items()})
     app.session_interface = SessionInterface(app, app.extensions["redis"], sid_length=32)
 
 
@@ -182,7 +170,7 @@ def log_in(user_id: int, **facts: Any) -> str:
     current.new = True
     current.update(facts, user_id=user_id)
     # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
-    _interface().save_session(current_app, current, current_app.response_class())
+    _interface().store(current)
     SESSIONS.inc()
     return current.sid
 
@@ -194,7 +182,7 @@ def resume(token: str) -> None:
     :raises redis.exceptions.RedisError: if Redis is away.
     """
     if not current.loaded or current.sid != token:
-        current.load(partial(_interface().fetch, token))
+        current.load(token)
     if "user_id" not in current:
         raise ApiError(Code.WECHAT_CODE_USED)
 

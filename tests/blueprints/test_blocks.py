@@ -72,6 +72,7 @@ def test_no_account_is_created_for_the_openid_of_a_kept_block(admin: Caller, mal
     assert admin.post("/users", {"openid": mallory.openid}).get_json() == BLOCKED
 
 
+@pytest.mark.only_on("mariadb")  # on SQLite it waits until the login has committed
 def test_a_deletion_during_the_login_loses_no_block(
     app: Flask, simulator: Simulator, admin: Caller, mallory: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,7 +310,7 @@ def test_a_session_that_cannot_be_saved_after_the_view_is_a_page(
     def fail(*_: Any) -> None:
         raise RedisError
 
-    monkeypatch.setattr(SessionInterface, "should_set_storage", fail)
+    monkeypatch.setattr(SessionInterface, "save_session", fail)
     answer = browser.call_back(url)
     page_of(answer, 503)
     assert query_of(link_of(answer))["return_to"] == "/orders"
