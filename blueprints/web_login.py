@@ -23,7 +23,7 @@ from storage.identities import get_or_create_user, start_session
 from storage.models import Identity, User
 from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
-from wechat.oauth import QR_CODE_SCOPE, SCOPES, UserInfo
+from wechat.oauth import QR_CODE_SCOPE, SCOPES
 
 ATTEMPT_SECONDS = 3600
 """How long a browser keeps what it has begun."""
@@ -65,7 +65,8 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
-    response = redirect(wechat.web_app(scope).authorize_url(scope, public_url() + url_for(".callback"), state))
+    app = wechat.connections.web_apps[scope]
+    response = redirect(app.authorize_url(scope, public_url() + url_for(".callback"), state))
     earlier = [name for name in request.cookies if name.startswith(cookie_name(COOKIE_PREFIX))]
     for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
         response.delete_cookie(name, **COOKIE_OPTIONS)
@@ -130,9 +131,10 @@ def check_authorization(user_id: int, app_id: str) -> bool:
     """
     mine = Identity.user_id == user_id, Identity.app_id == app_id
     identity = database.session.scalar(select(Identity).where(*mine))
-    app, refresh_token = wechat.web_app_of(app_id), identity and identity.authorization
+    refresh_token = identity and identity.authorization
     database.session.rollback()  # no transaction waits for WeChat
-    return bool(app and refresh_token and app.is_valid(refresh_token))
+    apps = {app.app_id: app for app in wechat.connections.web_apps.values()}
+    return bool(refresh_token and app_id in apps and apps[app_id].is_valid(refresh_token))
 
 
 def _load_attempt(state: str) -> dict[str, str]:
@@ -150,14 +152,13 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
     :returns: its token.
     """
     count_request("app")
-    app = wechat.web_app(scope)
+    app = wechat.connections.web_apps[scope]
     grant = app.redeem(code)
     if grant.is_snapshot_user:
         raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
-    info = UserInfo(None, None, None) if scope == "snsapi_base" else app.userinfo(grant)
-    user_id = get_or_create_user(app.app_id, grant.openid, grant.unionid or info.unionid).id
+    profile, unionid = ({}, None) if scope == "snsapi_base" else app.userinfo(grant)
+    user_id = get_or_create_user(app.app_id, grant.openid, grant.unionid or unionid).id
     set_current_user(user_id)
-    profile = {"nickname": info.nickname, "avatar_url": info.avatar_url}
     invalid = ProfileSchema().validate(profile)
 
     def store() -> None:

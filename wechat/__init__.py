@@ -22,28 +22,15 @@ class WeChat(NamedTuple):
 
     client: Client
     web_apps: dict[str, WebApp]
+    """By the scope that each of them uses, one of `oauth.SCOPES`."""
+
     push: MessagePush | None
     transport: Transport
 
 
-_wechat = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
-api = cast(Client, LocalProxy(lambda: _wechat.client))
+connections = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
+api = cast(Client, LocalProxy(lambda: connections.client))
 """WeChat's server API, as the configured mini-program."""
-
-
-def web_app(scope: str) -> WebApp:
-    """The web app that uses this scope, one of `oauth.SCOPES`."""
-    return _wechat.web_apps[scope]
-
-
-def web_app_of(app_id: str) -> WebApp | None:
-    """The web app with this app id; None if it is not configured, or no longer."""
-    return next((app for app in _wechat.web_apps.values() if app.app_id == app_id), None)
-
-
-def is_failing() -> bool:
-    """Whether this process pauses the calls of an interface of WeChat, as they kept failing."""
-    return _wechat.transport.is_failing
 
 
 def configured_push() -> MessagePush:
@@ -51,9 +38,9 @@ def configured_push() -> MessagePush:
 
     :raises ApiError: NOT_FOUND if it is not configured.
     """
-    if _wechat.push is None:
+    if connections.push is None:
         raise ApiError(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
-    return _wechat.push
+    return connections.push
 
 
 def init_app(app: Flask) -> None:

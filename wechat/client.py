@@ -66,7 +66,7 @@ class Client:
     def code_to_session(self, code: str) -> CodeSession:
         """Redeem a wx.login code (sns/jscode2session). Takes no access token, so login works without one.
 
-        Takes at most PATIENCE_SECONDS. Source:
+        Source:
         https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/code2Session.html
 
         :raises ApiError: also WECHAT_CODE_INVALID, WECHAT_CODE_USED, WECHAT_HIGH_RISK_USER.

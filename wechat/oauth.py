@@ -22,14 +22,6 @@ class Grant(NamedTuple):
     """Whether it is the virtual account of a user who only previews the page."""
 
 
-class UserInfo(NamedTuple):
-    """A user's profile."""
-
-    nickname: str | None
-    avatar_url: str | None
-    unionid: str | None
-
-
 class WebApp:
     """One official account or website application. Thread-safe.
 
@@ -69,9 +61,10 @@ class WebApp:
             raise unexpected_response(path, "openid or tokens missing or malformed", answer)
         return Grant(openid, token, refresh_token, read_unionid(path, answer), bool(answer.get("is_snapshotuser")))
 
-    def userinfo(self, grant: Grant) -> UserInfo:
-        """Get the user's nickname, picture and unionid (sns/userinfo).
+    def userinfo(self, grant: Grant) -> tuple[dict[str, Any], str | None]:
+        """Get the user's profile (sns/userinfo).
 
+        :returns: `nickname` and `avatar_url`, each of which may be None, and the unionid.
         :raises ApiError: WECHAT_CODE_INVALID if the authorization has ended, and what `Transport.call` does.
         """
         path = "/sns/userinfo"
@@ -80,7 +73,7 @@ class WebApp:
         if answer.get("openid") != grant.openid:
             raise unexpected_response(path, "openid missing or different", answer)
         nickname, avatar_url = read_nickname(answer.get("nickname")) or None, answer.get("headimgurl") or None
-        return UserInfo(nickname, avatar_url, read_unionid(path, answer))
+        return {"nickname": nickname, "avatar_url": avatar_url}, read_unionid(path, answer)
 
     def is_valid(self, refresh_token: str) -> bool:
         """Whether the user's authorization is still valid: whether it can be refreshed (sns/oauth2/refresh_token).

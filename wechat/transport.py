@@ -35,8 +35,6 @@ RESPOND_SECONDS = 0.05
 """Before a request's deadline, so that it still ends with 504."""
 MAXIMUM_ANSWER_BYTES = 1024 * 1024
 RETRY_PAUSE_SECONDS = 0.2
-PATIENCE_SECONDS = 2 * ANSWER_SECONDS + RETRY_PAUSE_SECONDS
-"""Upper bound for a call, which ends with its request if that is sooner."""
 PLACE_SECONDS = 0.1
 """How long to wait for a place."""
 FAILURES = 10
@@ -98,8 +96,8 @@ class Transport:
     ) -> Any:
         """Call an interface, and once more if WeChat is busy or the connection is lost.
 
-        Takes at most PATIENCE_SECONDS. Nothing is begun when nobody waits for it, the interface keeps failing, or too
-        many calls wait already.
+        Takes at most ANSWER_SECONDS twice. Nothing is begun when nobody waits for it, the interface keeps failing, or
+        too many calls wait already.
 
         :param params: the query.
         :param body: posted as JSON if there is one; otherwise the call is a GET.

@@ -74,10 +74,10 @@ def test_a_code_works_once(web_app: WebApp, simulator: Simulator) -> None:
 
 def test_userinfo(web_app: WebApp, log_in: Callable[..., Grant], simulator: Simulator) -> None:
     grant = log_in(nickname="爱丽丝", avatar_url="https://example.com/a.png", unionid="u-alice")
-    assert web_app.userinfo(grant) == ("爱丽丝", "https://example.com/a.png", "u-alice")
+    assert web_app.userinfo(grant) == ({"nickname": "爱丽丝", "avatar_url": "https://example.com/a.png"}, "u-alice")
     (call,) = simulator.calls(USERINFO)
     assert call["parameters"] == ["access_token", "lang", "openid"]
-    assert web_app.userinfo(log_in(nickname="")).nickname is None
+    assert web_app.userinfo(log_in(nickname=""))[0]["nickname"] is None
     assert refusal(web_app.userinfo, log_in("snsapi_base")) is Code.WECHAT_REFUSED
 
 
