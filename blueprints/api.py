@@ -2,7 +2,7 @@
 
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
@@ -76,7 +76,8 @@ class Blueprint(flask_smorest.Blueprint):
         """Respond in the envelope, with an ETag: the version of the row that the view returns, or a hash of the body.
 
         A POST, PUT or DELETE runs in one transaction, which is committed; it is run again if it lost a race against
-        another one. A POST takes an Idempotency-Key. A PUT or DELETE must call `require_match`.
+        another one. A POST takes an Idempotency-Key; with 201 it responds with the Location of the row, which is its id
+        below the list's. A PUT or DELETE must call `require_match`.
 
         :param transaction: False for a view that stores nothing in the database or begins its own transactions; its
             POST takes no Idempotency-Key.
@@ -92,11 +93,10 @@ class Blueprint(flask_smorest.Blueprint):
             documented = document(view)  # flask-smorest's wrapper, of which nothing but the documents is used
 
             def make_response(*args: Any, **arguments: Any) -> Response:
-                result = view(*args, **arguments)
+                g.row = view(*args, **arguments)
                 if if_match and request.method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                g.row, headers = result if isinstance(result, tuple) else (result, {})
-                return self._respond(g.row, dump, status_code, headers)
+                return self._respond(g.row, dump, status_code)
 
             @wraps(documented)
             def wrapper(*args: Any, **arguments: Any) -> Response:
@@ -110,9 +110,7 @@ class Blueprint(flask_smorest.Blueprint):
 
         return decorate
 
-    def _respond(
-        self, row: Any, dump: Callable[[Any], Any] | None, status: int, headers: Mapping[str, str]
-    ) -> Response:
+    def _respond(self, row: Any, dump: Convert | None, status: int) -> Response:
         """Make the response of a view from what it returns, which may be one already; a 304 if the caller has it."""
         is_versioned, is_secured = hasattr(row, "etag"), bool(self.auth.security)
         if is_versioned and request.method not in SAFE_METHODS:
@@ -120,7 +118,9 @@ class Blueprint(flask_smorest.Blueprint):
         response: Response = row
         if not isinstance(row, BaseResponse):
             data = {} if row is None else dump(row) if dump else row
-            response = Response(envelope(Code.SUCCESS, data), status, headers, content_type="application/json")
+            response = Response(envelope(Code.SUCCESS, data), status, content_type="application/json")
+        if status == 201:
+            response.headers["Location"] = f"{request.script_root}{request.path}/{row.id}"
         if is_secured:
             response.headers.extend(PRIVATE)
         is_read = request.method in SAFE_METHODS and not response.is_streamed  # a hash would read it to the end

@@ -8,7 +8,7 @@ A shop puts its price list into `price_of`; a payment's callback calls `set_stat
 from collections.abc import Mapping
 from typing import Any
 
-from flask import request, url_for
+from flask import request
 from marshmallow import Schema, fields, validate
 from sqlalchemy.orm import joinedload
 
@@ -116,14 +116,13 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
 @blueprint.route("", methods=["POST"])
 @blueprint.arguments(OrderSchema)
 @blueprint.response(201, OrderSchema)
-def create_order(body: dict[str, Any]) -> tuple[Order, dict[str, str]]:
+def create_order(body: dict[str, Any]) -> Order:
     """Create an order"""
     items = [fill_item(OrderItem(), item) for item in body["items"]]
     order = Order(user_id=current_user().id, remark=body["remark"], items=items)
     order.sum_up()
     database.session.add(order)
-    database.session.flush()
-    return order, {"Location": url_for("orders.get_order", order_id=order.id)}
+    return order
 
 
 @blueprint.route("/<id:order_id>")
@@ -171,7 +170,7 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 @blueprint.route("/<id:order_id>/items", methods=["POST"])
 @blueprint.arguments(ItemSchema)
 @blueprint.response(201, ShownItemSchema)
-def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[str, str]]:
+def create_item(body: dict[str, Any], order_id: int) -> OrderItem:
     """Add an item to a pending order"""
     order = load_order(order_id, pending=True)
     if len(order.items) >= MAXIMUM_ITEMS:
@@ -179,8 +178,7 @@ def create_item(body: dict[str, Any], order_id: int) -> tuple[OrderItem, dict[st
     item = fill_item(OrderItem(), body)
     order.items.append(item)
     order.sum_up()
-    database.session.flush()
-    return item, {"Location": url_for("orders.get_item", order_id=order.id, item_id=item.id)}
+    return item
 
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import click
-from flask import current_app, g, request, url_for
+from flask import current_app, g, request
 from marshmallow import Schema, fields, validate
 from sqlalchemy import and_, select
 
@@ -106,7 +106,7 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 @administration.route("", methods=["POST"])
 @administration.arguments(NewUserSchema)
 @administration.response(201, UserSchema)
-def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
+def create_user(body: dict[str, Any]) -> User:
     """Create a user before the first login, for administrators
 
     `openid` is the user's in the mini-program.
@@ -120,7 +120,7 @@ def create_user(body: dict[str, Any]) -> tuple[User, dict[str, str]]:
     database.session.add(user)
     database.session.flush()
     database.session.add(Identity(app_id=app_id, openid=openid, user_id=user.id))
-    return user, {"Location": url_for("users.get_user", user_id=str(user.id))}
+    return user
 
 
 @blueprint.route("/<user:user_id>")
