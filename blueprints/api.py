@@ -203,8 +203,8 @@ def run_once(make_response: Callable[[], Response]) -> Response:
     The key and what `make_response` does are committed together. Of two requests at the same moment the second waits
     for the lock of the user, until the first has committed, and then finds the response.
 
-    Two requests are the same if method, path, query parameters and the JSON of their bodies are, in whatever order and
-    notation; 1, 1.0 and true differ.
+    Two requests are the same if their URLs and the JSON of their bodies are, in whatever order and notation; 1, 1.0 and
+    true differ.
 
     :raises ApiError: INVALID_INPUT for a malformed key, IDEMPOTENCY_KEY_REUSED if it came with another request before.
     """
@@ -216,8 +216,7 @@ def run_once(make_response: Callable[[], Response]) -> Response:
     content = read_body(request)  # before the transaction
     with suppress(ValueError, RecursionError):  # the view rejects what is malformed
         content = json.dumps(json.loads(content), sort_keys=True).encode()
-    query = sorted(request.args.items(multi=True))
-    fingerprint = hashlib.sha256(f"{request.method} {request.path} {query} ".encode() + content).hexdigest()
+    fingerprint = hashlib.sha256(f"{request.full_path} ".encode() + content).hexdigest()
     return database.in_transaction(lambda: _replay_or_store(key, fingerprint, make_response))
 
 

@@ -115,12 +115,6 @@ def test_values_of_another_type_are_another_request(of_any_value: Caller) -> Non
         assert send(of_any_value, body, "/group").status_code == status
 
 
-def test_the_order_of_query_parameters_does_not_count(alice: Caller) -> None:
-    answers = [send(alice, ONE, f"/orders?{query}") for query in ("a=1&b=%20&a=2", "b=+&a=2&a=1", "a=1&b=2&a=2")]
-    assert [code_of(answer) for answer in answers] == [(201, 200), (201, 200), (409, 465)]
-    assert answers[0].data == answers[1].data
-
-
 @pytest.mark.parametrize(
     "body",
     [
