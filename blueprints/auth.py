@@ -1,6 +1,7 @@
 """Log in with the code of wx.login, log out, and whether WeChat still knows the session."""
 
 import hashlib
+import time
 from typing import Any
 
 from flask import current_app, g, session
@@ -63,11 +64,11 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
 
 def _redeem(code: str) -> str:
     count_request("app")  # not before: what is refused or repeated costs nothing of WeChat's quota
-    asked_at = wechat_session_keys.clock()
-    identity = wechat.api.code_to_session(code)
-    answered_at = wechat_session_keys.clock()
-    user = get_mini_program_user(identity.openid, identity.unionid)
-    wechat_session_keys.keep(user.id, identity.session_key, asked_at, answered_at)
+    asked_at, began = wechat_session_keys.clock(), time.monotonic()
+    openid, session_key, unionid = wechat.api.code_to_session(code)
+    answered_at = asked_at + time.monotonic() - began
+    user = get_mini_program_user(openid, unionid)
+    wechat_session_keys.keep(user.id, session_key, asked_at, answered_at)
     return start_session(user.id)
 
 

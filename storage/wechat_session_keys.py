@@ -26,7 +26,7 @@ def keep(user_id: int, session_key: str, asked_at: float, answered_at: float) ->
     """Keep a session_key; it serves all sessions of the user.
 
     :param asked_at: when WeChat was asked for it, by `clock`.
-    :param answered_at: when WeChat answered, by `clock`.
+    :param answered_at: when WeChat answered, on the same scale.
     :raises redis.exceptions.RedisError: if Redis is away.
     """
     name = redis_key(user_id)

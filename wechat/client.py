@@ -2,20 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from wechat.access_token import AccessToken
 from wechat.crypto import session_signature
 from wechat.errcodes import INVALID_TOKEN, NOT_SUBSCRIBED, SESSION_ENDED
 from wechat.transport import Body, Codes, Params, Transport, unexpected_response
-
-
-class CodeSession(NamedTuple):
-    """What WeChat returns for a wx.login code."""
-
-    openid: str
-    session_key: str
-    unionid: str | None
 
 
 class Client:
@@ -63,12 +55,13 @@ class Client:
             answer = call_with(self._access_token.get(refused=token), expected)
         return answer
 
-    def code_to_session(self, code: str) -> CodeSession:
+    def code_to_session(self, code: str) -> tuple[str, str, str | None]:
         """Redeem a wx.login code (sns/jscode2session). Takes no access token, so login works without one.
 
         Source:
         https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/user-login/code2Session.html
 
+        :returns: openid, session_key, and the unionid if there is one.
         :raises ApiError: also WECHAT_CODE_INVALID, WECHAT_CODE_USED, WECHAT_HIGH_RISK_USER.
         """
         path = "/sns/jscode2session"
@@ -77,7 +70,7 @@ class Client:
         openid, session_key = answer.get("openid"), answer.get("session_key")
         if not (is_identifier(openid) and isinstance(session_key, str) and re.fullmatch(r"[!-~]{1,64}", session_key)):
             raise unexpected_response(path, "openid or session_key missing or malformed", answer)
-        return CodeSession(openid, session_key, read_unionid(path, answer))
+        return openid, session_key, read_unionid(path, answer)
 
     def is_session_key_valid(self, openid: str, session_key: str) -> bool:
         """Whether this is still the user's session_key (wxa/checksession).

@@ -23,7 +23,7 @@ def client(app: Flask) -> Client:
 @pytest.fixture
 def alice(client: Client, simulator: Simulator) -> str:
     """The openid of a user who has just visited."""
-    return client.code_to_session(simulator.code(openid="o-alice")).openid
+    return client.code_to_session(simulator.code(openid="o-alice"))[0]
 
 
 def code_of(call: Callable[[], Any]) -> Code:
@@ -87,15 +87,15 @@ def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[st
 
 
 def test_wechat_decides_whether_a_session_key_is_valid(client: Client, simulator: Simulator) -> None:
-    first = client.code_to_session(simulator.code(openid="o-alice"))
-    assert client.is_session_key_valid("o-alice", first.session_key)
-    second = client.code_to_session(simulator.code(openid="o-alice"))
-    assert not client.is_session_key_valid("o-alice", first.session_key)
-    assert client.is_session_key_valid("o-alice", second.session_key)
-    assert not client.is_session_key_valid("o-bob", second.session_key)
+    _, first, _ = client.code_to_session(simulator.code(openid="o-alice"))
+    assert client.is_session_key_valid("o-alice", first)
+    _, second, _ = client.code_to_session(simulator.code(openid="o-alice"))
+    assert not client.is_session_key_valid("o-alice", first)
+    assert client.is_session_key_valid("o-alice", second)
+    assert not client.is_session_key_valid("o-bob", second)
     for errcode in (40003, 87007):
         simulator.fault("errcode", path=CHECKSESSION, errcode=errcode)
-        assert not client.is_session_key_valid("o-alice", second.session_key)
+        assert not client.is_session_key_valid("o-alice", second)
     (call, *_) = simulator.calls(CHECKSESSION)
     assert call["parameters"] == ["access_token", "openid", "sig_method", "signature"]
 
