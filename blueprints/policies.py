@@ -7,15 +7,14 @@ from functools import partial
 from typing import cast
 
 from flask import Response, current_app, g, request
-from sqlalchemy import select
 
 import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from proxies import parse_address
 from storage import database
-from storage.identities import get_or_create_user, require_not_blocked, set_role
-from storage.models import Identity, User
+from storage.identities import find_openid, get_or_create_user, require_not_blocked, set_role
+from storage.models import User
 from storage.sessions import SAFE_METHODS, current
 from telemetry.logs import bind
 from telemetry.metrics import RATE_LIMITED
@@ -77,24 +76,20 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
     :raises ApiError: what `get_or_create_user` does.
     """
     user = get_or_create_user(wechat.api.app_id, openid, unionid)
-    if user.admin_by_setting == (openid in _admin_openids()):
+    is_named = openid in _admin_openids()
+    if user.admin_by_setting == is_named:
         return user
     g.user_id = user.id
-    return database.in_transaction(_apply_setting)
+    return database.in_transaction(partial(_apply_setting, is_named))
 
 
 def _admin_openids() -> set[str]:
     return set(re.split(" *, *", current_app.config["ADMIN_OPENIDS"]))
 
 
-def _is_named_in_setting() -> bool:
-    mine = Identity.user_id == g.user_id, Identity.app_id == wechat.api.app_id
-    return not _admin_openids().isdisjoint(database.session.scalars(select(Identity.openid).where(*mine)))
-
-
-def _apply_setting() -> User:
+def _apply_setting(is_named: bool) -> User:
     """Make the current user an administrator or none, as ADMIN_OPENIDS says; one made otherwise stays one."""
-    user, is_named = database.session.get_one(User, g.user_id), _is_named_in_setting()
+    user = database.session.get_one(User, g.user_id)
     if user.role != "admin" or user.admin_by_setting:
         set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
     return user
@@ -127,10 +122,8 @@ def _require_session() -> None:
 def _require_role(*roles: str) -> None:
     _require_session()
     user = require_not_blocked(current_user())
-    if user.admin_by_setting:
-        if not _is_named_in_setting():
-            user = database.in_transaction(_apply_setting)
-        database.session.rollback()  # no transaction waits for a body that a client sends slowly
+    if user.admin_by_setting and find_openid(g.user_id, wechat.api.app_id) not in _admin_openids():
+        user = database.in_transaction(partial(_apply_setting, False))
     if user.role not in roles:
         raise ApiError(Code.FORBIDDEN)
     if request.method not in SAFE_METHODS:
