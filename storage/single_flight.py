@@ -11,9 +11,7 @@ from storage.cipher import DecryptionError, cipher
 from storage.redis_client import redis
 
 _CALL_SECONDS = 60
-"""How long the call may take unless its request ends before; then its process is assumed dead, a second later."""
-_WAIT_SECONDS = 10
-_POLL_SECONDS = 0.02
+"""How long the call may take unless its request ends before; a second later its process is assumed dead."""
 _RESULT_SECONDS = 5
 
 
@@ -30,14 +28,9 @@ def single_flight(key: str, call: Callable[[], Any], *, remember: int) -> Any:
     :raises ApiError: WECHAT_CODE_USED if the call had succeeded before that; what `call` raises.
     :raises redis.exceptions.RedisError: if Redis is away, or another process takes too long.
     """
-    lock = redis.lock(
-        f"{key}:lock",
-        timeout=seconds_left(_CALL_SECONDS) + 1,
-        sleep=_POLL_SECONDS,
-        blocking_timeout=seconds_left(_WAIT_SECONDS),
-        raise_on_release_error=False,  # the call has outlasted it
-    )
-    with lock:
+    seconds = seconds_left(_CALL_SECONDS)
+    # It is no error if the call outlasts its lock.
+    with redis.lock(f"{key}:lock", seconds + 1, blocking_timeout=seconds, raise_on_release_error=False):
         kept, is_used = cast(list[bytes | None], redis.mget(key, f"{key}:used"))
         if is_used is None:
             result = call()

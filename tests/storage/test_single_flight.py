@@ -89,7 +89,7 @@ def test_a_killed_process_delays_others_only_until_the_lock_expires(app: Flask, 
 
 
 def test_a_hanging_process_is_not_waited_for(app: Flask, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.single_flight._WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("storage.single_flight._CALL_SECONDS", 0.2)
     redis.set("flight:lock", "of-a-hanging-process", ex=60)
     with pytest.raises(RedisError):
         ask(app, lambda: "mine")
