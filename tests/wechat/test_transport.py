@@ -17,7 +17,7 @@ from werkzeug import Request, Response
 from errors import ApiError, Code
 from telemetry import metrics
 from tests.harness import APP_ID, APP_SECRET, Simulator, counted
-from tests.wechat.harness import server, transport_to
+from tests.wechat.harness import outcome, server, transport_to
 from wechat import transport as wechat_transport
 from wechat.transport import Transport, unexpected_response
 
@@ -165,6 +165,15 @@ def test_an_endless_response_is_not_read_to_its_end(
     monkeypatch.setattr(wechat_transport, "MAXIMUM_ANSWER_BYTES", 3)
     simulator.fault("trickle", seconds=60)
     assert failure(transport, simulator.code()).api_code is Code.UPSTREAM_INVALID
+
+
+def test_an_image_that_is_too_long_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(lambda _: Response(b"11 bytes...", content_type="image/png")) as url:
+        transport = transport_to(url)
+        for limit, expected in ((11, b"11 bytes..."), (10, Code.UPSTREAM_INVALID)):
+            monkeypatch.setattr(wechat_transport, "MAXIMUM_ANSWER_BYTES", limit)
+            assert outcome(transport.call, "/", {}, media=True) == expected
+        transport._adapter.close()
 
 
 @pytest.mark.parametrize(
