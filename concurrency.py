@@ -20,9 +20,8 @@ from overload import Door
 from telemetry import metrics
 
 ROOM = 16
-"""An export takes 4 for each part that it reads, a decryption 1, a read nothing. `flask keys rotate` is a
-process of its own, with one connection."""
-ROOM_SECONDS = 1
+"""An export takes 4 for each part that it reads, a read nothing. `flask keys rotate` is a process of its own, with one
+connection."""
 _turn, _room = threading.Lock(), threading.Semaphore(ROOM)
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -71,7 +70,7 @@ def context_for(seconds: float) -> Context:
 
 
 @contextmanager
-def room(weight: int, seconds: float = ROOM_SECONDS) -> Iterator[None]:
+def room(weight: int, seconds: float = 1) -> Iterator[None]:
     """Take a part of the ROOM that this process has for expensive work; for a `with` block, or as a decorator.
 
     In the order of arrival: what is heavy is not overtaken for ever. As Go's `semaphore.Weighted`.

@@ -9,7 +9,7 @@ again if it fails, but it is if its process dies in the middle, so doing it twic
 A responder replies at once, in the format and mode of the account, and must be quick. It may be called again; if it
 fails, WeChat gets `success`:
 
-    @answers("text")
+    @on("text", reply=True)
     def hand_over(message): return {"MsgType": "transfer_customer_service", ...}
 """
 
@@ -28,32 +28,25 @@ from storage.models import IdempotencyKey, Identity, User
 logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
-Handler = Callable[[Fields], object]
-Responder = Callable[[Fields], Fields]
+Handler = Callable[[Fields], Any]
+Registry = dict[tuple[str, str], list[Handler]]
 
 COLUMNS_BY_REVOKE_INFO = {"6": ("nickname", "avatar_url"), "8": ("phone",), "19": ("nickname",), "20": ("avatar_url",)}
 """What the numbers of RevokeInfo mean for us; the others name data that we do not store."""
 
-handlers: dict[tuple[str, str], list[Handler]] = {}
-responders: dict[tuple[str, str], Responder] = {}
+handlers: Registry = {}
+responders: Registry = {}
 
 
-def on(message_type: str, event: str = "") -> Callable[[Handler], Handler]:
-    """Register a handler for a MsgType, or for one Event of the MsgType `event`."""
+def on(message_type: str, event: str = "", *, reply: bool = False) -> Callable[[Handler], Handler]:
+    """Register a handler for a MsgType, or for one Event of the MsgType `event`.
+
+    :param reply: it is a responder: it returns the fields of the reply.
+    """
 
     def register(handler: Handler) -> Handler:
-        handlers.setdefault((message_type, event), []).append(handler)
+        (responders if reply else handlers).setdefault((message_type, event), []).append(handler)
         return handler
-
-    return register
-
-
-def answers(message_type: str, event: str = "") -> Callable[[Responder], Responder]:
-    """Register the responder for a MsgType, or for one Event of the MsgType `event`."""
-
-    def register(responder: Responder) -> Responder:
-        responders[message_type, event] = responder
-        return responder
 
     return register
 

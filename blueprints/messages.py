@@ -13,7 +13,7 @@ from blueprints.api import Blueprint
 from blueprints.parsing import read_body
 from errors import Code
 from telemetry import metrics, traces
-from wechat.message_push import MAXIMUM_AGE_SECONDS, MessagePush, PushMessage, refused
+from wechat.message_push import MAXIMUM_AGE_SECONDS, PushMessage, refused
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ MAXIMUM_BYTES = 64 * 1024
 CLOUD_RUN_PROBE = b'{"action":"CheckContainerPath"}'
 """What WeChat cloud run posts, unsigned, to see whether the path is served."""
 HANDLERS_SECONDS = 120
-"""What the handlers of a message share; less than `CLAIM_SECONDS` of storage/message_queue.py."""
+"""What the handlers of a message share; less than `CLAIM_MILLISECONDS` of storage/message_queue.py."""
 REMEMBER_SECONDS = 2 * MAXIMUM_AGE_SECONDS
 """Longer than a message is accepted, also one from a clock that is ahead of ours."""
 
@@ -36,7 +36,8 @@ blueprint = Blueprint("messages", __name__, description="消息推送 Message pu
 @blueprint.fails(Code.NOT_FOUND, message=wechat.PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""
-    return _text(wechat.configured_push().verify_url(request.args, time.time()))
+    wechat.configured_push().verify(request.args, "signature", now=time.time())
+    return _text(request.args.get("echostr", ""))
 
 
 @blueprint.route("/messages", methods=["POST"])
@@ -57,30 +58,23 @@ def receive() -> Response:
     message = push.open(request.args, body, time.time())
     if not message.is_recent(time.time()):
         raise refused("CreateTime is missing or old, the body encrypted without a key, or our clock wrong")
-    handlers = _handlers(message)
+    handlers = _registered(message_handlers.handlers, message)
     is_new = not handlers or current_app.extensions["messages"].put(message.key, message.fields, REMEMBER_SECONDS)
-    fields = {"type": message.type, "event": message.event, "repeat": not is_new, "handlers": len(handlers)}
+    message_type, event = message.kind
+    fields = {"type": message_type, "event": event, "repeat": not is_new, "handlers": len(handlers)}
     logger.info("message received", extra=fields)
-    return _reply(push, message) or _text("success")
-
-
-def _reply(push: MessagePush, message: PushMessage) -> Response | None:
-    """Return the reply of a responder; None if there is none or it fails, which must not stop the handlers."""
-    of_all = message_handlers.responders.get((message.type, ""))
-    responder = message_handlers.responders.get((message.type, message.event), of_all)
-    if responder is None:
-        return None
-    try:
-        reply = push.seal(responder(message.fields), message.form, time.time())
-    except Exception:
-        logger.exception("a responder failed", extra={"type": message.type, "event": message.event})
-        return None
-    return Response(reply, content_type=CONTENT_TYPES[message.form])
+    for responder in _registered(message_handlers.responders, message):
+        try:
+            reply = push.seal(responder(message.fields), message.form, time.time())
+            return Response(reply, content_type=CONTENT_TYPES[message.form])
+        except Exception:  # which must not stop the handlers
+            logger.exception("a responder failed")
+    return _text("success")
 
 
 def handle(fields: dict[str, Any]) -> None:
     """Run the handlers of a message, one after another. A failure is logged and counted, and stops no other handler."""
-    handlers = _handlers(PushMessage(fields, "json"))
+    handlers = _registered(message_handlers.handlers, PushMessage(fields, "json"))
     for handler in handlers:
         name = f"{handler.__module__}.{getattr(handler, '__qualname__', '?')}"
         span = traces.span(f"handler {name}", attributes={"code.function.name": name})
@@ -94,9 +88,10 @@ def handle(fields: dict[str, Any]) -> None:
             metrics.MESSAGES.labels("success").inc()
 
 
-def _handlers(message: PushMessage) -> list[message_handlers.Handler]:
-    names = dict.fromkeys([(message.type, message.event), (message.type, "")])
-    return [handler for name in names for handler in message_handlers.handlers.get(name, ())]
+def _registered(functions: message_handlers.Registry, message: PushMessage) -> list[message_handlers.Handler]:
+    """Return the functions for an event, and then those for all messages of its type."""
+    kinds = dict.fromkeys([message.kind, (message.kind[0], "")])
+    return [function for kind in kinds for function in functions.get(kind, ())]
 
 
 def _text(text: str) -> Response:

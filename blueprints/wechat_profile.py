@@ -12,7 +12,6 @@ from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
-from concurrency import room
 from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
@@ -124,7 +123,6 @@ def _store(**values: str | None) -> None:
     database.in_transaction(change)
 
 
-@room(1)
 def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Decrypt encryptedData.
 
@@ -147,7 +145,7 @@ def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
     :returns: nickname and avatar_url.
     :raises ApiError: INVALID_INPUT, SESSION_KEY_STALE, SIGNATURE_MISMATCH.
     """
-    raw = lenient.read(body["rawData"], "rawData")
+    raw = lenient.read(body["rawData"].encode(), "rawData")
     if raw is None:
         raise ApiError(Code.INVALID_INPUT, errors={"rawData": ["Not a JSON object."]})
     # First, as it tells a session_key that was replaced from a forgery.

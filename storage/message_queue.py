@@ -1,7 +1,7 @@
 """Messages whose receipt was confirmed to WeChat: in a Redis stream until they are handled, by any process.
 
-Who takes a message has CLAIM_SECONDS for it. If its process dies, another one, or the next, takes it again after that.
-So each is handled at least once; again only if its process died, or could not say that it had handled it.
+Who takes a message has CLAIM_MILLISECONDS for it. If its process dies, another one, or the next, takes it again after
+that. So each is handled at least once; again only if its process died, or could not say that it had handled it.
 """
 
 import json
@@ -29,7 +29,7 @@ KEEP_SECONDS = 7 * 86400
 """For how long after the last one Redis keeps messages that nobody handles."""
 THREADS = 8
 POLL_SECONDS = 2
-CLAIM_SECONDS = 180
+CLAIM_MILLISECONDS = 180_000
 """Longer than a message's handlers may take, and gunicorn's `timeout`, within which a worker that hangs is killed."""
 TRIES = 3
 """How often a message is taken. A process may die with it, or have no key that decrypts it."""
@@ -109,13 +109,11 @@ class MessageQueue:
 
     def _take(self, claim: bool) -> list[Any]:
         """Return at most one message: its id, what is stored, and how often it was taken before."""
-        pending = self._redis.xlen(STREAM)
-        metrics.MESSAGES_PENDING.set(pending)
+        metrics.MESSAGES_PENDING.set(pending := self._redis.xlen(STREAM))
         if not pending:  # there may be no stream, either
             return []
-        idle = int(CLAIM_SECONDS * 1000)
-        for left in self._redis.xpending_range(STREAM, _WORKERS, "-", "+", 1, idle=idle) if claim else ():
-            if claimed := self._redis.xclaim(STREAM, _WORKERS, _WORKERS, idle, [left["message_id"]]):
+        for left in self._redis.xpending_range(STREAM, _WORKERS, "-", "+", 1, idle=CLAIM_MILLISECONDS) if claim else ():
+            if claimed := self._redis.xclaim(STREAM, _WORKERS, _WORKERS, CLAIM_MILLISECONDS, [left["message_id"]]):
                 return [(*claimed[0], left["times_delivered"])]
         streams: Any = self._redis.xreadgroup(_WORKERS, _WORKERS, {STREAM: ">"}, count=1)
         return [(*entry, 0) for _, entries in streams for entry in entries]

@@ -21,7 +21,7 @@ UNSTORABLE = re.compile("[^\t\n\r\u0020-\u007e\u0080-\ud7ff\ue000-\ufffd\U000100
 """What XML 1.0 forbids, and DEL."""
 
 
-def read(content: bytes | str, source: str | None, form: Form = "json") -> dict[str, Any] | None:
+def read(content: bytes, source: str | None, form: Form = "json") -> dict[str, Any] | None:
     """Read a JSON object, or the children of an <xml> element: each a str or a dict, or a list if it is repeated.
 
     What follows is ignored. Of several equal keys in JSON the last one counts.
@@ -30,8 +30,7 @@ def read(content: bytes | str, source: str | None, form: Form = "json") -> dict[
         logged.
     :returns: None for anything else, a document type, and more than MAXIMUM_DEPTH levels.
     """
-    text = content if isinstance(content, str) else content.decode(errors="replace")
-    text = UNSTORABLE.sub("\ufffd", text).strip(" \t\r\n\ufeff")
+    text = UNSTORABLE.sub("\ufffd", content.decode(errors="replace")).strip(" \t\r\n\ufeff")
     try:
         if form == "xml":
             before, end, after = text.rpartition("</xml>")

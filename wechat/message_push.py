@@ -35,14 +35,9 @@ class PushMessage(NamedTuple):
     """The format of the body, and of the reply."""
 
     @property
-    def type(self) -> str:
-        """MsgType, such as `event` or `text`; empty if there is none."""
-        return str(self.fields.get("MsgType", ""))
-
-    @property
-    def event(self) -> str:
-        """Event; empty for anything but an event."""
-        return str(self.fields.get("Event", ""))
+    def kind(self) -> tuple[str, str]:
+        """MsgType, such as `event` or `text`, and Event; each is empty if there is none."""
+        return str(self.fields.get("MsgType", "")), str(self.fields.get("Event", ""))
 
     @property
     def key(self) -> str:
@@ -74,15 +69,18 @@ class MessagePush:
         self._aes_key = None if encoding_aes_key is None else decode_aes_key(encoding_aes_key)
         self._app_id = app_id
 
-    def verify_url(self, query: Mapping[str, str], now: float) -> str:
-        """Verify the GET request that WeChat sends when the address is configured.
+    def verify(self, query: Mapping[str, str], name: str, *encrypted: str, now: float) -> None:
+        """Verify a request: the GET request, too, that WeChat sends when the address is configured.
 
+        :param name: of the signature: `signature`, or `msg_signature`, which is also over what is encrypted.
         :param now: seconds since the epoch.
-        :returns: `echostr`, the body to respond with; as text/plain, since the caller chose it.
-        :raises ApiError: SIGNATURE_MISMATCH, also for missing parameters.
+        :raises ApiError: SIGNATURE_MISMATCH if it is missing, wrong or old.
         """
-        self._verify(query, "signature", now=now)
-        return query.get("echostr", "")
+        timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
+        if not constant_time_equals(query.get(name, ""), push_signature(self._token, timestamp, nonce, *encrypted)):
+            raise refused("wrong token, or altered")
+        if abs(_age(timestamp, now)) > WINDOW_SECONDS:
+            raise refused("old timestamp, or our clock is wrong")
 
     def open(self, query: Mapping[str, str], body: bytes, now: float) -> PushMessage:
         """Verify and read a POST request. A replay has the same `PushMessage.key`, as long as it `is_recent`.
@@ -94,13 +92,13 @@ class MessagePush:
             or for another account, or the body is plain in safe mode.
         """
         if self._aes_key is None:
-            self._verify(query, "signature", now=now)
+            self.verify(query, "signature", now=now)
             return _parse(body)
         envelope = _parse(body, source=None)
         encrypted = envelope.fields.get("Encrypt")
         if not isinstance(encrypted, str):
             raise refused("plain, but an EncodingAESKey is set")
-        self._verify(query, "msg_signature", encrypted, now=now)
+        self.verify(query, "msg_signature", encrypted, now=now)
         try:
             content = decrypt_message(encrypted, self._aes_key, self._app_id)
         except ValueError:
@@ -110,12 +108,12 @@ class MessagePush:
     def seal(self, reply: Mapping[str, Any], form: Form, now: float) -> str:
         """Compose the reply to a message, encrypted and signed in safe mode.
 
-        Characters that the format cannot hold are dropped: lone surrogates, and control characters in XML.
+        Characters that XML cannot hold are dropped.
 
         :param reply: in XML a dict nests, a list repeats its element, None is empty, and anything else is its `str`;
             its names must be XML's.
         :param now: seconds since the epoch.
-        :raises ValueError: for NaN or infinity in JSON.
+        :raises ValueError: for NaN, infinity or, in safe mode, half a surrogate pair in JSON.
         """
         body = _compose(reply, form)
         if self._aes_key is None:
@@ -125,14 +123,6 @@ class MessagePush:
         signature = push_signature(self._token, str(timestamp), nonce, encrypted)
         envelope = {"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}
         return _compose(envelope, form)
-
-    def _verify(self, query: Mapping[str, str], name: str, *encrypted: str, now: float) -> None:
-        """Check the signature of this name, also over what is encrypted, and that it is recent."""
-        timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
-        if not constant_time_equals(query.get(name, ""), push_signature(self._token, timestamp, nonce, *encrypted)):
-            raise refused("wrong token, or altered")
-        if abs(_age(timestamp, now)) > WINDOW_SECONDS:
-            raise refused("old timestamp, or our clock is wrong")
 
 
 def _age(timestamp: str, now: float) -> float:
@@ -159,8 +149,7 @@ def _parse(body: bytes, source: str | None = "message push") -> PushMessage:
 def _compose(reply: Mapping[str, Any], form: Form) -> str:
     if form == "xml":
         return _compose_xml("xml", reply)
-    text = json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "ignore").decode()
+    return json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _compose_xml(name: str, value: Any) -> str:

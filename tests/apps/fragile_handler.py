@@ -17,7 +17,7 @@ from wsgi import app
 
 __all__ = ["app"]
 
-message_queue.CLAIM_SECONDS = 4
+message_queue.CLAIM_MILLISECONDS = 4000
 message_queue.POLL_SECONDS = 1
 
 

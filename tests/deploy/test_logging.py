@@ -97,7 +97,7 @@ def test_what_the_service_really_writes_is_mapped(
         raise ValueError(message["MsgType"])
 
     monkeypatch.setattr(message_handlers, "handlers", {**message_handlers.handlers, ("text", ""): [fail]})
-    monkeypatch.setattr(message_handlers, "responders", {("text", ""): fail})
+    monkeypatch.setattr(message_handlers, "responders", {("text", ""): [fail]})
     app.add_url_rule("/crash", "crash", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
 
     client.get("/version", headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"})

@@ -27,7 +27,7 @@ class Death(BaseException):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_queue, "CLAIM_SECONDS", 0.2)
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
     monkeypatch.setattr(message_queue, "POLL_SECONDS", 0.1)
 
 
