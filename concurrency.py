@@ -4,7 +4,6 @@ import math
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 import gevent
 from flask import Flask, current_app, has_request_context, request
+from gevent.lock import Semaphore
 
 from errors import ApiError, Code, handle_http_exception
 from overload import Door
@@ -22,7 +22,7 @@ from telemetry import metrics
 ROOM = 16
 """An export takes 4 for each part that it reads, a read nothing. `flask keys rotate` is a process of its own, with one
 connection."""
-_turn, _room = threading.Lock(), threading.Semaphore(ROOM)
+_turn, _room = Semaphore(1), Semaphore(ROOM)
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 """Seconds, such as 1.5, after which the caller gives up."""
@@ -79,14 +79,10 @@ def room(weight: int, seconds: float = 1) -> Iterator[None]:
     :param seconds: how long to wait for it, if the request does not end before.
     :raises ApiError: UNAVAILABLE if it is not free in time.
     """
-    ends_at = time.monotonic() + seconds_left(seconds)
     with ExitStack() as taken:
-        with ExitStack() as turn:
-            locks: Any = [(turn, _turn), *[(taken, _room)] * weight]
-            for stack, lock in locks:
-                if not lock.acquire(timeout=max(ends_at - time.monotonic(), 0)):
-                    raise ApiError(Code.UNAVAILABLE)
-                stack.callback(lock.release)
+        with gevent.Timeout(seconds_left(seconds), ApiError(Code.UNAVAILABLE)), _turn:
+            for _ in range(weight):
+                taken.enter_context(_room)
         yield
 
 
@@ -150,8 +146,7 @@ def in_parallel(functions: Mapping[str, Callable[[], Any]], seconds: float) -> d
             return error
 
     work = {name: gevent.spawn(copy_context().run, run, function) for name, function in functions.items()}
-    gevent.joinall(work.values())
-    return {name: greenlet.value for name, greenlet in work.items()}
+    return {name: greenlet.get() for name, greenlet in work.items()}
 
 
 def init_app(app: Flask) -> None:

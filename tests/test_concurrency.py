@@ -2,7 +2,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from concurrency import ROOM, GaveUp, context_for, ensure_somebody_waits, in_par
 from errors import ApiError, Code
 from storage import database
 from telemetry.traces import RequestSpan, current_ids
-from tests.harness import ROOT, WAIT_SECONDS, wait_until
+from tests.harness import ROOT, WAIT_SECONDS
 
 
 def test_functions_run_concurrently_in_contexts_of_their_own_with_the_trace_id_of_the_caller(app: Flask) -> None:
@@ -100,15 +99,14 @@ def test_what_is_heavy_is_not_overtaken_by_what_comes_later() -> None:
         with room(weight, WAIT_SECONDS):
             order.append(name)
 
-    heavy, light = (threading.Thread(target=take, args=args) for args in (("heavy", ROOM), ("light", 1)))
     with room(1):
-        heavy.start()
-        wait_until(lambda: not is_free(1))  # it waits for its turn, though there would be room for less
-        light.start()
-        time.sleep(0.2)
+        heavy = gevent.spawn(take, "heavy", ROOM)
+        gevent.sleep()
+        assert not is_free(1)  # it waits for its turn, though there would be room for less
+        light = gevent.spawn(take, "light", 1)
+        gevent.sleep(0.1)
         assert order == []
-    heavy.join()
-    light.join()
+    gevent.joinall([heavy, light])
     assert order == ["heavy", "light"]
     assert is_free(ROOM)
 
@@ -120,17 +118,14 @@ def test_two_that_take_much_do_not_block_each_other() -> None:
         with room(ROOM, 5):
             taken.append(number)
 
-    threads = [threading.Thread(target=take, args=[number]) for number in range(2)]
     parts = [room(1) for _ in range(ROOM)]
     for part in parts:
         part.__enter__()
-    for thread in threads:
-        thread.start()
+    waiting = [gevent.spawn(take, number) for number in range(2)]
     for part in parts:  # both wait, and would get half of it each
-        time.sleep(0.02)
+        gevent.sleep(0.01)
         part.__exit__(None, None, None)
-    for thread in threads:
-        thread.join()
+    gevent.joinall(waiting)
     assert sorted(taken) == [0, 1]
 
 
