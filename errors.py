@@ -6,11 +6,11 @@ from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import msgspec
-import redis.exceptions
-import sqlalchemy.exc
-import sqlalchemy.orm.exc
 from flask import Flask, Response, current_app, has_request_context, request
 from marshmallow import Schema, fields
+from redis.exceptions import RedisError
+from sqlalchemy import exc
+from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.datastructures import LanguageAccept
 from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.http import parse_accept_header
@@ -84,14 +84,8 @@ class Code(Enum):
         self.message = Message(chinese, english)
 
 
-_UNAVAILABLE: dict[type[Exception], str] = {
-    redis.exceptions.RedisError: "Redis is unavailable",  # also if it takes no writes: out of memory, or a replica
-    sqlalchemy.exc.OperationalError: "the database is unavailable",
-    sqlalchemy.exc.InterfaceError: "the database is unavailable",
-    sqlalchemy.exc.TimeoutError: "the database is unavailable",
-    sqlalchemy.orm.exc.StaleDataError: "a transaction lost every race",  # also if the row was deleted concurrently
-}
-"""The exceptions that become a 503, and what the log says of them."""
+_UNAVAILABLE = (RedisError, exc.OperationalError, exc.InterfaceError, exc.TimeoutError, StaleDataError)
+"""The exceptions that become a 503: also if Redis takes no writes, and if a transaction lost every race."""
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "3"}, 503: {"Retry-After": "3"}}
 """What the responses of a status have beside their own headers."""
@@ -144,7 +138,7 @@ def init_app(app: Flask) -> None:
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
     app.json.sort_keys = False  # type: ignore[attr-defined]  # code, message, data
     app.register_error_handler(HTTPException, handle_http_exception)
-    app.register_error_handler(sqlalchemy.exc.IntegrityError, handle_conflict)
+    app.register_error_handler(exc.IntegrityError, handle_conflict)
     for unavailable in _UNAVAILABLE:
         app.register_error_handler(unavailable, handle_unavailable)
 
@@ -158,15 +152,15 @@ def handle_conflict(error: Exception) -> Response:
 def handle_unavailable(error: Exception) -> Response:
     """Respond with 503 if Redis or the database is away, and log which one and why."""
     cause = getattr(error, "orig", None) or error  # the driver's own message, without what SQLAlchemy adds
-    what = next(text for known, text in _UNAVAILABLE.items() if isinstance(error, known))
+    what = "Redis" if isinstance(error, RedisError) else "the database"
     kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
-    current_app.logger.error("%s: %s", what, cause, extra={"exceptionType": kind})
+    current_app.logger.error("%s is unavailable: %s", what, cause, extra={"exceptionType": kind})
     return handle_http_exception(ApiError(Code.UNAVAILABLE))
 
 
 def handle_http_exception(error: HTTPException) -> Response:
     """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
-    if isinstance(error, InternalServerError) and isinstance(error.original_exception, tuple(_UNAVAILABLE)):
+    if isinstance(error, InternalServerError) and isinstance(error.original_exception, _UNAVAILABLE):
         # The session is saved after the view has returned, where Flask makes every failure a crash.
         return handle_unavailable(cast(Exception, error.original_exception))
     code, message = _code_and_message(error)

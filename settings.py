@@ -22,6 +22,7 @@ REDIS_PATTERN = (
     rf"(redis://{_REDIS_ADDRESS}|unix://[^?#\[]*/[^?#]+)(\?{_REDIS_OPTION}(&{_REDIS_OPTION})*)?"
     rf"|rediss://{_REDIS_ADDRESS}(\?({_REDIS_OPTION}|{_TLS_OPTION})(&({_REDIS_OPTION}|{_TLS_OPTION}))*)?"
 )
+_KEYS = "[A-Za-z0-9+/]{43}=( *, *[A-Za-z0-9+/]{43}=)*"
 _RATE = "off|[1-9][0-9]{0,8}/(second|minute|hour|day)"
 YEAR_SECONDS = 366 * 86400
 
@@ -34,13 +35,7 @@ class SettingsError(SystemExit):
 
 
 def _keys(value: str) -> list[bytes]:
-    try:
-        keys = [base64.b64decode(key.strip(), validate=True) for key in value.split(",")]
-    except ValueError:
-        keys = []
-    if {len(key) for key in keys} != {32} or len({*keys}) < len(keys):
-        raise ValidationError("Each must be the base64 of exactly 32 bytes, and listed once.")
-    return keys
+    return [base64.b64decode(key) for key in value.split(",")]
 
 
 def _networks(value: str) -> list[Any]:
@@ -50,8 +45,8 @@ def _networks(value: str) -> list[Any]:
         raise ValidationError("Each must be an IP address, or a network such as 10.0.0.0/8.") from None
 
 
-def _required(text: str, check: validate.Regexp | None = None, **more: Any) -> fields.String:
-    return fields.String(required=True, validate=check, metadata={"help": text}, **more)
+def _required(text: str, pattern: str = ".*", **more: Any) -> fields.String:
+    return fields.String(required=True, validate=_matches(pattern), metadata={"help": text}, **more)
 
 
 def _site(default: str, text: str) -> fields.Url:
@@ -101,16 +96,18 @@ class Settings(Schema):
         "The one Redis, 6.2 or later, that all instances share, such as redis://:password@host:6379/0; not a Cluster or"
         " Sentinel. Options: db, socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile,"
         " ssl_cert_reqs, ssl_check_hostname.",
-        _matches(REDIS_PATTERN),
+        REDIS_PATTERN,
     )
     DATABASE_URL = _required(
         "The database, such as mysql://user:password@host/kuaishang or sqlite:////data/kuaishang.db. Options of MySQL:"
         " unix_socket, ssl_ca, ssl_capath, ssl_cert, ssl_key, ssl_cipher, ssl_check_hostname; charset is utf8mb4.",
-        _matches(DATABASE_PATTERN),
+        DATABASE_PATTERN,
     )
     # No repetition of something short.
-    SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", _matches(r"(?!(.+)\1+\Z).{32,}"))
-    ENCRYPTION_KEYS = _required("Comma-separated, the first encrypts; each: openssl rand -base64 32", post_load=_keys)
+    SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", r"(?!(.+)\1+\Z).{32,}")
+    ENCRYPTION_KEYS = _required(
+        "Comma-separated, the first encrypts; each: openssl rand -base64 32", _KEYS, post_load=_keys
+    )
     ADMIN_OPENIDS = _optional(
         "Comma-separated mini-program openids of administrators, while named.", "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*"
     )

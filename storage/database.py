@@ -28,8 +28,7 @@ from werkzeug.local import LocalProxy
 from concurrency import seconds_left
 from errors import ApiError, Code
 from storage import failures, sessions
-from storage.encrypted import Encrypted
-from storage.models import Base, User
+from storage.models import Base, Encrypted, User
 from telemetry import metrics
 
 STATEMENT_SECONDS = 3

@@ -11,8 +11,7 @@ from sqlalchemy import ColumnElement, Row, and_, case, func, or_, select, true, 
 
 from storage import database
 from storage.cipher import DecryptionError, cipher
-from storage.encrypted import Encrypted, encrypted_fields
-from storage.models import Base, BlockedIdentity
+from storage.models import Base, BlockedIdentity, Encrypted, encrypted_fields
 
 BATCH = 100
 """Values per transaction, which locks their rows."""

@@ -95,10 +95,11 @@ class SessionInterface(RedisSessionInterface):
         """Store or delete it if it has changed, or half of its lifetime is over. flask-session would do so each time,
         and delete no cookie that is Secure.
         """
-        name, half_over = cookie_name("session"), time.time() + app.config["SESSION_LIFETIME"] / 2
+        half_over = time.time() + app.config["SESSION_LIFETIME"] / 2
         is_due = session.loaded and session.get("expires_at", 0) < min(half_over, session.get("ends_at", 0))
         if not session.modified and not is_due:
             return
+        name = cookie_name("session")
         session.modified = False  # the response to a failure of this is saved too: do not wait for Redis twice
         if session:
             self.store(session)

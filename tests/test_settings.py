@@ -128,7 +128,7 @@ MALFORMED = {
         "%%%-not-base64",
         "密钥",
         base64.b64encode(bytes(16)).decode(),
-        ",".join([base64.b64encode(bytes(32)).decode()] * 2),
+        " ".join([base64.b64encode(bytes(32)).decode()] * 2),
     ],
     "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],

@@ -142,8 +142,7 @@ def test_a_generated_migration_runs_up_and_down_and_needs_no_model(tmp_path: Pat
     assert orders in before
     models.write_text(before.replace(orders, orders + MORE_COLUMNS) + MORE_MODELS)
     alembic("revision", "--autogenerate", "--rev-id", "9998", "-m", "more")
-    written = (versions / "9998_more.py").read_text()
-    assert "storage" not in written
+    assert "storage" not in drop_no_index(versions / "9998_more.py")
     for words in (["check"], ["format", "--check"]):
         subprocess.run([sys.executable, "-m", "ruff", *words, versions], cwd=tmp_path, check=True)
     for _ in range(2):
@@ -153,8 +152,16 @@ def test_a_generated_migration_runs_up_and_down_and_needs_no_model(tmp_path: Pat
     alembic("upgrade", "head")
     models.write_text(before)  # and one that drops them again
     alembic("revision", "--autogenerate", "--rev-id", "9999", "-m", "less")
+    drop_no_index(versions / "9999_less.py")
     alembic("upgrade", "head")
     alembic("downgrade", "-1")
+
+
+def drop_no_index(migration: Path) -> str:
+    """Take out what drops the indexes of a table that is dropped, as env.py says; return the rest."""
+    written = re.sub(r"    op\.drop_index\(.*table_name=\"coupons\"\)\n", "", migration.read_text())
+    migration.write_text(written)
+    return written
 
 
 @pytest.mark.parametrize("url", [None, "nonsense", "postgresql://localhost/x"])

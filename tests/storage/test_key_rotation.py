@@ -13,8 +13,7 @@ from flask import Flask
 from sqlalchemy import select, text
 
 from storage import database, identities, key_rotation
-from storage.encrypted import Encrypted
-from storage.models import PERSONAL_FIELDS, Base, Identity, User
+from storage.models import PERSONAL_FIELDS, Base, Encrypted, Identity, User
 from tests.databases import Databases
 from tests.harness import PERSON, ROOT, having
 

@@ -1,13 +1,13 @@
 """the schema of the first release; a database of an earlier revision is first upgraded with the code of that time"""
 
+from functools import partial
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
 revision = "0006"
 down_revision = None
-branch_labels = None
-depends_on = None
 
 TABLES = ("users", "identities", "blocked_identities", "orders", "order_items", "idempotency_keys")
 
@@ -17,10 +17,11 @@ def _identifier(length: int) -> sa.String:
 
 
 def upgrade() -> None:
+    create = partial(op.create_table, sqlite_autoincrement=True, mysql_charset="utf8mb4")
     big_id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     moment = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql")
     personal = {"phone": 255, "real_name": 512, "id_card": 255, "email": 512, "bank_card": 255}
-    op.create_table(
+    create(
         "users",
         sa.Column("id", big_id, primary_key=True),
         sa.Column("app_id", _identifier(32), nullable=False),
@@ -37,27 +38,23 @@ def upgrade() -> None:
         sa.Column("created_at", moment, nullable=False),
         sa.Column("updated_at", moment, nullable=False),
         sa.UniqueConstraint("app_id", "openid", name="uq_users_app_id_openid"),
-        sqlite_autoincrement=True,
-        mysql_charset="utf8mb4",
     )
     op.create_index("uq_users_unionid", "users", ["unionid"], unique=True)
-    op.create_table(
+    create(
         "identities",
         sa.Column("app_id", _identifier(32), primary_key=True),
         sa.Column("openid", _identifier(64), primary_key=True),
         sa.Column("user_id", big_id, sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False, index=True),
         sa.Column("authorization_encrypted", sa.Text()),
         sa.Column("created_at", moment, nullable=False),
-        mysql_charset="utf8mb4",
     )
-    op.create_table(
+    create(
         "blocked_identities",
         sa.Column("fingerprint", sa.String(80), primary_key=True),
         sa.Column("former_user_id", big_id, nullable=False, index=True),
         sa.Column("created_at", moment, nullable=False),
-        mysql_charset="utf8mb4",
     )
-    op.create_table(
+    create(
         "orders",
         sa.Column("id", big_id, primary_key=True),
         sa.Column("user_id", big_id, sa.ForeignKey("users.id", ondelete="SET NULL"), index=True),
@@ -67,11 +64,9 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("created_at", moment, nullable=False),
         sa.Column("updated_at", moment, nullable=False),
-        sqlite_autoincrement=True,
-        mysql_charset="utf8mb4",
     )
     op.create_index("ix_orders_user_id_status", "orders", ["user_id", "status"])
-    op.create_table(
+    create(
         "order_items",
         sa.Column("id", big_id, primary_key=True),
         sa.Column("order_id", big_id, sa.ForeignKey("orders.id", ondelete="CASCADE"), nullable=False, index=True),
@@ -79,10 +74,8 @@ def upgrade() -> None:
         sa.Column("name", sa.String(128), nullable=False),
         sa.Column("quantity", sa.Integer(), nullable=False),
         sa.Column("unit_price", sa.BigInteger(), nullable=False),
-        sqlite_autoincrement=True,
-        mysql_charset="utf8mb4",
     )
-    op.create_table(
+    create(
         "idempotency_keys",
         sa.Column("user_id", big_id, sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True),
         sa.Column("key", _identifier(255), primary_key=True),
@@ -92,7 +85,6 @@ def upgrade() -> None:
         sa.Column("headers", sa.Text()),
         sa.Column("body", sa.LargeBinary().with_variant(mysql.MEDIUMBLOB, "mysql")),
         sa.Column("created_at", moment, nullable=False),
-        mysql_charset="utf8mb4",
     )
 
 
