@@ -1,12 +1,12 @@
 """One redemption of a code of WeChat's for all requests that bring it, across processes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
-from concurrency import seconds_left
-from errors import ApiError, Code
+from concurrency import GaveUp, seconds_left
+from errors import ApiError, Code, Message
 from storage.cipher import DecryptionError, cipher
 from storage.redis_client import redis
 
@@ -16,13 +16,14 @@ _RESULT_SECONDS = 5
 
 
 def single_flight(key: str, call: Callable[[], Any], *, remember: int) -> Any:
-    """Redeem a code of WeChat's, which works once, and share the result with callers that ask while that is running, or
-    within five seconds afterwards: the response to the first one may have been lost.
+    """Redeem a code of WeChat's, which works once, and share the outcome with callers that ask while that is running,
+    or within five seconds afterwards: the response to the first one may have been lost.
 
     A call costs four round trips to Redis: the lock, what is kept, the result and the release.
 
     :param key: names the call; kept in Redis, so it must not reveal anything.
-    :param call: its result must be JSON; it is kept encrypted. If it fails, the next caller makes it again.
+    :param call: its result must be JSON; it is kept encrypted. If it fails by a fault of ours or of WeChat's, the next
+        caller makes it again; a refusal is its outcome.
     :param remember: seconds for which a call that succeeded is not made again.
     :returns: what `call` returned, here or in another process.
     :raises ApiError: WECHAT_CODE_USED if the call had succeeded before that; what `call` raises.
@@ -33,12 +34,28 @@ def single_flight(key: str, call: Callable[[], Any], *, remember: int) -> Any:
     with redis.lock(f"{key}:lock", seconds + 1, blocking_timeout=seconds, raise_on_release_error=False):
         kept, is_used = cast(list[bytes | None], redis.mget(key, f"{key}:used"))
         if is_used is None:
-            result = call()
+            outcome: list[Any] = [None, None, None]
+            try:
+                outcome[0] = call()
+            except ApiError as error:
+                if (
+                    error.api_code.number >= 500
+                    or isinstance(error, GaveUp)
+                    or error.api_code is Code.TOO_MANY_REQUESTS
+                ):
+                    raise
+                outcome[1:] = error.api_code.name, error.message
             with redis.pipeline() as pipeline:
-                pipeline.set(key, cipher.encrypt(json.dumps(result), key), ex=_RESULT_SECONDS)
+                pipeline.set(key, cipher.encrypt(json.dumps(outcome), key), ex=_RESULT_SECONDS)
                 pipeline.set(f"{key}:used", "", ex=remember)
                 pipeline.execute()
-            return result
+            return _result(*outcome)
     with suppress(DecryptionError):  # nothing is kept, or it is encrypted under a key that this process lacks
-        return json.loads(cipher.decrypt((kept or b"").decode(), key))
+        return _result(*json.loads(cipher.decrypt((kept or b"").decode(), key)))
     raise ApiError(Code.WECHAT_CODE_USED)
+
+
+def _result(result: Any, code: str | None, message: Sequence[str] | None) -> Any:
+    if code:
+        raise ApiError(Code[code], message=Message(*message) if message else None)
+    return result

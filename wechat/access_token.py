@@ -7,7 +7,7 @@ from typing import Any
 
 from redis import Redis
 
-from concurrency import GaveUp
+from concurrency import GaveUp, seconds_left
 from errors import ApiError, Code
 from telemetry.metrics import TOKEN_REFRESHES
 from wechat.transport import Transport, unexpected_response
@@ -19,15 +19,18 @@ REFRESH_SECONDS = 240
 PAUSE_SECONDS = 3
 """How long refreshing is paused after a failure, or after WeChat has returned no newer token."""
 FORCE_INTERVAL_SECONDS = 30
-"""Between forced refreshes, of which WeChat allows 20 a day."""
+FORCES_A_DAY = 20
+DAY_SECONDS = 86400
+"""Of forced refreshes, from the first one on. WeChat's own day begins at midnight in Beijing."""
+CALL_SECONDS = 60
+"""How long a refresh may take unless its request ends before; a second later its process is assumed dead."""
 
 
 class AccessToken:
     """WeChat's stable token (cgi-bin/stable_token).
 
-    A token's remaining life is its TTL in Redis, so the instances' clocks do not matter. Two processes may refresh it
-    at the same moment: WeChat then gives both the same one. Without Redis there is no token: processes that cannot see
-    each other would use up WeChat's quota. Source:
+    One process at a time refreshes it. A token's remaining life is its TTL in Redis, so the instances' clocks do not
+    matter. Without Redis there is no token: processes that cannot see each other would use up WeChat's quota. Source:
     https://developers.weixin.qq.com/miniprogram/dev/OpenApiDoc/mp-access-token/getStableAccessToken.html
 
     :param cipher: what storage.cipher offers.
@@ -44,19 +47,29 @@ class AccessToken:
     def get(self, refused: str | None = None) -> str:
         """Return a valid token, refreshed if necessary; meanwhile other callers wait, or use the old token while valid.
 
-        Takes at most two calls to WeChat, and as long again if another caller of this process makes two first.
+        Takes at most two calls to WeChat, and as long again if another caller makes two first.
 
         :param refused: a token that WeChat has just rejected. It is replaced, unless that has happened already; while
             WeChat keeps handing out the same one, that one is returned.
         :raises ApiError: what the refresh raised, here or in another process within the last seconds.
-        :raises redis.exceptions.RedisError: if Redis is away.
+        :raises redis.exceptions.RedisError: if Redis is away, or another process takes too long.
         """
         usable, is_current = self._read(refused)
         if usable and (is_current or self._turn.locked()):
             return usable
-        with self._turn:
-            usable, is_current = self._read(refused)  # what the caller before has stored
-            return usable if usable and is_current else self._refresh(refused, usable)
+        seconds = seconds_left(CALL_SECONDS)
+        lock = self._redis.lock(f"{self._key}:lock", seconds + 1, raise_on_release_error=False)
+        with self._turn:  # one caller of each process waits for the others
+            usable, is_current = self._read(refused)
+            if usable and is_current:
+                return usable
+            if not lock.acquire(blocking_timeout=0 if usable else seconds) and usable:
+                return usable
+            try:
+                usable, is_current = self._read(refused)  # what the process before has stored
+                return usable if usable and is_current else self._refresh(refused, usable)
+            finally:
+                lock.release()
 
     def _read(self, refused: str | None) -> tuple[str | None, bool]:
         """Return the token, if it can be used, and whether it need not be replaced now, or cannot.
@@ -81,7 +94,7 @@ class AccessToken:
         pause = f"{self._key}:pause"
         try:
             token, seconds = self._fetch()
-            if token == refused and self._redis.set(f"{self._key}:forced", "", nx=True, ex=FORCE_INTERVAL_SECONDS):
+            if token == refused and self._may_force():
                 token, seconds = self._fetch(force_refresh=True)
         except GaveUp:
             raise
@@ -97,6 +110,15 @@ class AccessToken:
         if token != refused:  # or another process may have stored a newer one
             self._redis.set(self._key, self._cipher.encrypt(token, self._key), ex=seconds)
         return token
+
+    def _may_force(self) -> bool:
+        """Whether WeChat's limits allow a force_refresh now; counts it if so."""
+        if not self._redis.set(f"{self._key}:forced", "", nx=True, ex=FORCE_INTERVAL_SECONDS):
+            return False
+        with self._redis.pipeline() as pipeline:
+            pipeline.set(f"{self._key}:forced:count", 0, nx=True, ex=DAY_SECONDS)
+            pipeline.incr(f"{self._key}:forced:count")
+            return bool(pipeline.execute()[1] <= FORCES_A_DAY)
 
     def _fetch(self, **options: bool) -> tuple[str, int]:
         path = "/cgi-bin/stable_token"
