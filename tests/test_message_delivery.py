@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,18 @@ from wechat.message_push import MessagePush
 APP = "tests.apps.fragile_handler"
 StartService = Callable[..., Service]
 WECHAT = MessagePush(PUSH_TOKEN, PUSH_AES_KEY, APP_ID)
+
+
+@pytest.fixture
+def redis(own_redis: RedisServer) -> Iterator[Redis]:
+    """One of the test's own: instances of other tests would take its messages."""
+    with closing(Redis.from_url(own_redis.url)) as client:
+        yield client
+
+
+@pytest.fixture
+def start_service(start_service: StartService, own_redis: RedisServer) -> StartService:
+    return partial(start_service, REDIS_URL=own_redis.url)
 
 
 def push(service: Service, number: int, content: str) -> bool:

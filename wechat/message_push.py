@@ -113,9 +113,10 @@ class MessagePush:
         :param reply: in XML a dict nests, a list repeats its element, None is empty, and anything else is its `str`;
             its names must be XML's.
         :param now: seconds since the epoch.
-        :raises ValueError: for NaN, infinity or, in safe mode, half a surrogate pair in JSON.
+        :raises ValueError: for NaN, infinity, or half a surrogate pair in JSON.
         """
         body = _compose(reply, form)
+        body.encode()  # or the response would fail
         if self._aes_key is None:
             return body
         encrypted = encrypt_message(body, self._aes_key, self._app_id, secrets.token_bytes(16))

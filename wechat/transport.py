@@ -13,7 +13,7 @@ from typing import Any
 import gevent
 import requests
 import urllib3
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
 from requests.adapters import HTTPAdapter
 
 from concurrency import GaveUp, ensure_somebody_waits, seconds_left
@@ -128,8 +128,9 @@ class Transport:
                             return answer
                         code = code_of(path, errcode)
                         outcome = "caller" if code.number < 500 else "failure"
-                        if errcode != BUSY or not may_retry:
-                            raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
+                        span.set_status(StatusCode.ERROR)
+                    if errcode != BUSY or not may_retry:
+                        raise failure(path, code, f"errcode {errcode}: {answer.get('errmsg')}", errcode)
                 except (gevent.Timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
                     result = "timeout"
                     error = failure(path, Code.UPSTREAM_TIMEOUT, f"no response in {limit:.2f} s")

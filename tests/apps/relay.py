@@ -1,4 +1,7 @@
-"""The service with a route that calls another service, at RELAY_TO: `gunicorn tests.apps.relay:app`."""
+"""The service with a route that calls another service, at RELAY_TO: `gunicorn tests.apps.relay:app`.
+
+It handles the messages of the other one, whichever takes them.
+"""
 
 import os
 
@@ -6,9 +9,10 @@ import requests
 from opentelemetry import propagate
 
 from storage.redis_client import redis
+from tests.apps import slow_handler
 from wsgi import app
 
-__all__ = ["app"]
+__all__ = ["app", "slow_handler"]
 
 
 @app.get("/relay")

@@ -395,9 +395,11 @@ def test_characters_that_xml_cannot_hold_are_dropped() -> None:
         "a": "a\r\n\t\U0001f600"
     }
     SAFE_MODE.seal({"a": text}, "xml", NOW)
-    assert json.loads(PLAIN_MODE.seal({"a": text}, "json", NOW)) == {"a": text}
-    with pytest.raises(UnicodeEncodeError):
-        SAFE_MODE.seal({"a": text}, "json", NOW)
+    for mode in (PLAIN_MODE, SAFE_MODE):  # half a surrogate pair
+        with pytest.raises(UnicodeEncodeError):
+            mode.seal({"a": text}, "json", NOW)
+    without = text.replace("\ud800", "")
+    assert json.loads(PLAIN_MODE.seal({"a": without}, "json", NOW)) == {"a": without}
 
 
 def test_nan_in_json_is_a_value_error() -> None:
@@ -472,9 +474,8 @@ def test_any_reply_in_xml_can_be_opened(reply: dict[str, Any]) -> None:
 def test_any_reply_can_be_sealed(reply: dict[str, Any], form: Form) -> None:
     try:
         sealed = PLAIN_MODE.seal(reply, form, NOW)
-    except ValueError as error:
-        assert "element name" in str(error)  # noqa: PT017
-        assert form == "xml"
+    except UnicodeEncodeError:
+        assert form == "json"
     else:
         sealed.encode()
 
