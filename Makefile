@@ -13,7 +13,7 @@ override ID := $(value ID)
 override LOGS := $(value LOGS)
 export ID LOGS
 
-.PHONY: help run trace test bench overload waiting soak lint format requirements openapi clean
+.PHONY: help run trace test faults bench overload waiting soak lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16

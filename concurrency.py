@@ -134,18 +134,19 @@ def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response:
 def in_parallel(functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
     """Run functions at the same time, each in a greenlet and an application context of its own.
 
-    :param seconds: for how long one may wait; the end of the request may be sooner.
+    :param seconds: for how long one may wait.
     :returns: by the same names the result of each function, or its exception, or a TimeoutError if it is not done.
     """
 
     def run(function: Callable[[], Any]) -> Any:
         try:
-            with current_app.app_context(), gevent.Timeout(seconds_left(seconds), TimeoutError("not done in time")):
+            with current_app.app_context(), gevent.Timeout(seconds, TimeoutError("not done in time")):
                 return function()
         except Exception as error:  # noqa: BLE001  gevent would print it
             return error
 
-    work = {name: gevent.spawn(copy_context().run, run, function) for name, function in functions.items()}
+    context = partial(context_for, seconds)  # a caller who has less time is no reason to call a dependency down
+    work = {name: gevent.spawn(context().run, run, function) for name, function in functions.items()}
     return {name: greenlet.get() for name, greenlet in work.items()}
 
 

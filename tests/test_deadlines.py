@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 
 from concurrency import seconds_left
 from dev.redis_server import RedisServer
-from tests.harness import WAIT_SECONDS, Service, Simulator, bearer, suspend, wait_until
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, Simulator, bearer, suspend, wait_until
 
 StartService = Callable[..., Service]
 
@@ -158,3 +158,13 @@ def test_a_stop_waits_for_requests_and_not_for_idle_connections(start_service: S
 
 def test_outside_of_a_request_a_wait_may_take_what_it_takes() -> None:
     assert seconds_left(5) == 5
+
+
+def test_a_probe_that_nobody_waits_for_calls_no_dependency_down(service: Service) -> None:
+    for _ in range(20):
+        get(service, "/readyz", **{"X-Request-Timeout": "0.0001"})
+    time.sleep(1)
+    metrics = get(service, "/metrics", Authorization=f"Bearer {METRICS_TOKEN}").text
+    assert 'kuaishang_dependency_up{dependency="redis"} 1.0' in metrics
+    wait_until(lambda: any(line.get("route") == "/readyz" for line in service.log_lines()))
+    assert not [line for line in service.log_lines() if "cannot serve" in line["message"]]
