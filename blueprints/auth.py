@@ -64,7 +64,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
 
 def _redeem(code: str) -> str:
     count_request("app")  # not before: what is refused or repeated costs nothing of WeChat's quota
-    asked_at, began = wechat_session_keys.clock(), time.monotonic()
+    began, asked_at = time.monotonic(), wechat_session_keys.clock()  # in this order: the interval may only be too long
     openid, session_key, unionid = wechat.api.code_to_session(code)
     answered_at = asked_at + time.monotonic() - began
     user = get_mini_program_user(openid, unionid)
