@@ -27,7 +27,7 @@ from werkzeug.local import LocalProxy
 
 from concurrency import seconds_left
 from errors import ApiError, Code
-from storage import failures, sessions
+from storage import failures
 from storage.models import Base, Encrypted, User
 from telemetry import metrics
 
@@ -201,14 +201,13 @@ def ping() -> None:
 def in_transaction(work: Callable[[], T]) -> T:
     """Run some work and commit; up to TRIES times in all if it lost a race, or met a server that takes no writes.
 
-    The row of the user who is signed in is locked, and their session must not have ended: what the work writes for them
-    is there before a deletion, a merge or a cancellation looks for it, or is not written.
+    The row of the user who is signed in is locked: what the work writes for them is there before a deletion, a merge, a
+    cancellation or a block looks for it, or is not written.
 
     :param work: does nothing but database work, and loads the rows it needs itself. It locks rows whose version it does
         not check: `with_for_update`.
     :returns: what the last run of `work` returned.
-    :raises ApiError: UNAUTHORIZED if the user who was signed in has been deleted, or the session has ended.
-    :raises redis.exceptions.RedisError: if Redis is away.
+    :raises ApiError: UNAUTHORIZED if the user who was signed in has been deleted or blocked.
     :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
     :raises sqlalchemy.exc.DBAPIError: if it failed otherwise.
     """
@@ -224,7 +223,7 @@ def in_transaction(work: Callable[[], T]) -> T:
                     _begin_immediate()
                 if "user_id" in g:
                     g.user = find(User, g.user_id, session.connection())
-                    if g.user is None or sessions.is_revoked():
+                    if g.user is None or g.user.blocked:
                         raise ApiError(Code.UNAUTHORIZED)
                 result = work()
         except (DBAPIError, StaleDataError) as error:

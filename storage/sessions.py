@@ -188,14 +188,6 @@ def resume(token: str) -> None:
         raise ApiError(Code.WECHAT_CODE_USED)
 
 
-def is_revoked() -> bool:
-    """Whether the session that this request came with has ended since it was read; never if it uses none.
-
-    :raises redis.exceptions.RedisError: if Redis is away.
-    """
-    return current.loaded and not current.new and not redis.exists(_interface()._get_store_id(current.sid))
-
-
 def _interface() -> SessionInterface:
     return cast(SessionInterface, current_app.session_interface)
 
