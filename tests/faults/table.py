@@ -6,6 +6,7 @@ Each is a context manager that begins it and ends it, and yields the proof: a fu
 import socket
 import sqlite3
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -186,14 +187,18 @@ def refuses_redis(stage: Stage) -> bool:
 
 
 @contextmanager
-def redis_frozen(stage: Stage) -> Iterator[Proof]:
-    assert stage.redis.process
-    suspend(stage.redis.process)
-    process = psutil.Process(stage.redis.process.pid)
+def frozen(popen: subprocess.Popen[bytes]) -> Iterator[Proof]:
+    suspend(popen)
+    process = psutil.Process(popen.pid)
     try:
         yield lambda: process.status() == psutil.STATUS_STOPPED
     finally:
         process.resume()
+
+
+def redis_frozen(stage: Stage) -> AbstractContextManager[Proof]:
+    assert stage.redis.process
+    return frozen(stage.redis.process)
 
 
 def redis_refuses(error: str, begin: Callable[[Redis], object], end: Callable[[Redis], object]) -> Cause:
@@ -281,16 +286,10 @@ def database_killed(stage: Stage) -> Iterator[Proof]:
     stage.database.start()
 
 
-@contextmanager
-def database_frozen(stage: Stage) -> Iterator[Proof]:
+def database_frozen(stage: Stage) -> AbstractContextManager[Proof]:
     assert isinstance(stage.database, MariaDB)
     assert stage.database.process
-    suspend(stage.database.process)
-    process = psutil.Process(stage.database.process.pid)
-    try:
-        yield lambda: process.status() == psutil.STATUS_STOPPED
-    finally:
-        process.resume()
+    return frozen(stage.database.process)
 
 
 @contextmanager
