@@ -11,7 +11,8 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, vali
 VERSION = "0.1.0"
 ORIGIN_PATTERN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 # Of the options that the drivers know, the URLs take those that are known to work. A message must not quote a password.
-_HOST = r"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]]+)(:[0-9]{1,5})?"
+_PORT = r"(?!6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4})[0-9]{1,5}"
+_HOST = rf"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]]+)(:{_PORT})?"
 _MYSQL_OPTION = r"(charset=\w+|(unix_socket|ssl_(ca|capath|cert|key|cipher))=[^&]+|ssl_check_hostname=(true|false))"
 _MYSQL_PATTERN = rf"(mysql|mariadb)(\+pymysql)?://([^@]*@)?({_HOST})?/[^/?]+(\?{_MYSQL_OPTION}(&{_MYSQL_OPTION})*)?"
 DATABASE_PATTERN = rf"sqlite:///(?!:memory:)[^?]+|{_MYSQL_PATTERN}"

@@ -73,6 +73,8 @@ MALFORMED = {
     "PORT": ["eighty", "70000"],
     "SESSION_LIFETIME": ["-7", "99999999999999", "86401"],
     "REDIS_URL": [
+        "redis://host:65536",
+        "redis://host:70000",
         "localhost:6379",
         "redis://:s3cret/w0rd@host:6379/0",
         "redis://:12#s3cret@host/0",
@@ -90,6 +92,7 @@ MALFORMED = {
         "unix:///redis.sock?decode_responses=true",
     ],
     "DATABASE_URL": [
+        "mysql://host:65536/kuaishang",
         "postgresql://localhost/x",
         "mysql://user:s3cret@host:notaport/x",
         "sqlite://",
@@ -179,6 +182,7 @@ def test_encryption_keys_keep_their_order() -> None:
     ("name", "value"),
     [
         ("REDIS_URL", "redis://host"),
+        ("REDIS_URL", "redis://host:65535"),
         ("REDIS_URL", "redis://user:pass%23word@[::1]:6379/15"),
         ("REDIS_URL", "redis://host/0?socket_timeout=10&socket_connect_timeout=.5"),
         ("REDIS_URL", "rediss://:password@host:6380?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&ssl_cert_reqs=none"),
