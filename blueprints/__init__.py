@@ -8,7 +8,19 @@ compared (api); `database_session` and `after_commit` (database).
 from flask import Flask, Response, current_app, request
 from flask_cors import CORS
 
-from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
+from blueprints import (
+    auth,
+    docs,
+    health,
+    messages,
+    orders,
+    personal_data,
+    policies,
+    user_commands,
+    users,
+    web_login,
+    wechat_profile,
+)
 from blueprints.api import Api
 from errors import ApiError, Code
 from storage.message_queue import MessageQueue
@@ -41,6 +53,7 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(personal_data.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
     api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
+    app.cli.add_command(user_commands.users)
     app.extensions["messages"] = MessageQueue(app, messages.handle)  # gunicorn.conf.py starts it
 
     # Client code in the field calls the login without a version.

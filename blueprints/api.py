@@ -1,35 +1,26 @@
 """flask-smorest's Api and Blueprint, with our envelope and ETags around what they respond and document.
 
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13).
-Idempotency-Key: a POST is safe to repeat, as the first response is stored for a day.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import flask_smorest
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
-from sqlalchemy import delete
 from werkzeug.wrappers import Response as BaseResponse
 
-from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser, read_body
+from blueprints import idempotency
+from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
 from errors import HEADERS, ApiError, Code, ErrorEnvelope, Message, envelope, language
 from storage import database
-from storage.models import IdempotencyKey, User, Versioned, now
+from storage.models import Versioned
 from storage.sessions import SAFE_METHODS
 
 TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
 TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
-REPLAY_LIFETIME = timedelta(hours=24)
-IDEMPOTENCY_KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
-IDEMPOTENCY_KEY["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
 
 VERSION = fields.Integer(dump_only=True, required=True, metadata={"description": "For If-Match, in quotes."})
 """The field of every schema of a versioned row."""
@@ -110,7 +101,7 @@ class Blueprint(flask_smorest.Blueprint):
             def wrapper(*args: Any, **arguments: Any) -> Response:
                 if request.method in SAFE_METHODS or not transaction:
                     return make_response(*args, **arguments)
-                run = run_once if request.method == "POST" else database.in_transaction
+                run = idempotency.run_once if request.method == "POST" else database.in_transaction
                 return run(partial(make_response, *args, **arguments))
 
             wrapper._apidoc.update(transaction=transaction, if_match=if_match, has_etag=has_etag)  # type: ignore[attr-defined]
@@ -165,7 +156,7 @@ class Blueprint(flask_smorest.Blueprint):
             codes += [] if getattr(body, "ANY_CONTENT_TYPE", False) else [Code.UNSUPPORTED_MEDIA_TYPE]
             doc["requestBody"].setdefault("description", f"At most {getattr(body, 'MAXIMUM_BYTES', SMALL_BODY)} bytes.")
         if kwargs["method"] == "post" and doc_info.get("transaction"):
-            doc.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
+            doc.setdefault("parameters", []).append(idempotency.PARAMETER)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED, Code.CONFLICT]
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
             doc.setdefault("parameters", []).append(IF_MATCH)
@@ -195,46 +186,6 @@ def _success_envelope(schema: type[Schema] | None) -> type[Schema]:
     code = fields.Integer(required=True, metadata={"enum": [Code.SUCCESS.number]})
     name = f"{schema.__name__.removesuffix('Schema') if schema else 'Empty'}Envelope"
     return Schema.from_dict({"code": code, "message": fields.String(required=True), "data": data}, name=name)
-
-
-def run_once(make_response: Callable[[], Response]) -> Response:
-    """Run a POST in one transaction; with an Idempotency-Key, return the stored response if there is one.
-
-    The key and what `make_response` does are committed together. Of two requests at the same moment the second waits
-    for the lock of the user, until the first has committed, and then finds the response.
-
-    Two requests are the same if their URLs and the JSON of their bodies are, in whatever order and notation; 1, 1.0 and
-    true differ.
-
-    :raises ApiError: INVALID_INPUT for a malformed key, IDEMPOTENCY_KEY_REUSED if it came with another request before.
-    """
-    key = request.headers.get("Idempotency-Key")
-    if key is None:
-        return database.in_transaction(make_response)
-    if not re.fullmatch(r"[!-~]{1,255}", key):
-        raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Must be 1 to 255 characters from ! to ~."]})
-    content = read_body(request)  # before the transaction
-    with suppress(ValueError, RecursionError):  # the view rejects what is malformed
-        content = json.dumps(json.loads(content), sort_keys=True).encode()
-    fingerprint = hashlib.sha256(f"{request.full_path} ".encode() + content).hexdigest()
-    return database.in_transaction(lambda: _replay_or_store(key, fingerprint, make_response))
-
-
-def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:
-    known = database.session.get(IdempotencyKey, (g.user_id, key))
-    if known is not None and known.created_at > now() - REPLAY_LIFETIME:
-        if known.fingerprint != fingerprint:
-            raise ApiError(Code.IDEMPOTENCY_KEY_REUSED)
-        return Response(known.body, known.status, json.loads(known.headers or "{}"))
-    expired = IdempotencyKey.user_id == g.user_id, IdempotencyKey.created_at <= now() - REPLAY_LIFETIME
-    database.session.execute(delete(IdempotencyKey).where(*expired))
-    response = make_response()
-    stored = IdempotencyKey(user_id=g.user_id, key=key, fingerprint=fingerprint, status=response.status_code)
-    stored.headers, stored.body = json.dumps(dict(response.headers)), response.get_data()
-    # The response goes when the user whom it is about is deleted.
-    stored.about_user_id = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
-    database.session.add(stored)
-    return response
 
 
 def require_match(row: Versioned) -> None:

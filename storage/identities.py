@@ -155,7 +155,7 @@ def set_blocked(user_id: int, blocked: bool) -> bool:
 
     :returns: whether there was such a user or block.
     """
-    user = database.session.get(User, user_id, with_for_update=True)
+    user = database.lock(User, user_id)
     if user is not None:
         user.blocked = blocked
     kept = database.session.query(BlockedIdentity).where(BlockedIdentity.former_user_id == user_id)

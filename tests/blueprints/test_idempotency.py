@@ -204,6 +204,6 @@ def test_a_user_deleted_during_the_request_creates_nothing(
         data_of(alice.delete("/users/me"))
         return read_body(request)
 
-    monkeypatch.setattr("blueprints.api.read_body", delete_then_read)
+    monkeypatch.setattr("blueprints.idempotency.read_body", delete_then_read)
     assert code_of(alice.post("/orders", ORDER, Idempotency_Key="tap")) == (401, 401)
     assert stored_keys(app, alice) == {}
