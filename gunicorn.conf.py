@@ -163,8 +163,8 @@ secure_scheme_headers = {}  # type: ignore[var-annotated]
 # All of a request's headers together; each may have 8190 bytes, as cookies need.
 MAXIMUM_HEADERS = 32 * 1024
 
-# A worker whose main thread gives no sign of life for this long is replaced. A slow request is no reason: it has a
-# thread of its own, and its waits for WeChat, Redis and the database end by themselves.
+# A worker that gives no sign of life for this long is replaced: it computes without end, or waits for something that
+# holds up all greenlets. A slow request is no reason: it waits in its own.
 timeout = 30
 
 # How long requests in flight may take to finish at a stop; with the drain less than 30 s, when platforms kill.

@@ -24,9 +24,9 @@ def single_flight(key: str, call: Callable[[], Any], *, remember: int) -> Any:
     :param key: names the call; kept in Redis, so it must not reveal anything.
     :param call: its result must be JSON; it is kept encrypted. If it fails by a fault of ours or of WeChat's, the next
         caller makes it again; a refusal is its outcome.
-    :param remember: seconds for which a call that succeeded is not made again.
+    :param remember: seconds for which a call that had an outcome is not made again.
     :returns: what `call` returned, here or in another process.
-    :raises ApiError: WECHAT_CODE_USED if the call had succeeded before that; what `call` raises.
+    :raises ApiError: WECHAT_CODE_USED if the call had an outcome before that; what `call` raises.
     :raises redis.exceptions.RedisError: if Redis is away, or another process takes too long.
     """
     seconds = seconds_left(_CALL_SECONDS)

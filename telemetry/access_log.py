@@ -53,7 +53,7 @@ def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any
             more = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
             record.context = {**fields, **traces.current_ids(), **more}
             logger.handle(record)
-        logs.request_fields.reset(token)  # the thread goes on to serve others
+        logs.request_fields.reset(token)  # the greenlet goes on to serve its client
         _count(route or "unmatched", method, status, code).inc()
         _duration(route or "unmatched", method).observe(seconds)
         span.end(status, route)

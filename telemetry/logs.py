@@ -47,7 +47,7 @@ _OF_ANY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskN
 def bind(**fields: Any) -> None:
     """Add fields, such as the user, to all further lines of this request and of the work that it begins.
 
-    In place, as the view runs in a copy of the context in which the request's own line is written.
+    In place: `access_log` holds the same dict for the request's own line.
     """
     request_fields.get({}).update(fields)
 

@@ -132,6 +132,24 @@ def test_a_head_that_trickles_ends_too(service: Service) -> None:
             pytest.fail("a head of 10 s")
 
 
+def test_a_client_that_does_not_read_its_response_is_ended(service: Service) -> None:
+    before = len(service.workers()[0].net_connections())
+    with closing(connect(service, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")):
+        wait_until(lambda: len(service.workers()[0].net_connections()) > before)
+        wait_until(lambda: len(service.workers()[0].net_connections()) <= before)  # ours is open still
+    assert get(service, "/livez").status_code == 200
+
+
+def test_a_worker_uses_all_the_descriptors_that_it_may_have(start_service: StartService) -> None:
+    within = ("prlimit", "--nofile=64:4096")  # as a shell or a service manager may leave it
+    service = start_service(WEB_CONCURRENCY="1", within=within)
+    with ExitStack() as stack:
+        for _ in range(200):
+            client = connect(service, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            stack.callback(client.close)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_an_idle_connection_is_kept(service: Service) -> None:
     with closing(connect(service, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")) as client:
         assert client.recv(65536).startswith(b"HTTP/1.1 200")

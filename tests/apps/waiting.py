@@ -28,6 +28,12 @@ def sleep_on(seconds: float) -> Response:
     return jsonify({})
 
 
+def large() -> Response:
+    """More than any buffer between us and a client that does not read."""
+    return Response(b"x" * 50_000_000)
+
+
+app.add_url_rule("/large", view_func=large)
 app.add_url_rule("/sleep/<float:seconds>", view_func=sleep)
 app.add_url_rule("/sleep-on/<float:seconds>", view_func=sleep_on)
 app.add_url_rule("/given-up", view_func=lambda: jsonify(given_up))
