@@ -23,7 +23,7 @@ REDIS_PATTERN = (
     rf"(redis://{_REDIS_ADDRESS}|unix://[^?#\[]*/[^?#]+)(\?{_REDIS_OPTION}(&{_REDIS_OPTION})*)?"
     rf"|rediss://{_REDIS_ADDRESS}(\?({_REDIS_OPTION}|{_TLS_OPTION})(&({_REDIS_OPTION}|{_TLS_OPTION}))*)?"
 )
-_KEYS = "[A-Za-z0-9+/]{43}=( *, *[A-Za-z0-9+/]{43}=)*"
+_KEYS = r"(?!.*([A-Za-z0-9+/]{43}=).*\1)[A-Za-z0-9+/]{43}=( *, *[A-Za-z0-9+/]{43}=)*"  # each listed once
 _RATE = "off|[1-9][0-9]{0,8}/(second|minute|hour|day)"
 YEAR_SECONDS = 366 * 86400
 

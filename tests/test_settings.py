@@ -132,6 +132,7 @@ MALFORMED = {
         "密钥",
         base64.b64encode(bytes(16)).decode(),
         " ".join([base64.b64encode(bytes(32)).decode()] * 2),
+        ",".join([base64.b64encode(bytes(32)).decode()] * 2),
     ],
     "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],
