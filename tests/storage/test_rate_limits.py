@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,8 +36,16 @@ def process_on(url: str, number: int, amount: int = AMOUNT, seconds: int = 3600)
 
 
 @pytest.fixture
-def process(redis: Redis, redis_server: RedisServer) -> Process:
-    return lambda number=0, *args: process_on(redis_server.url, number, *args)
+def process(redis: Redis, redis_server: RedisServer) -> Iterator[Process]:
+    limits: list[RateLimit] = []
+
+    def begin(number: int = 0, *args: int) -> RateLimit:
+        limits.append(process_on(redis_server.url, number, *args))
+        return limits[-1]
+
+    yield begin
+    for limit in limits:
+        settled(limit)  # not in Redis of the next test
 
 
 def settled(limit: RateLimit) -> None:
