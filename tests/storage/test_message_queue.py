@@ -213,13 +213,14 @@ def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
         put("a")
         wait_until(lambda: seen and not redis.xlen(STREAM))
         redis.flushall()
+        time.sleep(0.3)  # a thread that saw the message just before may say once that there is no stream
+        said = log_lines()
         time.sleep(0.3)  # it is looked for several times
+        assert log_lines() == said
         put("a")
         wait_until(lambda: len(seen) == 2)
     finally:
         queue.stop()
-    reasons = {line["reason"] for line in log_lines() if line["message"] == "messages cannot be handled"}
-    assert reasons == {"ConnectionError: away"}  # and not that there is no stream
 
 
 def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(app: Flask, put: Any, redis: Redis) -> None:
