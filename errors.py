@@ -167,8 +167,7 @@ def handle_http_exception(error: HTTPException) -> Response:
     request.environ["kuaishang.code"] = code.number  # for telemetry
     errors = _first(getattr(error, "errors", None) or {}, _ERRORS)
     response = cast(Response, error.get_response(request.environ))
-    data = {"errors": errors} if errors else None
-    response.data = envelope(code, data, message)
+    response.data = envelope(code, {"errors": errors} if errors else None, message)
     response.content_type = "application/json"
     for name, value in HEADERS.get(response.status_code, {}).items():
         response.headers.setdefault(name, value)

@@ -184,6 +184,9 @@ if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_fa
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 directories = f"kuaishang-{settings['PORT']}-{host}-{instance}"  # the instance: containers may share the memory
 
+# A file leaves as any other body does, after the head that a Client holds back; sendfile(2) would overtake it.
+sendfile = False
+
 # No socket in the home directory through which the server could be steered.
 control_socket_disable = True
 

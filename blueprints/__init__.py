@@ -27,6 +27,7 @@ from storage.message_queue import MessageQueue
 
 V1 = "/api/v1"
 ALLOWED = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "traceparent"]
+ALLOWED += ["X-Request-Timeout"]
 EXPOSED = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "X-Trace-Id"]
 """The headers that pages of CORS_ORIGINS may send and read; no cookies, as they have bearer tokens."""
 

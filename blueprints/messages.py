@@ -60,8 +60,7 @@ def receive() -> Response:
         raise refused("CreateTime is missing or old, the body encrypted without a key, or our clock wrong")
     handlers = _registered(message_handlers.handlers, message)
     is_new = not handlers or current_app.extensions["messages"].put(message.key, message.fields, REMEMBER_SECONDS)
-    message_type, event = message.kind
-    fields = {"type": message_type, "event": event, "repeat": not is_new, "handlers": len(handlers)}
+    fields = {"type": message.kind[0], "event": message.kind[1], "repeat": not is_new, "handlers": len(handlers)}
     logger.info("message received", extra=fields)
     for responder in _registered(message_handlers.responders, message):
         try:

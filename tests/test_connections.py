@@ -6,7 +6,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
+import flask_swagger_ui
 import pytest
 import requests
 
@@ -169,6 +171,12 @@ def get(service: Service, path: str, **headers: str) -> int:
     with closing(client.socket):
         client.send(f"GET {path}", **{"Connection": "close", **headers})
         return client.response()[0]
+
+
+def test_a_file_arrives_whole_and_after_its_head(services: Services) -> None:
+    content = requests.get(services[0].url + "/docs/assets/swagger-ui.css", timeout=WAIT_SECONDS).content
+    folder = Path(flask_swagger_ui.__file__).parent / "dist"
+    assert content == (folder / "swagger-ui.css").read_bytes()
 
 
 def test_no_header_changes_the_path(services: Services) -> None:

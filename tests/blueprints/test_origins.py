@@ -46,7 +46,7 @@ def listed(answer: TestResponse, name: str) -> set[str]:
 
 @pytest.mark.parametrize("origin", [ORIGIN, OTHER])
 def test_a_page_of_a_named_origin_may_call_every_route(shop: FlaskClient, origin: str) -> None:
-    sent = "authorization,content-type,if-match,if-none-match,idempotency-key,traceparent"
+    sent = "authorization,content-type,if-match,if-none-match,idempotency-key,traceparent,x-request-timeout"
     for path in ("/api/v1/orders", "/api/v1/orders/1", "/api/v1/auth/wechat", "/livez"):
         for method in ("GET", "POST", "PUT", "DELETE"):
             asked = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": sent}
