@@ -34,7 +34,7 @@ _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 
 
 class GaveUp(ApiError):
-    """The caller's time is over, or the caller is gone; which proves nothing against whom the request waited for."""
+    """The caller's time is over, the caller is gone, or we are out of descriptors: no fault of whom it waited for."""
 
 
 def seconds_left(at_most: float, reserve: float = 0) -> float:

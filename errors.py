@@ -1,5 +1,6 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
+import errno
 from enum import Enum
 from functools import lru_cache
 from itertools import islice
@@ -12,7 +13,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.datastructures import LanguageAccept
-from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_accept_header
 
 LANGUAGES = ("zh", "en")
@@ -86,6 +87,8 @@ class Code(Enum):
 
 _UNAVAILABLE = (RedisError, exc.OperationalError, exc.InterfaceError, exc.TimeoutError, StaleDataError)
 """The exceptions that become a 503: also if Redis takes no writes, and if a transaction lost every race."""
+NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
+"""Of an OSError: this process, or the machine, can open nothing for now."""
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "3"}, 503: {"Retry-After": "3"}}
 """What the responses of a status have beside their own headers."""
@@ -150,19 +153,20 @@ def handle_conflict(error: Exception) -> Response:
 
 
 def handle_unavailable(error: Exception) -> Response:
-    """Respond with 503 if Redis or the database is away, and log which one and why."""
+    """Respond with 503 if Redis or the database is away, or nothing can be opened, and log which it is and why."""
     cause = getattr(error, "orig", None) or error  # the driver's own message, without what SQLAlchemy adds
-    what = "Redis" if isinstance(error, RedisError) else "the database"
+    who = "Redis" if isinstance(error, RedisError) else "a descriptor" if isinstance(error, OSError) else "the database"
     kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
-    current_app.logger.error("%s is unavailable: %s", what, cause, extra={"exceptionType": kind})
+    current_app.logger.error("%s is unavailable: %s", who, cause, extra={"exceptionType": kind})
     return handle_http_exception(ApiError(Code.UNAVAILABLE))
 
 
 def handle_http_exception(error: HTTPException) -> Response:
     """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
-    if isinstance(error, InternalServerError) and isinstance(error.original_exception, _UNAVAILABLE):
+    crash: Any = getattr(error, "original_exception", None)
+    if isinstance(crash, _UNAVAILABLE) or getattr(crash, "errno", None) in NO_DESCRIPTOR:
         # The session is saved after the view has returned, where Flask makes every failure a crash.
-        return handle_unavailable(cast(Exception, error.original_exception))
+        return handle_unavailable(crash)
     code, message = _code_and_message(error)
     request.environ["kuaishang.code"] = code.number  # for telemetry
     errors = _first(getattr(error, "errors", None) or {}, _ERRORS)

@@ -29,8 +29,7 @@ def failing_dependencies() -> dict[str, list[str]]:
     :returns: what is wrong, by dependency, after at most CHECK_SECONDS; empty if all is well.
     """
     down = {}
-    checks = {"redis": redis_client.ping, "database": database.ping}
-    for name, outcome in in_parallel(checks, CHECK_SECONDS).items():
+    for name, outcome in in_parallel({"redis": redis_client.ping, "database": database.ping}, CHECK_SECONDS).items():
         metrics.DEPENDENCY_UP.labels(name).set(not isinstance(outcome, Exception))
         if isinstance(outcome, Exception):
             down[name] = [failures.kind(outcome)]

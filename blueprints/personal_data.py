@@ -21,6 +21,9 @@ from storage.ownership import OWNED
 EXPORT_WEIGHT = 4
 """What a part of an export takes of `concurrency.room` while it is read; while the client receives it, nothing."""
 
+_read = room(EXPORT_WEIGHT, seconds=30)(next)
+"""Waits longer than a request would, as the response is on its way."""
+
 blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
 
 
@@ -112,12 +115,7 @@ def export() -> Response:
         head = envelope(Code.SUCCESS, ExportSchema(only=data.keys()).dump(data)).decode()
     parts = _parts(user.id, head)
     # In the context of this request, which has ended by then: with its app, and its trace id in log lines.
-    return Response(iter(partial(context_for(math.inf).run, _read, parts), None), content_type="application/json")
-
-
-@room(EXPORT_WEIGHT, seconds=30)  # longer than a request would: it is on its way
-def _read(parts: Iterator[str]) -> str | None:
-    return next(parts, None)
+    return Response(iter(partial(context_for(math.inf).run, _read, parts, None), None), content_type="application/json")
 
 
 def _parts(user_id: int, head: str) -> Iterator[str]:

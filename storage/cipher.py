@@ -52,8 +52,7 @@ class Cipher:
         key_id, _, payload = value.partition(".")
         try:
             raw = base64.b64decode(payload, validate=True)
-            key = AESGCM(self._keys[key_id])
-            return key.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
+            return AESGCM(self._keys[key_id]).decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], context.encode()).decode()
         except (KeyError, ValueError, InvalidTag):
             raise DecryptionError("The value does not decrypt here.") from None
 

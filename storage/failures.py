@@ -20,6 +20,7 @@ _KINDS: dict[str, set[Any]] = {
     "Read-only.": {*READ_ONLY, exceptions.ReadOnlyError, errno.EROFS},
     "Refuses writes.": {"MISCONF", "NOREPLICAS", exceptions.MasterDownError},
     "Out of service.": {*FAILOVERS, exceptions.BusyLoadingError},
+    "Out of descriptors.": {errno.EMFILE, errno.ENFILE},
     "Out of memory or space.": {1021, 1041, 1114, "SQLITE_FULL", errno.ENOSPC, exceptions.OutOfMemoryError},
     "Is a Redis Cluster.": {exceptions.MovedError, exceptions.ClusterCrossSlotError, exceptions.ClusterDownError},
     "Wrong user or password.": {1045, 1698, exceptions.AuthenticationError},

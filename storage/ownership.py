@@ -12,8 +12,7 @@ from sqlalchemy.orm import joinedload
 from storage import database
 from storage.models import IdempotencyKey, Identity, Order, User
 
-DETACHED_AT_ONCE = 1000
-EXPORTED_AT_ONCE = 10
+DETACHED_AT_ONCE, EXPORTED_AT_ONCE = 1000, 10
 
 
 class Owned(NamedTuple):

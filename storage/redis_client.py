@@ -7,7 +7,7 @@ import gevent
 from flask import Flask, current_app
 from gevent import monkey
 from gevent.event import AsyncResult
-from redis import BlockingConnectionPool, Redis
+from redis import BlockingConnectionPool, DriverInfo, Redis
 from redis.backoff import AbstractBackoff
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from redis.retry import Retry
@@ -15,8 +15,7 @@ from werkzeug.local import LocalProxy
 
 from telemetry import metrics
 
-CONNECTIONS = 100
-WAIT_SECONDS = 1
+CONNECTIONS, WAIT_SECONDS = 100, 1
 """How many a process opens at most, and how long a request waits for one that is free."""
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
@@ -78,6 +77,7 @@ def init_app(app: Flask) -> None:
         app.config["REDIS_URL"],
         max_connections=CONNECTIONS,
         timeout=WAIT_SECONDS,
+        driver_info=DriverInfo(),  # made once: redis-py would read its version from a file for each connection
         # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
         # a SET NX would take its own key for somebody else's. A closed connection is noticed before use.
         socket_connect_timeout=0.4,

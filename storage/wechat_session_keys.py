@@ -30,9 +30,8 @@ def keep(user_id: int, session_key: str, asked_at: float, answered_at: float) ->
     :raises redis.exceptions.RedisError: if Redis is away.
     """
     name = redis_key(user_id)
-    kept = json.dumps([session_key, asked_at, answered_at])
     with redis.pipeline() as pipeline:
-        pipeline.zadd(name, {cipher.encrypt(kept, name): answered_at})
+        pipeline.zadd(name, {cipher.encrypt(json.dumps([session_key, asked_at, answered_at]), name): answered_at})
         pipeline.zremrangebyrank(name, 0, -1 - MAXIMUM_KEPT)
         pipeline.expire(name, current_app.config["SESSION_ABSOLUTE_LIFETIME"])
         pipeline.execute()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 
+import psutil
 import pytest
 import requests
 from sqlalchemy import make_url
@@ -148,6 +149,43 @@ def test_a_worker_uses_all_the_descriptors_that_it_may_have(start_service: Start
             client = connect(service, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             stack.callback(client.close)
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.database
+def test_without_a_descriptor_requests_are_503_and_it_recovers_by_itself(
+    start_service: StartService, simulator: Simulator
+) -> None:
+    token = start_service().log_in(simulator)
+    service = start_service(WEB_CONCURRENCY="1")  # which has opened nothing yet
+    (worker,) = service.workers()
+    limit = worker.rlimit(psutil.RLIMIT_NOFILE)
+    requests_ = {
+        "GET /api/v1/users/me": "",
+        "GET /api/v1/orders": "",
+        "POST /api/v1/orders": '{"items": [{"sku": "tea", "name": "tea", "quantity": 1, "unit_price": 1}]}',
+        "POST /api/v1/auth/wechat": f'{{"code": "{simulator.code()}"}}',
+        "GET /docs": "",
+        "GET /docs/assets/swagger-ui.css": "",
+        "GET /readyz": "",
+    }
+    head = "{} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\r\n{}"
+    sent = {name: head.format(name, token, len(body), body).encode() for name, body in requests_.items()}
+    with ExitStack() as stack:
+        clients = {name: stack.enter_context(closing(connect(service, b""))) for name in sent}
+        for client in clients.values():
+            client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        worker.rlimit(psutil.RLIMIT_NOFILE, (worker.num_fds(), limit[1]))
+        for name, client in clients.items():
+            client.sendall(sent[name])
+            response = client.recv(65536)
+            assert response.startswith(b"HTTP/1.1 503 "), name
+            assert b"\r\nRetry-After: " in response
+            assert b'{"code":503,' in response
+        worker.rlimit(psutil.RLIMIT_NOFILE, limit)
+    for name, content in sent.items():
+        with closing(connect(service, content)) as client:
+            assert client.recv(65536)[9:12] in (b"200", b"201"), name
 
 
 def test_an_idle_connection_is_kept(service: Service) -> None:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,21 @@ def failing(make_app: Callable[..., Flask]) -> FlaskClient:
     app.add_url_rule("/fail/<name>", view_func=fail)
     app.add_url_rule("/fail-with-message", view_func=fail_with_message)
     return app.test_client(use_cookies=False)
+
+
+def test_what_cannot_be_opened_for_lack_of_descriptors_is_503(make_app: Callable[..., Flask]) -> None:
+    app = make_app()
+
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number), "/a/file")
+
+    app.add_url_rule("/fail/<int:number>", view_func=fail)
+    client = app.test_client(use_cookies=False)
+    for number, code in ((errno.EMFILE, 503), (errno.ENFILE, 503), (errno.EIO, 500)):
+        answer = client.get(f"/fail/{number}", headers={"Accept-Language": "en"})
+        assert (answer.status_code, answer.get_json()["code"]) == (code, code)
+        assert ("Retry-After" in answer.headers) == (code == 503)
+        assert b"file" not in answer.data
 
 
 def test_a_message_replaces_that_of_the_code(failing: FlaskClient) -> None:

@@ -17,7 +17,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from requests.adapters import HTTPAdapter
 
 from concurrency import GaveUp, ensure_somebody_waits, seconds_left
-from errors import ApiError, Code
+from errors import NO_DESCRIPTOR, ApiError, Code
 from telemetry import metrics, traces
 from wechat import lenient
 from wechat.errcodes import MESSAGES, code_of
@@ -138,7 +138,9 @@ class Transport:
                 except requests.ConnectionError as error:
                     result = "unreachable"
                     if not (may_retry and idempotent):
-                        raise failure(path, Code.UNAVAILABLE, f"the connection failed: {_root_cause(error)}") from None
+                        kind, number = _root_cause(error)
+                        failed = failure(path, Code.UNAVAILABLE, f"the connection failed: {kind}, errno {number}")
+                        raise GaveUp(failed.api_code) if number in NO_DESCRIPTOR else failed from None
                 except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                     # Cut short, too long or garbled: WeChat has handled the request, so it is not sent again.
                     raise failure(path, Code.UPSTREAM_INVALID, f"broken response: {type(error).__name__}") from None
@@ -234,8 +236,8 @@ def _parse(path: str, media: bool, status: int, content_type: str, content: byte
     return int(errcode), answer
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> tuple[str, int | None]:
     """The name and number of the innermost exception, such as ConnectionRefusedError; its text contains the URL."""
     while error.__context__:
         error = error.__context__
-    return f"{type(error).__name__}, errno {getattr(error, 'errno', None)}"
+    return type(error).__name__, getattr(error, "errno", None)

@@ -1,3 +1,4 @@
+import errno
 import socket
 
 import pymysql
@@ -41,6 +42,7 @@ def test_the_cause_says_what_the_error_does_not() -> None:
         (socket.gaierror(-2, "Name or service not known"), "Unknown host."),
         (ConnectionRefusedError(111, "Connection refused"), "Refuses connections."),
         (TimeoutError("timed out"), "Does not respond."),
+        (OSError(errno.EMFILE, "Too many open files"), "Out of descriptors."),
     ):
         error = pymysql.err.OperationalError(2003, "Can't connect to MySQL server on 'host'")
         error.__context__ = cause

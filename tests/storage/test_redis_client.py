@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from flask import Flask
@@ -52,6 +53,14 @@ def other_redis(tmp_path: Path) -> Iterator[RedisServer]:
     with closing(RedisServer(tmp_path / "other", bound_to_this_process())) as server:
         server.start()
         yield server
+
+
+def test_a_new_connection_opens_nothing_but_a_socket(make_app: Callable[..., Flask]) -> None:
+    redis = make_app().extensions["redis"]
+    files: list[str] = []
+    with patch("io.open", side_effect=lambda file, *_, **__: files.append(str(file))):
+        redis.connection_pool.make_connection()
+    assert files == []
 
 
 @contextmanager

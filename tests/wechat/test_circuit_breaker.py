@@ -1,5 +1,7 @@
 """How many calls of WeChat are begun, and that none is while WeChat keeps failing."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from contextvars import copy_context
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from flask import Flask
@@ -74,6 +77,19 @@ def test_a_wechat_that_keeps_failing_is_not_called(
     assert simulator.calls() == []
     assert counted("wechat_breaker_open") == 1
     assert [record.levelname for record in caplog.records if record.msg == "WeChat %s"] == ["ERROR"]
+
+
+def test_to_be_out_of_descriptors_is_no_failure_of_wechat(
+    transport: Transport, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wechat.transport.RETRY_PAUSE_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        lack = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        patch.setattr("urllib3.util.connection.create_connection", Mock(side_effect=lack))
+        assert [call(transport) for _ in range(FAILURES)] == [Code.UNAVAILABLE] * FAILURES
+    assert simulator.calls() == []
+    assert not transport.is_failing
+    assert call(transport) is Code.INTERNAL_ERROR  # it works, and has no token
 
 
 def test_an_interface_that_fails_stops_no_other(transport: Transport, simulator: Simulator) -> None:
