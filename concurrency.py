@@ -55,7 +55,7 @@ def ensure_somebody_waits() -> None:
     :raises GaveUp: if it has. Nobody sees the code, which must not count as a failure of ours.
     """
     connection = request.environ.get("gunicorn.socket") if has_request_context() else None
-    if connection is not None:
+    if connection is not None and not getattr(connection, "shut", False):  # by us, at a stop
         with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:  # there is nothing to read
             same.settimeout(0)  # of this copy alone
             if not same.recv(1, socket.MSG_PEEK):

@@ -60,7 +60,7 @@ class Client(gevent.socket.socket):
 
     door = None  # of this process
     ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
-    served = timed_out = False
+    served = timed_out = shut = False
     held = b""
 
     def recv(self, *args):  # type: ignore[no-untyped-def]
@@ -132,6 +132,7 @@ class Worker(GeventWorker):
                 # the client's own shutdown would prevent.
                 with suppress(OSError), gevent.socket.fromfd(client.fileno(), client.family, client.type) as same:
                     same.shutdown(socket.SHUT_RD)
+                    client.shut = True  # which is no sign that nobody waits for the response to what has arrived
 
     def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
         # What gunicorn refuses it quotes, however long it is.

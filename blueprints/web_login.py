@@ -129,8 +129,7 @@ def check_authorization(user_id: int, app_id: str) -> bool:
 
     :raises ApiError: what `WebApp.is_valid` does.
     """
-    mine = Identity.user_id == user_id, Identity.app_id == app_id
-    identity = database.session.scalar(select(Identity).where(*mine))
+    identity = database.session.scalar(select(Identity).where(Identity.user_id == user_id, Identity.app_id == app_id))
     refresh_token = identity and identity.authorization
     database.session.rollback()  # no transaction waits for WeChat
     apps = {app.app_id: app for app in wechat.connections.web_apps.values()}

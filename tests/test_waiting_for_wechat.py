@@ -1,5 +1,6 @@
 """A WeChat that is slow, broken or gone, and callers who do not wait for it: the service as in production."""
 
+import json
 import random
 import re
 import shutil
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ def test_each_fault_has_its_code_and_ends_without_a_restart(start_service: Start
         assert log_in(service, simulator.code(), **{"X-Request-Timeout": "3"}).status_code == status, kind
         simulator.forget()
         service.log_in(simulator)
+
+
+def test_a_login_that_arrives_just_before_a_stop_is_served(start_service: StartService, simulator: Simulator) -> None:
+    service = start_service("tests.apps.faulty_route", WEB_CONCURRENCY="1", DRAIN_SECONDS="0")
+    address = "127.0.0.1", int(service.environ["PORT"])
+    with ExitStack() as stack:
+        busy, *clients = [stack.enter_context(socket.create_connection(address, WAIT_SECONDS)) for _ in range(9)]
+        for client in clients:
+            client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        busy.sendall(b"GET /faulty/compute/2.0 HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.5)  # it computes, so what comes now has to wait
+        for client in clients:
+            body = json.dumps({"code": simulator.code()})
+            head = f"POST {LOGIN} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall((head + body).encode())
+        service.process.popen.terminate()
+        answers = [client.recv(65536) for client in clients]
+    assert [answer[9:12] for answer in answers] == [b"200"] * len(clients)
+    service.tokens += re.findall(r'"token":"([^"]+)"', b"".join(answers).decode())
 
 
 def test_a_wechat_that_comes_back_is_called_again(start_service: StartService, simulator: Simulator) -> None:

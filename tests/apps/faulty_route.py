@@ -59,6 +59,14 @@ def spin() -> None:
         pass
 
 
+@app.get("/faulty/compute/<float:seconds>")
+def compute(seconds: float) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return "at last"
+
+
 @app.get("/faulty/allocate")
 def allocate() -> str:
     return str(len(bytes(1 << 30)))
