@@ -26,10 +26,11 @@ VERSION = fields.Integer(dump_only=True, required=True, metadata={"description":
 """The field of every schema of a versioned row."""
 
 ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
+CREATED_HEADERS = TRACE_ID_HEADER | ETAG_HEADER | {"Location": {"schema": {"type": "string"}}}
 IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}, "example": '"7"'}
 IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412 if it has changed since."
 
-PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language", "Cache-Control": "private, no-cache"}
+PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language, Origin", "Cache-Control": "private, no-cache"}
 """Headers of every success of a group that demands a session."""
 
 
@@ -84,7 +85,7 @@ class Blueprint(flask_smorest.Blueprint):
         :param etag: False for a GET that streams its response.
         """
         has_etag = kwargs.pop("etag", True)
-        kwargs.setdefault("headers", TRACE_ID_HEADER)
+        kwargs.setdefault("headers", CREATED_HEADERS if status_code == 201 else TRACE_ID_HEADER)
         document = super().response(status_code, schema, **kwargs)
         dump = dumper(schema()) if isinstance(schema, type) else None
 
@@ -161,6 +162,8 @@ class Blueprint(flask_smorest.Blueprint):
         if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
             doc.setdefault("parameters", []).append(IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONFLICT]
+        if kwargs["method"] == "put":  # which responds with the row as it is now
+            responses[200]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
         if kwargs["method"] == "get" and doc_info.get("has_etag") and self.auth.security:
             responses[200]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
             responses[304] = {"description": "Not modified.", "headers": ETAG_HEADER}

@@ -81,8 +81,7 @@ def get_wechat_session() -> dict[str, bool]:
     For a user who logged in on the web: whether the web-app authorization is still valid.
     """
     require_not_blocked(current_user())
-    web_app_id = session.get("web_app_id")
-    if web_app_id is not None:
+    if (web_app_id := session.get("web_app_id")) is not None:
         return {"valid": check_authorization(g.user_id, web_app_id)}
     openid = find_openid(g.user_id, wechat.api.app_id)
     session_keys = wechat_session_keys.candidates(g.user_id) if openid else []

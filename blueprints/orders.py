@@ -276,8 +276,7 @@ def load_item(order_id: int, item_id: int, *, pending: bool = False) -> OrderIte
 
     :raises ApiError: NOT_FOUND if the order has no such item; what `load_order` does.
     """
-    items = load_order(order_id, pending=pending).items
-    item = next((item for item in items if item.id == item_id), None)
+    item = next((item for item in load_order(order_id, pending=pending).items if item.id == item_id), None)
     if item is None:
         raise ApiError(Code.NOT_FOUND)
     return item

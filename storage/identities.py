@@ -38,8 +38,7 @@ def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
     :raises ApiError: FORBIDDEN if the user is blocked, or was when deleted.
     :raises sqlalchemy.orm.exc.StaleDataError: if others merged the same user all the time.
     """
-    found = database.load(User, database.rows(_KNOWN, app_id=app_id, openid=openid))
-    user = next(iter(found), None)
+    user = next(iter(database.load(User, database.rows(_KNOWN, app_id=app_id, openid=openid))), None)
     if user is None or unionid not in (None, user.unionid):
         user = database.in_transaction(partial(_make_or_merge, app_id, openid, unionid))
     return require_not_blocked(user)

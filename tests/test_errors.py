@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from flask import Flask, abort
 from flask.testing import FlaskClient
 from werkzeug.exceptions import default_exceptions
 
 from errors import ApiError, Code, Message
-from tests.harness import bearer
+from storage import database
+from tests.blueprints.callers import Caller
+from tests.harness import Simulator, bearer
 
 JSON = {"Content-Type": "application/json"}
 
@@ -51,6 +54,34 @@ def test_what_cannot_be_opened_for_lack_of_descriptors_is_503(make_app: Callable
         assert (answer.status_code, answer.get_json()["code"]) == (code, code)
         assert ("Retry-After" in answer.headers) == (code == 503)
         assert b"file" not in answer.data
+
+
+@pytest.mark.database
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT secret_column FROM users",
+        "SELECT 1 FROM secret_table",
+        "INSERT INTO idempotency_keys (secret_column) VALUES (1)",
+        "INSERT INTO identities (app_id, openid, user_id, created_at) VALUES ('secret', 'a', 4711, 0)",
+        "UPDATE users SET role = NULL",
+        "SELEC secret",
+    ],
+)
+def test_what_the_database_says_of_tables_and_columns_is_in_no_response(
+    make_app: Callable[..., Flask],
+    simulator: Simulator,
+    log_lines: Callable[[], list[dict[str, Any]]],
+    statement: str,
+) -> None:
+    app = make_app()
+    app.add_url_rule("/fail", view_func=lambda: str(database.session.execute(sqlalchemy.text(statement))))
+    Caller(app, simulator)  # a row to change
+    answer = app.test_client(use_cookies=False).get("/fail", headers={"Accept-Language": "en"})
+    (code,) = [code for code in Code if code.number == answer.status_code in (409, 500, 503)]
+    assert answer.get_json() == {"code": code.number, "message": code.message.english, "data": None}
+    assert "secret" not in str(answer.headers)
+    assert any("database" in line["message"] or "exceptionType" in line for line in log_lines())
 
 
 def test_a_message_replaces_that_of_the_code(failing: FlaskClient) -> None:

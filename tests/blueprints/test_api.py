@@ -162,6 +162,23 @@ def test_reads_match_the_document_and_are_304_if_their_etag_is_known(
                 assert_not_modified(admin, path.format(**ids).removeprefix("/api/v1"), answer.headers["ETag"])
 
 
+def test_the_headers_of_writes_are_documented(client: FlaskClient, app: Flask, simulator: Simulator) -> None:
+    paths = client.get("/openapi.json").get_json()["paths"]
+    admin = Caller(app, simulator, openid="oCaller", role="admin")
+    ids = ids_of(admin)
+    tags = 0
+    deletes_last = sorted(bodies(simulator, "oCaller").items(), key=lambda item: item[0].startswith("DELETE"))
+    for route, body in deletes_last:
+        if route != "DELETE /api/v1/users/{user_id}":
+            method, path = route.split()
+            answer = admin.call(method, path.format(**ids).removeprefix(API), body, If_Match="*")
+            documented = paths[path][method.lower()]["responses"][str(answer.status_code)]["headers"]
+            for name in ("ETag", "Location", "X-Trace-Id"):
+                assert (name in documented) == (name in answer.headers), (route, name)
+            tags += "ETag" in documented
+    assert tags >= 5
+
+
 def assert_not_modified(user: Caller, path: str, etag: str) -> None:
     for method in ("GET", "HEAD"):
         known = user.call(method, path, If_None_Match=etag)

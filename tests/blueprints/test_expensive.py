@@ -1,16 +1,20 @@
 """What is expensive takes room by weight, and a read takes none."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import requests
 
 from blueprints import personal_data
+from blueprints.personal_data import EXPORT_WEIGHT
 from concurrency import ROOM, room
 from storage import ownership
 from tests.blueprints.callers import Caller, code_of, data_of
 from tests.blueprints.test_wechat_profile import encrypted_phone
+from tests.harness import WAIT_SECONDS, Service, Simulator, wait_until
 from tests.test_concurrency import is_free
 
 
@@ -67,3 +71,30 @@ def test_an_export_may_take_longer_than_a_request(alice: Caller, monkeypatch: py
     time.sleep(1.1)
     answer.response = [b"".join([*read, *parts])]
     assert data_of(answer)["orders"] == placed
+
+
+def test_many_exports_of_one_user_keep_to_the_room_and_nobody_else_waiting(
+    start_service: Callable[..., Service], simulator: Simulator
+) -> None:
+    service = start_service("tests.apps.slow_export", WEB_CONCURRENCY="1")
+    one, another = service.log_in(simulator, openid="o-one"), service.log_in(simulator, openid="o-another")
+    at_once = ROOM // EXPORT_WEIGHT
+    parts = lambda: requests.get(f"{service.url}/parts", timeout=WAIT_SECONDS).json()  # noqa: E731
+    export = lambda _: service.call("GET", "/users/me/export", one)  # noqa: E731
+    with ThreadPoolExecutor(3 * at_once) as pool:
+        # Each has one part, which takes 3 s. Whoever gets no room for its first part in 1 s is refused.
+        answers = pool.map(export, range(3 * at_once))
+        wait_until(lambda: parts()["now"] == at_once)
+        for path in ("/users/me", "/orders"):
+            assert service.call("GET", path, another).status_code == 200
+        assert parts()["now"] == at_once  # while the exports went on
+        exported, refused = [], []
+        for answer in answers:
+            (exported if answer.status_code == 200 else refused).append(answer)
+    assert len(exported) >= at_once
+    assert [len(answer.json()["data"]["identities"]) for answer in exported] == [1] * len(exported)
+    assert refused
+    for answer in refused:
+        assert (answer.status_code, answer.json()["code"]) == (503, 503)
+        assert int(answer.headers["Retry-After"]) > 0
+    assert parts() == {"now": 0, "most": at_once}

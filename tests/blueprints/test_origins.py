@@ -8,8 +8,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from tests.blueprints.callers import operations
-from tests.harness import bearer
+from tests.blueprints.callers import Caller, operations
+from tests.harness import Simulator, bearer
 
 ORIGIN = "https://h5.example.com"
 OTHER = "http://localhost:5173"
@@ -62,6 +62,17 @@ def test_a_page_of_a_named_origin_may_call_every_route(shop: FlaskClient, origin
         exposed = {"etag", "location", "ratelimit", "ratelimit-policy", "retry-after", "x-trace-id"}
         assert listed(answer, "Expose-Headers") == exposed
         assert "Origin" in answer.vary
+
+
+@pytest.mark.parametrize("origins", [ORIGIN, f"{ORIGIN},{OTHER}"])
+@pytest.mark.parametrize("origin", [None, ORIGIN, "https://evil.example.com"])
+def test_what_a_browser_keeps_varies_by_origin(
+    make_app: Callable[..., Flask], simulator: Simulator, origins: str, origin: str | None
+) -> None:
+    user = Caller(make_app(CORS_ORIGINS=origins), simulator)
+    answer = user.get("/users/me", **({"Origin": origin} if origin else {}))
+    assert {"Authorization", "Origin"} <= set(", ".join(answer.headers.getlist("Vary")).split(", "))
+    assert answer.headers["Cache-Control"] == "private, no-cache"
 
 
 def test_a_header_that_no_client_needs_is_not_allowed(shop: FlaskClient) -> None:
