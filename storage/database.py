@@ -29,6 +29,7 @@ from concurrency import seconds_left
 from errors import ApiError, Code
 from storage import failures
 from storage.models import Base, Encrypted, User
+from storage.shared_reads import SharedReads
 from telemetry import metrics
 
 STATEMENT_SECONDS = 3
@@ -160,6 +161,11 @@ def _by_id(model: Any, is_locked: bool) -> Select[Any]:
     return found.with_for_update() if is_locked else found
 
 
+@cache
+def _by_ids(model: Any) -> Select[Any]:
+    return select(model.__table__).where(model.__table__.c.id.in_(bindparam("ids", expanding=True)))
+
+
 def rows(statement: Select[Any], on: Connection | None = None, **values: Any) -> Sequence[Row[Any]]:
     """Run a SELECT.
 
@@ -175,11 +181,25 @@ def load(model: Callable[..., T], found: Sequence[Row[Any]]) -> list[T]:
 
 
 def find(model: Callable[..., T], id: int, on: Connection | None = None) -> T | None:  # noqa: A002
-    """Read a row by its id as a snapshot; None if there is none.
+    """Read a row by its id as a snapshot; None if there is none. What is not locked is read with what others read now.
 
     :param on: the connection whose transaction locks it; by default none does.
     """
-    return next(iter(load(model, rows(_by_id(model, on is not None), on, id=id))), None)
+    if on is None:
+        return cast(T | None, _shared(model).get(id))
+    return next(iter(load(model, rows(_by_id(model, True), on, id=id))), None)
+
+
+@cache
+def _shared(model: Callable[..., T]) -> SharedReads:
+    return SharedReads(partial(_find_all, model))
+
+
+def _find_all(model: Callable[..., T], ids: list[int]) -> list[T | None]:
+    # A list costs more than one id, as SQLAlchemy renders it each time.
+    found = rows(_by_ids(model), ids=ids) if len(ids) > 1 else rows(_by_id(model, False), id=ids[0])
+    by_id = {row.id: row for row in load(cast(Any, model), found)}
+    return [by_id.get(number) for number in ids]
 
 
 def ping() -> None:

@@ -1,18 +1,16 @@
 """The Redis that all instances share."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
-import gevent
 from flask import Flask, current_app
-from gevent import monkey
-from gevent.event import AsyncResult
 from redis import BlockingConnectionPool, DriverInfo, Redis
 from redis.backoff import AbstractBackoff
-from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
 
+from storage.shared_reads import SharedReads
 from telemetry import metrics
 
 CONNECTIONS, WAIT_SECONDS = 100, 1
@@ -37,41 +35,6 @@ class Failover(AbstractBackoff):
         return 0
 
 
-class SharedReads:
-    """Reads the keys for which requests ask at the same moment in one round trip, where requests are greenlets."""
-
-    def __init__(self, client: Redis) -> None:
-        self._client = client
-        self._next: tuple[list[str], AsyncResult] = [], AsyncResult()
-
-    def get(self, key: str) -> Any:
-        """Return the value of a key; None if there is none.
-
-        :raises redis.exceptions.RedisError: if Redis is away.
-        """
-        if not monkey.is_module_patched("socket"):
-            return self._client.get(key)
-        keys, found = self._next
-        keys.append(key)
-        if len(keys) > 1:  # the first one asks for all
-            values = found.get()
-            return self._client.get(key) if values is None else values[key]
-        values = None
-        try:
-            gevent.sleep(0)  # until all requests that are ready have named their keys
-            self._next = [], AsyncResult()
-            values = dict(zip(keys, self._client.mget(keys), strict=True))
-            return values[key]
-        except RedisError as error:
-            found.set_exception(error)
-            raise
-        finally:
-            if self._next[1] is found:
-                self._next = [], AsyncResult()
-            if not found.ready():
-                found.set(values)  # None if this request was given up, which concerns no other one
-
-
 def init_app(app: Flask) -> None:
     pool = BlockingConnectionPool.from_url(
         app.config["REDIS_URL"],
@@ -87,7 +50,7 @@ def init_app(app: Flask) -> None:
         retry=Retry(Failover(lambda: pool.disconnect(inuse_connections=False)), 1, (ResponseError, BusyLoadingError)),
     )
     client = app.extensions["redis"] = Redis(connection_pool=pool)
-    app.extensions["shared_reads"] = SharedReads(client)
+    app.extensions["shared_reads"] = SharedReads(client.mget)
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
 

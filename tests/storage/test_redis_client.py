@@ -1,7 +1,5 @@
 """What Redis responds with after a failover that left the connections open."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -15,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from dev.redis_server import RedisServer
 from storage import redis_client
-from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process
+from tests.harness import bound_to_this_process
 from tests.proxy import Proxy
 
 NOBODY = ("REPLICAOF", "127.0.0.1", "1")
@@ -134,57 +132,3 @@ def test_requests_beyond_the_pool_wait_for_a_connection(
         redis.connection_pool.release(taken)
         assert redis.ping()
         waiting.exception()
-
-
-def test_greenlets_that_ask_at_the_same_moment_share_a_round_trip_and_nothing_else(redis_server: RedisServer) -> None:
-    """In a process of its own, as its standard library is patched."""
-    program = """
-import sys
-from gevent import monkey
-monkey.patch_all()
-import gevent
-from redis import Redis
-from redis.exceptions import ConnectionError
-from storage.redis_client import SharedReads
-
-class Client(Redis):
-    asked, error = [], None
-    def mget(self, keys):
-        self.asked.append(len(keys))
-        gevent.sleep(0.05)
-        if self.error:
-            raise self.error
-        return super().mget(keys)
-
-client = Client.from_url(sys.argv[1])
-reads = SharedReads(client)
-for number in range(20):
-    client.set(f"k{number}", number, ex=60)
-
-def together():
-    jobs = [gevent.spawn(reads.get, f"k{number}") for number in range(21)]
-    gevent.sleep(0.01)
-    return jobs
-
-def results(jobs):
-    gevent.joinall(jobs)
-    return [job.value if job.successful() else type(job.exception).__name__ for job in jobs]
-
-values = [*(b"%d" % number for number in range(20)), None]
-assert results(together()) == values
-assert client.asked == [21], client.asked
-given_up = together()  # the one that asks for all is given up, while it asks and before
-given_up[0].kill()
-assert results(given_up)[1:] == values[1:]
-given_up = [gevent.spawn(reads.get, f"k{number}") for number in range(21)]
-gevent.spawn(given_up[0].kill)
-assert results(given_up)[1:] == values[1:]
-assert results(together()) == values
-client.error = ConnectionError("away")
-assert set(results(together())) == {"ConnectionError"}
-client.error = None
-assert results(together()) == values
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program, redis_server.url]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_SECONDS)
-    assert done.returncode == 0, done.stderr
