@@ -92,28 +92,29 @@ class Blueprint(flask_smorest.Blueprint):
         def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
             documented = document(view)  # flask-smorest's wrapper, of which nothing but the documents is used
 
-            def make_response(*args: Any, **arguments: Any) -> Response:
-                g.row = view(*args, **arguments)
-                if if_match and request.method in ("PUT", "DELETE") and "version_checked" not in g:
+            def make_response(method: str, *args: Any, **arguments: Any) -> Response:
+                row = g.row = view(*args, **arguments)
+                if if_match and method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                return self._respond(g.row, dump, status_code)
+                return self._respond(row, dump, status_code, method in SAFE_METHODS)
 
             @wraps(documented)
             def wrapper(*args: Any, **arguments: Any) -> Response:
-                if request.method in SAFE_METHODS or not transaction:
-                    return make_response(*args, **arguments)
-                run = idempotency.run_once if request.method == "POST" else database.in_transaction
-                return run(partial(make_response, *args, **arguments))
+                method = request.method
+                if method in SAFE_METHODS or not transaction:
+                    return make_response(method, *args, **arguments)
+                run = idempotency.run_once if method == "POST" else database.in_transaction
+                return run(partial(make_response, method, *args, **arguments))
 
             wrapper._apidoc.update(transaction=transaction, if_match=if_match, has_etag=has_etag)  # type: ignore[attr-defined]
             return wrapper
 
         return decorate
 
-    def _respond(self, row: Any, dump: Convert | None, status: int) -> Response:
+    def _respond(self, row: Any, dump: Convert | None, status: int, is_read: bool) -> Response:
         """Make the response of a view from what it returns, which may be one already; a 304 if the caller has it."""
         is_versioned, is_secured = hasattr(row, "etag"), bool(self.auth.security)
-        if is_versioned and request.method not in SAFE_METHODS:
+        if is_versioned and not is_read:
             database.session.flush()  # which gives it its id and its version
         response: Response = row
         if not isinstance(row, BaseResponse):
@@ -123,7 +124,7 @@ class Blueprint(flask_smorest.Blueprint):
             response.headers["Location"] = f"{request.script_root}{request.path}/{row.id}"
         if is_secured:
             response.headers.extend(PRIVATE)
-        is_read = request.method in SAFE_METHODS and not response.is_streamed  # a hash would read it to the end
+        is_read &= not response.is_streamed  # a hash would read it to the end
         if is_versioned:
             response.headers["ETag"] = f'"{row.etag}-{language()}"'  # with the language, as messages are translated
         elif is_read and is_secured:

@@ -4,7 +4,6 @@ import hmac
 import ipaddress
 import re
 from functools import partial
-from typing import cast
 
 from flask import Response, current_app, g, request
 
@@ -34,11 +33,12 @@ def current_user() -> User:
 
     :raises ApiError: UNAUTHORIZED if the user has been deleted.
     """
-    if "user" not in g:
-        g.user = database.find(User, g.user_id)
-    if g.user is None:
+    user: User | None = g.get("user")
+    if user is None:
+        g.user = user = database.find(User, g.user_id)
+    if user is None:
         raise ApiError(Code.UNAUTHORIZED)
-    return cast(User, g.user)
+    return user
 
 
 def set_current_user(user_id: int) -> None:
@@ -103,13 +103,14 @@ def _count_login() -> None:
 
 
 def _require_session() -> None:
-    if "user_id" in current:
-        count_request("session", current.sid)
-        has_body = bool(request.content_length) or "Transfer-Encoding" in request.headers
-        if current.by_cookie and request.method not in SAFE_METHODS and has_body and not request.is_json:
+    session, token = current.data, current.sid
+    if "user_id" in session:
+        count_request("session", token)
+        is_other = current.by_cookie and request.method not in SAFE_METHODS and not request.is_json
+        if is_other and (request.content_length or "Transfer-Encoding" in request.headers):
             raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
-        set_current_user(current["user_id"])
-        current_app.extensions["door"].remember(current.sid, g.user_id)
+        set_current_user(session["user_id"])
+        current_app.extensions["door"].remember(token, session["user_id"])
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
         count_request("session", f"user {g.user_id}")

@@ -96,7 +96,7 @@ class SessionInterface(RedisSessionInterface):
         and delete no cookie that is Secure.
         """
         half_over = time.time() + app.config["SESSION_LIFETIME"] / 2
-        is_due = session.loaded and session.get("expires_at", 0) < min(half_over, session.get("ends_at", 0))
+        is_due = session.loaded and session.data.get("expires_at", 0) < min(half_over, session.data.get("ends_at", 0))
         if not session.modified and not is_due:
             return
         name = cookie_name("session")

@@ -25,8 +25,8 @@ def init_app(app: Flask) -> None:
 
 def _note_route() -> None:
     """Name the template of the path; the path itself may hold secrets."""
-    if request.url_rule:
-        logs.bind(route=request.url_rule.rule)
+    if rule := request.url_rule:
+        logs.bind(route=rule.rule)
 
 
 def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
@@ -51,7 +51,7 @@ def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any
             record = logging.LogRecord(logger.name, level, __file__, 0, "request", (), None)
             # Not bound: the fields are also those of work that goes on in the background.
             more = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
-            record.context = {**fields, **traces.current_ids(), **more}
+            record.context = {**fields, **span.ids, **more}
             logger.handle(record)
         logs.request_fields.reset(token)  # the greenlet goes on to serve its client
         _count(route or "unmatched", method, status, code).inc()

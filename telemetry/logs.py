@@ -102,7 +102,8 @@ class LineHandler(logging.Handler):
         self.lost: deque[int] = deque()
         monkey.get_original("_thread", "start_new_thread")(self._write_lines, ())
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Put a line; without the lock of other handlers, as nothing here needs one."""
         try:
             if len(self.lines) < CAPACITY:
                 self.lines.append(f"{self.format(record)}\n".encode())
@@ -112,6 +113,7 @@ class LineHandler(logging.Handler):
             logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
         while self.lost:
             metrics.LINES_DROPPED.inc(self.lost.popleft())
+        return True
 
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""

@@ -71,7 +71,8 @@ class RequestSpan:
     :param method: `OTHER` for one that HTTP does not know.
     :param environ: that of the request; a valid `traceparent` is continued.
 
-    `trace_id`, and `parent_id`, the span of the caller if there is one, are 32 and 16 hex digits.
+    `trace_id`, and `parent_id`, the span of the caller if there is one, are 32 and 16 hex digits; `ids` are its fields
+    of a line.
     """
 
     def __init__(self, method: str, environ: Mapping[str, Any]) -> None:
@@ -83,8 +84,9 @@ class RequestSpan:
         if not isinstance(_tracer, trace.NoOpTracer):  # which makes no ids, also of a provider by OTEL_SDK_DISABLED
             above = trace.set_span_in_context(trace.NonRecordingSpan(caller), Context())
             self._span = _tracer.start_span(self._verb, above, SpanKind.SERVER, {"http.request.method": known})
-        self.trace_id = trace.format_trace_id(self._span.get_span_context().trace_id)
         self._token = attach(trace.set_span_in_context(self._span, Context()))
+        self.ids = current_ids()
+        self.trace_id = self.ids["traceId"]
 
     def end(self, status: int, route: str | None = None) -> None:
         """End it; the span before it is current again.
