@@ -5,23 +5,13 @@ the headers about it (policies); `row`, what the view returned (api); `version_c
 compared (api); `database_session` and `after_commit` (database).
 """
 
-from flask import Flask, Response, current_app, request
+from flask import Flask, Request, Response, current_app, request
 from flask_cors import CORS
+from werkzeug.routing import MapAdapter
 
-from blueprints import (
-    auth,
-    docs,
-    health,
-    messages,
-    orders,
-    personal_data,
-    policies,
-    user_commands,
-    users,
-    web_login,
-    wechat_profile,
-)
+from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
+from blueprints.user_commands import users as user_commands
 from errors import ApiError, Code
 from storage.message_queue import MessageQueue
 
@@ -33,6 +23,7 @@ EXPOSED = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "
 
 
 def init_app(app: Flask) -> None:
+    app.create_url_adapter = lambda request: _adapter(app, request)  # type: ignore[method-assign]
     app.before_request(_answer_before_policies)
     app.after_request(policies.report_rate_limit)
     if app.config["CORS_ORIGINS"]:
@@ -54,11 +45,19 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(personal_data.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
     api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
-    app.cli.add_command(user_commands.users)
+    app.cli.add_command(user_commands)
     app.extensions["messages"] = MessageQueue(app, messages.handle)  # gunicorn.conf.py starts it
 
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])
+
+
+def _adapter(app: Flask, request: Request | None) -> MapAdapter | None:
+    """Match the path of a request. Flask's own derives twice what the request knows, for subdomains and WebSockets."""
+    if request is None:
+        return None
+    url = request.host, request.root_path, "", request.scheme  # a malformed host is a 400
+    return app.url_map.bind(*url, request.method, request.path, request.query_string.decode(errors="replace"))
 
 
 def _answer_before_policies() -> tuple[Response, int] | None:

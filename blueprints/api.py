@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flask_smorest
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
+from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import idempotency
@@ -33,9 +34,6 @@ IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412
 PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language, Origin", "Cache-Control": "private, no-cache"}
 """Headers of every success of a group that demands a session."""
 
-
-PLAIN = (fields.Integer, fields.String, fields.Boolean)
-"""Fields of what has the right type already, as typed columns and views return it."""
 Convert = Callable[[Any], Any]
 
 
@@ -48,6 +46,14 @@ class AuthPolicy(NamedTuple):
     """The same as OpenAPI security requirements: any one of these schemes; none at all if empty."""
     fails: tuple[Code, ...] = ()
     """The codes of a rejection."""
+
+
+class PreparedResponse(Response):
+    """A response whose headers are sent as they are where werkzeug would copy them and change nothing."""
+
+    def get_wsgi_headers(self, environ: Any) -> Headers:
+        is_prepared = self.status_code == 200 and "Content-Length" in self.headers
+        return self.headers if is_prepared else super().get_wsgi_headers(environ)
 
 
 class Blueprint(flask_smorest.Blueprint):
@@ -100,8 +106,7 @@ class Blueprint(flask_smorest.Blueprint):
 
             @wraps(documented)
             def wrapper(*args: Any, **arguments: Any) -> Response:
-                method = request.method
-                if method in SAFE_METHODS or not transaction:
+                if (method := request.method) in SAFE_METHODS or not transaction:
                     return make_response(method, *args, **arguments)
                 run = idempotency.run_once if method == "POST" else database.in_transaction
                 return run(partial(make_response, method, *args, **arguments))
@@ -119,7 +124,7 @@ class Blueprint(flask_smorest.Blueprint):
         response: Response = row
         if not isinstance(row, BaseResponse):
             data = {} if row is None else dump(row) if dump else row
-            response = Response(envelope(Code.SUCCESS, data), status, content_type="application/json")
+            response = PreparedResponse(envelope(Code.SUCCESS, data), status, content_type="application/json")
         if status == 201:
             response.headers["Location"] = f"{request.script_root}{request.path}/{row.id}"
         if is_secured:
@@ -178,9 +183,8 @@ class Blueprint(flask_smorest.Blueprint):
 
     @staticmethod
     def _make_doc_response_schema(schema: Schema | dict[str, Any] | None) -> type[Schema] | dict[str, Any]:
-        if isinstance(schema, dict):
-            return schema  # a view that responds with something other than JSON documents it in OpenAPI's own terms
-        return _success_envelope(schema and type(schema))
+        # A view that responds with something other than JSON documents it in OpenAPI's own terms.
+        return schema if isinstance(schema, dict) else _success_envelope(schema and type(schema))
 
 
 @cache
@@ -221,7 +225,8 @@ def dumper(schema: Schema) -> Convert:
 
 
 def _converter(name: str, field: fields.Field[Any]) -> Convert | None:
-    if type(field) in PLAIN:
+    # What typed columns and views return has the right type already.
+    if type(field) in (fields.Integer, fields.String, fields.Boolean):
         return None
     if isinstance(field, fields.Nested):
         return dumper(field.schema)

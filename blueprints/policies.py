@@ -33,11 +33,10 @@ def current_user() -> User:
 
     :raises ApiError: UNAUTHORIZED if the user has been deleted.
     """
-    user: User | None = g.get("user")
-    if user is None:
-        g.user = user = database.find(User, g.user_id)
+    user: User | None = g.get("user") or database.find(User, g.user_id)
     if user is None:
         raise ApiError(Code.UNAUTHORIZED)
+    g.user = user
     return user
 
 
@@ -52,8 +51,7 @@ def count_request(limit: str, caller: str = "") -> None:
 
     :raises ApiError: TOO_MANY_REQUESTS if the caller exceeds it.
     """
-    rate = current_app.extensions["rate_limits"].get(limit)
-    if rate:
+    if rate := current_app.extensions["rate_limits"].get(limit):
         left, seconds = rate.take(caller)
         headers = {"RateLimit-Policy": f'"{limit}";q={rate.amount};w={rate.seconds}'}
         headers["RateLimit"] = f'"{limit}";r={max(left, 0)};t={seconds}'
@@ -66,7 +64,8 @@ def count_request(limit: str, caller: str = "") -> None:
 
 def report_rate_limit(response: Response) -> Response:
     """Say in a response what its caller has left, or when to come again."""
-    response.headers.update(g.get("rate_limit", {}))
+    for name, value in g.get("rate_limit", {}).items():
+        response.headers[name] = value
     return response
 
 
@@ -142,8 +141,7 @@ def _cloud_run_user() -> User:
 
 
 def _require_metrics_token() -> None:
-    expected = current_app.config["METRICS_TOKEN"]
-    if not expected:
+    if not (expected := current_app.config["METRICS_TOKEN"]):
         raise ApiError(Code.NOT_FOUND)
     # Not request.authorization, which parses a token with = in it as parameters.
     if not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {expected}".encode()):

@@ -38,6 +38,7 @@ SQLITE_FREE_BYTES = 1_000_000
 """What must be free for SQLite to count as ready."""
 T = TypeVar("T")
 _SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
+_LOCKED_USER = select(User.__table__).where(User.id == bindparam("id")).with_for_update()
 _WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
 # Greedy: a value may contain quotes. The last one of a duplicate is the name of a key.
 _QUOTED = re.compile(r"'.*'( for key '[^']*'\Z)|'.*'", re.DOTALL)
@@ -155,17 +156,6 @@ def _class_of(model: Any) -> type[Snapshot]:
     return made
 
 
-@cache
-def _by_id(model: Any, is_locked: bool) -> Select[Any]:
-    found = select(model.__table__).where(model.__table__.c.id == bindparam("id"))
-    return found.with_for_update() if is_locked else found
-
-
-@cache
-def _by_ids(model: Any) -> Select[Any]:
-    return select(model.__table__).where(model.__table__.c.id.in_(bindparam("ids", expanding=True)))
-
-
 def rows(statement: Select[Any], on: Connection | None = None, **values: Any) -> Sequence[Row[Any]]:
     """Run a SELECT.
 
@@ -180,26 +170,15 @@ def load(model: Callable[..., T], found: Sequence[Row[Any]]) -> list[T]:
     return [cast(T, _class_of(model)(row)) for row in found]
 
 
-def find(model: Callable[..., T], id: int, on: Connection | None = None) -> T | None:  # noqa: A002
-    """Read a row by its id as a snapshot; None if there is none. What is not locked is read with what others read now.
-
-    :param on: the connection whose transaction locks it; by default none does.
-    """
-    if on is None:
-        return cast(T | None, _shared(model).get(id))
-    return next(iter(load(model, rows(_by_id(model, True), on, id=id))), None)
-
-
 @cache
-def _shared(model: Callable[..., T]) -> SharedReads:
-    return SharedReads(partial(_find_all, model))
+def _shared(model: Any) -> SharedReads:
+    by_ids = select(model.__table__).where(model.__table__.c.id.in_(bindparam("ids", expanding=True)))
+    return SharedReads(lambda ids: {row.id: row for row in load(model, rows(by_ids, ids=ids))})
 
 
-def _find_all(model: Callable[..., T], ids: list[int]) -> list[T | None]:
-    # A list costs more than one id, as SQLAlchemy renders it each time.
-    found = rows(_by_ids(model), ids=ids) if len(ids) > 1 else rows(_by_id(model, False), id=ids[0])
-    by_id = {row.id: row for row in load(cast(Any, model), found)}
-    return [by_id.get(number) for number in ids]
+def find(model: Callable[..., T], id: int) -> T | None:  # noqa: A002
+    """Read a row by its id as a snapshot; None if there is none. All that are read at this moment are read at once."""
+    return cast(T | None, _shared(model).get(id))
 
 
 def ping() -> None:
@@ -242,7 +221,7 @@ def in_transaction(work: Callable[[], T]) -> T:
                 if is_sqlite:
                     _begin_immediate()
                 if "user_id" in g:
-                    g.user = find(User, g.user_id, session.connection())
+                    g.user = next(iter(load(User, rows(_LOCKED_USER, session.connection(), id=g.user_id))), None)
                     if g.user is None or g.user.blocked:
                         raise ApiError(Code.UNAUTHORIZED)
                 result = work()

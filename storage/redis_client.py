@@ -1,6 +1,5 @@
 """The Redis that all instances share."""
 
-from collections.abc import Callable
 from typing import cast
 
 from flask import Flask, current_app
@@ -19,23 +18,17 @@ CONNECTIONS, WAIT_SECONDS = 100, 1
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
 
 
-class Failover(AbstractBackoff):
-    """What redis-py does before it sends once more, on a new connection: it closes the idle ones, and does not wait.
-
-    A primary that has become a replica may keep its connections, and they would read what is out of date.
-
-    :param close_idle: closes them. A function, as redis-py copies this object for each connection, but no function.
-    """
-
-    def __init__(self, close_idle: Callable[[], None]) -> None:
-        self.close_idle = close_idle
-
-    def compute(self, failures: int) -> float:
-        self.close_idle()
-        return 0
-
-
 def init_app(app: Flask) -> None:
+    class Failover(AbstractBackoff):
+        """What redis-py does before it sends once more, on a new connection: close the idle ones, and not wait.
+
+        A primary that has become a replica may keep its connections, and they would read what is out of date.
+        """
+
+        def compute(self, failures: int) -> float:
+            pool.disconnect(inuse_connections=False)
+            return 0
+
     pool = BlockingConnectionPool.from_url(
         app.config["REDIS_URL"],
         max_connections=CONNECTIONS,
@@ -47,10 +40,10 @@ def init_app(app: Flask) -> None:
         socket_timeout=0.4,
         # What Redis refused is sent again: READONLY, MASTERDOWN, NOREPLICAS … An error that it responds with means that
         # it has not run the command, script or MULTI.
-        retry=Retry(Failover(lambda: pool.disconnect(inuse_connections=False)), 1, (ResponseError, BusyLoadingError)),
+        retry=Retry(Failover(), 1, (ResponseError, BusyLoadingError)),
     )
     client = app.extensions["redis"] = Redis(connection_pool=pool)
-    app.extensions["shared_reads"] = SharedReads(client.mget)
+    app.extensions["shared_reads"] = SharedReads(lambda keys: dict(zip(keys, client.mget(keys), strict=True)))
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
 

@@ -40,7 +40,7 @@ def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any
         body = wsgi_app(environ, lambda *sent: started.append(sent))
         status_line, headers, *exc_info = started[-1]
         status = int(status_line[:3])
-        start_response(status_line, [*headers, ("X-Trace-Id", span.trace_id)], *exc_info)
+        start_response(status_line, [*headers, ("X-Trace-Id", span.ids["traceId"])], *exc_info)
         return body
     finally:
         seconds, route = time.perf_counter() - began, fields.get("route")

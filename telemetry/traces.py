@@ -71,8 +71,7 @@ class RequestSpan:
     :param method: `OTHER` for one that HTTP does not know.
     :param environ: that of the request; a valid `traceparent` is continued.
 
-    `trace_id`, and `parent_id`, the span of the caller if there is one, are 32 and 16 hex digits; `ids` are its fields
-    of a line.
+    `ids` are the fields of its line; `parent_id` is the span of the caller if there is one, 16 hex digits.
     """
 
     def __init__(self, method: str, environ: Mapping[str, Any]) -> None:
@@ -86,7 +85,6 @@ class RequestSpan:
             self._span = _tracer.start_span(self._verb, above, SpanKind.SERVER, {"http.request.method": known})
         self._token = attach(trace.set_span_in_context(self._span, Context()))
         self.ids = current_ids()
-        self.trace_id = self.ids["traceId"]
 
     def end(self, status: int, route: str | None = None) -> None:
         """End it; the span before it is current again.

@@ -65,6 +65,23 @@ def test_the_policy_runs_before_the_hooks_of_the_group_itself(make_app: Callable
     assert app.test_client().get("/group/").status_code == 401
 
 
+def test_requests_are_matched_at_the_host_that_they_name(make_app: Callable[..., Flask]) -> None:
+    app = make_app()
+    app.add_url_rule("/folder/", endpoint="docs.folder", view_func=lambda: "")
+    client = app.test_client()
+    moved = client.get("/folder?a=%C3%A9", environ_overrides={"HTTP_HOST": "shop.example:8443"})
+    assert (moved.status_code, moved.headers["Location"]) == (308, "http://shop.example:8443/folder/?a=%C3%A9")
+    for host in ("a..example", f"{'a' * 64}.example"):
+        refused = client.get("/livez", environ_overrides={"HTTP_HOST": host})
+        assert (refused.status_code, refused.get_json()["code"]) == (400, Code.INVALID_INPUT.number), host
+
+
+def test_a_response_states_its_length(client: FlaskClient) -> None:
+    whole, head = client.get("/livez"), client.head("/livez")
+    assert whole.headers["Content-Length"] == head.headers["Content-Length"] == str(len(whole.data))
+    assert not head.data
+
+
 def test_the_document_lists_the_failures_of_an_operation(client: FlaskClient) -> None:
     paths = client.get("/openapi.json").get_json()["paths"]
     login, me = paths["/api/v1/auth/wechat"]["post"]["responses"], paths["/api/v1/users/{user_id}"]["get"]["responses"]

@@ -34,7 +34,7 @@ class Client(Redis):
         return super().mget(keys)
 
 client = Client.from_url(sys.argv[1])
-reads = SharedReads(client.mget)
+reads = SharedReads(lambda keys: dict(zip(keys, client.mget(keys), strict=True)))
 for number in range(20):
     client.set(f"k{number}", number, ex=60)
 

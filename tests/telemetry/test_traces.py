@@ -60,7 +60,7 @@ def outgoing_headers() -> dict[str, str]:
 def test_a_valid_traceparent_is_continued(traceparent: str, flags: str) -> None:
     span = traces.RequestSpan("GET", {"HTTP_TRACEPARENT": traceparent})
     trace_id, span_id = traces.current_ids().values()
-    assert (trace_id, span.trace_id, span.parent_id) == (TRACE, TRACE, CALLER)
+    assert (trace_id, span.ids["traceId"], span.parent_id) == (TRACE, TRACE, CALLER)
     assert span_id != CALLER
     assert outgoing_headers() == {"traceparent": f"00-{TRACE}-{span_id}-{flags}"}
     span.end(200)
@@ -88,10 +88,10 @@ def test_any_other_traceparent_begins_a_new_trace() -> None:
         sent = outgoing_headers()
         span.end(200)
         assert span.parent_id is None, traceparent
-        assert span.trace_id != TRACE
+        assert span.ids["traceId"] != TRACE
         assert sent.keys() == {"traceparent"}
         # Others may record what begins here.
-        assert re.fullmatch(f"00-(?!0{{32}}){span.trace_id}-(?!0{{16}})[0-9a-f]{{16}}-01", sent["traceparent"])
+        assert re.fullmatch(f"00-(?!0{{32}}){span.ids['traceId']}-(?!0{{16}})[0-9a-f]{{16}}-01", sent["traceparent"])
 
 
 def test_the_tracestate_goes_along_if_it_is_valid(journal: Any) -> None:
