@@ -151,6 +151,6 @@ def in_parallel(functions: Mapping[str, Callable[[], Any]], seconds: float) -> d
 
 
 def init_app(app: Flask) -> None:
-    door = app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"])
+    door = app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"], app.config["WECHAT_CONCURRENCY"])
     metrics.SAMPLED[metrics.REQUESTS_IN_FLIGHT] = lambda: door.in_flight
     app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]

@@ -112,7 +112,7 @@ class Worker(GeventWorker):
         return nullcontext()  # a Client has its own
 
     def handle(self, listener, client, addr):  # type: ignore[no-untyped-def]
-        client = Client(fileno=client.detach())
+        client = Client(client.family, client.type, client.proto, client.detach())
         self.clients.add(client)
         super().handle(listener, client, addr)
         self.clients.remove(client)
@@ -247,6 +247,8 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     # The service is loaded: from now on its handler writes gunicorn's lines, redacted.
     worker.log.error_log.handlers, worker.log.error_log.propagate = [], True
     Client.door = worker.wsgi.extensions["door"]
+    Client.door.clients = worker.clients
+    gevent.spawn(Client.door.begin)
     gevent.spawn(Client.door.watch)
     if settings["WECHAT_PUSH_TOKEN"]:
         worker.wsgi.extensions["messages"].start()

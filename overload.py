@@ -1,44 +1,50 @@
 """What a worker does when more is asked of it than it can do: it refuses at the door, the least important first.
 
-The measure is how late the worker is to begin what waits for it, as in DAGOR and CoDel; how many requests are in flight
-is the second one. https://doi.org/10.1145/3267809.3267823, RFC 8289
+Requests wait at the door while others are served: those that were begun go first. Of those that wait the most important
+is begun next, and who has waited too long is refused: "controlled delay", https://queue.acm.org/detail.cfm?id=2839461.
+As in DAGOR, what counts is how long requests wait, not how long they take: https://doi.org/10.1145/3267809.3267823
 """
 
+import heapq
+import itertools
 import logging
 import math
 import random
 import re
 import secrets
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
+import gevent
 import msgspec
+from gevent.event import AsyncResult, Event
 
 from errors import Code, Message
 from telemetry import metrics
 
 logger = logging.getLogger(__name__)
 
-TARGET_SECONDS = 0.005
-"""How late a worker may be. Each request waits so long more than once: to be read, begun, and continued."""
+FEW_CLIENTS = 36
+"""Of so few, each of whom waits for a response, nobody has to wait at the door."""
+AT_ONCE = 8
+"""So many requests are in flight at once; further ones are begun one by one, whenever all those wait."""
+WRITES, READS, STRANGERS, LOGINS = 0, 1, 2, 3
+"""The classes, the most important first: what a user writes, and reads; requests without a known session; and logins,
+many of which may come at once, and have to wait for WeChat anyway.
+"""
+PATIENCE_SECONDS = 0.1, 0.1, 0.1, 3
+LITTLE_PATIENCE_SECONDS = 0.1, 0.01, 0.01, 3
+"""How long a request waits, by its class; and how long if there has always been another one for 0.1 s, without logins.
+What users write comes first, so it waits only while the worker does something else.
+"""
 BEAT_SECONDS = 0.02
-LOWER_A_SECOND, RAISE_A_SECOND = 3.0, 0.5
-"""How fast the level goes down while the worker is late, and up again; in classes."""
-HOLD_SECONDS = 1
-"""For how long it stays where a class is refused as a whole: what was begun before still makes the worker late."""
-WRITES, READS, STRANGERS = 0, 1, 2
-"""The classes, the most important first: what a user writes, and reads, and requests without a known session."""
-EVERYTHING = STRANGERS + 1.0
+"""How often it is looked who has waited too long."""
 FEW_A_SECOND = 5
-FEW_IN_FLIGHT = 36
-"""With so few callers, each of whom waits for a response, a worker may be busy, but nobody waits for long."""
 KNOWN_SESSIONS = 20_000
 RETRY_SECONDS = 1, 5
 """Of Retry-After, at random, so that clients do not come back together."""
-LOGIN_SECONDS = 3
-"""How long a login waits to be begun. Many may come at once; they need little, but not all at the same moment."""
 BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the moment: retry later")
 
 _LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
@@ -53,25 +59,33 @@ _RESPONSE = (
 _BODIES = [msgspec.json.encode({"code": Code.UNAVAILABLE.number, "message": text, "data": None}) for text in BUSY]
 
 
+Waiting = tuple[float, int, float, AsyncResult]
+"""A request at the door: its place, its number, since when it waits, and whether it is begun or refused."""
+
+
 class Door:
-    """Decides which requests of this process are begun.
+    """Decides which requests of this process are begun, and when.
 
     Requests have places: their class, and within it one by their user and the hour, so that an overload does not strike
-    all users a little, nor always the same ones. Those up to the level are begun.
+    all users a little, nor always the same ones.
 
     :param in_flight: how many requests may be in flight, without those that wait for WeChat.
+    :param elsewhere: how many may wait for WeChat, or at the door to do so. Beyond that logins are refused at once.
     """
 
-    def __init__(self, in_flight: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, in_flight: int, elsewhere: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.in_flight = 0
-        self.level = EVERYTHING
-        self._limit = in_flight
+        self.clients: Collection[object] = ()
+        """Those who are connected; none if requests do not come through this door."""
+        self._most, self._most_elsewhere = in_flight, elsewhere
         self._clock = clock
         self._users: dict[int, int] = {}
         self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
-        self._is_late = False
-        self._held_until = -math.inf
-        self._logins, self._pace, self._turns = 0, 1, threading.Semaphore(0)
+        self._numbers = itertools.count()
+        self._waiting: list[Waiting] = []
+        self._somebody_waits = Event()
+        self._elsewhere = 0
+        self._nobody_waited_at = -math.inf
         self._refused = 0
         self._trace_id = ""
 
@@ -82,60 +96,91 @@ class Door:
         self._users[hash(token.encode())] = user_id
 
     def refusal(self, head: bytes) -> bytes | None:
-        """Return the response to a request that is not begun, or None if it is. A login may have to wait before that.
+        """Return the response to a request that is refused, or None when it may begin.
 
         It says `Connection: close` unless it is certain where the next request begins.
 
         :param head: what has arrived of the request.
         """
-        if (self._is_late or self._logins) and _LOGIN.match(head):
-            self._logins += 1
-            began = self._turns.acquire(timeout=LOGIN_SECONDS)
-            self._logins -= 1
-            return None if began else self._response(head, "queue")
         now = self._clock()
-        few = self.in_flight < FEW_IN_FLIGHT or now - self._last[0] > 1
+        are_few = now - self._last[0] > 1
         self._last.append(now)
-        if few or head.startswith(_NEVER_REFUSED):
-            return None
-        place = self._place(head)
-        if place > self.level:
-            return self._response(head, "queue")
-        if self.in_flight >= self._limit * (1 - place / 2 / EVERYTHING):
-            return self._response(head, "in_flight")
-        return None
+        is_login = _LOGIN.match(head) is not None
+        is_one_too_many = is_login and self._elsewhere >= self._most_elsewhere
+        if not (are_few or len(self.clients) <= FEW_CLIENTS or head.startswith(_NEVER_REFUSED)):
+            place = LOGINS + 0.5 * (not is_one_too_many) if is_login else self._place(head)
+            if self.in_flight >= self._most * (1 - place / 8):
+                return self._response(head, "in_flight")
+            self._elsewhere += is_login
+            begins = self._wait(place)
+            self._elsewhere -= is_login
+            if not begins:
+                return self._response(head, "queue")
+        return self._response(head, "wechat") if is_one_too_many else None
 
-    def beat(self, late: float) -> None:
-        """Adapt the level, and begin logins, BEAT_SECONDS after the last time and this much later."""
-        self._is_late = late > TARGET_SECONDS
-        self._pace = max(1, self._pace // 2 if self._is_late else self._pace + 1)
-        if self._logins:
-            self._turns.release(min(self._pace, self._logins))
-        before, now = self.level, self._clock()
-        if not self._is_late or self.in_flight < FEW_IN_FLIGHT:
-            self.level = min(before + RAISE_A_SECOND * (BEAT_SECONDS + late), EVERYTHING)
-        elif now > self._held_until:
-            self.level = max(before - LOWER_A_SECOND * (BEAT_SECONDS + late), math.ceil(before) - 1.0, 0.0)
-            if self.level.is_integer():
-                self._held_until = now + HOLD_SECONDS
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Let other requests begin while one waits for WeChat; then it waits for its turn behind those of users."""
+        self.in_flight -= 1
+        self._elsewhere += 1
+        try:
+            yield
+            if len(self.clients) > FEW_CLIENTS:
+                self._wait(LOGINS)
+        finally:
+            self._elsewhere -= 1
+            self.in_flight += 1
+
+    def begin(self) -> None:
+        """Begin what waits, for ever."""
+        while self._somebody_waits.wait():
+            with gevent.Timeout(BEAT_SECONDS / 4, False):
+                gevent.idle()  # all that can go on does so first, and whoever comes is let in
+            for _ in range(min(max(AT_ONCE - self.in_flight, 1), len(self._waiting))):
+                heapq.heappop(self._waiting)[-1].set(True)
+            if not self._waiting:
+                self._somebody_waits.clear()
+
+    def watch(self) -> None:
+        """Refuse whoever has waited too long, and measure how long the others have, for ever."""
+        for number in range(10**18):
+            due = self._clock() + BEAT_SECONDS
+            gevent.sleep(BEAT_SECONDS)
+            metrics.QUEUE_SECONDS.observe(max(self.refuse(), self._clock() - due, 0))
+            if number % round(1 / BEAT_SECONDS) == 0:
+                self.report()
+
+    def refuse(self) -> float:
+        """Refuse whoever has waited too long; return how long the others have at most, in seconds, without logins."""
+        now, waiting = self._clock(), []
+        is_standing = now - self._nobody_waited_at > PATIENCE_SECONDS[WRITES]
+        patience = LITTLE_PATIENCE_SECONDS if is_standing else PATIENCE_SECONDS
+        for one in self._waiting:
+            place, _, since, begins = one
+            if now - since > patience[int(place)]:
+                begins.set(False)
+            else:
+                waiting.append(one)
+        heapq.heapify(waiting)
+        self._waiting = waiting
+        seconds = [now - since for place, _, since, _ in waiting if place < LOGINS]
+        if not seconds:
+            self._nobody_waited_at = now
+        return max(seconds, default=0.0)
 
     def report(self) -> None:
         """Log that requests were refused since the last report; their responses have the trace id of this line."""
         if self._refused:
-            reason = f"{self._refused} refused; level {self.level:.2f} of {EVERYTHING:.0f}; {self.in_flight} in flight"
+            reason = f"{self._refused} refused; {self.in_flight} in flight, {len(self._waiting)} wait"
             logger.warning("requests refused", extra={"traceId": self._trace_id, "reason": reason})
         self._refused, self._trace_id = 0, secrets.token_hex(16)
 
-    def watch(self) -> None:
-        """Measure how late the worker is, for ever: the part of it for which this thread itself used the CPU."""
-        for number in range(10**18):
-            began, used = time.monotonic(), time.thread_time()
-            time.sleep(BEAT_SECONDS)
-            late = min(time.monotonic() - began - BEAT_SECONDS, time.thread_time() - used)
-            metrics.QUEUE_SECONDS.observe(max(late, 0))
-            self.beat(late)
-            if number % round(1 / BEAT_SECONDS) == 0:
-                self.report()
+    def _wait(self, place: float) -> bool:
+        """Wait at the door; return whether the request begins, instead of being refused."""
+        begins = AsyncResult()
+        heapq.heappush(self._waiting, (place, next(self._numbers), self._clock(), begins))
+        self._somebody_waits.set()
+        return bool(begins.get())
 
     def _place(self, head: bytes) -> float:
         token = _TOKEN.search(head)

@@ -65,7 +65,7 @@ class Transport:
 
     :param base_url: the API's scheme, host and port.
     :param places: how many calls may be made at a time.
-    :param door: whose requests in flight are those that do not wait for WeChat.
+    :param door: lets others begin while a request waits for WeChat.
     """
 
     def __init__(self, base_url: str, places: int, door: Any) -> None:
@@ -110,7 +110,7 @@ class Transport:
         """
         for kind in ("timeout", "unreachable", "invalid", str(BUSY)):  # start at 0, or increase() misses a first burst
             metrics.WECHAT_CALLS.labels(path, kind, "failure")
-        with self._place(path):
+        with self._door.elsewhere(), self._place(path):
             for may_retry in (True, False):
                 limit = seconds_left(ANSWER_SECONDS, reserve=RESPOND_SECONDS)
                 ensure_somebody_waits()
@@ -165,7 +165,6 @@ class Transport:
         if not is_free:
             metrics.SHED.labels("wechat").inc()
             raise ApiError(Code.UNAVAILABLE)
-        self._door.in_flight -= 1
         try:
             with metrics.POOL_IN_USE.labels("wechat").track_inprogress():
                 yield
@@ -173,7 +172,6 @@ class Transport:
             self._count(path, self._failures[path] + 1)
             raise
         finally:
-            self._door.in_flight += 1
             self._places.release()
 
     def _count(self, path: str, failures: int) -> None:

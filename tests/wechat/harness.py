@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
 from errors import ApiError, Code
+from overload import Door
 from wechat.transport import Transport
 
 VECTORS = {
@@ -86,7 +86,7 @@ def pad(data: bytes, block: int) -> bytes:
 
 
 def transport_to(base_url: str) -> Transport:
-    return Transport(base_url, places=1000, door=SimpleNamespace(in_flight=0))
+    return Transport(base_url, places=1000, door=Door(100, 1000))
 
 
 @contextmanager

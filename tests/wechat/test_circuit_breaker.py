@@ -20,6 +20,7 @@ from gevent import GreenletExit
 import concurrency
 from concurrency import GaveUp
 from errors import ApiError, Code
+from overload import Door
 from tests.harness import WAIT_SECONDS, Simulator, counted, wait_until
 from tests.wechat.harness import outcome, refusal, transport_to
 from wechat import transport as transport_module
@@ -185,8 +186,7 @@ def test_a_clock_that_is_stepped_delays_no_trial(
 
 
 def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
-    door = SimpleNamespace(in_flight=10)
-    transport, gate = Transport("http://wechat.invalid", 2, door), threading.Event()
+    transport, gate = Transport("http://wechat.invalid", 2, Door(100, 2)), threading.Event()
 
     def occupy() -> None:
         with transport._place(PATH):
@@ -200,18 +200,28 @@ def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(occupy) for _ in range(2)]
         wait_until(lambda: in_use() == idle + 2)
-        assert door.in_flight == 8  # they keep no other requests out
         assert [refusal(occupy) for _ in range(3)] == [Code.UNAVAILABLE] * 3
         assert counted("http_requests_shed_total", reason="wechat") == shed + 3
         assert counted("pool_wait_seconds_total", pool="wechat") >= waited + 0.3
         gate.set()
         for one in both:
             one.result(WAIT_SECONDS)
-    assert (in_use(), door.in_flight) == (idle, 10)
+    assert in_use() == idle
     for error in (ApiError(Code.WECHAT_CODE_INVALID), GreenletExit(), RuntimeError()):  # none of which keeps its place
         with suppress(BaseException), transport._place(PATH):
             raise error
     occupy()
+
+
+def test_a_call_keeps_no_other_requests_out(simulator: Simulator) -> None:
+    door, during = Door(100, 100), []
+    transport = Transport(simulator.url, 2, door)
+    with pytest.MonkeyPatch.context() as watched:
+        exchange = transport._exchange
+        watched.setattr(transport, "_exchange", lambda *args: (during.append(door.in_flight), exchange(*args))[1])
+        door.in_flight = 10
+        call(transport)
+    assert (during, door.in_flight) == ([9], 10)
 
 
 def test_places_are_a_setting(make_app: Callable[..., Flask], simulator: Simulator) -> None:
