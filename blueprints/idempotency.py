@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 from flask import Response, g, request
-from sqlalchemy import delete
+from sqlalchemy import bindparam, delete, insert, select
 
 from blueprints.parsing import read_body
 from errors import ApiError, Code
@@ -18,6 +18,11 @@ from storage.models import IdempotencyKey, User, now
 REPLAY_LIFETIME = timedelta(hours=24)
 PARAMETER = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 PARAMETER["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
+
+
+_MINE = IdempotencyKey.user_id == bindparam("user_id")
+_EXPIRED = delete(IdempotencyKey).where(_MINE, IdempotencyKey.created_at <= bindparam("until"))
+_KNOWN = select(*IdempotencyKey.__table__.c).where(_MINE, IdempotencyKey.key == bindparam("key"))
 
 
 def run_once(make_response: Callable[[], Response]) -> Response:
@@ -44,17 +49,16 @@ def run_once(make_response: Callable[[], Response]) -> Response:
 
 
 def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:
-    known = database.session.get(IdempotencyKey, (g.user_id, key))
-    if known is not None and known.created_at > now() - REPLAY_LIFETIME:
+    connection, mine = database.session.connection(), {"user_id": g.user_id, "key": key}
+    connection.execute(_EXPIRED, {**mine, "until": now() - REPLAY_LIFETIME})
+    for known in database.rows(_KNOWN, connection, **mine):
         if known.fingerprint != fingerprint:
             raise ApiError(Code.IDEMPOTENCY_KEY_REUSED)
         return Response(known.body, known.status, json.loads(known.headers or "{}"))
-    expired = IdempotencyKey.user_id == g.user_id, IdempotencyKey.created_at <= now() - REPLAY_LIFETIME
-    database.session.execute(delete(IdempotencyKey).where(*expired))
     response = make_response()
-    stored = IdempotencyKey(user_id=g.user_id, key=key, fingerprint=fingerprint, status=response.status_code)
-    stored.headers, stored.body = json.dumps(dict(response.headers)), response.get_data()
+    stored = {**mine, "fingerprint": fingerprint, "status": response.status_code, "body": response.get_data()}
+    stored["headers"] = json.dumps(dict(response.headers))
     # The response goes when the user whom it is about is deleted.
-    stored.about_user_id = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
-    database.session.add(stored)
+    stored["about_user_id"] = g.row.id if isinstance(g.row, User) else getattr(g.row, "user_id", None)
+    connection.execute(insert(IdempotencyKey), stored)
     return response
