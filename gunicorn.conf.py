@@ -66,18 +66,17 @@ class Client(gevent.socket.socket):
     def recv(self, *args):  # type: ignore[no-untyped-def]
         while not self.timed_out:
             self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
-            served = self.served
-            self.door.in_flight -= served  # a request that waits for its client keeps no other one out
+            self.door.in_flight -= self.served  # a request that waits for its client keeps no other one out
             try:
                 data = super().recv(*args)
             except TimeoutError:
                 self.timed_out = True
-                if served:
+                if self.served:
                     raise
                 break
             finally:
-                self.door.in_flight += served
-            refusal = None if self.ends_at else self.door.refusal(data)
+                self.door.in_flight += self.served
+            refusal = None if self.ends_at or not data else self.door.refusal(data)
             if refusal is None:
                 self.ends_at = self.ends_at or time.monotonic() + settings["HEAD_SECONDS"]
                 return data
@@ -121,7 +120,9 @@ class Worker(GeventWorker):
         sock.ends_at, sock.served = time.monotonic() + settings["BODY_SECONDS"], True
         super().handle_request(listener_name, req, sock, addr)
         sock.sendall(b"")  # a response without a body
-        sock.ends_at, sock.served = 0.0, False
+        sock.served = False
+        req.body.read()  # what is left of it, less than 64 KiB; the door would take it for the next request
+        sock.ends_at = time.monotonic() + settings["HEAD_SECONDS"] if req.unreader.buf.getvalue() else 0.0
 
     def notify(self):  # type: ignore[no-untyped-def]
         super().notify()  # once a second

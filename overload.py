@@ -48,9 +48,9 @@ RETRY_SECONDS = 1, 5
 BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the moment: retry later")
 
 _LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
-_NEVER_REFUSED = (b"GET /livez ", b"GET /readyz ", b"GET /metrics ")
+_NEVER_REFUSED = re.compile(rb"(GET|HEAD|OPTIONS) /(livez|readyz|metrics)[ ?]")
 _TOKEN = re.compile(rb"\r\n(?:Authorization: *Bearer +|Cookie:[^\r\n]*\bsession=)([^\s;]+)", re.IGNORECASE)
-_ENDS = re.compile(rb"\r\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
+_ENDS = re.compile(rb" HTTP/1\.0\r|\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
 _ENGLISH = re.compile(rb"\r\nAccept-Language: *en", re.IGNORECASE)
 _RESPONSE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
@@ -86,8 +86,7 @@ class Door:
         self._somebody_waits = Event()
         self._elsewhere = 0
         self._nobody_waited_at = -math.inf
-        self._refused = 0
-        self._trace_id = ""
+        self._refused, self._trace_id = 0, ""
 
     def remember(self, token: str, user_id: int) -> None:
         """Keep whose session this is; only while the process lives, and not the token itself."""
@@ -107,7 +106,7 @@ class Door:
         self._last.append(now)
         is_login = _LOGIN.match(head) is not None
         is_one_too_many = is_login and self._elsewhere >= self._most_elsewhere
-        if not (are_few or len(self.clients) <= FEW_CLIENTS or head.startswith(_NEVER_REFUSED)):
+        if not (are_few or len(self.clients) <= FEW_CLIENTS or _NEVER_REFUSED.match(head)):
             place = LOGINS + 0.5 * (not is_one_too_many) if is_login else self._place(head)
             if self.in_flight >= self._most * (1 - place / 8):
                 return self._response(head, "in_flight")

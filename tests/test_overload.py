@@ -226,8 +226,10 @@ def test_it_is_the_user_who_counts_not_the_session(door: Door) -> None:
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
 def test_probes_and_the_scrape_never_wait(door: Door, path: str) -> None:
     door.in_flight = 10 * LIMIT
-    assert door.refusal(head("GET", path=path)) is None
-    assert door.refusal(head("GET", path=f"{path}/../api")) is not None
+    for method in ("GET", "HEAD", "OPTIONS"):
+        assert door.refusal(head(method, path=path)) is None
+        assert door.refusal(head(method, path=f"{path}?verbose")) is None
+        assert door.refusal(head(method, path=f"{path}/../api")) is not None
 
 
 def test_few_requests_a_second_never_wait(door: Door) -> None:
@@ -345,6 +347,25 @@ def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
     assert vars(record)["reason"].startswith("61 refused;")
     door.report()
     assert len([record for record in caplog.records if record.name == "overload"]) == 1
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        head("GET")[:-1],
+        head("GET") + b"x",
+        head("GET").replace(b"1.1", b"1.0"),
+        head("GET", "", "Connection: close"),
+        head("GET", "", "Content-Length: 5"),
+        head("GET", "", "Transfer-Encoding: chunked"),
+        head("GET").replace(b"Host: x\r\n", b"Host: x\nContent-Length: 5\r\n"),
+    ],
+)
+def test_a_refusal_closes_unless_it_is_certain_where_the_next_request_begins(door: Door, request_: bytes) -> None:
+    door.in_flight = LIMIT
+    refusal = door.refusal(request_)
+    assert refusal
+    assert parse(refusal)[0].headers["Connection"] == "close"
 
 
 def test_refusals_are_counted_by_what_was_too_much(door: Door) -> None:
