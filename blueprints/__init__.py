@@ -11,7 +11,6 @@ from werkzeug.routing import MapAdapter
 
 from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
-from blueprints.user_commands import users as user_commands
 from errors import ApiError, Code
 from storage.message_queue import MessageQueue
 
@@ -45,7 +44,6 @@ def init_app(app: Flask) -> None:
     api.register_blueprint(personal_data.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
     api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
     api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
-    app.cli.add_command(user_commands)
     app.extensions["messages"] = MessageQueue(app, messages.handle)  # gunicorn.conf.py starts it
 
     # Client code in the field calls the login without a version.
