@@ -35,9 +35,7 @@ from gunicorn.workers.ggevent import GeventWorker
 from pythonjsonlogger.msgspec import MsgspecFormatter
 
 # Refuse to start, here and once, if the environment lacks anything.
-declared = runpy.run_path(str(Path(__file__).with_name("settings.py")))
-settings = declared["load"](os.environ)
-instance = declared["instance"](settings["PORT"])
+settings = runpy.run_path(str(Path(__file__).with_name("settings.py")))["load"](os.environ)
 
 # All interfaces by default: the container or the machine's firewall decides who gets this far.
 host = str(settings["HOST"])
@@ -184,7 +182,7 @@ if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_fa
 # The metrics of the workers are in a directory of the instance. A stop removes it; what a crash left tells the next
 # start at this address of it. prometheus_client reads this variable when it is first imported: not before when_ready.
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
-directories = f"kuaishang-{settings['PORT']}-{host}-{instance}"  # the instance: containers may share the memory
+directories = f"kuaishang-{host}-{settings['INSTANCE']}"  # of the address on this machine: containers share memory
 
 # A file leaves as any other body does, after the head that a Client holds back; sendfile(2) would overtake it.
 sendfile = False
@@ -204,7 +202,7 @@ columns = ("levelname", "message", "name", "process")
 renamed = {"levelname": "level", "name": "logger", "process": "pid", "exc_info": "stack"}
 # They come first, in this order.
 first = {"timestamp": None, "levelname": None, "service": "kuaishang", "traceId": None, "message": None}
-last = {"instance": instance, "version": declared["VERSION"]}
+last = {"instance": settings["INSTANCE"], "version": settings["VERSION"]}
 lines.setFormatter(MsgspecFormatter(columns, rename_fields=renamed, defaults=first, static_fields=last, timestamp=True))
 logging.getLogger("gunicorn.error").handlers = [lines]
 
@@ -237,7 +235,8 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     from telemetry import logs, metrics, redaction
 
     redaction.hide_settings(settings)
-    lines.setFormatter(logs.JsonLineFormatter(instance, declared["VERSION"]))  # an exception at start-up is redacted
+    # An exception at start-up is redacted.
+    lines.setFormatter(logs.JsonLineFormatter(settings["INSTANCE"], settings["VERSION"]))
     worker.publish = metrics.publish
     metrics.WORKER_STARTS.inc()
     metrics.WORKER_DEATHS.inc(worker.replaces)

@@ -22,9 +22,8 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     :raises settings.SettingsError: listing every setting that is missing or malformed.
     """
     app = Flask("service", static_folder=None)
-    app.config.update(settings.load(environ), VERSION=settings.VERSION)
+    app.config.update(settings.load(environ))
     app.ensure_sync = lambda function: function  # type: ignore[assignment,method-assign]  # Flask looks for coroutines each time
-    app.config["INSTANCE"] = settings.instance(app.config["PORT"])
     proxies.init_app(app)
     concurrency.init_app(app)
     telemetry.init_app(app)

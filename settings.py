@@ -147,12 +147,14 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
     """Read the settings from an environment; an empty variable counts as not set.
 
     :param only: the names of the settings to read; all by default.
-    :returns: the settings by name, parsed.
+    :returns: the settings by name, parsed; and INSTANCE and VERSION.
     :raises SettingsError: with one message that lists every missing or malformed setting with its help.
     """
     try:
         given = {name: value.strip() for name, value in environ.items() if value.strip()}
-        return Settings(only=only).load(given, unknown=EXCLUDE)  # type: ignore[no-any-return]
+        loaded: dict[str, Any] = Settings(only=only).load(given, unknown=EXCLUDE)
+        # What names this process in logs, traces and metrics.
+        return loaded | {"INSTANCE": f"{socket.gethostname()}:{loaded.get('PORT')}", "VERSION": VERSION}
     except ValidationError as error:
         lines = ["The service cannot start: these settings are missing or malformed in its environment."]
         for name, messages in error.normalized_messages().items():  # they say what is wrong, never the value
@@ -160,8 +162,3 @@ def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[
             wrong = "missing" if messages == [field.error_messages["required"]] else " ".join(messages)
             lines.append(f"  {name}: {wrong} ({field.metadata['help']})")
         raise SettingsError("\n".join(lines)) from None
-
-
-def instance(port: int) -> str:
-    """Name this instance in logs and traces."""
-    return f"{socket.gethostname()}:{port}"

@@ -37,7 +37,7 @@ class Usage(NamedTuple):
 def usage(service: Service) -> Usage:
     """Return what the workers of an instance use together."""
     workers = service.workers()
-    files = list(Path("/dev/shm").glob(f"kuaishang-{service.environ['PORT']}-*/*"))
+    files = list(Path("/dev/shm").glob(f"kuaishang-*:{service.environ['PORT']}-*/*"))
     return Usage(
         sum(worker.memory_info().rss for worker in workers) / 1e6,
         sum(worker.num_fds() for worker in workers),

@@ -251,7 +251,7 @@ class Service:
     def discard(self) -> None:
         """Kill it, and remove the directory of its metrics, which the next start on its port would."""
         self.kill()
-        for left in Path("/dev/shm").glob(f"kuaishang-{self.environ['PORT']}-*"):
+        for left in Path("/dev/shm").glob(f"kuaishang-*:{self.environ['PORT']}-*"):
             shutil.rmtree(left)
 
     def workers(self) -> list[psutil.Process]:

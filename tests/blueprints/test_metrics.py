@@ -1,4 +1,5 @@
 import signal
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -31,7 +32,7 @@ def test_the_token_reads_the_metrics(client: FlaskClient) -> None:
             for family in parse(answer.text)
             for sample in family.samples
         }
-        assert read["kuaishang_build_info", settings.VERSION, settings.instance(8000)] == 1
+        assert read["kuaishang_build_info", settings.VERSION, f"{socket.gethostname()}:8000"] == 1
         assert read["kuaishang_http_requests_total", "/version", "200", "200", "GET"] > 0
         assert "X-Trace-Id" in answer.headers
 

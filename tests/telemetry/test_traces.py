@@ -172,7 +172,7 @@ def test_spans_name_their_sender_and_their_export_is_no_part_of_a_trace(
     }
     assert {name: value for name, value in spans[0].resource.items() if not name.startswith("telemetry.sdk.")} == {
         "service.name": "kuaishang",
-        "service.instance.id": settings.instance(9123),
+        "service.instance.id": f"{socket.gethostname()}:9123",
         "service.version": settings.VERSION,
     }
 
@@ -525,7 +525,8 @@ def test_each_worker_sends_its_own_spans_also_if_gunicorn_has_preloaded_the_serv
     sent = {span.trace_id for span in spans}
     assert sorted(ids <= sent for ids in served().values())[1:] == [True, True]  # the one killed had no time for all
     assert len({span.span_id for span in spans}) == len(spans)
-    assert {span.resource["service.instance.id"] for span in spans} == {settings.instance(int(service.environ["PORT"]))}
+    instance = f"{socket.gethostname()}:{service.environ['PORT']}"
+    assert {span.resource["service.instance.id"] for span in spans} == {instance}
     assert len(collector.clients) == 4  # the master and three workers, none over the connection of another
 
 
