@@ -21,11 +21,8 @@ BLOCKED = Message("账号已被封禁", "This account is blocked")
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT = "blocked_identities.fingerprint"
-_KNOWN = (
-    select(*User.__table__.c)
-    .join_from(User, Identity, Identity.user_id == User.id)
-    .where(Identity.app_id == bindparam("app_id"), Identity.openid == bindparam("openid"))
-)
+_IS_KNOWN = and_(Identity.app_id == bindparam("app_id"), Identity.openid == bindparam("openid"))
+_KNOWN = select(User.__table__).where(User.id == Identity.user_id, _IS_KNOWN)
 
 
 def get_or_create_user(app_id: str, openid: str, unionid: str | None) -> User:
