@@ -13,7 +13,7 @@ from blueprints.api import Blueprint
 from blueprints.parsing import read_body
 from errors import Code
 from telemetry import metrics, traces
-from wechat.message_push import MAXIMUM_AGE_SECONDS, PushMessage, refused
+from wechat.message_push import MAXIMUM_AGE_SECONDS, PUSH_NOT_CONFIGURED, PushMessage, refused
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,17 @@ blueprint = Blueprint("messages", __name__, description="消息推送 Message pu
 @blueprint.route("/messages")
 @blueprint.response(200, {"type": "string"}, content_type="text/plain", description="`echostr` as it came.")
 @blueprint.fails(Code.SIGNATURE_MISMATCH)
-@blueprint.fails(Code.NOT_FOUND, message=wechat.PUSH_NOT_CONFIGURED)
+@blueprint.fails(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""
-    wechat.configured_push().verify(request.args, "signature", now=time.time())
+    wechat.connections.push.verify(request.args, "signature", now=time.time())
     return _text(request.args.get("echostr", ""))
 
 
 @blueprint.route("/messages", methods=["POST"])
 @blueprint.response(200, {"type": "string"}, transaction=False, content_type="text/plain")
 @blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH, Code.PAYLOAD_TOO_LARGE, Code.UNAVAILABLE)
-@blueprint.fails(Code.NOT_FOUND, message=wechat.PUSH_NOT_CONFIGURED)
+@blueprint.fails(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
 def receive() -> Response:
     """Receive a message from WeChat
 
@@ -54,7 +54,7 @@ def receive() -> Response:
     body = read_body(request)
     if body.replace(b" ", b"") == CLOUD_RUN_PROBE:
         return _text("success")
-    push = wechat.configured_push()
+    push = wechat.connections.push
     message = push.open(request.args, body, time.time())
     if not message.is_recent(time.time()):
         raise refused("CreateTime is missing or old, the body encrypted without a key, or our clock wrong")

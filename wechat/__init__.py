@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 from flask import Flask, current_app
 from werkzeug.local import LocalProxy
 
-from errors import ApiError, Code, Message
+from errors import Code
 from wechat.access_token import AccessToken
 from wechat.client import Client
 from wechat.message_push import MessagePush
@@ -14,7 +14,6 @@ from wechat.transport import Transport
 
 FAILS = (Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 """The codes with which any call to WeChat can fail."""
-PUSH_NOT_CONFIGURED = Message("未配置消息推送", "Message push is not configured")
 
 
 class WeChat(NamedTuple):
@@ -24,23 +23,13 @@ class WeChat(NamedTuple):
     web_apps: dict[str, WebApp]
     """By the scope that each of them uses, one of `oauth.SCOPES`."""
 
-    push: MessagePush | None
+    push: MessagePush
     transport: Transport
 
 
 connections = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
 api = cast(Client, LocalProxy(lambda: connections.client))
 """WeChat's server API, as the configured mini-program."""
-
-
-def configured_push() -> MessagePush:
-    """The account's message push.
-
-    :raises ApiError: NOT_FOUND if it is not configured.
-    """
-    if connections.push is None:
-        raise ApiError(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
-    return connections.push
 
 
 def init_app(app: Flask) -> None:
@@ -54,10 +43,9 @@ def init_app(app: Flask) -> None:
         return WebApp(transport, own_id, own_secret, config["WECHAT_OPEN_BASE_URL"])
 
     account, website = web_app_from_settings("WECHAT_ACCOUNT"), web_app_from_settings("WECHAT_WEBSITE")
-    push_token, push_aes_key = config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"] or None
     app.extensions["wechat"] = WeChat(
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
-        push=MessagePush(push_token, push_aes_key, app_id) if push_token else None,
+        push=MessagePush(config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"], app_id),
         transport=transport,
     )

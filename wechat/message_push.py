@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-from errors import ApiError, Code
+from errors import ApiError, Code, Message
 from wechat.crypto import constant_time_equals, decode_aes_key, decrypt_message, encrypt_message, push_signature
 from wechat.lenient import UNSTORABLE, Form, read
 
 logger = logging.getLogger(__name__)
 
+PUSH_NOT_CONFIGURED = Message("未配置消息推送", "Message push is not configured")
 WINDOW_SECONDS = 300
 """The largest difference between a timestamp and our clock, in either direction."""
 MAXIMUM_AGE_SECONDS = 86400
@@ -58,15 +59,15 @@ class PushMessage(NamedTuple):
 class MessagePush:
     """One account's message push. Our settings decide the mode, never the request's `encrypt_type`.
 
-    :param token: the account's token, which WeChat signs with; with an empty one anybody could.
+    :param token: the account's token, which WeChat signs with; empty if push is not configured.
     :param encoding_aes_key: 43 letters and digits for an account in safe mode or compatibility mode: only encrypted
-        messages are accepted. None for an account in plain mode.
+        messages are accepted. Empty for an account in plain mode.
     :param app_id: the app id that encrypted messages must name.
     """
 
-    def __init__(self, token: str, encoding_aes_key: str | None, app_id: str) -> None:
+    def __init__(self, token: str, encoding_aes_key: str, app_id: str) -> None:
         self._token = token
-        self._aes_key = None if encoding_aes_key is None else decode_aes_key(encoding_aes_key)
+        self._aes_key = decode_aes_key(encoding_aes_key) if encoding_aes_key else None
         self._app_id = app_id
 
     def verify(self, query: Mapping[str, str], name: str, *encrypted: str, now: float) -> None:
@@ -74,8 +75,10 @@ class MessagePush:
 
         :param name: of the signature: `signature`, or `msg_signature`, which is also over what is encrypted.
         :param now: seconds since the epoch.
-        :raises ApiError: SIGNATURE_MISMATCH if it is missing, wrong or old.
+        :raises ApiError: SIGNATURE_MISMATCH if it is missing, wrong or old; NOT_FOUND if push is not configured.
         """
+        if not self._token:  # with which anybody could sign
+            raise ApiError(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
         timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
         if not constant_time_equals(query.get(name, ""), push_signature(self._token, timestamp, nonce, *encrypted)):
             raise refused("wrong token, or altered")
@@ -89,7 +92,7 @@ class MessagePush:
 
         :param now: seconds since the epoch.
         :raises ApiError: INVALID_INPUT for malformed bodies; SIGNATURE_MISMATCH if the signature is missing, wrong, old
-            or for another account, or the body is plain in safe mode.
+            or for another account, or the body is plain in safe mode; NOT_FOUND as `verify` does.
         """
         if self._aes_key is None:
             self.verify(query, "signature", now=now)

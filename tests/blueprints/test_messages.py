@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import TestResponse
 
-import wechat
 from blueprints import message_handlers, messages
 from storage import database, message_queue
 from storage.message_queue import STREAM
@@ -23,7 +22,7 @@ from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of
 from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simulator, counted
 from wechat.crypto import push_signature
-from wechat.message_push import MessagePush
+from wechat.message_push import PUSH_NOT_CONFIGURED, MessagePush
 
 URL = "/api/v1/wechat/messages"
 EVENT = {
@@ -116,7 +115,7 @@ def test_a_repeated_message_is_handled_once(
 def test_a_message_with_malformed_text_is_handled_and_logged(
     make_app: Callable[..., Flask], handled: Messages, log_lines: Any, content: bytes, read: str
 ) -> None:
-    body = MessagePush(PUSH_TOKEN, None, APP_ID).seal({**TEXT, "Content": "?"}, "xml", 0).encode()
+    body = MessagePush(PUSH_TOKEN, "", APP_ID).seal({**TEXT, "Content": "?"}, "xml", 0).encode()
     body = body.replace(b"?", b"<![CDATA[" + content + b"]]>")
     app = make_app(WECHAT_PUSH_AES_KEY="")
     with app.test_client().post(URL, query_string=signed(), data=body) as answer:
@@ -137,7 +136,7 @@ def test_a_recorded_message_is_not_accepted_a_day_later(
     app = make_app(**({} if safe else {"WECHAT_PUSH_AES_KEY": ""}))
     now = int(time.time())
     message = {**TEXT, "CreateTime": now - age, "MsgId": age}
-    body = (WECHAT if safe else MessagePush(PUSH_TOKEN, None, APP_ID)).seal(message, "json", now - age).encode()
+    body = (WECHAT if safe else MessagePush(PUSH_TOKEN, "", APP_ID)).seal(message, "json", now - age).encode()
     encrypted = [json.loads(body)["Encrypt"]] if safe else []
     # Recorded with a nonce that is the time of now: the signature is the same if both are exchanged.
     signature = push_signature(PUSH_TOKEN, str(now - age), str(now), *encrypted)
@@ -357,7 +356,7 @@ def test_a_plain_account_takes_plain_bodies_and_responds_plainly(
 ) -> None:
     app = make_app(WECHAT_PUSH_AES_KEY="")
     message_handlers.on("text", reply=True)(lambda message: {"Content": message["Content"]})
-    body = MessagePush(PUSH_TOKEN, None, APP_ID).seal(TEXT, form, 0)
+    body = MessagePush(PUSH_TOKEN, "", APP_ID).seal(TEXT, form, 0)
     with app.test_client().post(URL, query_string={**signed(), "encrypt_type": "aes"}, data=body.encode()) as answer:
         assert answer.status_code == 200
         assert "在吗" in answer.text
@@ -374,7 +373,7 @@ def test_without_a_token_the_route_is_404(make_app: Callable[..., Flask], handle
         client.post(URL, query_string=signed(token=""), json=EVENT),
     ):
         assert code_of(answer) == (404, 404)
-        assert answer.get_json()["message"] == wechat.PUSH_NOT_CONFIGURED.chinese
+        assert answer.get_json()["message"] == PUSH_NOT_CONFIGURED.chinese
     assert handled == []
 
 

@@ -45,7 +45,7 @@ XML_TEXT = st.text(
 )
 
 
-PLAIN_MODE = MessagePush(TOKEN, None, APP_ID)
+PLAIN_MODE = MessagePush(TOKEN, "", APP_ID)
 SAFE_MODE = MessagePush(TOKEN, ENCODING_AES_KEY, APP_ID)
 
 
@@ -440,7 +440,7 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
 @PROPERTY
 @given(JSON_OBJECTS, ANY_TEXT, st.text(min_size=1))
 def test_any_reply_in_json_can_be_opened(reply: dict[str, Any], nonce: str, token: str) -> None:
-    plain, safe = MessagePush(token, None, APP_ID), MessagePush(token, ENCODING_AES_KEY, APP_ID)
+    plain, safe = MessagePush(token, "", APP_ID), MessagePush(token, ENCODING_AES_KEY, APP_ID)
     body = plain.seal(reply, "json", NOW).encode()
     assert lenient.read(body, None) == reply
     if "Encrypt" not in reply:
