@@ -24,9 +24,6 @@ ROOM = 16
 connection."""
 _turn, _room = Semaphore(1), Semaphore(ROOM)
 
-TIMEOUT_HEADER = "X-Request-Timeout"
-"""Seconds, such as 1.5, after which the caller gives up."""
-
 CLEANUP_SECONDS = 0.05
 """How long a request that is given up may wait to clean up, before that is given up, too."""
 
@@ -91,17 +88,20 @@ class TimeOver(BaseException):
 
 
 def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
-    """Serve a request; respond with 503 if that takes longer than it may, and give up whatever it waits for."""
+    """Serve a request; respond with 503 if that takes longer than it may, and give up whatever it waits for.
+
+    Its time began with its first byte: the wait at the door counts.
+    """
     seconds: float = app.config["REQUEST_SECONDS"]
     if asked := environ.get("HTTP_X_REQUEST_TIMEOUT"):
         if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", asked, re.ASCII):
-            error = ApiError(Code.INVALID_INPUT, errors={TIMEOUT_HEADER: ["Must be seconds, such as 1.5."]})
+            error = ApiError(Code.INVALID_INPUT, errors={"X-Request-Timeout": ["Must be seconds, such as 1.5."]})
             return _fail(app, environ, error, start_response)
         seconds = min(seconds, float(asked))
-    door: Door = app.extensions["door"]
-    door.in_flight += 1
+    seconds -= time.monotonic() - getattr(environ.get("gunicorn.socket"), "began", time.monotonic())
+    app.extensions["door"].in_flight += 1
     token = _deadline.set(time.monotonic() + seconds)
-    timer = gevent.get_hub().loop.timer(seconds, CLEANUP_SECONDS)
+    timer = gevent.get_hub().loop.timer(max(seconds, 0), CLEANUP_SECONDS)
     timer.start(gevent.getcurrent().throw, TimeOver)
     try:
         return wsgi_app(environ, start_response)
@@ -114,7 +114,7 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
     finally:
         timer.close()
         _deadline.reset(token)
-        door.in_flight -= 1
+        app.extensions["door"].in_flight -= 1
 
 
 def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response: Any) -> Any:
@@ -151,6 +151,7 @@ def in_parallel(functions: Mapping[str, Callable[[], Any]], seconds: float) -> d
 
 
 def init_app(app: Flask) -> None:
-    door = app.extensions["door"] = Door(app.config["REQUESTS_IN_FLIGHT"], app.config["WECHAT_CONCURRENCY"])
+    limits = [app.config[name] for name in ("REQUESTS_IN_FLIGHT", "WECHAT_CONCURRENCY", "REQUEST_SECONDS")]
+    door = app.extensions["door"] = Door(*limits)
     metrics.SAMPLED[metrics.REQUESTS_IN_FLIGHT] = lambda: door.in_flight
     app.wsgi_app = partial(_end_in_time, app, app.wsgi_app)  # type: ignore[method-assign]

@@ -74,9 +74,9 @@ class Client(gevent.socket.socket):
                 break
             finally:
                 self.door.in_flight += self.served
-            refusal = None if self.ends_at or not data else self.door.refusal(data)
+            came, refusal = time.monotonic(), None if self.ends_at or not data else self.door.refusal(data)
             if refusal is None:
-                self.ends_at = self.ends_at or time.monotonic() + settings["HEAD_SECONDS"]
+                self.ends_at = self.ends_at or came + settings["HEAD_SECONDS"]
                 return data
             super().sendall(refusal)  # before anything is parsed, which costs more than all of this
             if b"Connection: close" in refusal:
@@ -115,7 +115,8 @@ class Worker(GeventWorker):
         self.clients.remove(client)
 
     def handle_request(self, listener_name, req, sock, addr):  # type: ignore[no-untyped-def]
-        sock.ends_at, sock.served = time.monotonic() + settings["BODY_SECONDS"], True
+        sock.began, sock.served = sock.ends_at - settings["HEAD_SECONDS"], True
+        sock.ends_at = time.monotonic() + settings["BODY_SECONDS"]
         super().handle_request(listener_name, req, sock, addr)
         sock.sendall(b"")  # a response without a body
         sock.served = False
@@ -125,13 +126,12 @@ class Worker(GeventWorker):
     def notify(self):  # type: ignore[no-untyped-def]
         super().notify()  # once a second
         self.publish()
-        for client in () if self.alive else self.clients:
-            if not client.ends_at:
-                # gunicorn would wait for the next request until graceful_timeout. What has arrived is still read, which
-                # the client's own shutdown would prevent.
-                with suppress(OSError), gevent.socket.fromfd(client.fileno(), client.family, client.type) as same:
-                    same.shutdown(socket.SHUT_RD)
-                    client.shut = True  # which is no sign that nobody waits for the response to what has arrived
+        for client in [client for client in self.clients if not (self.alive or client.ends_at)]:
+            # gunicorn would wait for the next request until graceful_timeout. What has arrived is still read, which the
+            # client's own shutdown would prevent.
+            with suppress(OSError), gevent.socket.fromfd(client.fileno(), client.family, client.type) as same:
+                same.shutdown(socket.SHUT_RD)
+                client.shut = True  # which is no sign that nobody waits for the response to what has arrived
 
     def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]
         # What gunicorn refuses it quotes, however long it is.

@@ -51,16 +51,13 @@ _LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
 _NEVER_REFUSED = re.compile(rb"(GET|HEAD|OPTIONS) /(livez|readyz|metrics)[ ?]")
 _TOKEN = re.compile(rb"\r\n(?:Authorization: *Bearer +|Cookie:[^\r\n]*\bsession=)([^\s;]+)", re.IGNORECASE)
 _ENDS = re.compile(rb" HTTP/1\.0\r|\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
+_SECONDS = re.compile(rb"\r\nX-Request-Timeout: *(\d{1,6}(?:\.\d{1,6})?)\r", re.IGNORECASE)
 _ENGLISH = re.compile(rb"\r\nAccept-Language: *en", re.IGNORECASE)
 _RESPONSE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
     b"Retry-After: %d\r\nX-Trace-Id: %s\r\nConnection: %s\r\n\r\n%s"
 )
 _BODIES = [msgspec.json.encode({"code": Code.UNAVAILABLE.number, "message": text, "data": None}) for text in BUSY]
-
-
-Waiting = tuple[float, int, float, AsyncResult]
-"""A request at the door: its place, its number, since when it waits, and whether it is begun or refused."""
 
 
 class Door:
@@ -71,18 +68,20 @@ class Door:
 
     :param in_flight: how many requests may be in flight, without those that wait for WeChat.
     :param elsewhere: how many may wait for WeChat, or at the door to do so. Beyond that logins are refused at once.
+    :param seconds: how long a request may take, unless its caller asks for less.
     """
 
-    def __init__(self, in_flight: int, elsewhere: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, in_flight: int, elsewhere: int, seconds: float = math.inf) -> None:
         self.in_flight = 0
         self.clients: Collection[object] = ()
         """Those who are connected; none if requests do not come through this door."""
-        self._most, self._most_elsewhere = in_flight, elsewhere
-        self._clock = clock
+        self._most, self._most_elsewhere, self._seconds = in_flight, elsewhere, seconds
+        self._clock: Callable[[], float] = time.monotonic
         self._users: dict[int, int] = {}
         self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
         self._numbers = itertools.count()
-        self._waiting: list[Waiting] = []
+        # Their places, numbers, since when and for how long at most they wait, and whether they are begun or refused.
+        self._waiting: list[tuple[float, int, float, float, AsyncResult]] = []
         self._somebody_waits = Event()
         self._elsewhere = 0
         self._nobody_waited_at = -math.inf
@@ -111,7 +110,7 @@ class Door:
             if self.in_flight >= self._most * (1 - place / 8):
                 return self._response(head, "in_flight")
             self._elsewhere += is_login
-            begins = self._wait(place)
+            begins = self._wait(place, float(asked[1]) if (asked := _SECONDS.search(head)) else self._seconds)
             self._elsewhere -= is_login
             if not begins:
                 return self._response(head, "queue")
@@ -125,7 +124,7 @@ class Door:
         try:
             yield
             if len(self.clients) > FEW_CLIENTS:
-                self._wait(LOGINS)
+                self._wait(LOGINS, self._seconds)
         finally:
             self._elsewhere -= 1
             self.in_flight += 1
@@ -155,17 +154,17 @@ class Door:
         is_standing = now - self._nobody_waited_at > PATIENCE_SECONDS[WRITES]
         patience = LITTLE_PATIENCE_SECONDS if is_standing else PATIENCE_SECONDS
         for one in self._waiting:
-            place, _, since, begins = one
-            if now - since > patience[int(place)]:
+            place, _, since, seconds, begins = one
+            if now - since > min(patience[int(place)], seconds):
                 begins.set(False)
             else:
                 waiting.append(one)
         heapq.heapify(waiting)
         self._waiting = waiting
-        seconds = [now - since for place, _, since, _ in waiting if place < LOGINS]
-        if not seconds:
+        others = [now - since for place, _, since, *_ in waiting if place < LOGINS]
+        if not others:
             self._nobody_waited_at = now
-        return max(seconds, default=0.0)
+        return max(others, default=0.0)
 
     def report(self) -> None:
         """Log that requests were refused since the last report; their responses have the trace id of this line."""
@@ -174,10 +173,10 @@ class Door:
             logger.warning("requests refused", extra={"traceId": self._trace_id, "reason": reason})
         self._refused, self._trace_id = 0, secrets.token_hex(16)
 
-    def _wait(self, place: float) -> bool:
+    def _wait(self, place: float, seconds: float) -> bool:
         """Wait at the door; return whether the request begins, instead of being refused."""
         begins = AsyncResult()
-        heapq.heappush(self._waiting, (place, next(self._numbers), self._clock(), begins))
+        heapq.heappush(self._waiting, (place, next(self._numbers), self._clock(), min(seconds, self._seconds), begins))
         self._somebody_waits.set()
         return bool(begins.get())
 

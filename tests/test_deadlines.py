@@ -58,6 +58,21 @@ def test_a_caller_may_ask_for_less_and_never_for_more(service: Service) -> None:
     assert get(service, "/sleep/0.1", **{"X-Request-Timeout": "1.5"}).status_code == 200
 
 
+def test_the_time_of_a_request_begins_with_its_first_byte_or_when_the_one_before_it_has_ended(service: Service) -> None:
+    def request(path: str, seconds: float) -> bytes:
+        return f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Request-Timeout: {seconds}\r\n\r\n".encode()
+
+    with closing(connect(service, request("/sleep/0.45", 0.6)[:-2])) as client:
+        time.sleep(0.3)
+        client.sendall(b"\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 503")
+        time.sleep(1)
+        for bytes_ in (request("/sleep/0.1", 0.9), request("/sleep/0.9", 1.5) + request("/sleep/0.1", 0.9)):
+            client.sendall(bytes_)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("value", ["", "soon", "-1", "1e9", "nan", "1,2", "9" * 5000])
 def test_a_malformed_timeout_is_refused_with_the_reason(service: Service, value: str) -> None:
     response = get(service, "/livez", **{"X-Request-Timeout": value})

@@ -29,6 +29,7 @@ from tests.harness import WAIT_SECONDS, counted
 
 LIMIT = 200
 LOGINS_AT_ONCE = 3
+REQUEST_SECONDS = 5
 
 
 class Clock:
@@ -41,7 +42,8 @@ class Clock:
 @pytest.fixture
 def door() -> Door:
     """One with many clients, and many requests a second."""
-    door = Door(LIMIT, LOGINS_AT_ONCE, Clock())
+    door = Door(LIMIT, LOGINS_AT_ONCE, LOGINS_AT_ONCE)
+    door._clock = Clock()
     door.remember("mine", 1)
     ask_often(door)
     door.clients = range(FEW_CLIENTS + 1)
@@ -153,6 +155,23 @@ def test_who_waits_too_long_is_refused(door: Door, kind: int, request_: bytes) -
     asked.join(WAIT_SECONDS)
     assert parse(asked.value)[0].status == 503
     assert not door._waiting
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [("", 1), ("X-Request-Timeout: 0.05", 0.05), ("x-request-timeout: 9", 1)]
+)
+def test_nobody_waits_longer_than_the_request_may_take(door: Door, asked: str, seconds: float) -> None:
+    door._seconds = 1
+    door.refuse()
+    login = ask(door, head("POST", "", *[asked] * bool(asked), path="/api/v1/auth/wechat"))
+    pass_time(door, seconds - 0.001)
+    door.refuse()
+    gevent.sleep(0)
+    assert not login.ready()
+    pass_time(door, 0.002)
+    door.refuse()
+    login.join(WAIT_SECONDS)
+    assert parse(login.value)[0].status == 503
 
 
 @pytest.mark.parametrize(("kind", "request_"), CLASSES.items())
