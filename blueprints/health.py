@@ -66,7 +66,7 @@ def ready() -> dict[str, str]:
     down = {"instance": ["Stopping."]} if is_stopping else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)
-    return {"redis": "up", "database": "up", "wechat": "down" if wechat.connections.transport.is_failing else "up"}
+    return {"redis": "up", "database": "up", "wechat": "down" if wechat.api.transport.is_failing else "up"}
 
 
 @blueprint.route("/version")

@@ -16,6 +16,7 @@ import wechat
 from blueprints.api import TRACE_ID_HEADER, Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, set_current_user
+from blueprints.users import matches
 from blueprints.wechat_profile import ProfileSchema
 from errors import ApiError, Code, Message
 from storage import database
@@ -29,6 +30,8 @@ ATTEMPT_SECONDS = 3600
 """How long a browser keeps what it has begun."""
 
 COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
+# `//host` and `/\host` lead to other sites, and browsers skip blanks.
+PATH_RULE = matches(r"/(?![/\\])(?:(?!\\)[!-~]){0,511}", "Must be a path of this site.")
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
 STATE_REFUSED = {"state": ["Unknown, expired after an hour, or from another browser: start again at authorize."]}
 DECLINED = Message("用户未同意授权", "The user did not consent")
@@ -40,11 +43,7 @@ blueprint.error_content = {"text/html": {"schema": {"type": "string"}}}
 
 
 class AuthorizeSchema(Schema):
-    # Only a path: `//host` and `/\host` lead to other sites, and browsers skip blanks.
-    return_to = fields.String(
-        load_default="/",
-        validate=validate.Regexp(r"^/(?![/\\])(?:(?!\\)[!-~]){0,511}(?!\n)$", error="Must be a path of this site."),
-    )
+    return_to = fields.String(load_default="/", validate=PATH_RULE)
     scope = fields.String(validate=validate.OneOf(SCOPES))
 
 
@@ -139,8 +138,7 @@ def check_authorization(user_id: int, app_id: str) -> bool:
 def _load_attempt(state: str) -> dict[str, str]:
     """Load the login that this browser began under a state; empty if there is none."""
     with suppress(BadSignature):
-        attempt: dict[str, str] = _serializer(state).loads(request.cookies.get(_cookie(state), ""))
-        return attempt
+        return _serializer(state).loads(request.cookies.get(_cookie(state), ""))  # type: ignore[no-any-return]
     return {}
 
 

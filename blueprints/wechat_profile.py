@@ -31,34 +31,30 @@ blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phon
 
 
 class EncryptedSchema(Schema):
-    """Either one or more of TYPED, or everything that WeChat gave: all the other fields."""
+    """Either everything that WeChat gave, the fields that are GIVEN, or one or more of the others."""
 
     MAXIMUM_BYTES = 64 * 1024
-    TYPED: frozenset[str]
+    GIVEN = frozenset(["encryptedData", "iv", "rawData", "signature"])
 
     encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
     iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
 
     @validates_schema
     def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
-        encrypted = self.fields.keys() - self.TYPED
-        if not body or not (body.keys() <= self.TYPED or body.keys() == encrypted):
-            reason = f"Send {' and/or '.join(sorted(self.TYPED))}, or all of {', '.join(sorted(encrypted))}."
+        given, others = self.fields.keys() & self.GIVEN, self.fields.keys() - self.GIVEN
+        if not body or not (body.keys() <= others or body.keys() == given):
+            reason = f"Send {' and/or '.join(sorted(others))}, or all of {', '.join(sorted(given))}."
             raise ValidationError({name: [reason] for name in sorted(self.fields)})
 
 
 class PhoneSchema(EncryptedSchema):
     """Either `code`, or `encryptedData` and `iv`."""
 
-    TYPED = frozenset(["code"])
-
     code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
 
 
 class ProfileSchema(TypedProfileSchema, EncryptedSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
-
-    TYPED = frozenset(["nickname", "avatar_url"])
 
     rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
     signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})

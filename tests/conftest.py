@@ -199,7 +199,7 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
             app = create_app({**environ, **different})
             app.after_request(journal.read_token)
             stack.callback(app.extensions["database"].dispose)
-            stack.callback(app.extensions["wechat"].transport._adapter.close)
+            stack.callback(app.extensions["wechat"].client.transport._adapter.close)
             stack.callback(app.extensions["redis"].close)
             return app
 
@@ -222,7 +222,7 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     shared_app.extensions["journal"] = journal
     wechat.init_app(shared_app)
     yield shared_app
-    shared_app.extensions["wechat"].transport._adapter.close()
+    shared_app.extensions["wechat"].client.transport._adapter.close()
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ class WeChat(NamedTuple):
     """By the scope that each of them uses, one of `oauth.SCOPES`."""
 
     push: MessagePush
-    transport: Transport
 
 
 connections = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
@@ -47,5 +46,4 @@ def init_app(app: Flask) -> None:
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
         push=MessagePush(config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"], app_id),
-        transport=transport,
     )

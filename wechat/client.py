@@ -20,7 +20,7 @@ class Client:
     def __init__(self, transport: Transport, access_token: AccessToken, app_id: str, app_secret: str) -> None:
         self.app_id = app_id
         self._app_secret = app_secret
-        self._transport = transport
+        self.transport = transport
         self._access_token = access_token
 
     def call(
@@ -47,7 +47,7 @@ class Client:
 
         def call_with(token: str, expected: Codes) -> Any:
             query = {"access_token": token, **(params or {})}
-            return self._transport.call(path, query, body, expected=expected, **{"media": True, **options})
+            return self.transport.call(path, query, body, expected=expected, **{"media": True, **options})
 
         token = self._access_token.get()
         answer = call_with(token, {*expected, *INVALID_TOKEN})
@@ -66,7 +66,7 @@ class Client:
         """
         path = "/sns/jscode2session"
         params = {"appid": self.app_id, "secret": self._app_secret, "js_code": code, "grant_type": "authorization_code"}
-        answer = self._transport.call(path, params)
+        answer = self.transport.call(path, params)
         openid, session_key = answer.get("openid"), answer.get("session_key")
         if not (is_identifier(openid) and isinstance(session_key, str) and re.fullmatch(r"[!-~]{1,64}", session_key)):
             raise unexpected_response(path, "openid or session_key missing or malformed", answer)

@@ -82,7 +82,7 @@ def test_malformed_login_response_is_502_and_its_field_names_are_logged(
 
 def answer_with(client: Client, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
     monkeypatch.setattr(
-        client._transport, "_exchange", lambda *_: (200, "application/json", json.dumps(answer).encode())
+        client.transport, "_exchange", lambda *_: (200, "application/json", json.dumps(answer).encode())
     )
 
 
@@ -196,7 +196,7 @@ def test_media_is_told_from_errors(
     client: Client, monkeypatch: pytest.MonkeyPatch, status: int, content_type: str, content: bytes, outcome: Any
 ) -> None:
     monkeypatch.setattr(client._access_token, "get", lambda **_: "token")
-    monkeypatch.setattr(client._transport, "_exchange", lambda *_: (status, content_type, content))
+    monkeypatch.setattr(client.transport, "_exchange", lambda *_: (status, content_type, content))
     if isinstance(outcome, Code):
         assert code_of(lambda: client.call(IMAGE)) is outcome
     else:

@@ -9,8 +9,6 @@ from sqlalchemy.dialects import mysql
 revision = "0006"
 down_revision = None
 
-TABLES = ("users", "identities", "blocked_identities", "orders", "order_items", "idempotency_keys")
-
 
 def _identifier(length: int) -> sa.String:
     return sa.String(length).with_variant(mysql.VARCHAR(length, collation="utf8mb4_bin"), "mysql")
@@ -89,5 +87,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in reversed(TABLES):
+    for table in ("idempotency_keys", "order_items", "orders", "blocked_identities", "identities", "users"):
         op.drop_table(table)
