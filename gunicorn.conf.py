@@ -38,8 +38,7 @@ from pythonjsonlogger.msgspec import MsgspecFormatter
 settings = runpy.run_path(str(Path(__file__).with_name("settings.py")))["load"](os.environ)
 
 # All interfaces by default: the container or the machine's firewall decides who gets this far.
-host = str(settings["HOST"])
-bind = f"[{host}]:{settings['PORT']}" if ":" in host else f"{host}:{settings['PORT']}"
+bind = f"[{settings['HOST']}]:{settings['PORT']}"  # the brackets, which IPv6 needs, gunicorn removes
 
 # At least two processes, so that one that dies or reloads leaves another that serves.
 workers = settings["WEB_CONCURRENCY"]
@@ -182,7 +181,7 @@ if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_fa
 # The metrics of the workers are in a directory of the instance. A stop removes it; what a crash left tells the next
 # start at this address of it. prometheus_client reads this variable when it is first imported: not before when_ready.
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
-directories = f"kuaishang-{host}-{settings['INSTANCE']}"  # of the address on this machine: containers share memory
+directories = f"kuaishang-{settings['HOST']}-{settings['INSTANCE']}"  # with the machine: containers share memory
 
 # A file leaves as any other body does, after the head that a Client holds back; sendfile(2) would overtake it.
 sendfile = False

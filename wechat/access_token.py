@@ -37,9 +37,7 @@ class AccessToken:
     """
 
     def __init__(self, transport: Transport, redis: Redis, cipher: Any, app_id: str, app_secret: str) -> None:
-        self._transport = transport
-        self._redis = redis
-        self._cipher = cipher
+        self._transport, self._redis, self._cipher = transport, redis, cipher
         self._body = {"grant_type": "client_credential", "appid": app_id, "secret": app_secret}
         self._key = f"wechat:{app_id}:access_token"
         self._turn = threading.Lock()

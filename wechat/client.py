@@ -18,10 +18,8 @@ class Client:
     """
 
     def __init__(self, transport: Transport, access_token: AccessToken, app_id: str, app_secret: str) -> None:
-        self.app_id = app_id
-        self._app_secret = app_secret
-        self.transport = transport
-        self._access_token = access_token
+        self.app_id, self._app_secret = app_id, app_secret
+        self.transport, self._access_token = transport, access_token
 
     def call(
         self, path: str, params: Params | None = None, body: Body = None, *, expected: Codes = (), **options: bool

@@ -19,7 +19,6 @@ from wechat import lenient
 
 MAXIMUM_AGE_SECONDS = 600
 CLOCK_SKEW_SECONDS = 60
-MAXIMUM_CIPHERTEXT_BYTES = 16 * 1024
 _MESSAGE_PADDING = PKCS7(256)
 """Messages are padded as if AES had blocks of 256 bits. They are 16 random bytes, the text's length in 4 bytes,
 big-endian, the text, and the app id."""
@@ -32,7 +31,7 @@ def decrypt_user_data(
 
     CBC does not authenticate: a change in the iv changes the first 16 bytes of the data. Hence `expected`.
 
-    :param encrypted_data: base64 of at most MAXIMUM_CIPHERTEXT_BYTES.
+    :param encrypted_data: base64 of some blocks of 16 bytes; how many, the limit of the request bounds.
     :param iv: base64 of 16 bytes.
     :param session_key: as WeChat sends it: base64 of 16 bytes.
     :param app_id: the app id that the watermark must name.
@@ -45,7 +44,7 @@ def decrypt_user_data(
         app, old or altered.
     """
     ciphertext, initial, key = (_decode_base64(text) for text in (encrypted_data, iv, session_key))
-    is_whole = 0 < len(ciphertext) <= MAXIMUM_CIPHERTEXT_BYTES and len(ciphertext) % 16 == 0
+    is_whole = len(ciphertext) > 0 and len(ciphertext) % 16 == 0
     is_valid = {"encryptedData": is_whole, "iv": len(initial) == 16}
     if not all(is_valid.values()):
         reason = ["Not base64, or of the wrong length: send it as WeChat gave it."]

@@ -66,9 +66,8 @@ class MessagePush:
     """
 
     def __init__(self, token: str, encoding_aes_key: str, app_id: str) -> None:
-        self._token = token
+        self._token, self._app_id = token, app_id
         self._aes_key = decode_aes_key(encoding_aes_key) if encoding_aes_key else None
-        self._app_id = app_id
 
     def verify(self, query: Mapping[str, str], name: str, *encrypted: str, now: float) -> None:
         """Verify a request: the GET request, too, that WeChat sends when the address is configured.

@@ -31,8 +31,7 @@ class WebApp:
     """
 
     def __init__(self, transport: Transport, app_id: str, app_secret: str, open_base_url: str) -> None:
-        self.app_id = app_id
-        self._app_secret = app_secret
+        self.app_id, self._app_secret = app_id, app_secret
         self._transport = transport
         self._open_base_url = open_base_url.rstrip("/")
 
