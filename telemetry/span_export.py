@@ -6,10 +6,8 @@ ATTRIBUTES, and names that are put together here.
 Read against opentelemetry-sdk 1.45.1: BatchSpanProcessor._batch_processor, as only its shutdown takes a timeout.
 """
 
-import os
 import re
 from collections.abc import Sequence
-from functools import partial
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -43,9 +41,8 @@ def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
     :param instance: becomes service.instance.id, as `version` service.version, unless OTEL_RESOURCE_ATTRIBUTES has one.
     """
     ours = {"service.name": SERVICE, "service.instance.id": instance, "service.version": version}
-    resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
-    made = TracerProvider(resource=resource)
-    made.add_span_processor(_Processor(Exporter(f"{endpoint.rstrip('/')}/v1/traces", resource)))
+    made = TracerProvider(resource=Resource.create({**ours, **OTELResourceDetector().detect().attributes}))
+    made.add_span_processor(_Processor(Exporter(f"{endpoint.rstrip('/')}/v1/traces")))
     return made
 
 
@@ -64,17 +61,7 @@ class _Processor(BatchSpanProcessor):
 
 
 class Exporter(OTLPSpanExporter):
-    """Exports the permitted part of spans.
-
-    :param endpoint: where they are posted to.
-    :param resource: the sender. Not that of the spans: after a fork, the SDK puts a random service.instance.id there.
-    """
-
-    def __init__(self, endpoint: str, resource: Resource) -> None:
-        super().__init__(endpoint)
-        self.resource = resource
-        # Two processes must not share a connection.
-        os.register_at_fork(after_in_child=partial(super().__init__, endpoint))
+    """Exports the permitted part of spans. Made after the fork of a worker, as two must not share a connection."""
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         return super().export([self._permitted(span) for span in spans])
@@ -90,7 +77,7 @@ class Exporter(OTLPSpanExporter):
             name=_name(span),
             context=ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags),
             parent=span.parent,
-            resource=self.resource,
+            resource=span.resource,
             attributes=attributes,
             kind=span.kind,
             instrumentation_scope=span.instrumentation_scope,
