@@ -144,13 +144,17 @@ class Door:
         for number in range(10**18):
             due = self._clock() + BEAT_SECONDS
             gevent.sleep(BEAT_SECONDS)
-            metrics.QUEUE_SECONDS.observe(max(self.refuse(), self._clock() - due, 0))
+            late = max(self._clock() - due, 0)
+            metrics.QUEUE_SECONDS.observe(self.refuse(late) + late)
             if number % round(1 / BEAT_SECONDS) == 0:
                 self.report()
 
-    def refuse(self) -> float:
-        """Refuse whoever has waited too long; return how long the others have at most, in seconds, without logins."""
-        now, waiting = self._clock(), []
+    def refuse(self, late: float = 0) -> float:
+        """Refuse whoever has waited too long; return how long the others have at most, in seconds, without logins.
+
+        :param late: for how many seconds nobody could have begun, as the worker did something else.
+        """
+        now, waiting = self._clock() - late, []
         is_standing = now - self._nobody_waited_at > PATIENCE_SECONDS[WRITES]
         patience = LITTLE_PATIENCE_SECONDS if is_standing else PATIENCE_SECONDS
         for one in self._waiting:

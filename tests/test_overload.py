@@ -201,6 +201,17 @@ def test_if_somebody_always_waits_patience_is_less(door: Door, kind: int, reques
     assert not asked.ready()
 
 
+def test_nobody_is_refused_for_a_worker_that_stood_still(door: Door) -> None:
+    asked = ask(door, READ)
+    pass_time(door, 0.5)
+    assert door.refuse(0.49) == pytest.approx(0.01)
+    gevent.sleep(0)
+    assert not asked.ready()
+    door.refuse(0.3)
+    asked.join(WAIT_SECONDS)
+    assert asked.value
+
+
 def test_logins_that_wait_are_no_reason_for_less_patience(door: Door) -> None:
     ask(door, LOGIN)
     pass_time(door, 1)
