@@ -5,6 +5,7 @@ from typing import cast
 from flask import Flask, current_app
 from redis import BlockingConnectionPool, DriverInfo, Redis
 from redis.backoff import AbstractBackoff
+from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
@@ -16,6 +17,9 @@ CONNECTIONS, WAIT_SECONDS = 100, 1
 """How many a process opens at most, and how long a request waits for one that is free."""
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
+
+# redis-py 8.1 looks for it when a connection is not made in time, and would raise an AttributeError.
+UnixDomainSocketConnection.port = None  # type: ignore[attr-defined]
 
 
 def init_app(app: Flask) -> None:

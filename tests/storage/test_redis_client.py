@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 from flask import Flask
 from redis import Redis
+from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import RedisError, ResponseError
 
 from dev.redis_server import RedisServer
@@ -51,6 +52,12 @@ def other_redis(tmp_path: Path) -> Iterator[RedisServer]:
     with closing(RedisServer(tmp_path / "other", bound_to_this_process())) as server:
         server.start()
         yield server
+
+
+def test_a_unix_socket_that_is_not_connected_in_time_is_a_redis_that_is_away(make_app: Callable[..., Flask]) -> None:
+    redis = make_app(REDIS_URL="unix:///nowhere").extensions["redis"]
+    with patch.object(UnixDomainSocketConnection, "_connect", side_effect=TimeoutError), pytest.raises(RedisError):
+        redis.ping()
 
 
 def test_a_new_connection_opens_nothing_but_a_socket(make_app: Callable[..., Flask]) -> None:
