@@ -20,7 +20,6 @@ import secrets
 import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -57,17 +56,17 @@ class Client(gevent.socket.socket):
 
     door = None  # of this process
     ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
-    served = timed_out = shut = False
+    served = over = shut = False
     held = b""
 
     def recv(self, *args):  # type: ignore[no-untyped-def]
-        while not self.timed_out:
+        while not self.over:
             self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
             self.door.in_flight -= self.served  # a request that waits for its client keeps no other one out
             try:
                 data = super().recv(*args)
             except TimeoutError:
-                self.timed_out = True
+                self.over = True
                 if self.served:
                     raise
                 break
@@ -78,8 +77,8 @@ class Client(gevent.socket.socket):
                 self.ends_at = self.ends_at or came + settings["HEAD_SECONDS"]
                 return data
             super().sendall(refusal)  # before anything is parsed, which costs more than all of this
-            if b"Connection: close" in refusal:
-                break
+            self.over = b"Connection: close" in refusal
+            gevent.sleep(0)  # see handle_request
         return b""
 
     def sendall(self, data, *args):  # type: ignore[no-untyped-def]
@@ -118,6 +117,7 @@ class Worker(GeventWorker):
         sock.ends_at = time.monotonic() + settings["BODY_SECONDS"]
         super().handle_request(listener_name, req, sock, addr)
         sock.sendall(b"")  # a response without a body
+        gevent.sleep(0)  # others go on now, even if this client's next request is there already
         sock.served = False
         req.body.read()  # what is left of it, less than 64 KiB; the door would take it for the next request
         sock.ends_at = time.monotonic() + settings["HEAD_SECONDS"] if req.unreader.buf.getvalue() else 0.0
@@ -129,7 +129,7 @@ class Worker(GeventWorker):
             # gunicorn would wait for the next request until graceful_timeout. What has arrived is still read, which the
             # client's own shutdown would prevent.
             with suppress(OSError), gevent.socket.fromfd(client.fileno(), client.family, client.type) as same:
-                same.shutdown(socket.SHUT_RD)
+                same.shutdown(gevent.socket.SHUT_RD)
                 client.shut = True  # which is no sign that nobody waits for the response to what has arrived
 
     def handle_error(self, req, client, addr, exc):  # type: ignore[no-untyped-def]

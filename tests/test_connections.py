@@ -2,7 +2,9 @@
 
 import json
 import re
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -260,3 +262,26 @@ def test_users_who_read_at_the_same_moment_each_read_themselves(services: Servic
                     client.received += client.socket.recv(65536)
                 body, client.received = client.received[:length], client.received[length:]
                 assert json.loads(body)["data"]["id"] == mine[token]
+
+
+def test_a_client_whose_next_request_is_always_there_keeps_no_other_one_waiting(start_service: StartService) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    requests_ = 5000
+    hasty, other = Client(service), Client(service)
+    with closing(hasty.socket), closing(other.socket):
+        other.send("GET /livez")
+        assert other.response()[0] == 200
+        sending = threading.Thread(
+            target=hasty.socket.sendall, args=(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * requests_,)
+        )
+        sending.start()
+        for number in range(requests_):
+            assert hasty.response()[0] == 200
+            if number == 100:
+                other.send("GET /livez")
+            if number > 100 and select.select([other.socket], [], [], 0)[0]:
+                break
+        assert number < requests_ - 1000
+        while sending.is_alive():
+            hasty.response()
+        sending.join()
