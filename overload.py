@@ -26,8 +26,6 @@ from telemetry import metrics
 
 logger = logging.getLogger(__name__)
 
-FEW_CLIENTS = 36
-"""Of so few, each of whom waits for a response, nobody has to wait at the door."""
 AT_ONCE = 8
 """So many requests are in flight at once; further ones are begun one by one, whenever all those wait."""
 WRITES, READS, STRANGERS, LOGINS = 0, 1, 2, 3
@@ -39,8 +37,8 @@ LITTLE_PATIENCE_SECONDS = 0.1, 0.01, 0.01, 3
 """How long a request waits, by its class; and how long if there has always been another one for 0.1 s, without logins.
 What users write comes first, so it waits only while the worker does something else.
 """
-BEAT_SECONDS = 0.02
-"""How often it is looked who has waited too long."""
+BEAT_SECONDS, RAISE_A_BEAT = 0.02, 0.1
+"""How often it is looked who has waited too long, and how much more is let in if nobody has; in classes."""
 FEW_A_SECOND = 5
 KNOWN_SESSIONS = 20_000
 RETRY_SECONDS = 1, 5
@@ -66,13 +64,16 @@ class Door:
     Requests have places: their class, and within it one by their user and the hour, so that an overload does not strike
     all users a little, nor always the same ones.
 
-    :param in_flight: how many requests may be in flight, without those that wait for WeChat.
+    :param in_flight: how many requests may be in flight, without those that wait for WeChat. With no more clients than
+        that nobody waits at the door: each of them waits for one response, so it cannot be for long.
     :param elsewhere: how many may wait for WeChat, or at the door to do so. Beyond that logins are refused at once.
     :param seconds: how long a request may take, unless its caller asks for less.
     """
 
     def __init__(self, in_flight: int, elsewhere: int, seconds: float = math.inf) -> None:
         self.in_flight = 0
+        self.level: float = LOGINS
+        """From this place on requests are refused at once; never logins."""
         self.clients: Collection[object] = ()
         """Those who are connected; none if requests do not come through this door."""
         self._most, self._most_elsewhere, self._seconds = in_flight, elsewhere, seconds
@@ -84,7 +85,7 @@ class Door:
         self._waiting: list[tuple[float, int, float, float, AsyncResult]] = []
         self._somebody_waits = Event()
         self._elsewhere = 0
-        self._nobody_waited_at = -math.inf
+        self._nobody_waited_at, self._patience = -math.inf, PATIENCE_SECONDS
         self._refused, self._trace_id = 0, ""
 
     def remember(self, token: str, user_id: int) -> None:
@@ -105,8 +106,10 @@ class Door:
         self._last.append(now)
         is_login = _LOGIN.match(head) is not None
         is_one_too_many = is_login and self._elsewhere >= self._most_elsewhere
-        if not (are_few or len(self.clients) <= FEW_CLIENTS or _NEVER_REFUSED.match(head)):
+        if not (are_few or len(self.clients) <= self._most or _NEVER_REFUSED.match(head)):
             place = LOGINS + 0.5 * (not is_one_too_many) if is_login else self._place(head)
+            if not is_login and place >= self.level:
+                return self._response(head, "queue")
             if self.in_flight >= self._most * (1 - place / 8):
                 return self._response(head, "in_flight")
             self._elsewhere += is_login
@@ -123,7 +126,7 @@ class Door:
         self._elsewhere += 1
         try:
             yield
-            if len(self.clients) > FEW_CLIENTS:
+            if len(self.clients) > self._most:
                 self._wait(LOGINS, self._seconds)
         finally:
             self._elsewhere -= 1
@@ -135,7 +138,8 @@ class Door:
             with gevent.Timeout(BEAT_SECONDS / 4, False):
                 gevent.idle()  # all that can go on does so first, and whoever comes is let in
             for _ in range(min(max(AT_ONCE - self.in_flight, 1), len(self._waiting))):
-                heapq.heappop(self._waiting)[-1].set(True)
+                place, _, since, _, begins = heapq.heappop(self._waiting)
+                begins.set(self._clock() - since <= self._patience[int(place)])
             if not self._waiting:
                 self._somebody_waits.clear()
 
@@ -154,17 +158,19 @@ class Door:
 
         :param late: for how many seconds nobody could have begun, as the worker did something else.
         """
-        now, waiting = self._clock() - late, []
-        is_standing = now - self._nobody_waited_at > PATIENCE_SECONDS[WRITES]
-        patience = LITTLE_PATIENCE_SECONDS if is_standing else PATIENCE_SECONDS
+        now, waiting, refused = self._clock() - late, [], []
+        is_overloaded = self.level < LOGINS or now - self._nobody_waited_at > PATIENCE_SECONDS[WRITES]
+        self._patience = LITTLE_PATIENCE_SECONDS if is_overloaded else PATIENCE_SECONDS
         for one in self._waiting:
             place, _, since, seconds, begins = one
-            if now - since > min(patience[int(place)], seconds):
+            if now - since > min(self._patience[int(place)], seconds):
                 begins.set(False)
+                refused.append(place)
             else:
                 waiting.append(one)
         heapq.heapify(waiting)
         self._waiting = waiting
+        self.level = min(*refused, self.level + RAISE_A_BEAT, LOGINS)
         others = [now - since for place, _, since, *_ in waiting if place < LOGINS]
         if not others:
             self._nobody_waited_at = now

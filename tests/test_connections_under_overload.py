@@ -11,7 +11,6 @@ from contextlib import ExitStack, closing
 import pytest
 import requests
 
-from overload import FEW_CLIENTS
 from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, bearer
 from tests.test_connections import Client
 
@@ -34,7 +33,7 @@ def full_service(start_service: Callable[..., Service]) -> Iterator[Service]:
 
     asking = threading.Thread(target=ask_often)
     with ExitStack() as stack:
-        for number in range(10 + FEW_CLIENTS):
+        for number in range(30):
             client = Client(service)
             stack.callback(client.socket.close)
             client.send("GET /sleep/300.0" if number < 10 else "GET /livez")

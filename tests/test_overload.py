@@ -15,7 +15,6 @@ from gevent.event import Event
 from overload import (
     AT_ONCE,
     FEW_A_SECOND,
-    FEW_CLIENTS,
     KNOWN_SESSIONS,
     LITTLE_PATIENCE_SECONDS,
     LOGINS,
@@ -46,7 +45,7 @@ def door() -> Door:
     door._clock = Clock()
     door.remember("mine", 1)
     ask_often(door)
-    door.clients = range(FEW_CLIENTS + 1)
+    door.clients = range(LIMIT + 1)
     return door
 
 
@@ -192,13 +191,42 @@ def test_if_somebody_always_waits_patience_is_less(door: Door, kind: int, reques
     gevent.joinall(always, WAIT_SECONDS)
     assert LITTLE_PATIENCE_SECONDS[WRITES] == PATIENCE_SECONDS[WRITES]
     assert LITTLE_PATIENCE_SECONDS[READS] < PATIENCE_SECONDS[READS]
-    door.refuse()  # nobody waits now
+    while door.level < LOGINS:
+        door.refuse()  # nobody waits now
     ask_often(door)
     asked = ask(door, READ)
     pass_time(door, PATIENCE_SECONDS[READS] - 0.001)
     assert door.refuse() == pytest.approx(PATIENCE_SECONDS[READS] - 0.001)
     gevent.sleep(0)
     assert not asked.ready()
+
+
+def test_who_would_be_refused_anyway_is_refused_at_once_until_fewer_come(door: Door) -> None:
+    asked = ask(door, READ)
+    pass_time(door, PATIENCE_SECONDS[READS] + 0.001)
+    door.refuse()
+    asked.join(WAIT_SECONDS)
+    assert {kind: ask(door, request_).ready() for kind, request_ in CLASSES.items()} == {
+        WRITES: False,
+        READS: True,
+        STRANGERS: True,
+        LOGINS: False,
+    }
+    levels = [door.level]
+    while door.level < LOGINS:
+        door.refuse()
+        levels.append(door.level)
+    assert int(levels[0]) == READS
+    assert 10 < len(levels) < 30  # not all of them at once
+    assert not ask(door, STRANGER).ready()
+
+
+def test_who_has_waited_too_long_is_not_begun(opened: Door) -> None:
+    opened.in_flight = AT_ONCE
+    asked = ask(opened, READ)
+    pass_time(opened, PATIENCE_SECONDS[READS] + 0.001)
+    asked.join(WAIT_SECONDS)
+    assert parse(asked.value)[0].status == 503
 
 
 def test_nobody_is_refused_for_a_worker_that_stood_still(door: Door) -> None:
@@ -274,7 +302,7 @@ def test_few_requests_a_second_never_wait(door: Door) -> None:
 
 
 def test_requests_of_few_clients_never_wait(door: Door) -> None:
-    door.clients, door.in_flight = range(FEW_CLIENTS), 10 * LIMIT
+    door.clients, door.in_flight = range(LIMIT), 10 * LIMIT
     assert door.refusal(STRANGER) is None
 
 
@@ -405,7 +433,7 @@ def test_refusals_are_counted_by_what_was_too_much(door: Door) -> None:
     door.refuse()
     asked.join(WAIT_SECONDS)
     ask_often(door)
-    door.in_flight = LIMIT
+    door.level, door.in_flight = LOGINS, LIMIT
     door.refusal(STRANGER)
     for reason, count in before.items():
         assert counted("http_requests_shed_total", reason=reason) == count + 1
