@@ -201,6 +201,8 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
             stack.callback(app.extensions["database"].dispose)
             stack.callback(app.extensions["wechat"].client.transport._adapter.close)
             stack.callback(app.extensions["redis"].close)
+            for limit in app.extensions["rate_limits"].values():
+                stack.callback(limit._settler.shutdown)  # so that it writes nothing into the next test's Redis
             return app
 
         yield make
@@ -222,6 +224,10 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     shared_app.extensions["journal"] = journal
     wechat.init_app(shared_app)
     yield shared_app
+    for limit in shared_app.extensions["rate_limits"].values():
+        limit._settler.submit(
+            int
+        ).result()  # what is due is settled, so nothing gets into the next test
     shared_app.extensions["wechat"].client.transport._adapter.close()
 
 

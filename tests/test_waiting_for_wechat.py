@@ -85,14 +85,18 @@ def log_in(service: Service, code: str, **headers: str) -> requests.Response:
 def test_a_response_that_does_not_come_is_504_before_the_deadline_and_its_connection_is_not_used_again(
     start_service: StartService, fault: str
 ) -> None:
-    with faulty_wechat(FAULTS[fault]) as (url, connections):
-        service = start_service(WECHAT_API_BASE_URL=url, WEB_CONCURRENCY="1")
-        answer = log_in(service, "one", **{"X-Request-Timeout": "1"})
-        assert (answer.status_code, answer.json()["code"]) == (504, 504)  # and not 503, of the deadline itself
-        answers = [log_in(service, f"another-{number}") for number in range(3)]
-        assert [answer.status_code for answer in answers] == [200] * 3
-        service.tokens += [answer.json()["data"]["token"] for answer in answers]
-        assert connections == [1, 3]
+    for tries_left in (2, 1, 0):  # the response has 50 ms, which may be too little for a machine that has much to do
+        with faulty_wechat(FAULTS[fault]) as (url, connections):
+            service = start_service(WECHAT_API_BASE_URL=url, WEB_CONCURRENCY="1")
+            answer = log_in(service, "one", **{"X-Request-Timeout": "1"})
+            if tries_left and answer.status_code == 503:
+                continue
+            assert (answer.status_code, answer.json()["code"]) == (504, 504)  # and not 503, of the deadline itself
+            answers = [log_in(service, f"another-{number}") for number in range(3)]
+            assert [answer.status_code for answer in answers] == [200] * 3
+            service.tokens += [answer.json()["data"]["token"] for answer in answers]
+            assert connections == [1, 3]
+            return
 
 
 def test_each_fault_has_its_code_and_ends_without_a_restart(start_service: StartService, simulator: Simulator) -> None:

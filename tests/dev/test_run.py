@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -233,7 +233,7 @@ def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: 
     stores = {"PORT": "0", "REDIS_URL": environ["REDIS_URL"], "DATABASE_URL": "sqlite:////no/such/folder/x.db"}
     newer = f"sqlite:///{tmp_path}/newer.db"
     migrate(newer)
-    with sqlite3.connect(tmp_path / "newer.db") as database:
+    with closing(sqlite3.connect(tmp_path / "newer.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
     for env, line in (
         ({"PORT": everyday.port}, f"port {everyday.port} cannot be used"),
