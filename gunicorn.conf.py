@@ -78,7 +78,6 @@ class Client(gevent.socket.socket):
                 return data
             super().sendall(refusal)  # before anything is parsed, which costs more than all of this
             self.over = b"Connection: close" in refusal
-            gevent.sleep(0)  # see handle_request
         return b""
 
     def sendall(self, data, *args):  # type: ignore[no-untyped-def]
