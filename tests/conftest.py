@@ -225,9 +225,7 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     wechat.init_app(shared_app)
     yield shared_app
     for limit in shared_app.extensions["rate_limits"].values():
-        limit._settler.submit(
-            int
-        ).result()  # what is due is settled, so nothing gets into the next test
+        limit._settler.submit(int).result()  # what is due is settled, so nothing gets into the next test
     shared_app.extensions["wechat"].client.transport._adapter.close()
 
 
