@@ -26,7 +26,7 @@ from telemetry import metrics
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 8
+AT_ONCE = 16
 """So many requests are in flight at once; further ones are begun one by one, whenever all those wait."""
 WRITES, READS, STRANGERS, LOGINS = 0, 1, 2, 3
 """The classes, the most important first: what a user writes, and reads; requests without a known session; and logins,
@@ -71,9 +71,8 @@ class Door:
     """
 
     def __init__(self, in_flight: int, elsewhere: int, seconds: float = math.inf) -> None:
-        self.in_flight = 0
-        self.level: float = LOGINS
-        """From this place on requests are refused at once; never logins."""
+        # From this level on requests are refused at once; never logins.
+        self.in_flight, self.level = 0, float(LOGINS)
         self.clients: Collection[object] = ()
         """Those who are connected; none if requests do not come through this door."""
         self._most, self._most_elsewhere, self._seconds = in_flight, elsewhere, seconds
@@ -83,8 +82,7 @@ class Door:
         self._numbers = itertools.count()
         # Their places, numbers, since when and for how long at most they wait, and whether they are begun or refused.
         self._waiting: list[tuple[float, int, float, float, AsyncResult]] = []
-        self._somebody_waits = Event()
-        self._elsewhere = 0
+        self._elsewhere, self._somebody_waits = 0, Event()
         self._nobody_waited_at, self._patience = -math.inf, PATIENCE_SECONDS
         self._refused, self._trace_id = 0, ""
 
@@ -137,9 +135,13 @@ class Door:
         while self._somebody_waits.wait():
             with gevent.Timeout(BEAT_SECONDS / 4, False):
                 gevent.idle()  # all that can go on does so first, and whoever comes is let in
+            if self.in_flight > AT_ONCE // 2:
+                gevent.sleep(BEAT_SECONDS / 10)  # what begins together is read together, at half the cost
             for _ in range(min(max(AT_ONCE - self.in_flight, 1), len(self._waiting))):
                 place, _, since, _, begins = heapq.heappop(self._waiting)
                 begins.set(self._clock() - since <= self._patience[int(place)])
+                if place >= LOGINS:  # each of which keeps others waiting for as long as several reads
+                    break
             if not self._waiting:
                 self._somebody_waits.clear()
 
