@@ -166,8 +166,8 @@ class Door:
         for one in self._waiting:
             place, _, since, seconds, begins = one
             if now - since > min(self._patience[int(place)], seconds):
-                begins.set(False)
-                refused.append(place)
+                begins.set(False)  # who has asked for less time says nothing about the others
+                refused.append(place if now - since > self._patience[int(place)] else LOGINS)
             else:
                 waiting.append(one)
         heapq.heapify(waiting)

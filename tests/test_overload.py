@@ -221,6 +221,16 @@ def test_who_would_be_refused_anyway_is_refused_at_once_until_fewer_come(door: D
     assert not ask(door, STRANGER).ready()
 
 
+def test_who_asks_for_little_time_makes_nobody_else_refused(door: Door) -> None:
+    hasty = ask(door, head("POST", "mine", "X-Request-Timeout: 0.01"))
+    pass_time(door, 0.02)
+    door.refuse()
+    hasty.join(WAIT_SECONDS)
+    assert hasty.value
+    assert not ask(door, STRANGER).ready()
+    assert door.level == LOGINS
+
+
 def test_who_has_waited_too_long_is_not_begun(opened: Door) -> None:
     opened.in_flight = AT_ONCE
     asked = ask(opened, READ)
