@@ -64,11 +64,11 @@ class JsonLineFormatter(logging.Formatter):
         self._of_process = {"instance": instance, "version": version}
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line. A record may bring the fields of its request as `context`, which are not checked."""
+        """Return the line. A record may bring all its fields as `context`, which are not checked."""
         line: dict[str, Any] = {"timestamp": datetime.fromtimestamp(record.created, UTC), "level": record.levelname}
         line.update(service=SERVICE, traceId=None, message=scrub(record.getMessage()))
-        line.update(vars(record).get("context") or request_fields.get({}) | traces.current_ids())
-        for name in vars(record).keys() - _OF_ANY_RECORD:
+        line.update((context := vars(record).get("context")) or request_fields.get({}) | traces.current_ids())
+        for name in () if context else vars(record).keys() - _OF_ANY_RECORD:
             extra = getattr(record, name)
             several = isinstance(extra, list | tuple)
             values = [scrub(one) if isinstance(one, str) else one for one in (extra if several else [extra])]
