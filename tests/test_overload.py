@@ -94,6 +94,18 @@ def pass_time(door: Door, seconds: float) -> None:
     cast(Clock, door._clock).now += seconds
 
 
+def ensure_refused_after(door: Door, asked: Any, seconds: float) -> None:
+    """Make sure that a request that waits is refused when so many seconds are over, and not a millisecond before."""
+    pass_time(door, seconds - 0.001)
+    door.refuse()
+    gevent.sleep(0)
+    assert not asked.ready()
+    pass_time(door, 0.002)
+    door.refuse()
+    asked.join(WAIT_SECONDS)
+    assert parse(asked.value)[0].status == 503
+
+
 def test_the_most_important_request_is_begun_first(door: Door) -> None:
     order: list[int] = []
     door.in_flight = AT_ONCE  # one after the other
@@ -145,14 +157,7 @@ def test_a_worker_that_is_never_idle_begins_something_all_the_same(opened: Door)
 def test_who_waits_too_long_is_refused(door: Door, kind: int, request_: bytes) -> None:
     door.refuse()
     asked = ask(door, request_)
-    pass_time(door, PATIENCE_SECONDS[kind] - 0.001)
-    door.refuse()
-    gevent.sleep(0)
-    assert not asked.ready()
-    pass_time(door, 0.002)
-    door.refuse()
-    asked.join(WAIT_SECONDS)
-    assert parse(asked.value)[0].status == 503
+    ensure_refused_after(door, asked, PATIENCE_SECONDS[kind])
     assert not door._waiting
 
 
@@ -163,14 +168,7 @@ def test_nobody_waits_longer_than_the_request_may_take(door: Door, asked: str, s
     door._seconds = 1
     door.refuse()
     login = ask(door, head("POST", "", *[asked] * bool(asked), path="/api/v1/auth/wechat"))
-    pass_time(door, seconds - 0.001)
-    door.refuse()
-    gevent.sleep(0)
-    assert not login.ready()
-    pass_time(door, 0.002)
-    door.refuse()
-    login.join(WAIT_SECONDS)
-    assert parse(login.value)[0].status == 503
+    ensure_refused_after(door, login, seconds)
 
 
 @pytest.mark.parametrize(("kind", "request_"), CLASSES.items())
@@ -180,14 +178,7 @@ def test_if_somebody_always_waits_patience_is_less(door: Door, kind: int, reques
     pass_time(door, PATIENCE_SECONDS[STRANGERS] + 0.001)
     always.append(ask(door, STRANGER))
     asked = ask(door, request_)
-    pass_time(door, LITTLE_PATIENCE_SECONDS[kind] - 0.001)
-    door.refuse()
-    gevent.sleep(0)
-    assert not asked.ready()
-    pass_time(door, 0.002)
-    door.refuse()
-    asked.join(WAIT_SECONDS)
-    assert asked.value
+    ensure_refused_after(door, asked, LITTLE_PATIENCE_SECONDS[kind])
     gevent.joinall(always, WAIT_SECONDS)
     assert LITTLE_PATIENCE_SECONDS[WRITES] == PATIENCE_SECONDS[WRITES]
     assert LITTLE_PATIENCE_SECONDS[READS] < PATIENCE_SECONDS[READS]
