@@ -47,12 +47,10 @@ def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any
         code = environ.get(CODE) or (200 if status < 400 else status)
         # The reasons of /readyz are logged by themselves.
         level = logging.ERROR if status >= 500 and route != "/readyz" else logging.INFO
-        if logger.isEnabledFor(level):  # not logger.log, which would look for the line of its caller
-            record = logging.LogRecord(logger.name, level, __file__, 0, "request", (), None)
+        if logger.isEnabledFor(level):
             # Not bound: the fields are also those of work that goes on in the background.
             more = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
-            record.context = {**fields, **span.ids, **more}
-            logger.handle(record)
+            logs.write_request(level, logger.name, {**fields, **span.ids, **more})
         logs.request_fields.reset(token)  # the greenlet goes on to serve its client
         _count(route or "unmatched", method, status, code).inc()
         _duration(route or "unmatched", method).observe(seconds)

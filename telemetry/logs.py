@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from traceback import TracebackException
@@ -41,7 +42,7 @@ request_fields: ContextVar[dict[str, Any]] = ContextVar("request_fields")
 """The fields of every line of a request: method, route, ids, and the user once known. Not set outside of a request."""
 
 _NUMBERS: dict[str, tuple[type, ...]] = {"long": (int,), "float": (int, float), "boolean": (bool,)}
-_OF_ANY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "context"}
+_OF_ANY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 def bind(**fields: Any) -> None:
@@ -63,12 +64,19 @@ class JsonLineFormatter(logging.Formatter):
         super().__init__()
         self._of_process = {"instance": instance, "version": version}
 
+    def encode(self, level: int, name: str, message: str, fields: dict[str, Any], at: float | None = None) -> str:
+        """Return the line with these fields, which are not checked.
+
+        :param name: of the logger.
+        :param at: seconds since 1970; by default now.
+        """
+        moment, word = datetime.fromtimestamp(at or time.time(), UTC), logging.getLevelName(level)
+        line = {"timestamp": moment, "level": word, "service": SERVICE, "traceId": None, "message": message, **fields}
+        return msgspec.json.encode({**line, **self._of_process, "logger": name, "pid": os.getpid()}).decode()
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line. A record may bring all its fields as `context`, which are not checked."""
-        line: dict[str, Any] = {"timestamp": datetime.fromtimestamp(record.created, UTC), "level": record.levelname}
-        line.update(service=SERVICE, traceId=None, message=scrub(record.getMessage()))
-        line.update((context := vars(record).get("context")) or request_fields.get({}) | traces.current_ids())
-        for name in () if context else vars(record).keys() - _OF_ANY_RECORD:
+        line = request_fields.get({}) | traces.current_ids()
+        for name in vars(record).keys() - _OF_ANY_RECORD:
             extra = getattr(record, name)
             several = isinstance(extra, list | tuple)
             values = [scrub(one) if isinstance(one, str) else one for one in (extra if several else [extra])]
@@ -76,7 +84,6 @@ class JsonLineFormatter(logging.Formatter):
                 line[name] = values if several else values[0]
             elif extra is not None:
                 line.setdefault("undeclared", []).append(scrub(name))
-        line.update(self._of_process, logger=record.name, pid=os.getpid())
         if record.exc_info and (error := record.exc_info[1]) is not None:
             shown = TracebackException.from_exception(error)
             line["exceptionType"] = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
@@ -84,15 +91,15 @@ class JsonLineFormatter(logging.Formatter):
             # As Python prints it: lines of code as they are, messages redacted.
             stack = "".join(part if part.startswith('  File "') else scrub(part) for part in shown.format())
             line["stack"] = stack[-STACK_CHARACTERS:]
-        return msgspec.json.encode(line).decode()
+        return self.encode(record.levelno, record.name, scrub(record.getMessage()), line, record.created)
 
 
 class LineHandler(logging.Handler):
     """Puts lines into a queue, from which a thread of its own writes them."""
 
-    def __init__(self, formatter: logging.Formatter) -> None:
+    def __init__(self, formatter: JsonLineFormatter) -> None:
         super().__init__()
-        self.setFormatter(formatter)
+        self.formatter: JsonLineFormatter = formatter
         self.start()
 
     def start(self) -> None:
@@ -104,16 +111,23 @@ class LineHandler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Put a line; without the lock of other handlers, as nothing here needs one."""
+        self.put(f"{record.filename}:{record.lineno}", self.format, record)
+        return True
+
+    def put(self, source: str, encode: Callable[..., str], *args: Any) -> None:
+        """Put the line that `encode` returns of these arguments, or another if it cannot.
+
+        :param source: where in the code it comes from.
+        """
         try:
             if len(self.lines) < CAPACITY:
-                self.lines.append(f"{self.format(record)}\n".encode())
+                self.lines.append(f"{encode(*args)}\n".encode())
             else:
                 self.lost.append(1)
         except Exception:  # noqa: BLE001  not by logging's own handleError, which prints all the arguments
-            logger.error("a line cannot be formatted", extra={"reason": f"{record.filename}:{record.lineno}"})
+            logger.error("a line cannot be formatted", extra={"reason": source})
         while self.lost:
             metrics.LINES_DROPPED.inc(self.lost.popleft())
-        return True
 
     def flush(self) -> None:
         """Wait until the lines so far are written, FLUSH_SECONDS at most; `logging` does so as the process ends."""
@@ -143,6 +157,17 @@ def _write(lines: bytes) -> None:
             lines = lines[os.write(STDOUT, lines) :]
     finally:
         fcntl.lockf(STDOUT, fcntl.LOCK_UN)
+
+
+def write_request(level: int, name: str, fields: dict[str, Any]) -> None:
+    """Write the line of a request; a LogRecord would double its price.
+
+    :param level: one of the logging module.
+    :param name: of the logger.
+    """
+    for handler in logging.root.handlers:
+        if isinstance(handler, LineHandler):
+            handler.put(name, handler.formatter.encode, level, name, "request", fields)
 
 
 def configure(level: str, instance: str, version: str) -> None:

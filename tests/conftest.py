@@ -23,7 +23,7 @@ from redis import Redis
 import wechat
 from dev.redis_server import RedisServer
 from service import create_app
-from telemetry.logs import JsonLineFormatter
+from telemetry.logs import JsonLineFormatter, LineHandler
 from tests.databases import Databases, MariaDB, SQLiteFiles
 from tests.harness import (
     APP_ID,
@@ -43,6 +43,23 @@ from tests.harness import (
 from tests.otlp_receiver import OtlpReceiver
 
 SECRETS = {APP_SECRET, WEB_APP_SECRET, PUSH_TOKEN, PUSH_AES_KEY, METRICS_TOKEN}
+
+
+class LinesInMemory(LineHandler):
+    """Writes lines into a stream as they come."""
+
+    def __init__(self, stream: io.StringIO) -> None:
+        super().__init__(JsonLineFormatter("here:8000", "0"))
+        self.stream = stream
+
+    def start(self) -> None:
+        """Need no thread."""
+
+    def put(self, source: str, encode: Callable[..., str], *args: Any) -> None:
+        self.stream.write(f"{encode(*args)}\n")
+
+    def flush(self) -> None:
+        """Have nothing that waits."""
 
 
 class Journal:
@@ -253,8 +270,7 @@ def _no_lines_on_stdout() -> Iterator[None]:
 def journal(request: pytest.FixtureRequest) -> Iterator[Journal]:
     """All that is logged meanwhile, at any level; in the end no secret that was used is in it."""
     journal = Journal()
-    handler = logging.StreamHandler(journal.in_process)
-    handler.setFormatter(JsonLineFormatter("here:8000", "0"))
+    handler = LinesInMemory(journal.in_process)
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
