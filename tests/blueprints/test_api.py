@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 
 from blueprints.api import Blueprint
 from blueprints.policies import administrators, logins, public, scrapers, session_holders, signed_in
-from blueprints.wechat_profile import PHONE_CODE_REQUIRED
+from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED
 from dev import openapi
 from errors import Code
 from tests.blueprints.callers import API, Caller, bodies, each_operation, ids_of, operations
@@ -96,9 +96,8 @@ def test_the_document_lists_the_failures_of_an_operation(client: FlaskClient) ->
     assert re.findall(r"(\d+): ", login["400"]["description"]) == ["400", "460", "461"]
     assert set(me["401"]["headers"]) == {"X-Trace-Id", "WWW-Authenticate"}
     assert set(me["503"]["headers"]) == {"X-Trace-Id", "Retry-After"}
-    phone = paths["/api/v1/users/me/phone"]["put"]["responses"]["400"]["description"]
-    assert f"460: {PHONE_CODE_REQUIRED.english}; 461: {PHONE_CODE_REQUIRED.english}" in phone
-    assert Code.WECHAT_CODE_INVALID.message.english not in phone
+    phone = paths["/api/v1/users/me/phone"]["put"]["responses"]["403"]["description"]
+    assert phone == f"403: {MINI_PROGRAM_LOGIN_REQUIRED.english}"
 
 
 def test_patterns_are_anchored_at_both_ends(client: FlaskClient) -> None:
