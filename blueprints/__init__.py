@@ -9,7 +9,7 @@ from flask import Flask, Request, Response, current_app, request
 from flask_cors import CORS
 from werkzeug.routing import MapAdapter
 
-from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
+from blueprints import auth, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
 from errors import ApiError, Code
 from storage.message_queue import MessageQueue
@@ -28,11 +28,7 @@ def init_app(app: Flask) -> None:
     if app.config["CORS_ORIGINS"]:
         origins = app.config["CORS_ORIGINS"].replace(" ", "").split(",")
         CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
-    app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"])
-    api = Api(app)
-    api.guard("api-docs", auth=policies.public)  # flask-smorest mounts that one itself
-    app.register_blueprint(docs.assets)
-    api.guard("docs", auth=policies.public)
+    api = Api(app)  # with /openapi.json and /docs, for everybody
     api.register_blueprint(health.blueprint, auth=policies.public)
     api.register_blueprint(health.scraped, auth=policies.scrapers)
     api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)

@@ -1,5 +1,7 @@
 """flask-smorest's Api and Blueprint, with our envelope and ETags around what they respond and document.
 
+It makes the documents from the code: /openapi.json for programs, /docs for people.
+
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13).
 """
 
@@ -8,6 +10,7 @@ from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import flask_smorest
+from flask import Blueprint as PlainBlueprint
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
 from werkzeug.datastructures import Headers
@@ -140,15 +143,16 @@ class Blueprint(flask_smorest.Blueprint):
         return response
 
     @staticmethod
-    def fails(*codes: Code, message: Message | None = None) -> Callable[..., Any]:
+    def fails(*codes: Code, **messages: Message) -> Callable[..., Any]:
         """Document codes with which an operation can fail, beyond those of its policy, its body and its transaction.
 
-        :param message: the message here, if it is not the code's own.
+        :param messages: by the names of further codes their messages here, which are not the codes' own.
         """
+        texts = {code: code.message for code in codes} | {Code[name]: text for name, text in messages.items()}
 
         def decorate(view: Any) -> Any:
             view._apidoc = getattr(view, "_apidoc", {})
-            view._apidoc.setdefault("fails", {}).update({code: (message or code.message).english for code in codes})
+            view._apidoc.setdefault("fails", {}).update({code: text.english for code, text in texts.items()})
             return view
 
         return decorate
@@ -235,6 +239,32 @@ def _converter(name: str, field: fields.Field[Any]) -> Convert | None:
     return partial(field._serialize, attr=name, obj=None)  # what a field's own class overrides
 
 
+_DESCRIPTION = (
+    "微信小程序后端 A backend for WeChat mini-programs. Every JSON response is `{code, message, data}` and carries "
+    "`X-Trace-Id`; `message` is Chinese, or English where `Accept-Language` prefers it.\n\n"
+    "| code | HTTP | 中文 | English |\n|---|---|---|---|\n"
+) + "\n".join(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code)
+
+_COOKIE = "For browsers; over plain HTTP named `session`. A write by cookie must come from a page of this site."
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
+    "cookie": {"type": "apiKey", "in": "cookie", "name": "__Host-session", "description": _COOKIE},
+    "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
+}
+
+DOCUMENTS: dict[str, Any] = {
+    "API_TITLE": "快上 Kuaishang",
+    "OPENAPI_VERSION": "3.1.0",
+    "OPENAPI_URL_PREFIX": "/",
+    "OPENAPI_SWAGGER_UI_PATH": "docs",
+    "OPENAPI_SWAGGER_UI_URL": "/docs/assets/",
+    "API_SPEC_OPTIONS": {"info": {"description": _DESCRIPTION}, "components": {"securitySchemes": _SECURITY_SCHEMES}},
+}
+
+# flask-swagger-ui carries Swagger UI's files, so the page works without the internet.
+assets = PlainBlueprint("docs", "flask_swagger_ui", static_folder="dist", static_url_path="/docs/assets")
+
+
 class Api(flask_smorest.Api):
     """Registers blueprints, each with the policy that says who may call it."""
 
@@ -242,7 +272,8 @@ class Api(flask_smorest.Api):
 
     def __init__(self, app: Flask) -> None:
         app.url_map.converters.update(CONVERTERS)
-        app.config["MAX_CONTENT_LENGTH"] = SMALL_BODY
+        app.config.update(DOCUMENTS, API_VERSION=app.config["VERSION"], MAX_CONTENT_LENGTH=SMALL_BODY)
+        app.register_blueprint(assets)
         super().__init__(app)
         for converter in CONVERTERS.values():
             self.register_converter(converter, lambda converter: converter.openapi)
@@ -254,8 +285,4 @@ class Api(flask_smorest.Api):
         """Mount a group of routes. Without a policy it cannot be mounted."""
         blp.auth = auth
         super().register_blueprint(blp, **options)
-        self.guard(blp.name, auth=auth)
-
-    def guard(self, name: str, *, auth: AuthPolicy) -> None:
-        """Let a policy decide who may call the blueprint of this name, before its own hooks run."""
-        self._app.before_request_funcs.setdefault(name, []).insert(0, auth.check)
+        self._app.before_request_funcs.setdefault(blp.name, []).insert(0, auth.check)  # before its own hooks

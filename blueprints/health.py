@@ -78,8 +78,7 @@ def version() -> dict[str, Any]:
 
 @scraped.route("/metrics")
 @scraped.response(200, {"type": "string"}, content_type="text/plain", description="In Prometheus's text format.")
-@scraped.fails(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
-@scraped.fails(Code.NOT_FOUND, message=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
+@scraped.fails(UNAUTHORIZED=METRICS_TOKEN_WRONG, NOT_FOUND=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
 def scrape() -> Response:
     """Metrics of all workers together, with Redis and the database checked
 

@@ -32,8 +32,7 @@ blueprint = Blueprint("messages", __name__, description="消息推送 Message pu
 
 @blueprint.route("/messages")
 @blueprint.response(200, {"type": "string"}, content_type="text/plain", description="`echostr` as it came.")
-@blueprint.fails(Code.SIGNATURE_MISMATCH)
-@blueprint.fails(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
+@blueprint.fails(Code.SIGNATURE_MISMATCH, NOT_FOUND=PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""
     wechat.connections.push.verify(request.args, "signature", now=time.time())
@@ -43,7 +42,7 @@ def verify_url() -> Response:
 @blueprint.route("/messages", methods=["POST"])
 @blueprint.response(200, {"type": "string"}, transaction=False, content_type="text/plain")
 @blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH, Code.PAYLOAD_TOO_LARGE, Code.UNAVAILABLE)
-@blueprint.fails(Code.NOT_FOUND, message=PUSH_NOT_CONFIGURED)
+@blueprint.fails(NOT_FOUND=PUSH_NOT_CONFIGURED)
 def receive() -> Response:
     """Receive a message from WeChat
 

@@ -128,7 +128,7 @@ def get_order(order_id: int) -> Order:
 @blueprint.route("/<id:order_id>", methods=["PUT"])
 @blueprint.arguments(OrderChangeSchema)
 @blueprint.response(200, OrderSchema)
-@blueprint.fails(Code.FORBIDDEN, message=NOT_THE_BUYERS)
+@blueprint.fails(FORBIDDEN=NOT_THE_BUYERS)
 def put_order(body: dict[str, Any], order_id: int) -> Order:
     """Change the remark or the status"""
     order = load_order(order_id)

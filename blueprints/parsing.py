@@ -7,7 +7,7 @@ from flask import Request
 from marshmallow import Schema, ValidationError, fields, validate
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
-from werkzeug.routing import BaseConverter, IntegerConverter, Map
+from werkzeug.routing import BaseConverter, IntegerConverter
 
 from errors import ApiError, Code
 
@@ -21,6 +21,7 @@ SMALL_BODY = 8 * 1024
 MAXIMUM_FIELDS = 100
 """How many fields an object may have: each unknown one takes longer to refuse than to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
+WECHAT_CODE_FAILS = (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED)
 WECHAT_CODE_LIFETIME_SECONDS = 300
 """After that WeChat itself rejects a code."""
 
@@ -93,18 +94,16 @@ def read_body(req: Request) -> bytes:
 
 
 class IdConverter(IntegerConverter):
-    """An id in a URL: from 1 to the database's maximum; anything else is not found."""
+    """An id in a URL: of at most 18 digits, which fits the database; anything else is not found."""
 
-    openapi = {"type": "integer", "format": "int64", "minimum": 1, "maximum": MAXIMUM_ID}  # noqa: RUF012
-
-    def __init__(self, map: Map) -> None:  # noqa: A002
-        super().__init__(map, min=1, max=MAXIMUM_ID)
+    regex = r"[1-9][0-9]{0,17}"
+    openapi = {"type": "integer", "format": "int64", "minimum": 1, "maximum": 10**18 - 1}  # noqa: RUF012
 
 
 class UserIdConverter(BaseConverter):
     """The id of a user in a URL, or `me`."""
 
-    regex = r"me|[1-9][0-9]{0,17}"
+    regex = f"me|{IdConverter.regex}"
     openapi = {"type": "string", "pattern": f"^({regex})$"}  # noqa: RUF012
 
 

@@ -74,24 +74,23 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
 
     :raises ApiError: what `get_or_create_user` does.
     """
-    user = get_or_create_user(wechat.api.app_id, openid, unionid)
-    is_named = openid in _admin_openids()
+    return _apply_setting(get_or_create_user(wechat.api.app_id, openid, unionid), openid)
+
+
+def _apply_setting(user: User, openid: str | None) -> User:
+    """Make the user of an openid an administrator or none, as ADMIN_OPENIDS says; one made otherwise stays one."""
+    is_named = openid in re.split(" *, *", current_app.config["ADMIN_OPENIDS"])
+
+    def change() -> User:
+        user = database.session.get_one(User, g.user_id)
+        if user.role != "admin" or user.admin_by_setting:
+            set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
+        return user
+
     if user.admin_by_setting == is_named:
         return user
     g.user_id = user.id
-    return database.in_transaction(partial(_apply_setting, is_named))
-
-
-def _admin_openids() -> set[str]:
-    return set(re.split(" *, *", current_app.config["ADMIN_OPENIDS"]))
-
-
-def _apply_setting(is_named: bool) -> User:
-    """Make the current user an administrator or none, as ADMIN_OPENIDS says; one made otherwise stays one."""
-    user = database.session.get_one(User, g.user_id)
-    if user.role != "admin" or user.admin_by_setting:
-        set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
-    return user
+    return database.in_transaction(change)
 
 
 def _count_login() -> None:
@@ -122,8 +121,8 @@ def _require_session() -> None:
 def _require_role(*roles: str) -> None:
     _require_session()
     user = require_not_blocked(current_user())
-    if user.admin_by_setting and find_openid(g.user_id, wechat.api.app_id) not in _admin_openids():
-        user = database.in_transaction(partial(_apply_setting, False))
+    if user.admin_by_setting:
+        user = _apply_setting(user, find_openid(g.user_id, wechat.api.app_id))
     if user.role not in roles:
         raise ApiError(Code.FORBIDDEN)
     if request.method not in SAFE_METHODS:

@@ -135,8 +135,7 @@ def get_user(user_id: str) -> User:
 @blueprint.route("/<user:user_id>", methods=["PUT"])
 @blueprint.arguments(UserChangeSchema)
 @blueprint.response(200, UserSchema, transaction=False)
-@blueprint.fails(Code.CONTENT_REFUSED, *wechat.FAILS)
-@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(Code.CONTENT_REFUSED, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
 def put_user(body: dict[str, Any], user_id: str) -> User:
     """Change a user; only administrators change a role or block a user"""
     reserved = body.keys() - TypedProfileSchema().fields.keys()

@@ -78,9 +78,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 @blueprint.route("/callback")
 @blueprint.arguments(CallbackSchema(unknown=EXCLUDE), location="query")  # WeChat adds parameters of its own
 @blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
-@blueprint.fails(*wechat.FAILS)
-@blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, message=BEGIN_AGAIN)
-@blueprint.fails(Code.FORBIDDEN, message=DECLINED)
+@blueprint.fails(*wechat.FAILS, WECHAT_CODE_INVALID=BEGIN_AGAIN, WECHAT_CODE_USED=BEGIN_AGAIN, FORBIDDEN=DECLINED)
 def callback(query: dict[str, str]) -> BaseResponse:
     """Return from WeChat, logged in
 

@@ -9,7 +9,7 @@ from marshmallow import Schema, ValidationError, fields, validates_schema
 
 import wechat
 from blueprints.api import Blueprint
-from blueprints.parsing import WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
+from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
 from blueprints.policies import current_user
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
 from errors import ApiError, Code, Message
@@ -58,9 +58,8 @@ class ProfileSchema(TypedProfileSchema, EncryptedSchema):
 @blueprint.route("/me/phone", methods=["PUT"])
 @blueprint.arguments(PhoneSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
-@blueprint.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, *wechat.FAILS)
-@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH)
-@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(*WECHAT_CODE_FAILS, Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, *wechat.FAILS)
+@blueprint.fails(FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
 def put_phone(body: dict[str, str]) -> User:
     """Store your phone number
 
@@ -87,7 +86,7 @@ def put_phone(body: dict[str, str]) -> User:
 @blueprint.arguments(ProfileSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED, *wechat.FAILS)
-@blueprint.fails(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
 def put_profile(body: dict[str, str | None]) -> User:
     """Store your nickname and avatar
 
