@@ -60,9 +60,7 @@ def erase_revoked_data(message: Fields) -> None:
     names = COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ())
 
     def erase() -> None:
-        identity = _identity(message)
-        if identity is not None and names:
-            user = database.session.get_one(User, identity.user_id, with_for_update=True)
+        if names and (user := _locked_user(message)):
             # The user's own are about orders, which must not be placed twice.
             ours = IdempotencyKey.about_user_id == user.id, IdempotencyKey.user_id != user.id
             database.session.execute(delete(IdempotencyKey).where(*ours))
@@ -78,10 +76,14 @@ def erase_revoked_data(message: Fields) -> None:
 @on("event", "user_authorization_cancellation")
 def delete_user(message: Fields) -> None:
     """Delete somebody who has cancelled their WeChat account, as they could have done."""
-    identity = _identity(message)
-    if identity is not None:
-        users.delete_for_good(identity.user_id)
+
+    def delete() -> None:
+        if user := _locked_user(message):
+            users.delete_for_good(user)
+
+    database.in_transaction(delete)
 
 
-def _identity(message: Fields) -> Identity | None:
-    return database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
+def _locked_user(message: Fields) -> User | None:
+    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
+    return database.session.get_one(User, identity.user_id, with_for_update=True) if identity else None

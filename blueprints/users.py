@@ -18,7 +18,7 @@ from errors import ApiError, Code, Message, conflict
 from storage import database, ownership, sessions
 from storage.identities import find_openid, keep_block, require_identity_not_blocked, set_blocked, set_role
 from storage.masks import mask_phone
-from storage.models import Identity, User, now
+from storage.models import Identity, User
 
 MINI_PROGRAM_LOGIN_REQUIRED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
@@ -159,46 +159,31 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>", methods=["DELETE"])
-@blueprint.response(200, transaction=False)
+@blueprint.response(200)
 def delete_user(user_id: str) -> None:
     """Delete a user for good
 
     Erases all personal data at once and ends all sessions. Orders are kept without the person and without remarks.
     """
-
-    def claim() -> int:
-        user = load_user(user_id)
-        user.updated_at = now()  # and so a new version, which no other If-Match fits
-        return user.id
-
-    number = database.in_transaction(claim)
-    delete_for_good(number)
-    if number == g.user_id:
-        sessions.current.clear()
+    user = load_user(user_id)
+    delete_for_good(user)
+    if user.id == g.user_id:
+        database.after_commit(sessions.current.clear)
 
 
-def delete_for_good(user_id: int) -> None:
+def delete_for_good(user: User) -> None:
     """Delete a user, all personal data and all sessions; orders are kept without the person.
 
-    :raises ApiError: NOT_FOUND if the user was deleted or merged concurrently.
+    :param user: locked by the current `database.in_transaction`.
     """
-
-    def delete() -> None:
-        user = database.lock(User, user_id)
-        if user is None:
-            raise ApiError(Code.NOT_FOUND)
-        if user.blocked:
-            keep_block(user)
-        set_role(user, "user", by="deletion")
-        while ownership.erase_some(user_id):  # those made since; the lock keeps out more
-            pass
-        database.session.delete(user)
-
-    while database.in_transaction(partial(ownership.erase_some, user_id)):
+    if user.blocked:
+        keep_block(user)
+    set_role(user, "user", by="deletion")
+    while ownership.erase_some(user.id):
         pass
-    database.in_transaction(delete)
-    audit("user deleted", user_id)
-    sessions.revoke_sessions(user_id)
+    database.session.delete(user)
+    database.after_commit(partial(audit, "user deleted", user.id))
+    database.after_commit(partial(sessions.revoke_sessions, user.id))
 
 
 def load_user(user_id: str) -> User:

@@ -46,8 +46,8 @@ def move_all(user: User, heir: User) -> None:
 def erase_some(user_id: int) -> bool:
     """Take the user, and what is personal, out of some of the rows that outlive the user, whose row is locked.
 
-    :returns: whether there may be more; then call it again, best in a transaction of its own: a statement has seconds,
-        and a user may have ordered for years.
+    :returns: whether there may be more; then call it again: a statement has seconds, and a user may have ordered for
+        years.
     """
     is_full = False
     database.session.get(User, user_id, with_for_update=True)

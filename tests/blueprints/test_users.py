@@ -9,6 +9,7 @@ import pytest
 from flask import Flask
 from redis import Redis
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from storage import database, ownership
 from storage.masks import mask_phone
@@ -167,6 +168,21 @@ def test_deleting_a_user_erases_personal_data_and_keeps_the_orders(
     audits = [(line["event"], line["userId"]) for line in log_lines() if line["message"] == "audit"]
     assert audits[-1] == ("user deleted", leaver.id)
     assert Caller(app, simulator, openid="o-leaver").id != leaver.id
+
+
+def test_a_deletion_that_fails_erases_nothing_and_ends_no_session(
+    app: Flask, alice: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = alice.order()
+    erase_some = ownership.erase_some
+
+    def erase_then_fail(user_id: int) -> bool:
+        erase_some(user_id)
+        raise OperationalError("UPDATE", {}, Exception("gone"))
+
+    monkeypatch.setattr(ownership, "erase_some", erase_then_fail)
+    assert code_of(alice.delete("/users/me")) == (503, 503)
+    assert data_of(alice.get(f"/orders/{order['id']}")) == order
 
 
 def test_the_session_of_a_user_without_a_row_is_401(app: Flask, alice: Caller) -> None:
