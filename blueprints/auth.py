@@ -1,6 +1,5 @@
 """Log in with the code of wx.login, log out, and whether WeChat still knows the session."""
 
-import hashlib
 import time
 from typing import Any
 
@@ -9,7 +8,7 @@ from marshmallow import Schema, fields
 
 import wechat
 from blueprints.api import Blueprint
-from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
+from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_RULE
 from blueprints.policies import count_request, current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
@@ -49,11 +48,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     first one may have been lost. The token comes in the body for `wx.request`, which keeps no cookies; a page of this
     site gets it in a cookie as well.
     """
-    token = single_flight(
-        f"login:{hashlib.sha256(body['code'].encode()).hexdigest()}",
-        lambda: _redeem(body["code"]),
-        remember=WECHAT_CODE_LIFETIME_SECONDS,
-    )
+    token = single_flight("login", body["code"], lambda: _redeem(body["code"]))
     sessions.resume(token)
     set_current_user(session["user_id"])
     user = require_not_blocked(current_user())

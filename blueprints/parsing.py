@@ -22,8 +22,6 @@ MAXIMUM_FIELDS = 100
 """How many fields an object may have: each unknown one takes longer to refuse than to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
 WECHAT_CODE_FAILS = (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED)
-WECHAT_CODE_LIFETIME_SECONDS = 300
-"""After that WeChat itself rejects a code."""
 
 
 class BoundedList(fields.List[Any]):

@@ -93,9 +93,9 @@ def callback(query: dict[str, str]) -> BaseResponse:
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     token = single_flight(  # browsers inside WeChat may open the page twice at once
-        f"web_login:{mark}",
+        "web_login",
+        query["state"],
         partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"]),
-        remember=ATTEMPT_SECONDS,
     )
     resume(token)
     session.modified = True  # a browser gets the cookie again

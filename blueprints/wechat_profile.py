@@ -1,6 +1,5 @@
 """Phone number and profile of the signed-in user, as WeChat gives them: by code, or encrypted and signed."""
 
-import hashlib
 import time
 from typing import Any, cast
 
@@ -9,7 +8,7 @@ from marshmallow import Schema, ValidationError, fields, validates_schema
 
 import wechat
 from blueprints.api import Blueprint
-from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_LIFETIME_SECONDS, WECHAT_CODE_RULE
+from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_RULE
 from blueprints.policies import current_user
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
 from errors import ApiError, Code, Message
@@ -67,12 +66,8 @@ def put_phone(body: dict[str, str]) -> User:
     of older versions.
     """
     openid = own_openid()
-    if "code" in body:
-        single_flight(
-            f"phone:{g.user_id}:{hashlib.sha256(body['code'].encode()).hexdigest()}",
-            lambda: _store(phone=wechat.api.code_to_phone(body["code"], openid)),
-            remember=WECHAT_CODE_LIFETIME_SECONDS,
-        )
+    if code := body.get("code"):
+        single_flight(f"phone:{g.user_id}", code, lambda: _store(phone=wechat.api.code_to_phone(code, openid)))
     else:
         data, _ = _decrypt(body, openid, expected={})
         phone = phone_number(data)

@@ -1,5 +1,6 @@
 """One redemption of a code of WeChat's for all requests that bring it, across processes."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,22 +14,25 @@ from storage.redis_client import redis
 _CALL_SECONDS = 60
 """How long the call may take unless its request ends before; a second later its process is assumed dead."""
 _RESULT_SECONDS = 5
+_USED_SECONDS = 300
+"""After that WeChat itself rejects a code."""
 
 
-def single_flight(key: str, call: Callable[[], Any], *, remember: int) -> Any:
+def single_flight(kind: str, code: str, call: Callable[[], Any]) -> Any:
     """Redeem a code of WeChat's, which works once, and share the outcome with callers that ask while that is running,
     or within five seconds afterwards: the response to the first one may have been lost.
 
     A call costs four round trips to Redis: the lock, what is kept, the result and the release.
 
-    :param key: names the call; kept in Redis, so it must not reveal anything.
+    :param code: names the call among those of its kind. Redis keeps its hash.
     :param call: its result must be JSON; it is kept encrypted. If it fails by a fault of ours or of WeChat's, the next
         caller makes it again; a refusal is its outcome.
-    :param remember: seconds for which a call that had an outcome is not made again.
     :returns: what `call` returned, here or in another process.
-    :raises ApiError: WECHAT_CODE_USED if the call had an outcome before that; what `call` raises.
+    :raises ApiError: WECHAT_CODE_USED if the call had an outcome before that, up to five minutes ago; what `call`
+        raises.
     :raises redis.exceptions.RedisError: if Redis is away, or another process takes too long.
     """
+    key = f"{kind}:{hashlib.sha256(code.encode()).hexdigest()}"
     seconds = seconds_left(_CALL_SECONDS)
     # It is no error if the call outlasts its lock.
     with redis.lock(f"{key}:lock", seconds + 1, blocking_timeout=seconds, raise_on_release_error=False):
@@ -47,7 +51,7 @@ def single_flight(key: str, call: Callable[[], Any], *, remember: int) -> Any:
                 outcome[1:] = error.api_code.name, error.message
             with redis.pipeline() as pipeline:
                 pipeline.set(key, cipher.encrypt(json.dumps(outcome), key), ex=_RESULT_SECONDS)
-                pipeline.set(f"{key}:used", "", ex=remember)
+                pipeline.set(f"{key}:used", "", ex=_USED_SECONDS)
                 pipeline.execute()
             return _result(*outcome)
     with suppress(DecryptionError):  # nothing is kept, or it is encrypted under a key that this process lacks

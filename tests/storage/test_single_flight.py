@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from errors import ApiError, Code
 from storage.single_flight import single_flight
 from tests.harness import WAIT_SECONDS, round_trips, wait_until
 
+KEY = f"flight:{hashlib.sha256(b'code').hexdigest()}"
 
-def ask(app: Flask, call: Any, key: str = "flight") -> Any:
+
+def ask(app: Flask, call: Any, kind: str = "flight") -> Any:
     with app.app_context():
-        return single_flight(key, call, remember=60)
+        return single_flight(kind, "code", call)
 
 
 def test_simultaneous_callers_share_one_call(app: Flask) -> None:
@@ -60,7 +63,7 @@ def test_a_call_that_fails_is_made_by_the_next_caller(app: Flask, redis: Redis, 
         assert ask(app, lambda: "mine") == "mine"
         with pytest.raises(type(error)):
             leader.result(WAIT_SECONDS)
-    assert not redis.exists("flight:lock")
+    assert not redis.exists(f"{KEY}:lock")
 
 
 def test_a_later_caller_gets_the_result_for_five_seconds_and_then_an_error(app: Flask, redis: Redis) -> None:
@@ -68,8 +71,8 @@ def test_a_later_caller_gets_the_result_for_five_seconds_and_then_an_error(app: 
         redis.flushall()
         assert ask(app, lambda result=result: result) == result
         assert ask(app, fail) == result
-        assert 4000 < redis.pttl("flight") <= 5000
-    redis.delete("flight")
+        assert 4000 < redis.pttl(KEY) <= 5000
+    redis.delete(KEY)
     with pytest.raises(ApiError) as caught:
         ask(app, lambda: None)
     assert caught.value.api_code is Code.WECHAT_CODE_USED
@@ -78,19 +81,19 @@ def test_a_later_caller_gets_the_result_for_five_seconds_and_then_an_error(app: 
 def test_the_lock_expires_soon_after_the_request(app: Flask, redis: Redis) -> None:
     context = copy_context()
     context.run(concurrency._deadline.set, time.monotonic() + 5)
-    assert 5000 < context.run(ask, app, lambda: redis.pttl("flight:lock")) <= 6000
+    assert 5000 < context.run(ask, app, lambda: redis.pttl(f"{KEY}:lock")) <= 6000
     redis.flushall()
-    assert 60_000 < ask(app, lambda: redis.pttl("flight:lock")) <= 61_000
+    assert 60_000 < ask(app, lambda: redis.pttl(f"{KEY}:lock")) <= 61_000
 
 
 def test_a_killed_process_delays_others_only_until_the_lock_expires(app: Flask, redis: Redis) -> None:
-    redis.set("flight:lock", "of-a-dead-process", px=300)
+    redis.set(f"{KEY}:lock", "of-a-dead-process", px=300)
     assert ask(app, lambda: "mine") == "mine"
 
 
 def test_a_hanging_process_is_not_waited_for(app: Flask, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.single_flight._CALL_SECONDS", 0.2)
-    redis.set("flight:lock", "of-a-hanging-process", ex=60)
+    redis.set(f"{KEY}:lock", "of-a-hanging-process", ex=60)
     with pytest.raises(RedisError):
         ask(app, lambda: "mine")
 
@@ -125,11 +128,11 @@ def test_results_in_redis_are_encrypted_and_expire(app: Flask, redis: Redis) -> 
 
 
 def test_a_call_costs_four_round_trips(app: Flask) -> None:
-    ask(app, lambda: None, key="before")  # Redis knows the script that releases a lock from now on
+    ask(app, lambda: None, kind="before")  # Redis knows the script that releases a lock from now on
     with round_trips(app.extensions["redis"]) as count:
         ask(app, lambda: None)
     assert count() == 4
 
 
 def test_a_call_that_outlasts_its_lock_succeeds(app: Flask, redis: Redis) -> None:
-    assert ask(app, lambda: redis.delete("flight:lock")) == ask(app, fail) == 1
+    assert ask(app, lambda: redis.delete(f"{KEY}:lock")) == ask(app, fail) == 1
