@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 from flask import Flask, Response, current_app, has_request_context, request
-from marshmallow import Schema, fields
 from redis.exceptions import RedisError
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
@@ -94,18 +93,6 @@ HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "3"}, 503: 
 """What the responses of a status have beside their own headers."""
 _ERRORS, _CHARACTERS = 20, 60
 """How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
-
-
-class ErrorDetails(Schema):
-    errors = fields.Dict(keys=fields.String(), values=fields.Raw(), metadata={"description": "Problems by field."})
-
-
-class ErrorEnvelope(Schema):
-    """The body of every error. For documentation; `envelope` makes it."""
-
-    code = fields.Integer(required=True, metadata={"enum": [code.number for code in Code if code is not Code.SUCCESS]})
-    message = fields.String(required=True)
-    data = fields.Nested(ErrorDetails, required=True, allow_none=True)
 
 
 def envelope(code: Code, data: Any, message: Message | None = None) -> bytes:

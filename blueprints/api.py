@@ -18,7 +18,7 @@ from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import idempotency
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
-from errors import HEADERS, ApiError, Code, ErrorEnvelope, Message, envelope, language
+from errors import HEADERS, ApiError, Code, Message, envelope, language
 from storage import database
 from storage.models import Versioned
 from storage.sessions import SAFE_METHODS
@@ -38,6 +38,18 @@ PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language, Origin", "Cache-Cont
 """Headers of every success of a group that demands a session."""
 
 Convert = Callable[[Any], Any]
+
+
+class ErrorDetails(Schema):
+    errors = fields.Dict(keys=fields.String(), values=fields.Raw(), metadata={"description": "Problems by field."})
+
+
+class ErrorEnvelope(Schema):
+    """The body of every error. For documentation; `errors.envelope` makes it."""
+
+    code = fields.Integer(required=True, metadata={"enum": [code.number for code in Code if code is not Code.SUCCESS]})
+    message = fields.String(required=True)
+    data = fields.Nested(ErrorDetails, required=True, allow_none=True)
 
 
 class AuthPolicy(NamedTuple):

@@ -14,14 +14,14 @@ from sqlalchemy.orm import joinedload
 
 from blueprints.api import VERSION, Blueprint, require_match
 from blueprints.lists import ListSchema, load_page, page_schema
-from blueprints.parsing import MAXIMUM_ID, BoundedList
+from blueprints.parsing import MAXIMUM_ID, MAXIMUM_LENGTH
 from blueprints.policies import current_user
 from errors import ApiError, Code, Message, conflict
 from storage import database
 from storage.models import Order, OrderItem
 from storage.sessions import SAFE_METHODS
 
-MAXIMUM_ITEMS = 100
+MAXIMUM_ITEMS = MAXIMUM_LENGTH
 
 STATUS_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
     "pending": ("paid", "cancelled"),
@@ -70,7 +70,7 @@ class OrderSchema(Schema):
     status = fields.String(dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS)})
     remark = fields.String(load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL])
     total = fields.Integer(dump_only=True, required=True, metadata=FEN)
-    items = BoundedList(fields.Nested(ItemSchema), validate.Length(1, MAXIMUM_ITEMS), required=True)
+    items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
     created_at = fields.DateTime(dump_only=True, required=True)
     updated_at = fields.DateTime(dump_only=True, required=True)
     version = VERSION

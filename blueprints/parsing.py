@@ -1,4 +1,4 @@
-"""What comes in: JSON bodies, lists in them, ids in URLs, codes of WeChat."""
+"""What comes in: JSON bodies, ids in URLs, codes of WeChat."""
 
 import json
 from typing import Any, NoReturn
@@ -18,22 +18,10 @@ fields.Url.default_error_messages = {"invalid": "Must be an http(s) URL: upload 
 MAXIMUM_ID = 2**63 - 1
 SMALL_BODY = 8 * 1024
 """The longest body in bytes, unless its schema declares MAXIMUM_BYTES."""
-MAXIMUM_FIELDS = 100
-"""How many fields an object may have: each unknown one takes longer to refuse than to send."""
+MAXIMUM_LENGTH = 100
+"""How many fields an object, and items a list in it may have: each takes longer to refuse than to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
 WECHAT_CODE_FAILS = (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED)
-
-
-class BoundedList(fields.List[Any]):
-    """A list whose length is checked before its contents, which may be dear to check.
-
-    :param inner: the field of each item.
-    :param length: the permitted lengths.
-    """
-
-    def __init__(self, inner: fields.Field[Any], length: validate.Length, **kwargs: Any) -> None:
-        first = lambda value: length(value) if isinstance(value, list) else value  # noqa: E731
-        super().__init__(inner, pre_load=first, validate=length, **kwargs)
 
 
 class JsonParser(FlaskParser):
@@ -66,8 +54,9 @@ class JsonParser(FlaskParser):
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
-    if len(pairs) > MAXIMUM_FIELDS or len(document) < len(pairs):
-        wrong = f"An object has more than {MAXIMUM_FIELDS} fields, or one of them twice."
+    lengths = [len(pairs), *(len(value) for value in document.values() if isinstance(value, list))]
+    if max(lengths) > MAXIMUM_LENGTH or len(document) < len(pairs):
+        wrong = f"More than {MAXIMUM_LENGTH} fields in an object or items in a list, or a field twice."
         raise ApiError(Code.INVALID_INPUT, errors={"body": [wrong]})
     return document
 
