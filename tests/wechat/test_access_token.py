@@ -17,7 +17,7 @@ from errors import ApiError, Code
 from service import create_app
 from tests.harness import APP_ID, WAIT_SECONDS, Simulator, counted, round_trips, wait_until
 from tests.wechat.harness import outcome, refusal
-from wechat.access_token import DAY_SECONDS, AccessToken
+from wechat.access_token import AccessToken
 
 PATH, CHECK = "/cgi-bin/stable_token", "/wxa/msg_sec_check"
 KEY = f"wechat:{APP_ID}:access_token"
@@ -177,7 +177,7 @@ def test_a_refused_token_is_replaced_but_a_newer_one_is_kept(access_token: Acces
     assert len(simulator.calls(PATH)) == 2
 
 
-def test_a_token_that_wechat_refuses_but_keeps_issuing_is_replaced_by_force_once_in_30_seconds(
+def test_a_token_that_wechat_refuses_but_keeps_issuing_is_replaced_by_force_20_times_a_day(
     access_token: AccessToken, simulator: Simulator, redis: Redis
 ) -> None:
     first = access_token.get()
@@ -188,8 +188,8 @@ def test_a_token_that_wechat_refuses_but_keeps_issuing_is_replaced_by_force_once
     assert len(simulator.calls(PATH)) == 4
     redis.delete(f"{KEY}:pause")
     assert access_token.get(refused=second) == second
-    assert len(simulator.calls(PATH)) == 5  # thirty seconds are not over
-    assert 0 < redis.ttl(f"{KEY}:forced") <= 30
+    assert len(simulator.calls(PATH)) == 5  # it is not time yet
+    assert 86400 / 20 - 60 < redis.ttl(f"{KEY}:forced") <= 86400 / 20
     redis.delete(f"{KEY}:forced", f"{KEY}:pause")
     simulator.travel(31)
     assert access_token.get(refused=second) not in (first, second)
@@ -257,17 +257,3 @@ def test_a_response_without_a_token_is_invalid(
 ) -> None:
     monkeypatch.setattr(access_token._transport, "call", lambda *_: answer)
     assert refusal(access_token.get) is Code.UPSTREAM_INVALID
-
-
-def test_refreshes_are_forced_20_times_a_day(access_token: AccessToken, redis: Redis) -> None:
-    def is_forced() -> bool:
-        redis.delete(f"{KEY}:forced")  # the 30 seconds are over
-        return access_token._may_force()
-
-    assert is_forced()
-    assert 0 < redis.ttl(f"{KEY}:forced:count") <= DAY_SECONDS
-    redis.expire(f"{KEY}:forced:count", 1000)
-    assert [is_forced() for _ in range(20)] == [True] * 19 + [False]
-    assert redis.ttl(f"{KEY}:forced:count") <= 1000  # none begins the day anew
-    redis.delete(f"{KEY}:forced:count")  # the day is over
-    assert is_forced()
