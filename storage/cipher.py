@@ -4,7 +4,7 @@ import base64
 import hashlib
 import hmac
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from cryptography.exceptions import InvalidTag
@@ -56,26 +56,22 @@ class Cipher:
         except (KeyError, ValueError, InvalidTag):
             raise DecryptionError("The value does not decrypt here.") from None
 
-    def blind_index(self, text: str, context: str) -> str:
-        """Return the HMAC-SHA-256 of a text under the first key: it finds equal texts without revealing them.
+    def blind_indexes(self, text: str, context: str) -> Iterator[str]:
+        """Make the HMAC-SHA-256 of a text under each key, the first key's first: to find equal texts unrevealed.
+
+        What is stored has that of the first key; a search looks for all of them, as keys change.
 
         Nothing is normalised: `A@b.cn` and `a@b.cn`, or `138 1234 5678` and `13812345678`, are not equal.
 
         :param context: the table and column; the same text has another index in another column.
-        :returns: ASCII, 53 characters: the key's id, a dot, and base64.
+        :returns: each ASCII, 53 characters: the key's id, a dot, and base64.
         :raises UnicodeEncodeError: if the text holds half a surrogate pair.
         """
-        return self._blind_index(self.key_id, text, context)
-
-    def blind_indexes(self, text: str, context: str) -> list[str]:
-        """Return the blind indexes of a text under each key, the first key's first: to search while keys change."""
-        return [self._blind_index(key_id, text, context) for key_id in self._keys]
-
-    def _blind_index(self, key_id: str, text: str, context: str) -> str:
-        # RFC 5869: a key for this column alone, which does not reveal the encryption key.
-        kdf = HKDF(SHA256(), length=32, salt=None, info=f"blind index:{context}".encode())
-        digest = hmac.digest(kdf.derive(self._keys[key_id]), text.encode(), "sha256")
-        return f"{key_id}.{base64.b64encode(digest).decode()}"
+        for key_id, key in self._keys.items():
+            # RFC 5869: a key for this column alone, which does not reveal the encryption key.
+            kdf = HKDF(SHA256(), length=32, salt=None, info=f"blind index:{context}".encode())
+            digest = hmac.digest(kdf.derive(key), text.encode(), "sha256")
+            yield f"{key_id}.{base64.b64encode(digest).decode()}"
 
 
 cipher = cast(Cipher, LocalProxy(lambda: current_app.extensions["cipher"]))

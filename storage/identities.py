@@ -142,7 +142,7 @@ def keep_block(user: User) -> None:
     """Let the block of a user who is about to be deleted outlive the account. Leaves the commit to the caller."""
     identities = database.session.execute(select(Identity.app_id, Identity.openid).where(Identity.user_id == user.id))
     for name in _names(identities, user.unionid):
-        fingerprint = cipher.blind_index(name, _FINGERPRINT)
+        fingerprint = next(cipher.blind_indexes(name, _FINGERPRINT))
         database.insert_unless_exists(BlockedIdentity, fingerprint=fingerprint, former_user_id=user.id)
 
 

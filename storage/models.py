@@ -111,12 +111,12 @@ class Encrypted:
         """Return the values of the columns of this row for a text, by their names."""
         if text is None:
             return dict.fromkeys(self.columns)
-        values = [cipher.encrypt(text, self._context(row)), cipher.blind_index(text, self.place)]
+        values = [cipher.encrypt(text, self._context(row)), next(cipher.blind_indexes(text, self.place))]
         return dict(zip(self.columns, values, strict=False))
 
     def equals(self, text: str) -> ColumnElement[bool]:
         """Return the condition that a row has this text, under whichever of the keys; nothing is normalised."""
-        return self.model.__table__.c[self.columns[1]].in_(cipher.blind_indexes(text, self.place))
+        return self.model.__table__.c[self.columns[1]].in_(list(cipher.blind_indexes(text, self.place)))
 
     def _context(self, row: Any) -> str:
         # Not the id, which a new row does not have yet.

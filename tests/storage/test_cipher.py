@@ -55,33 +55,36 @@ def hkdf(key: bytes, info: bytes) -> bytes:
     return hmac.digest(extracted, info + b"\x01", "sha256")
 
 
+def blind_index(keys: list[bytes], text: str, context: str) -> str:
+    """The one that is stored."""
+    return next(Cipher(keys).blind_indexes(text, context))
+
+
 @given(st.text(), st.text())
 def test_a_blind_index_is_an_hmac_under_a_key_of_its_own(text: str, context: str) -> None:
     digest = hmac.digest(hkdf(KEY, f"blind index:{context}".encode()), text.encode(), "sha256")
     key_id = hashlib.sha256(KEY).hexdigest()[:8]
-    index = Cipher([KEY, OTHER_KEY]).blind_index(text, context)
+    index = blind_index([KEY, OTHER_KEY], text, context)
     assert index == f"{key_id}.{base64.b64encode(digest).decode()}"
     assert len(index) == 53
     assert index.isascii()
 
 
 def test_equal_texts_have_equal_indexes_in_one_column_and_others_in_another() -> None:
-    index = Cipher([KEY]).blind_index("text", "users.phone")
-    assert Cipher([KEY]).blind_index("text", "users.phone") == index
+    index = blind_index([KEY], "text", "users.phone")
+    assert blind_index([KEY], "text", "users.phone") == index
     others = [("text", "users.email"), ("Text", "users.phone"), ("text ", "users.phone"), ("etext", "users.phon")]
-    assert index not in [Cipher([KEY]).blind_index(*other) for other in others]
-    assert Cipher([OTHER_KEY]).blind_index("text", "users.phone").partition(".")[2] != index.partition(".")[2]
+    assert index not in [blind_index([KEY], *other) for other in others]
+    assert blind_index([OTHER_KEY], "text", "users.phone").partition(".")[2] != index.partition(".")[2]
 
 
 def test_a_search_uses_the_indexes_of_all_keys_and_the_first_one_is_stored() -> None:
-    old, new = (Cipher([key]).blind_index("text", "users.phone") for key in (KEY, OTHER_KEY))
-    rotated = Cipher([OTHER_KEY, KEY])
-    assert rotated.blind_indexes("text", "users.phone") == [new, old]
-    assert rotated.blind_index("text", "users.phone") == new
+    old, new = (blind_index([key], "text", "users.phone") for key in (KEY, OTHER_KEY))
+    assert list(Cipher([OTHER_KEY, KEY]).blind_indexes("text", "users.phone")) == [new, old]
 
 
 def test_values_and_indexes_begin_with_the_id_of_the_first_key() -> None:
     cipher = Cipher([OTHER_KEY, KEY])
     assert cipher.key_id == hashlib.sha256(OTHER_KEY).hexdigest()[:8]
     assert cipher.encrypt("text", "place").startswith(f"{cipher.key_id}.")
-    assert cipher.blind_index("text", "place").startswith(f"{cipher.key_id}.")
+    assert next(cipher.blind_indexes("text", "place")).startswith(f"{cipher.key_id}.")
