@@ -24,20 +24,16 @@ class SharedReads:
             return self._read([key]).get(key)
         keys, found = self._next
         keys.append(key)
-        if len(keys) > 1:  # the first one asks for all
-            values = found.get()
-            return self._read([key]).get(key) if values is None else values.get(key)
-        values = None
-        try:
-            gevent.sleep(0)  # until all requests that are ready have named their keys
-            self._next = [], AsyncResult()
-            values = self._read(keys)
-            return values.get(key)
-        except Exception as error:
-            found.set_exception(error)
-            raise
-        finally:
-            if self._next[1] is found:
+        if len(keys) == 1:  # the first one asks for all
+            try:
+                gevent.sleep(0)  # until all requests that are ready have named their keys
                 self._next = [], AsyncResult()
-            if not found.ready():
-                found.set(values)  # None if this request was given up, which concerns no other one
+                found.set(self._read(keys))
+            except Exception as error:  # noqa: BLE001  raised below, in each of them
+                found.set_exception(error)
+            except BaseException:  # this request is given up, which concerns no other one
+                self._next = [], AsyncResult()
+                found.set()
+                raise
+        values = found.get()
+        return (self._read([key]) if values is None else values).get(key)
