@@ -42,11 +42,7 @@ def single_flight(kind: str, code: str, call: Callable[[], Any]) -> Any:
             try:
                 outcome[0] = call()
             except ApiError as error:
-                if (
-                    error.api_code.number >= 500
-                    or isinstance(error, GaveUp)
-                    or error.api_code is Code.TOO_MANY_REQUESTS
-                ):
+                if isinstance(error, GaveUp) or error.api_code.status == 429 or error.api_code.status >= 500:
                     raise
                 outcome[1:] = error.api_code.name, error.message
             with redis.pipeline() as pipeline:
