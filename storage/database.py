@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -117,7 +116,6 @@ def init_app(app: Flask) -> None:
         app.config["DATABASE_URL"], pool_size=app.config["DATABASE_CONNECTIONS"], seconds=STATEMENT_SECONDS
     )
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("database")] = lambda: engine.pool.checkedout()  # type: ignore[attr-defined]
-    app.extensions["sqlite_writers"] = threading.Lock()
     app.teardown_appcontext(_close)
 
 
@@ -210,15 +208,12 @@ def in_transaction(work: Callable[[], T]) -> T:
     :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
     :raises sqlalchemy.exc.DBAPIError: if it failed otherwise.
     """
-    # Writers of SQLite wait for each other before they begin, instead of failing when they write after a read.
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    turn = current_app.extensions["sqlite_writers"] if is_sqlite else nullcontext()
     for tries_left in reversed(range(TRIES)):
         session.rollback()  # rows read before may be stale
         g.after_commit = []
         try:
-            with turn, session.begin():
-                if is_sqlite:
+            with session.begin():
+                if session.get_bind().dialect.name == "sqlite":
                     _begin_immediate()
                 if "user_id" in g:
                     g.user = next(iter(load(User, rows(_LOCKED_USER, session.connection(), id=g.user_id))), None)
@@ -238,7 +233,10 @@ def in_transaction(work: Callable[[], T]) -> T:
 
 
 def _begin_immediate() -> None:
-    """Ask again and again whether another process writes: SQLite's own wait would hold all requests of this one."""
+    """Become the only writer of SQLite; one that began with a read could fail when it writes.
+
+    Ask again and again whether another one writes: SQLite's own wait would hold all requests of this process.
+    """
     ends = time.monotonic() + seconds_left(STATEMENT_SECONDS)
     while True:
         try:
