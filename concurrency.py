@@ -96,7 +96,7 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
     if asked := environ.get("HTTP_X_REQUEST_TIMEOUT"):
         if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", asked, re.ASCII):
             error = ApiError(Code.INVALID_INPUT, errors={"X-Request-Timeout": ["Must be seconds, such as 1.5."]})
-            return _fail(app, environ, error, start_response)
+            return _respond(app, environ, error, start_response)
         seconds = min(seconds, float(asked))
     seconds -= time.monotonic() - getattr(environ.get("gunicorn.socket"), "began", time.monotonic())
     app.extensions["door"].in_flight += 1
@@ -108,26 +108,20 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
     except TimeOver:
         timer.stop()
         metrics.DEADLINES_MISSED.inc()
-        return _fail(app, environ, ApiError(Code.UNAVAILABLE), start_response)
-    except Exception as error:  # noqa: BLE001  in a teardown, after the response was made and before it is sent
-        return _fail(app, environ, error, start_response)
+        return _respond(app, environ, ApiError(Code.UNAVAILABLE), start_response)
+    except Exception:  # in a teardown, after the response was made and before it is sent
+        app.logger.exception("a teardown failed")
+        return _respond(app, environ, ApiError(Code.INTERNAL_ERROR), start_response)
     finally:
         timer.close()
         _deadline.reset(token)
         app.extensions["door"].in_flight -= 1
 
 
-def _fail(app: Flask, environ: dict[str, Any], error: Exception, start_response: Any) -> Any:
-    """Respond with an error, or raise it if that fails, too."""
-    body = None
-    try:
-        raise error
-    except Exception:  # Flask logs the current exception
-        with suppress(Exception), app.request_context(environ):  # the same teardown again
-            answer = handle_http_exception(error) if isinstance(error, ApiError) else app.handle_exception(error)
-            body = answer(environ, start_response)
-        if body is None:
-            raise
+def _respond(app: Flask, environ: dict[str, Any], error: ApiError, start_response: Any) -> Any:
+    body: Any = None
+    with suppress(Exception), app.request_context(environ):  # the same teardown again
+        body = handle_http_exception(error)(environ, start_response)
     return body
 
 
