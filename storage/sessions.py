@@ -13,7 +13,6 @@ from flask_session.redis import RedisSessionInterface
 from errors import ApiError, Code
 from storage import wechat_session_keys
 from storage.redis_client import redis
-from telemetry.metrics import SESSIONS
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
@@ -172,7 +171,6 @@ def log_in(user_id: int, **facts: Any) -> str:
     current.update(facts, user_id=user_id)
     # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
     _interface().store(current)
-    SESSIONS.inc()
     return current.sid
 
 

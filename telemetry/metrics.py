@@ -51,7 +51,6 @@ WECHAT_CALLS = _counter("wechat_calls", "Each try; ok, caller or failure.", ("in
 WECHAT_SECONDS = _seconds("wechat_call_duration_seconds", "Duration of a call of WeChat, each try.", ("interface",))
 BREAKER_OPEN = _sum("wechat_breaker_open", "Workers that make no calls of WeChat, as it kept failing.")
 TOKEN_REFRESHES = _from_0(_counter("wechat_token_refreshes", "Access tokens.", ("outcome",)), "success", "failure")
-SESSIONS = _counter("sessions_created", "Sessions started.")
 MESSAGES_PENDING = _latest("messages_pending", "Messages that WeChat has pushed to any instance, not handled yet.")
 # rejected: too many pending; dropped: each process that handled it died, or had no key that decrypts it.
 MESSAGES = _from_0(_counter("messages_handled", "Pushed.", ("outcome",)), "success", "failure", "rejected", "dropped")
