@@ -38,13 +38,12 @@ def single_flight(kind: str, code: str, call: Callable[[], Any]) -> Any:
     with redis.lock(f"{key}:lock", seconds + 1, blocking_timeout=seconds, raise_on_release_error=False):
         kept, is_used = cast(list[bytes | None], redis.mget(key, f"{key}:used"))
         if is_used is None:
-            outcome: list[Any] = [None, None, None]
             try:
-                outcome[0] = call()
+                outcome: tuple[Any, ...] = call(), None, None
             except ApiError as error:
                 if isinstance(error, GaveUp) or error.api_code.status == 429 or error.api_code.status >= 500:
                     raise
-                outcome[1:] = error.api_code.name, error.message
+                outcome = None, error.api_code.name, error.message
             with redis.pipeline() as pipeline:
                 pipeline.set(key, cipher.encrypt(json.dumps(outcome), key), ex=_RESULT_SECONDS)
                 pipeline.set(f"{key}:used", "", ex=_USED_SECONDS)
