@@ -34,9 +34,6 @@ CREATED_HEADERS = TRACE_ID_HEADER | ETAG_HEADER | {"Location": {"schema": {"type
 IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}, "example": '"7"'}
 IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412 if it has changed since."
 
-PRIVATE = {"Vary": "Authorization, Cookie, Accept-Language, Origin", "Cache-Control": "private, no-cache"}
-"""Headers of every success of a group that demands a session."""
-
 Convert = Callable[[Any], Any]
 
 
@@ -76,6 +73,8 @@ class Blueprint(flask_smorest.Blueprint):
 
     ARGUMENTS_PARSER = JsonParser()
     error_content: dict[str, Any] = {"application/json": {"schema": ErrorEnvelope}}  # noqa: RUF012  of the documents
+    cache_control = "private, no-cache"
+    """Of a success, if the group demands a session."""
     auth: AuthPolicy
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +142,8 @@ class Blueprint(flask_smorest.Blueprint):
         if status == 201:
             response.headers["Location"] = f"{request.script_root}{request.path}/{row.id}"
         if is_secured:
-            response.headers.extend(PRIVATE)
+            response.headers["Vary"] = "Authorization, Cookie, Accept-Language, Origin"
+            response.headers["Cache-Control"] = self.cache_control
         is_read &= not response.is_streamed  # a hash would read it to the end
         if is_versioned:
             response.headers["ETag"] = f'"{row.etag}-{language()}"'  # with the language, as messages are translated

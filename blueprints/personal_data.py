@@ -25,6 +25,7 @@ _read = room(EXPORT_WEIGHT, seconds=30)(next)
 """Waits longer than a request would, as the response is on its way."""
 
 blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
+blueprint.cache_control = "no-store"
 
 
 class MaskedPersonalDataSchema(Schema):
@@ -65,12 +66,6 @@ class ExportSchema(Schema):
     personal_data = fields.Nested(PersonalDataSchema, required=True)
     identities = fields.List(fields.Nested(IdentitySchema), required=True)
     orders = fields.List(fields.Nested(OrderSchema), required=True)
-
-
-@blueprint.after_request
-def keep_out_of_caches(response: Response) -> Response:
-    response.cache_control.no_store = True
-    return response
 
 
 @blueprint.route("/<user:user_id>/personal-data")

@@ -33,7 +33,6 @@ COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
 # `//host` and `/\host` lead to other sites, and browsers skip blanks.
 PATH_RULE = matches(r"/(?![/\\])(?:(?!\\)[!-~]){0,511}", "Must be a path of this site.")
 LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
-STATE_REFUSED = {"state": ["Unknown, expired after an hour, or from another browser: start again at authorize."]}
 DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
 BEGIN_AGAIN = Message("登录链接无效、过期或已使用，请重新登录", "Login link invalid, expired or used: log in again")
@@ -89,7 +88,7 @@ def callback(query: dict[str, str]) -> BaseResponse:
         return redirect(public_url() + session["return_to"])
     attempt = _load_attempt(query["state"])
     if not attempt:
-        raise ApiError(Code.INVALID_INPUT, errors=STATE_REFUSED)
+        raise ApiError(Code.INVALID_INPUT, errors={"state": ["Unknown, expired or from another browser: start again."]})
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     token = single_flight(  # browsers inside WeChat may open the page twice at once
