@@ -1,6 +1,7 @@
 """The Redis that all instances share."""
 
-from typing import cast
+import time
+from typing import Any, cast
 
 from flask import Flask, current_app
 from redis import BlockingConnectionPool, DriverInfo, Redis
@@ -22,6 +23,18 @@ redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
 UnixDomainSocketConnection.port = None  # type: ignore[attr-defined]
 
 
+class Pool(BlockingConnectionPool):
+    """Counts for how long a connection is waited for while all are in use."""
+
+    def get_connection(self, *args: Any, **options: Any) -> Any:
+        is_full, began = self.pool.empty(), time.monotonic()
+        try:
+            return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+        finally:
+            if is_full:
+                metrics.POOL_WAIT_SECONDS.labels("redis").inc(time.monotonic() - began)
+
+
 def init_app(app: Flask) -> None:
     class Failover(AbstractBackoff):
         """What redis-py does before it sends once more, on a new connection: close the idle ones, and not wait.
@@ -33,7 +46,7 @@ def init_app(app: Flask) -> None:
             pool.disconnect(inuse_connections=False)
             return 0
 
-    pool = BlockingConnectionPool.from_url(
+    pool = Pool.from_url(
         app.config["REDIS_URL"],
         max_connections=CONNECTIONS,
         timeout=WAIT_SECONDS,

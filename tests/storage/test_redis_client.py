@@ -14,7 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from dev.redis_server import RedisServer
 from storage import redis_client
-from tests.harness import bound_to_this_process
+from tests.harness import bound_to_this_process, counted
 from tests.proxy import Proxy
 
 NOBODY = ("REPLICAOF", "127.0.0.1", "1")
@@ -130,12 +130,17 @@ def test_requests_beyond_the_pool_wait_for_a_connection(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_client, "CONNECTIONS", 1)
-    redis = make_app().extensions["redis"]
+    redis, before = make_app().extensions["redis"], counted("pool_wait_seconds_total", pool="redis")
     taken = redis.connection_pool.get_connection()
+    assert counted("pool_wait_seconds_total", pool="redis") == before
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(redis.ping)
         with pytest.raises(RedisError):
             redis.ping()
+        assert counted("pool_wait_seconds_total", pool="redis") - before > 0.9  # also if there was none in time
         redis.connection_pool.release(taken)
         assert redis.ping()
         waiting.exception()
+    waited = counted("pool_wait_seconds_total", pool="redis")
+    assert redis.ping()
+    assert counted("pool_wait_seconds_total", pool="redis") == waited
