@@ -1,6 +1,8 @@
 """The envelope, the one table of codes, the exceptions and the global error handler."""
 
 import errno
+import random
+from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
 from itertools import islice
@@ -89,8 +91,15 @@ _UNAVAILABLE = (RedisError, exc.OperationalError, exc.InterfaceError, exc.Timeou
 NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 """Of an OSError: this process, or the machine, can open nothing for now."""
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
-HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "3"}, 503: {"Retry-After": "3"}}
-"""What the responses of a status have beside their own headers."""
+RETRY_SECONDS = 1, 5
+"""Of Retry-After, at random, so that clients do not come back together."""
+_RETRY: dict[str, Callable[[], str]] = {"Retry-After": lambda: str(random.randint(*RETRY_SECONDS))}  # noqa: S311
+HEADERS: dict[int, dict[str, Callable[[], str]]] = {
+    401: {"WWW-Authenticate": lambda: "Bearer"},
+    429: _RETRY,
+    503: _RETRY,
+}
+"""What makes the headers that the responses of a status have beside their own."""
 _ERRORS, _CHARACTERS = 20, 60
 """How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
 
@@ -160,8 +169,8 @@ def handle_http_exception(error: HTTPException) -> Response:
     response = cast(Response, error.get_response(request.environ))
     response.data = envelope(code, {"errors": errors} if errors else None, message)
     response.content_type = "application/json"
-    for name, value in HEADERS.get(response.status_code, {}).items():
-        response.headers.setdefault(name, value)
+    for name, make in HEADERS.get(response.status_code, {}).items():
+        response.headers.setdefault(name, make())
     return response
 
 

@@ -110,6 +110,11 @@ def test_each_code_has_its_status_in_the_envelope(failing: FlaskClient) -> None:
         assert ("WWW-Authenticate" in answer.headers) == (code.status == 401)
 
 
+def test_clients_come_back_at_different_times(failing: FlaskClient) -> None:
+    waits = {failing.get("/fail/UNAVAILABLE").headers["Retry-After"] for _ in range(100)}
+    assert waits == {"1", "2", "3", "4", "5"}
+
+
 @pytest.mark.parametrize(
     ("language", "english"),
     [
