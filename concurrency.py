@@ -1,9 +1,7 @@
 """How long a request may wait, how much expensive work runs at once, and what runs in parallel."""
 
 import math
-import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -52,11 +50,8 @@ def ensure_somebody_waits() -> None:
     :raises GaveUp: if it has. Nobody sees the code, which must not count as a failure of ours.
     """
     connection = request.environ.get("gunicorn.socket") if has_request_context() else None
-    if connection is not None and not getattr(connection, "shut", False):  # by us, at a stop
-        with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:  # there is nothing to read
-            same.settimeout(0)  # of this copy alone
-            if not same.recv(1, socket.MSG_PEEK):
-                raise GaveUp(Code.INVALID_INPUT)
+    if connection is not None and connection.is_gone():
+        raise GaveUp(Code.INVALID_INPUT)
 
 
 def context_for(seconds: float) -> Context:

@@ -43,7 +43,7 @@ bind = f"[{settings['HOST']}]:{settings['PORT']}"  # the brackets, which IPv6 ne
 # At least two processes, so that one that dies or reloads leaves another that serves.
 workers = settings["WEB_CONCURRENCY"]
 
-# Each request has a greenlet: one that waits for WeChat, Redis, the database or a slow client costs some 20 KB.
+# Each request has a greenlet: one that waits for WeChat, Redis, the database or a slow client costs some 30 KB.
 worker_connections = settings["WEB_CONNECTIONS"]
 # Each needs a descriptor, and so may each call of WeChat.
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -57,12 +57,13 @@ class Client(gevent.socket.socket):
 
     door = None  # of this process
     ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
+    idle = settings["HEAD_SECONDS"]  # how long it may take until a request begins
     served = over = shut = False
     held = b""
 
     def recv(self, *args):  # type: ignore[no-untyped-def]
         while not self.over:
-            self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else keepalive)
+            self.settimeout(max(self.ends_at - time.monotonic(), 0.001) if self.ends_at else self.idle)
             self.door.in_flight -= self.served  # a request that waits for its client keeps no other one out
             try:
                 data = super().recv(*args)
@@ -80,6 +81,16 @@ class Client(gevent.socket.socket):
             super().sendall(refusal)  # before anything is parsed, which costs more than all of this
             self.over = b"Connection: close" in refusal
         return b""
+
+    def is_gone(self):  # type: ignore[no-untyped-def]
+        """Whether the client has closed its connection, or has no more to send and what it sent is read."""
+        self.settimeout(0)
+        try:
+            return not (self.shut or super().recv(1, gevent.socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def sendall(self, data, *args):  # type: ignore[no-untyped-def]
         data = self.held + data
@@ -109,18 +120,27 @@ class Worker(GeventWorker):
     def handle(self, listener, client, addr):  # type: ignore[no-untyped-def]
         client = Client(client.family, client.type, client.proto, client.detach())
         self.clients.add(client)
-        super().handle(listener, client, addr)
-        self.clients.remove(client)
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            self.clients.remove(client)
 
     def handle_request(self, listener_name, req, sock, addr):  # type: ignore[no-untyped-def]
+        if sock.is_gone():  # nothing is begun for nobody
+            raise StopIteration
         sock.began, sock.served = sock.ends_at - settings["HEAD_SECONDS"], True
-        sock.ends_at = time.monotonic() + settings["BODY_SECONDS"]
+        # Less than until its deadline: a client that is too slow gets 400.
+        sock.ends_at = min(time.monotonic() + settings["BODY_SECONDS"], sock.began + settings["REQUEST_SECONDS"] - 0.2)
         super().handle_request(listener_name, req, sock, addr)
         sock.sendall(b"")  # a response without a body
         gevent.sleep(0)  # others go on now, even if this client's next request is there already
-        sock.served = False
+        sock.served, sock.idle = False, keepalive
         req.body.read()  # what is left of it, less than 64 KiB; the door would take it for the next request
-        sock.ends_at = time.monotonic() + settings["HEAD_SECONDS"] if req.unreader.buf.getvalue() else 0.0
+        came = req.unreader.buf.getvalue()  # of the next request
+        sock.ends_at = time.monotonic() + settings["HEAD_SECONDS"] if came else 0.0
+        if came and (refusal := sock.door.refusal(came)):
+            sock.sendall(refusal.replace(b": keep-alive", b": close"))
+            raise StopIteration
 
     def notify(self):  # type: ignore[no-untyped-def]
         super().notify()  # once a second
@@ -246,6 +266,8 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     # An exception at start-up is redacted.
     lines.setFormatter(logs.JsonLineFormatter(settings["INSTANCE"], settings["VERSION"]))
     worker.publish = metrics.publish
+    metrics.SAMPLED[metrics.CONNECTIONS] = lambda: len(worker.clients)
+    metrics.CONNECTIONS_LIMIT.set(worker_connections)
     metrics.WORKER_STARTS.inc()
     metrics.WORKER_DEATHS.inc(worker.replaces)
     metrics.START_TIME.labels(server.after).set(server.started)
@@ -256,9 +278,7 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     # The service is loaded: from now on its handler writes gunicorn's lines, redacted.
     worker.log.error_log.handlers, worker.log.error_log.propagate = [], True
     Client.door = worker.wsgi.extensions["door"]
-    Client.door.clients = worker.clients
-    gevent.spawn(Client.door.begin)
-    gevent.spawn(Client.door.watch)
+    Client.door.start(worker.clients)
     if settings["WECHAT_PUSH_TOKEN"]:
         worker.wsgi.extensions["messages"].start()
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import gevent
 import msgspec
@@ -28,33 +29,35 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 16
 """So many requests are in flight at once; further ones are begun one by one, whenever all those wait."""
-WRITES, READS, STRANGERS, LOGINS = 0, 1, 2, 3
-"""The classes, the most important first: what a user writes, and reads; requests without a known session; and logins,
-many of which may come at once, and have to wait for WeChat anyway.
+WRITES, READS, STRANGERS, LOGINS, PROBES = 0, 1, 2, 3, 4
+"""The classes, the most important first: what a user writes, and reads; requests without a known session; logins, many
+of which may come at once, and have to wait for WeChat anyway; and probes beyond PROBES_A_SECOND, which nobody needs.
 """
-PATIENCE_SECONDS = 0.1, 0.1, 0.1, 3
-LITTLE_PATIENCE_SECONDS = 0.1, 0.01, 0.01, 3
+PATIENCE_SECONDS = 0.1, 0.1, 0.1, 3, math.inf
+LITTLE_PATIENCE_SECONDS = 0.1, 0.01, 0.01, 3, math.inf
 """How long a request waits, by its class; and how long if there has always been another one for 0.1 s, without logins.
 What users write comes first, so it waits only while the worker does something else.
 """
 BEAT_SECONDS, RAISE_A_BEAT = 0.02, 0.1
 """How often it is looked who has waited too long, and how much more is let in if nobody has; in classes."""
-FEW_A_SECOND = 5
+FEW_A_SECOND, PROBES_A_SECOND = 5, 100
 KNOWN_SESSIONS = 20_000
 RETRY_SECONDS = 1, 5
 """Of Retry-After, at random, so that clients do not come back together."""
 BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the moment: retry later")
 
 _LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
-_NEVER_REFUSED = re.compile(rb"(GET|HEAD|OPTIONS) /(livez|readyz|metrics)[ ?]")
+_PROBE = re.compile(rb"(GET|HEAD|OPTIONS) /(livez|readyz|metrics)[ ?]")
 _TOKEN = re.compile(rb"\r\n(?:Authorization: *Bearer +|Cookie:[^\r\n]*\bsession=)([^\s;]+)", re.IGNORECASE)
-_ENDS = re.compile(rb" HTTP/1\.0\r|\n(Connection: *close|Content-Length|Transfer-Encoding|Expect)", re.IGNORECASE)
+_ENDS = re.compile(rb"^HEAD | HTTP/1\.0\r|\n(Connection: *close|Transfer-Encoding|Expect)", re.IGNORECASE)
+_LENGTH = re.compile(rb"\nContent-Length(?:: *(\d{1,6})\r)?", re.IGNORECASE)
 _SECONDS = re.compile(rb"\r\nX-Request-Timeout: *(\d{1,6}(?:\.\d{1,6})?)\r", re.IGNORECASE)
 _ENGLISH = re.compile(rb"\r\nAccept-Language: *en", re.IGNORECASE)
 _RESPONSE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
     b"Retry-After: %d\r\nX-Trace-Id: %s\r\nConnection: %s\r\n\r\n%s"
 )
+_place_of_request: ContextVar[float] = ContextVar("place", default=LOGINS)
 _BODIES = [msgspec.json.encode({"code": Code.UNAVAILABLE.number, "message": text, "data": None}) for text in BUSY]
 
 
@@ -79,6 +82,7 @@ class Door:
         self._clock: Callable[[], float] = time.monotonic
         self._users: dict[int, int] = {}
         self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
+        self._probes = deque([-math.inf] * PROBES_A_SECOND, PROBES_A_SECOND)
         self._numbers = itertools.count()
         # Their places, numbers, since when and for how long at most they wait, and whether they are begun or refused.
         self._waiting: list[tuple[float, int, float, float, AsyncResult]] = []
@@ -88,9 +92,10 @@ class Door:
 
     def remember(self, token: str, user_id: int) -> None:
         """Keep whose session this is; only while the process lives, and not the token itself."""
+        self._users.pop(key := hash(token.encode()), None)
         if len(self._users) >= KNOWN_SESSIONS:
-            self._users.clear()
-        self._users[hash(token.encode())] = user_id
+            del self._users[next(iter(self._users))]  # not seen for longest
+        self._users[key] = user_id
 
     def refusal(self, head: bytes) -> bytes | None:
         """Return the response to a request that is refused, or None when it may begin.
@@ -104,11 +109,15 @@ class Door:
         self._last.append(now)
         is_login = _LOGIN.match(head) is not None
         is_one_too_many = is_login and self._elsewhere >= self._most_elsewhere
-        if not (are_few or len(self.clients) <= self._most or _NEVER_REFUSED.match(head)):
-            place = LOGINS + 0.5 * (not is_one_too_many) if is_login else self._place(head)
-            if not is_login and place >= self.level:
+        if is_probe := _PROBE.match(head) is not None:
+            are_few = are_few or now - self._probes[0] > 1
+            self._probes.append(now)
+        if not (are_few or len(self.clients) <= self._most):
+            place = PROBES if is_probe else LOGINS + 0.5 * (not is_one_too_many) if is_login else self._place(head)
+            _place_of_request.set(min(place, LOGINS))
+            if self.level <= place < LOGINS:
                 return self._response(head, "queue")
-            if self.in_flight >= self._most * (1 - place / 8):
+            if self.in_flight >= self._most * (1 - place / 8) and not is_probe:
                 return self._response(head, "in_flight")
             self._elsewhere += is_login
             begins = self._wait(place, float(asked[1]) if (asked := _SECONDS.search(head)) else self._seconds)
@@ -119,16 +128,25 @@ class Door:
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """Let other requests begin while one waits for WeChat; then it waits for its turn behind those of users."""
+        """Let other requests begin while one waits for WeChat; then it waits for its turn again."""
         self.in_flight -= 1
         self._elsewhere += 1
         try:
             yield
             if len(self.clients) > self._most:
-                self._wait(LOGINS, self._seconds)
+                self._wait(_place_of_request.get(), self._seconds)
         finally:
             self._elsewhere -= 1
             self.in_flight += 1
+
+    def start(self, clients: Collection[object]) -> None:
+        """Let requests in from now on, in the order of their importance.
+
+        :param clients: see `clients`.
+        """
+        self.clients = clients
+        for loop in (self.begin, self.watch):
+            gevent.spawn(_go_on, loop)
 
     def begin(self) -> None:
         """Begin what waits, for ever."""
@@ -204,6 +222,17 @@ class Door:
         metrics.SHED.labels(reason).inc()
         self._refused += 1
         body = _BODIES[_ENGLISH.search(head) is not None]
-        is_whole = head.startswith(b"GET ") and head.find(b"\r\n\r\n") == len(head) - 4 and not _ENDS.search(head)
+        lengths, body_at = _LENGTH.findall(head) or [b"0"], head.find(b"\r\n\r\n") + 4
+        is_whole = body_at > 3 and lengths == [b"%d" % (len(head) - body_at)] and not _ENDS.search(head)
         retry, trace_id = random.randint(*RETRY_SECONDS), self._trace_id.encode()  # noqa: S311
         return _RESPONSE % (len(body), retry, trace_id, b"keep-alive" if is_whole else b"close", body)
+
+
+def _go_on(loop: Callable[[], None]) -> None:
+    """Run a loop again whatever ends it, such as a lack of memory: without it nobody would get in."""
+    while True:
+        try:
+            loop()
+        except Exception:
+            logger.exception("the door goes on")
+            gevent.sleep(BEAT_SECONDS)

@@ -40,6 +40,8 @@ def _from_0(metric: Metric, *values: str) -> Metric:
 REQUESTS = _counter("http_requests", "Requests served.", ("route", "method", "status", "code"))
 REQUEST_SECONDS = _seconds("http_request_duration_seconds", "Without the wait to be begun.", ("route", "method"))
 QUEUE_SECONDS = _seconds("http_queue_seconds", "How late a worker begins what waits, 50 times a second.")
+CONNECTIONS = _sum("connections", "Of clients.")
+CONNECTIONS_LIMIT = _sum("connections_limit", "So many connections of clients are held at once.")
 REQUESTS_IN_FLIGHT = _sum("http_requests_in_flight", "Requests being served.")
 DEADLINES_MISSED = _counter("http_deadlines_missed", "Requests that were given up because their time was over.")
 # wechat: too many calls of WeChat wait.

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 import pytest
 import requests
 
-from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, bearer
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, bearer, wait_until
 from tests.test_connections import Client
 
 REFUSED = "GET /nowhere"
@@ -69,9 +69,32 @@ def test_the_body_of_a_refused_request_is_no_request(full_service: Service, at_o
         body = LOOKS_LIKE_A_REQUEST
         client.send("POST /nowhere", body if at_once else b"", Content_Length=str(len(body)))
         assert client.response()[0] == 503
-        if not at_once:
+        if at_once:
+            client.send("GET /livez")
+            assert client.response()[0] == 200
+        else:
             client.socket.sendall(body)
+            assert client.all() == b""
+
+
+def test_a_request_that_is_there_already_comes_to_the_door_too(full_service: Service) -> None:
+    client = Client(full_service)
+    with closing(client.socket):
+        client.send("GET /livez", LOOKS_LIKE_A_REQUEST)
+        assert client.response()[0] == 200
+        number, headers = client.response()
+        assert (number, headers["connection"]) == (503, "close")
         assert client.all() == b""
+
+
+def test_clients_are_counted(full_service: Service) -> None:
+    def value(name: str) -> float:
+        url, headers = f"{full_service.url}/metrics", bearer(METRICS_TOKEN)
+        lines = requests.get(url, headers=headers, timeout=WAIT_SECONDS).text
+        return float(next(line.split()[-1] for line in lines.splitlines() if line.startswith(f"kuaishang_{name} ")))
+
+    wait_until(lambda: 30 <= value("connections") <= 40)
+    assert value("connections_limit") == 5000
 
 
 def test_the_unread_body_of_a_served_request_is_no_request(full_service: Service) -> None:

@@ -135,6 +135,37 @@ def test_half_sent_heads_and_bodies_end_after_their_time_and_leave_others_alone(
     assert {response.split(b"\r\n")[0] for response in responses[30:]} == {b"HTTP/1.1 400 BAD REQUEST"}
 
 
+def test_a_client_that_is_slow_twice_gets_400_and_not_503(start_service: StartService) -> None:
+    service = start_service(REQUEST_SECONDS="3", HEAD_SECONDS="3", BODY_SECONDS="3")
+    head = b"POST /api/v1/auth/wechat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
+    with closing(connect(service, head)) as client:
+        time.sleep(1.5)
+        client.sendall(b"\r\nhalf")
+        assert client.recv(65536).startswith(b"HTTP/1.1 400")
+
+
+def test_a_connection_that_sends_nothing_is_not_kept_for_as_long_as_one_that_has(service: Service) -> None:
+    with closing(connect(service, b"")) as client:
+        assert client.recv(65536) == b""
+
+
+def test_nothing_is_begun_for_a_client_that_has_hung_up(start_service: StartService, simulator: Simulator) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    token = service.log_in(simulator)
+    body = b'{"items": [{"sku": "tea", "name": "tea", "quantity": 1, "unit_price": 1}]}'
+    head = f"POST /api/v1/orders HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    (worker,) = service.workers()
+    worker.suspend()
+    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED)
+    for _ in range(20):
+        connect(service, request).close()
+    with closing(connect(service, request)) as waiting:
+        worker.resume()
+        assert waiting.recv(65536).startswith(b"HTTP/1.1 201")
+    assert service.call("GET", "/orders", token).json()["data"]["total"] == 1
+
+
 def test_a_head_that_trickles_ends_too(service: Service) -> None:
     with closing(connect(service, b"GET /livez HTTP/1.1\r\n")) as client:
         client.setblocking(False)

@@ -19,10 +19,12 @@ from overload import (
     LITTLE_PATIENCE_SECONDS,
     LOGINS,
     PATIENCE_SECONDS,
+    PROBES_A_SECOND,
     READS,
     STRANGERS,
     WRITES,
     Door,
+    _go_on,
 )
 from tests.harness import WAIT_SECONDS, counted
 
@@ -268,6 +270,17 @@ def test_the_watch_refuses_and_reports(door: Door, caplog: pytest.LogCaptureFixt
     assert counted("http_queue_seconds_count") > measured
 
 
+def test_the_door_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    errors = [MemoryError(), ValueError(), gevent.GreenletExit()]
+
+    def loop() -> None:
+        raise errors.pop(0)
+
+    with pytest.raises(gevent.GreenletExit):
+        _go_on(loop)
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+
+
 def test_a_browser_s_cookie_is_a_session_too(door: Door) -> None:
     assert int(door._place(head("GET", "", "Cookie: a=b; __Host-session=mine; c=d"))) == READS
     assert int(door._place(head("GET", "", "cookie: session=other"))) == STRANGERS
@@ -289,6 +302,26 @@ def test_probes_and_the_scrape_never_wait(door: Door, path: str) -> None:
         assert door.refusal(head(method, path=path)) is None
         assert door.refusal(head(method, path=f"{path}?verbose")) is None
         assert door.refusal(head(method, path=f"{path}/../api")) is not None
+
+
+def test_probes_beyond_so_many_a_second_wait_behind_users_and_are_not_refused(door: Door) -> None:
+    door.in_flight, door.level = LIMIT, WRITES
+    for _ in range(PROBES_A_SECOND - FEW_A_SECOND):
+        assert door.refusal(head("GET", path="/livez")) is None
+    order: list[str] = []
+    flood = [ask(door, head("GET", path="/readyz")) for _ in range(3)]
+    pass_time(door, 2.5)
+    door.refuse()
+    door.level, door.in_flight = LOGINS, 0
+    ask_often(door)
+    asked = [*flood, ask(door, READ)]
+    for name, one in zip(("probe", "probe", "probe", "read"), asked, strict=True):
+        one.link(lambda one, name=name: order.append(name))
+    begins = gevent.spawn(door.begin)
+    gevent.joinall(asked, WAIT_SECONDS)
+    begins.kill()
+    assert [one.value for one in asked] == [None] * 4
+    assert order == ["read", "probe", "probe", "probe"]
 
 
 def test_few_requests_a_second_never_wait(door: Door) -> None:
@@ -317,27 +350,38 @@ def test_the_less_important_leave_room_in_flight_for_the_others(opened: Door) ->
     assert LIMIT > allowed[WRITES] > allowed[READS] > allowed[STRANGERS] > allowed[LOGINS] > LIMIT / 2
 
 
-def test_who_waits_for_wechat_is_not_in_flight_and_comes_back_behind_users(door: Door) -> None:
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [(LOGIN, ["stranger", "back", "login"]), (WRITE, ["back", "stranger", "login"])],
+    ids=["login", "write"],
+)
+def test_who_waits_for_wechat_is_not_in_flight_and_comes_back_to_its_place(
+    door: Door, request_: bytes, expected: list[str]
+) -> None:
     order, answered = [], Event()
     door.in_flight = AT_ONCE + 1
 
     def call() -> None:
+        door.refusal(request_)
         with door.elsewhere():
             answered.wait()
         order.append("back")
 
+    begins = gevent.spawn(door.begin)
     calling = gevent.spawn(call)
-    gevent.sleep(0)
-    assert door.in_flight == AT_ONCE
-    for name, request_ in (("login", LOGIN), ("stranger", STRANGER)):
-        ask(door, request_).link(lambda asked, name=name: order.append(name))
+    with gevent.Timeout(WAIT_SECONDS):
+        while door.in_flight > AT_ONCE:
+            gevent.sleep(0.01)
+    begins.kill()
+    for name, other in (("login", LOGIN), ("stranger", STRANGER)):
+        ask(door, other).link(lambda asked, name=name: order.append(name))
     answered.set()
     gevent.sleep(0)
     begins = gevent.spawn(door.begin)
     calling.join(WAIT_SECONDS)
     gevent.sleep(0.1)
     begins.kill()
-    assert order == ["stranger", "back", "login"]
+    assert order == expected
     assert door.in_flight == AT_ONCE + 1
 
 
@@ -386,7 +430,8 @@ def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
 ) -> None:
     door.report()
     door.in_flight = LIMIT
-    responses = [parse(refusal) for _ in range(60) if (refusal := door.refusal(head("POST")))]
+    half_a_body = head("POST", "", "Content-Length: 9") + b"{"
+    responses = [parse(refusal) for _ in range(60) if (refusal := door.refusal(half_a_body))]
     english = door.refusal(head("GET", "", "Accept-Language: en-US,en;q=0.9"))
     assert english
     assert parse(english)[0].headers["Connection"] == "keep-alive"
@@ -395,7 +440,7 @@ def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
     response, body = responses[0]
     assert response.status == 503
     assert response.headers["Content-Type"] == "application/json"
-    assert response.headers["Connection"] == "close"  # a body may follow
+    assert response.headers["Connection"] == "close"  # the rest of the body may follow
     assert body == {"code": 503, "message": "服务繁忙，请稍后再试", "data": None}
     waits = {int(parsed.headers["Retry-After"]) for parsed, _ in responses}
     assert waits <= set(range(1, 6))
@@ -418,6 +463,16 @@ def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
         head("GET", "", "Content-Length: 5"),
         head("GET", "", "Transfer-Encoding: chunked"),
         head("GET").replace(b"Host: x\r\n", b"Host: x\nContent-Length: 5\r\n"),
+        head("POST", "", "Content-Length: 5") + b"four",
+        head("POST", "", "Content-Length: 5") + b"longer",
+        head("POST", "", "Content-Length: 4", "Content-Length: 5") + b"five!",
+        head("POST", "", "Content-Length: 4", "Content-Length: 4") + b"four",
+        head("POST", "", "Content-Length : 4") + b"four",
+        head("POST", "", "Content-Length: 4, 4") + b"four",
+        head("POST", "", "Content-Length: +4") + b"four",
+        head("POST", "", "Content-Length: 4", "transfer-encoding: chunked") + b"four",
+        head("POST", "", "Content-Length: 4", "Expect: 100-continue") + b"four",
+        head("HEAD"),
     ],
 )
 def test_a_refusal_closes_unless_it_is_certain_where_the_next_request_begins(door: Door, request_: bytes) -> None:
@@ -425,6 +480,18 @@ def test_a_refusal_closes_unless_it_is_certain_where_the_next_request_begins(doo
     refusal = door.refusal(request_)
     assert refusal
     assert parse(refusal)[0].headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [head("GET"), head("DELETE"), head("POST", "", "content-length: 4") + b"four"],
+    ids=["GET", "DELETE", "POST"],
+)
+def test_a_refusal_of_a_whole_request_keeps_the_connection(door: Door, request_: bytes) -> None:
+    door.in_flight = LIMIT
+    refusal = door.refusal(request_)
+    assert refusal
+    assert parse(refusal)[0].headers["Connection"] == "keep-alive"
 
 
 def test_refusals_are_counted_by_what_was_too_much(door: Door) -> None:
@@ -440,10 +507,14 @@ def test_refusals_are_counted_by_what_was_too_much(door: Door) -> None:
         assert counted("http_requests_shed_total", reason=reason) == count + 1
 
 
-def test_no_token_is_kept_and_not_too_many_users(door: Door) -> None:
-    for number in range(KNOWN_SESSIONS + 2):
+def test_no_token_is_kept_and_whom_it_has_not_seen_for_longest_it_forgets(door: Door) -> None:
+    for number in range(KNOWN_SESSIONS):
         door.remember(f"token-{number}", number)
-    assert len(door._users) <= KNOWN_SESSIONS
+    door.remember("token-0", 0)
+    door.remember("another", 7)
+    door.remember("another", 7)
+    assert len(door._users) == KNOWN_SESSIONS
+    assert [door._users.get(hash(f"token-{number}".encode())) for number in range(3)] == [0, None, 2]
     assert "token-1" not in repr(vars(door))
 
 
