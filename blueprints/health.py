@@ -14,7 +14,7 @@ from concurrency import in_parallel
 from errors import ApiError, Code, Message
 from storage import database, failures, redis_client
 from telemetry import metrics
-from telemetry.multiprocess import MULTIPROC_DIR
+from telemetry.metrics import MULTIPROC_DIR
 
 CHECK_SECONDS = 0.7
 """How long Redis and the database may take; with everything around it, a probe takes less than a second."""

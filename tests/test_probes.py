@@ -185,7 +185,8 @@ def test_deaths_are_counted_and_reloads_are_not_and_the_instance_stays_ready(sta
     assert after[START_TIME] == before[START_TIME]
     assert abs(after[START_TIME] - psutil.Process(service.process.popen.pid).create_time()) < PLATFORM_SECONDS
     assert directory_of(service) == directory
-    assert gauge_pids(directory) <= {str(worker.pid) for worker in service.workers()}
+    # The master removes those of a worker when it learns that it has ended.
+    wait_until(lambda: gauge_pids(directory) <= {str(worker.pid) for worker in service.workers()})
 
 
 def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_service: StartService) -> None:
