@@ -2,7 +2,6 @@
 
 import errno
 import random
-from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
 from itertools import islice
@@ -93,13 +92,8 @@ NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 _CODE_BY_STATUS = {code.status: code for code in Code if code.number == code.status != 400}
 RETRY_SECONDS = 1, 5
 """Of Retry-After, at random, so that clients do not come back together."""
-_RETRY: dict[str, Callable[[], str]] = {"Retry-After": lambda: str(random.randint(*RETRY_SECONDS))}  # noqa: S311
-HEADERS: dict[int, dict[str, Callable[[], str]]] = {
-    401: {"WWW-Authenticate": lambda: "Bearer"},
-    429: _RETRY,
-    503: _RETRY,
-}
-"""What makes the headers that the responses of a status have beside their own."""
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": ""}, 503: {"Retry-After": ""}}
+"""What the responses of a status have beside their own headers; what is empty is made for each of them."""
 _ERRORS, _CHARACTERS = 20, 60
 """How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
 
@@ -122,6 +116,12 @@ class ApiError(HTTPException):
         self.code = code.status
         self.errors = errors
         self.message = message
+
+
+def is_temporary(error: object) -> bool:
+    """Whether the same may succeed later: Redis, the database or WeChat fails, or nothing can be opened."""
+    is_ours = isinstance(error, ApiError) and error.api_code.status >= 500
+    return is_ours or isinstance(error, _UNAVAILABLE) or getattr(error, "errno", None) in NO_DESCRIPTOR
 
 
 def conflict(field: str, reason: Message) -> ApiError:
@@ -160,7 +160,7 @@ def handle_unavailable(error: Exception) -> Response:
 def handle_http_exception(error: HTTPException) -> Response:
     """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
     crash: Any = getattr(error, "original_exception", None)
-    if isinstance(crash, _UNAVAILABLE) or getattr(crash, "errno", None) in NO_DESCRIPTOR:
+    if is_temporary(crash):
         # The session is saved after the view has returned, where Flask makes every failure a crash.
         return handle_unavailable(crash)
     code, message = _code_and_message(error)
@@ -169,8 +169,8 @@ def handle_http_exception(error: HTTPException) -> Response:
     response = cast(Response, error.get_response(request.environ))
     response.data = envelope(code, {"errors": errors} if errors else None, message)
     response.content_type = "application/json"
-    for name, make in HEADERS.get(response.status_code, {}).items():
-        response.headers.setdefault(name, make())
+    for name, value in HEADERS.get(response.status_code, {}).items():
+        response.headers.setdefault(name, value or str(random.randint(*RETRY_SECONDS)))  # noqa: S311
     return response
 
 

@@ -1,7 +1,8 @@
 """What to do about WeChat's pushed messages: the file to patch for a new event.
 
-A handler is a function that takes the fields of a message, and runs beside the response to WeChat. It is not called
-again if it fails, but it is if its process dies in the middle, so doing it twice must do no harm:
+A handler is a function that takes the fields of a message, and runs beside the response to WeChat. It is called again
+if it fails because of Redis, the database or WeChat, or its process dies in the middle, so doing it twice must do no
+harm. It is not if it fails otherwise:
 
     @on("event", "subscribe_msg_popup_event")
     def remember_subscription(message): ...

@@ -11,7 +11,7 @@ import wechat
 from blueprints import message_handlers
 from blueprints.api import Blueprint
 from blueprints.parsing import read_body
-from errors import Code
+from errors import Code, is_temporary
 from telemetry import metrics, traces
 from wechat.message_push import MAXIMUM_AGE_SECONDS, PUSH_NOT_CONFIGURED, PushMessage, refused
 
@@ -71,7 +71,11 @@ def receive() -> Response:
 
 
 def handle(fields: dict[str, Any]) -> None:
-    """Run the handlers of a message, one after another. A failure is logged and counted, and stops no other handler."""
+    """Run the handlers of a message, one after another. A failure is logged and counted, and stops no other handler.
+
+    :raises Exception: the last failure that is temporary. All handlers should run again.
+    """
+    reason: BaseException | None = None
     handlers = _registered(message_handlers.handlers, PushMessage(fields, "json"))
     for handler in handlers:
         name = f"{handler.__module__}.{getattr(handler, '__qualname__', '?')}"
@@ -79,11 +83,14 @@ def handle(fields: dict[str, Any]) -> None:
         try:
             with span, current_app.app_context(), gevent.Timeout(HANDLERS_SECONDS / len(handlers)):
                 handler(fields)
-        except (Exception, SystemExit, gevent.Timeout):
+        except (Exception, SystemExit, gevent.Timeout) as error:
             metrics.MESSAGES.labels("failure").inc()
             logger.exception("a handler failed", extra={"function": name})
+            reason = error if is_temporary(error) else reason
         else:
             metrics.MESSAGES.labels("success").inc()
+    if reason:
+        raise reason
 
 
 def _registered(functions: message_handlers.Registry, message: PushMessage) -> list[message_handlers.Handler]:

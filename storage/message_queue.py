@@ -1,7 +1,8 @@
 """Messages whose receipt was confirmed to WeChat: in a Redis stream until they are handled, by any process.
 
 Who takes a message has CLAIM_MILLISECONDS for it. If its process dies, another one, or the next, takes it again after
-that. So each is handled at least once; again only if its process died, or could not say that it had handled it.
+that. So each is handled at least once; again only if its process died, could not say that it had handled it, or failed
+for a reason that may be over then.
 """
 
 import json
@@ -32,7 +33,7 @@ POLL_SECONDS = 2
 CLAIM_MILLISECONDS = 180_000
 """Longer than a message's handlers may take, and gunicorn's `timeout`, within which a worker that hangs is killed."""
 TRIES = 3
-"""How often a message is taken. A process may die with it, or have no key that decrypts it."""
+"""How often a message is taken. A process may die with it, fail, or have no key that decrypts it."""
 
 _WORKERS = "workers"
 """The group, and the one consumer of it: what counts is how long ago a message was taken, not by whom."""
@@ -101,7 +102,7 @@ class MessageQueue:
                 if tries < TRIES:
                     self._handle(json.loads(cipher.decrypt(stored[b"sealed"].decode(), STREAM)))
                 else:
-                    logger.error("message dropped", extra={"reason": "Each process died with it, or has no key."})
+                    logger.error("message dropped", extra={"reason": "Each process died, failed, or has no key."})
                     metrics.MESSAGES.labels("dropped").inc()
             self._redis.eval(_REMOVE, 1, STREAM, _WORKERS, number)
             return True

@@ -112,7 +112,7 @@ WECHAT_SECONDS = _seconds("wechat_call_duration_seconds", "Duration of a call of
 BREAKER_OPEN = _sum("wechat_breaker_open", "Workers that make no calls of WeChat, as it kept failing.")
 TOKEN_REFRESHES = _from_0(_counter("wechat_token_refreshes", "Access tokens.", ("outcome",)), "success", "failure")
 MESSAGES_PENDING = _latest("messages_pending", "Messages that WeChat has pushed to any instance, not handled yet.")
-# rejected: too many pending; dropped: each process that handled it died, or had no key that decrypts it.
+# rejected: too many pending; dropped: each process that handled it died, failed, or had no key that decrypts it.
 MESSAGES = _from_0(_counter("messages_handled", "Pushed.", ("outcome",)), "success", "failure", "rejected", "dropped")
 # Connections, and places for calls of WeChat; the rate of the seconds of waiting is how many wait.
 POOL_IN_USE = _from_0(_sum("pool_in_use", "Connections in use.", ("pool",)), "redis", "database", "wechat")

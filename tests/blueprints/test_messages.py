@@ -1,6 +1,9 @@
+import errno
 import json
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 from unittest.mock import Mock
 
@@ -11,11 +14,14 @@ from flask.testing import FlaskClient
 from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy import make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import TestResponse
 
 from blueprints import message_handlers, messages
+from errors import ApiError, Code
 from storage import database, message_queue
 from storage.message_queue import STREAM
 from storage.models import Identity, User
@@ -212,6 +218,48 @@ def test_a_failing_handler_is_logged_and_counted_and_stops_no_other(
     assert line["traceId"] == answer.headers["X-Trace-Id"]
     assert counted("messages_handled_total", outcome="failure") == before + 1
     assert len(handled) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RedisError(),
+        OperationalError("SELECT 1", None, Exception()),
+        StaleDataError(),
+        OSError(errno.EMFILE, "no descriptor"),
+        ApiError(Code.UPSTREAM_TIMEOUT),
+        ApiError(Code.WECHAT_REFUSED),
+    ],
+)
+def test_what_fails_for_a_while_is_handled_again_when_the_fault_is_over(
+    app: Flask, client: FlaskClient, handled: Messages, redis: Redis, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
+    handler = Mock(side_effect=[fault, fault, None])
+    message_handlers.handlers["event", "debug_demo"].insert(0, handler)
+    push(client, EVENT)
+    queue = app.extensions["messages"]
+    for tries in (1, 2):
+        with pytest.raises(type(fault)):
+            queue.handle_next(claim=True)
+        assert (handler.call_count, len(handled), redis.xlen(STREAM)) == (tries, tries, 1)
+        assert not queue.handle_next(claim=True)  # too early
+        assert push(client, EVENT).data == b"success"  # a repeat, which is not kept
+        time.sleep(0.25)
+    assert queue.handle_next(claim=True)
+    time.sleep(0.25)
+    assert not queue.handle_next(claim=True)
+    assert (handler.call_count, redis.xlen(STREAM)) == (3, 0)
+
+
+@pytest.mark.parametrize("fault", [KeyError("OpenID"), OSError(errno.ENOENT, "no file"), ApiError(Code.NOT_FOUND)])
+def test_what_will_fail_again_is_handled_once(
+    app: Flask, client: FlaskClient, handled: Messages, redis: Redis, fault: Exception
+) -> None:
+    message_handlers.handlers["event", "debug_demo"] = [Mock(side_effect=fault)]
+    push(client, EVENT)
+    assert app.extensions["messages"].handle_next()
+    assert redis.xlen(STREAM) == 0
 
 
 def test_handlers_share_a_time_that_is_shorter_than_that_of_a_claim(
@@ -471,3 +519,26 @@ def test_a_cancellation_deletes_the_user_and_ends_the_sessions(
         assert [database.session.get(User, user.id) is None for user in users] == [True, False]
     assert data_left(users[1]) == ALL
     assert [user.get("/users/me").status_code for user in users] == [401, 200]
+
+
+def test_a_cancellation_while_another_one_writes_to_sqlite_is_done_when_that_has_ended(
+    app: Flask, client: FlaskClient, simulator: Simulator, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.3)
+    user, queue = make_user(app, simulator), app.extensions["messages"]
+    before = counted("messages_handled_total", outcome="success")
+    with closing(sqlite3.connect(str(make_url(app.config["DATABASE_URL"]).database), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        cancellation = {**EVENT, "Event": "user_authorization_cancellation", "OpenID": user.openid}
+        assert push(client, cancellation).data == b"success"
+        with pytest.raises(OperationalError):
+            queue.handle_next()
+        other.execute("COMMIT")
+    assert data_left(user) == ALL
+    time.sleep(0.25)
+    assert queue.handle_next(claim=True)
+    with app.app_context():
+        assert database.session.get(User, user.id) is None
+    assert counted("messages_handled_total", outcome="success") == before + 1
+    assert redis.xlen(STREAM) == 0
