@@ -25,6 +25,9 @@ _turn, _room = Semaphore(1), Semaphore(ROOM)
 CLEANUP_SECONDS = 0.05
 """How long a request that is given up may wait to clean up, before that is given up, too."""
 
+LATE_SECONDS = 0.1
+"""A request that fails so shortly before its time is over has missed it: a wait leaves some time to respond."""
+
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 
 
@@ -102,13 +105,14 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
         return wsgi_app(environ, start_response)
     except TimeOver:
         timer.stop()
-        metrics.DEADLINES_MISSED.inc()
         return _respond(app, environ, ApiError(Code.UNAVAILABLE), start_response)
     except Exception:  # in a teardown, after the response was made and before it is sent
         app.logger.exception("a teardown failed")
         return _respond(app, environ, ApiError(Code.INTERNAL_ERROR), start_response)
     finally:
         timer.close()
+        if environ.get("kuaishang.code") in (503, 504) and _deadline.get() - time.monotonic() < LATE_SECONDS:
+            metrics.DEADLINES_MISSED.inc()
         _deadline.reset(token)
         app.extensions["door"].in_flight -= 1
 

@@ -73,6 +73,50 @@ def test_the_time_of_a_request_begins_with_its_first_byte_or_when_the_one_before
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
+def missed(service: Service) -> float:
+    text = get(service, "/metrics", **bearer(METRICS_TOKEN)).text
+    (line,) = [line for line in text.splitlines() if line.startswith("kuaishang_http_deadlines_missed_total ")]
+    return float(line.split()[1])
+
+
+def log_in(service: Service, simulator: Simulator, **headers: str) -> int:
+    login = {"code": simulator.code()}
+    url = f"{service.url}/api/v1/auth/wechat"
+    return requests.post(url, json=login, headers=headers, timeout=WAIT_SECONDS).status_code
+
+
+@pytest.mark.parametrize("seconds", ["0.3", "2.3"])  # for WeChat no fair time, and one that is
+def test_a_deadline_that_is_missed_while_wechat_is_waited_for_is_counted_once(
+    start_service: StartService, simulator: Simulator, seconds: str
+) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    simulator.fault("slow", seconds=60)
+    assert log_in(service, simulator, **{"X-Request-Timeout": seconds}) == 504
+    assert missed(service) == 1
+
+
+def test_each_deadline_that_is_missed_is_counted_once_and_no_other_failure(
+    service: Service, simulator: Simulator
+) -> None:
+    before = missed(service)
+    assert get(service, "/sleep/600.0", **{"X-Request-Timeout": "0.2"}).status_code == 503
+    assert get(service, "/sleep-on/5.0", **{"X-Request-Timeout": "0.2"}).status_code == 503
+    assert missed(service) == before + 2
+    rest = b" HTTP/1.1\r\nHost: x\r\nX-Request-Timeout: 0.2\r\n"
+    login = f'{{"code": "{simulator.code()}"}}'.encode()
+    length = b"Content-Length: %d\r\n\r\n" % len(login)
+    for request in (b"GET /sleep/0.1" + rest + b"\r\n", b"POST /api/v1/auth/wechat" + rest + length + login):
+        with closing(connect(service, request[:40])) as client:
+            time.sleep(0.4)
+            client.sendall(request[40:])
+            assert client.recv(65536).startswith(b"HTTP/1.1 503")
+    assert missed(service) == before + 4
+    assert get(service, "/sleep/0.1", **{"X-Request-Timeout": "1.5"}).status_code == 200
+    simulator.fault("http_500")
+    assert log_in(service, simulator) == 502
+    assert missed(service) == before + 4
+
+
 @pytest.mark.parametrize("value", ["", "soon", "-1", "1e9", "nan", "1,2", "9" * 5000])
 def test_a_malformed_timeout_is_refused_with_the_reason(service: Service, value: str) -> None:
     response = get(service, "/livez", **{"X-Request-Timeout": value})
