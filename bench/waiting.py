@@ -13,7 +13,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import psutil
@@ -81,10 +81,18 @@ def slow_clients(port: int, token: str, count: int, ended: list[float]) -> list[
 
 
 async def both(
-    port: int, worker: psutil.Process, reads: Sequence[Request], logins: int, seconds: float, slow: int, token: str
+    port: int,
+    worker: psutil.Process,
+    reader: Executor,
+    reads: Sequence[Request],
+    logins: int,
+    seconds: float,
+    slow: int,
+    token: str,
 ) -> tuple[list[Outcome], list[Outcome], int, list[float]]:
     """Send logins, and reads until all of those have a response, while there are slow clients.
 
+    :param reader: sends the reads from a process of its own: its own delays by the logins it must not measure.
     :returns: the outcomes of the logins and of the reads, the most memory of the worker beside the slow clients', and
         the seconds after which slow clients were ended.
     """
@@ -100,11 +108,9 @@ async def both(
             await asyncio.sleep(0.1)
 
     watching = asyncio.ensure_future(watch())
-    with ProcessPoolExecutor(1, get_context("spawn")) as reader:  # whose own delays by the logins it must not measure
-        reader.submit(read_at, port, reads[:1], 0.1).result()
-        reading = reader.submit(read_at, port, reads, seconds + WECHAT_SECONDS + 2)
-        outcomes = await burst(port, logins, seconds)
-        beside = await asyncio.wrap_future(reading)
+    reading = reader.submit(read_at, port, reads, seconds + WECHAT_SECONDS + 2)
+    outcomes = await burst(port, logins, seconds)
+    beside = await asyncio.wrap_future(reading)
     for task in (watching, *slow_ones):
         task.cancel()
     await asyncio.gather(watching, *slow_ones, return_exceptions=True)
@@ -117,16 +123,16 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=0, help="in which they come")
     options.add_argument("--slow", type=int, default=1000, help="slow clients")
     options = options.parse_args()
-    with stage(WECHAT_SECONDS) as servers:
+    with stage(WECHAT_SECONDS) as servers, ProcessPoolExecutor(1, get_context("spawn")) as reader:
         tokens = sign_in(servers.environ, USERS)
         service = servers.service()
         port, (worker,) = int(service.environ["PORT"]), service.workers()
         reads = [Request("read", read(token)) for token in tokens]
-        read_at(port, reads, 2)
+        reader.submit(read_at, port, reads, 2).result()
         asyncio.run(burst(port, 50, 1))  # whatever a first login loads
-        quiet = read_at(port, reads, QUIET_SECONDS)
+        quiet = reader.submit(read_at, port, reads, QUIET_SECONDS).result()
         before, began = worker.memory_info().rss, time.monotonic()
-        load = both(port, worker, reads, options.logins, options.seconds, options.slow, tokens[0])
+        load = both(port, worker, reader, reads, options.logins, options.seconds, options.slow, tokens[0])
         logins, beside, grown, ended = asyncio.run(load)
         taken = max(outcome.began + outcome.seconds for outcome in logins) - began
     served = [outcome for outcome in logins if outcome.status == 200]

@@ -1,56 +1,73 @@
-"""One worker with logins that wait for WeChat, many slow clients, and reads beside them; `make waiting` measures it."""
+"""One worker with 2,000 logins at once on a slow WeChat, 1,000 slow clients, and reads; `make waiting` measures it."""
 
 import asyncio
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
-from bench import WIDE_LIMITS
-from bench.load import Outcome, Request, open_loop, statuses
-from bench.speed import read
-from bench.waiting import SLOW_COME_SECONDS, burst, slow_clients
+import pytest
+
+from bench import WIDE_LIMITS, sign_in
+from bench.load import Outcome, Request, statuses
+from bench.speed import USERS, read
+from bench.waiting import FACTOR, SERVED, WECHAT_SECONDS, both, read_at
 from dev.run import free_port
-from tests.harness import Process, Service, Simulator
+from tests.harness import Process, Service
 
-WECHAT_SECONDS, SLOW_SECONDS = 3, 4
-LOGINS, LOGINS_COME_SECONDS, SLOW_CLIENTS, READS_A_SECOND = 150, 4, 1000, 20
-
-
-async def all_at_once(port: int, token: str) -> tuple[list[Outcome], list[Outcome], list[float]]:
-    ended: list[float] = []
-    slow = slow_clients(port, token, SLOW_CLIENTS, ended)
-    reads = open_loop(port, [Request("read", read(token))] * 1000, READS_A_SECOND, SLOW_COME_SECONDS + SLOW_SECONDS + 2)
-    beside, logins = await asyncio.gather(reads, burst(port, LOGINS, LOGINS_COME_SECONDS))
-    for client in slow:
-        client.cancel()
-    await asyncio.gather(*slow, return_exceptions=True)
-    return logins, beside, ended
+LOGINS, SLOW_CLIENTS, SLOW_SECONDS, QUIET_SECONDS = 2000, 1000, 8, 4
+ATTEMPTS = 3
+"""A machine that is busy with other tests may lack the CPU for one measurement, and have it for the next."""
 
 
-def test_neither_waiting_logins_nor_slow_clients_keep_reads_out(
-    start_service: Callable[..., Service], simulator: Simulator, tmp_path: Path
-) -> None:
-    wechat = free_port("a port", "0")
-    stub = Process(["bench.wechat_stub", str(wechat), str(WECHAT_SECONDS)], dict(os.environ), tmp_path / "stub")
-    try:
-        service = start_service(
-            WEB_CONCURRENCY="1",
-            WECHAT_API_BASE_URL=f"http://127.0.0.1:{wechat}",
-            HEAD_SECONDS=str(SLOW_SECONDS),
-            BODY_SECONDS=str(SLOW_SECONDS),
-            REQUEST_SECONDS="30",
-            **WIDE_LIMITS,
-        )
-        token = service.log_in(simulator)
-        logins, reads, ended = asyncio.run(all_at_once(int(service.environ["PORT"]), token))
-    finally:
-        stub.kill()
-    for outcomes in (reads, logins):
-        # A machine that is busy with other tests cannot serve them all.
-        assert set(statuses(outcomes)) <= {200, 503}
-        assert statuses(outcomes)[200] > len(outcomes) / 2
+def prefer(pid: int) -> None:
+    """Let a process go before others, if this user may: what is measured is the service, not what else runs here."""
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, pid, -15)
+
+
+@pytest.fixture
+def slow_wechat(tmp_path: Path) -> Iterator[str]:
+    port = free_port("a port", "0")
+    stub = Process(["bench.wechat_stub", str(port), str(WECHAT_SECONDS)], dict(os.environ), tmp_path / "stub")
+    yield f"http://127.0.0.1:{port}"
+    stub.kill()
+
+
+def broken_promises(quiet: Sequence[Outcome], logins: Sequence[Outcome], beside: Sequence[Outcome]) -> list[str]:
+    served = statuses(logins).get(200, 0)
     refused = [outcome.answer for outcome in logins if outcome.status == 503]
-    assert all(answer and b"\r\nRetry-After: " in answer.head for answer in refused)
-    assert len(ended) >= SLOW_CLIENTS
-    assert statistics.median(ended) > SLOW_SECONDS - 1  # a few may have been refused at once
+    usual, busy = (statistics.median(outcome.seconds for outcome in reads) for reads in (quiet, beside))
+    promises = {
+        f"as many logins succeed as may wait for WeChat: {served}": served >= SERVED,
+        f"the others get 503: {statuses(logins)}": served + len(refused) == LOGINS,
+        "which says when to retry": all(answer and b"\r\nRetry-After: " in answer.head for answer in refused),
+        f"all reads are served: {statuses(beside)}": set(statuses(beside)) == {200},
+        f"in less than {FACTOR} times the usual time: {busy:.4f} s, {usual:.4f} s": busy < FACTOR * usual,
+    }
+    return [promise for promise, is_kept in promises.items() if not is_kept]
+
+
+def test_neither_2000_logins_at_once_nor_slow_clients_keep_reads_out(
+    start_service: Callable[..., Service], slow_wechat: str
+) -> None:
+    slow = {"HEAD_SECONDS": str(SLOW_SECONDS), "BODY_SECONDS": str(SLOW_SECONDS)}
+    service = start_service(WEB_CONCURRENCY="1", WECHAT_API_BASE_URL=slow_wechat, **slow, **WIDE_LIMITS)
+    tokens = sign_in(service.environ, USERS)
+    port, (worker,) = int(service.environ["PORT"]), service.workers()
+    prefer(worker.pid)
+    reads = [Request("read", read(token)) for token in tokens]
+    with ProcessPoolExecutor(1, get_context("spawn"), prefer, (0,)) as reader:
+        reader.submit(read_at, port, reads, 1).result()
+        for _ in range(ATTEMPTS):
+            quiet = reader.submit(read_at, port, reads, QUIET_SECONDS).result()
+            load = both(port, worker, reader, reads, LOGINS, 0, SLOW_CLIENTS, tokens[0])
+            logins, beside, _, ended = asyncio.run(load)
+            broken = broken_promises(quiet, logins, beside)
+            if not broken:
+                break
+    assert broken == []
+    assert statistics.median(ended) > SLOW_SECONDS - 1  # those are slow clients indeed
