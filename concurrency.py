@@ -22,11 +22,10 @@ ROOM = 16
 connection."""
 _turn, _room = Semaphore(1), Semaphore(ROOM)
 
-CLEANUP_SECONDS = 0.05
-"""How long a request that is given up may wait to clean up, before that is given up, too."""
-
-LATE_SECONDS = 0.1
-"""A request that fails so shortly before its time is over has missed it: a wait leaves some time to respond."""
+CLEANUP_SECONDS, LATE_SECONDS = 0.05, 0.1
+"""How long a request that is given up may wait to clean up, before that is given up, too; and how shortly before its
+deadline a failure counts as a missed one, as waits leave some time to respond.
+"""
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 STREAM = "messages"
 BACKLOG = 2000
-"""How many may be pending; with WeChat's usual 1 KB a message they take 3 MB, and never more than 350 MB."""
+"""How many may be pending. With WeChat's usual 1 KB a message they take 3 MB, and never more than 900 MB: of at most
+64 KiB each, which JSON can make four times as long (`9e15` is 9000000000000000.0), and encryption longer by a third."""
 KEEP_SECONDS = 7 * 86400
 """For how long after the last one Redis keeps messages that nobody handles."""
 THREADS = 8
@@ -72,7 +73,7 @@ class MessageQueue:
         """
         ids: dict[str, str] = {}
         propagate.inject(ids)
-        entry = cipher.encrypt(json.dumps(message), STREAM), json.dumps(ids)
+        entry = cipher.encrypt(json.dumps(message, ensure_ascii=False), STREAM), json.dumps(ids)
         outcome = redis.eval(_PUT, 2, STREAM, f"message:{key}", _WORKERS, BACKLOG, *entry, KEEP_SECONDS, remember)
         if outcome == -1:
             metrics.MESSAGES.labels("rejected").inc()

@@ -293,6 +293,23 @@ def test_a_full_backlog_is_503_so_that_wechat_sends_again(
     assert [message["MsgType"] for message in handled] == ["text", "event"]
 
 
+@pytest.mark.parametrize("unit", [b"9e15,", b'"%s",' % (b"\x01" * 1000), b'"%s",' % (b"\xff" * 1000)])
+def test_a_full_backlog_takes_no_more_of_redis_than_is_said(
+    make_app: Callable[..., Flask], handled: Messages, redis: Redis, unit: bytes
+) -> None:
+    client = make_app(WECHAT_PUSH_AES_KEY="").test_client()
+    messages_ = 40
+    redis.ping()
+    before = redis.info("memory")["used_memory"]
+    for number in range(messages_):
+        head = json.dumps({**TEXT, "MsgId": number})[:-1].encode() + b', "more": ['
+        body = head + unit * ((messages.MAXIMUM_BYTES - len(head) - 3) // len(unit)) + b"1]}"
+        assert client.post(URL, query_string=signed(), data=body).data == b"success"
+    taken = redis.info("memory")["used_memory"] - before
+    assert redis.xlen(STREAM) == messages_
+    assert taken / messages_ * message_queue.BACKLOG < 900_000_000
+
+
 def test_a_message_is_remembered_for_longer_than_it_is_accepted(
     app: Flask, client: FlaskClient, handled: Messages, redis: Redis
 ) -> None:
