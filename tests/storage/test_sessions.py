@@ -218,6 +218,9 @@ def test_a_logout_ends_one_session_or_all_of_the_user(
     other_device, other_user = Caller(app, alice.simulator, alice.openid), Caller(app, alice.simulator)
     assert data_of(alice.delete(path)) == {}
     assert [user.get("/users/me").status_code for user in (alice, other_device, other_user)] == left
+    order = {"items": [{"sku": "tea", "name": "茶", "quantity": 1, "unit_price": 1}]}
+    written = [user.post("/orders", order).status_code for user in (alice, other_device, other_user)]
+    assert written == [201 if status == 200 else status for status in left]
     assert bool(redis.keys(f"user:{alice.id}:*")) == (200 in left[:2])
 
 
