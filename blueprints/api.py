@@ -287,6 +287,8 @@ class Api(flask_smorest.Api):
         app.config.update(DOCUMENTS, API_VERSION=app.config["VERSION"], MAX_CONTENT_LENGTH=SMALL_BODY)
         app.register_blueprint(assets)
         super().__init__(app)
+        make: Any = cache(app.view_functions["api-docs.openapi_json"])  # which takes 6 ms, whoever asks
+        app.view_functions["api-docs.openapi_json"] = lambda: Response(make().data, content_type="application/json")
         for converter in CONVERTERS.values():
             self.register_converter(converter, lambda converter: converter.openapi)
 

@@ -4,8 +4,10 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from apispec import APISpec
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -42,6 +44,16 @@ def test_the_file_openapi_json_equals_the_served_document(client: FlaskClient) -
     served = client.get("/openapi.json").get_json()
     assert json.loads(openapi.PATH.read_text()) == served, "run `make openapi`"
     assert served["openapi"] == "3.1.0"
+
+
+def test_the_document_is_made_once(make_app: Callable[..., Flask]) -> None:
+    client = make_app().test_client()
+    with patch.object(APISpec, "to_dict", autospec=True, side_effect=APISpec.to_dict) as make:
+        answers = [client.get("/openapi.json", headers={"Accept-Language": accepted}) for accepted in ("zh", "en")]
+    assert make.call_count == 1
+    assert {answer.data for answer in answers} == {answers[0].data}
+    assert {answer.content_type for answer in answers} == {"application/json"}
+    assert len({answer.headers["X-Trace-Id"] for answer in answers}) == 2
 
 
 def test_the_document_lists_every_code(client: FlaskClient) -> None:
