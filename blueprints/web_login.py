@@ -91,11 +91,8 @@ def callback(query: dict[str, str]) -> BaseResponse:
         raise ApiError(Code.INVALID_INPUT, errors={"state": ["Unknown, expired or from another browser: start again."]})
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
-    token = single_flight(  # browsers inside WeChat may open the page twice at once
-        "web_login",
-        query["state"],
-        partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"]),
-    )
+    redeem = partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"])
+    token = single_flight("web_login", query["state"], redeem)  # browsers inside WeChat may open the page twice at once
     resume(token)
     session.modified = True  # a browser gets the cookie again
     response = redirect(public_url() + attempt["return_to"])
