@@ -32,18 +32,17 @@ api = cast(Client, LocalProxy(lambda: connections.client))
 
 
 def init_app(app: Flask) -> None:
-    config = app.config
-    app_id, app_secret = config["WECHAT_APP_ID"], config["WECHAT_APP_SECRET"]
-    transport = Transport(config["WECHAT_API_BASE_URL"], config["WECHAT_CONCURRENCY"], app.extensions["door"])
+    app_id, app_secret = app.config["WECHAT_APP_ID"], app.config["WECHAT_APP_SECRET"]
+    transport = Transport(app.config["WECHAT_API_BASE_URL"], app.config["WECHAT_CONCURRENCY"], app.extensions["door"])
     access_token = AccessToken(transport, app.extensions["redis"], app.extensions["cipher"], app_id, app_secret)
 
     def web_app_from_settings(name: str) -> WebApp:
-        own_id, own_secret = config[f"{name}_APP_ID"] or app_id, config[f"{name}_APP_SECRET"] or app_secret
-        return WebApp(transport, own_id, own_secret, config["WECHAT_OPEN_BASE_URL"])
+        own_id, own_secret = app.config[f"{name}_APP_ID"] or app_id, app.config[f"{name}_APP_SECRET"] or app_secret
+        return WebApp(transport, own_id, own_secret, app.config["WECHAT_OPEN_BASE_URL"])
 
     account, website = web_app_from_settings("WECHAT_ACCOUNT"), web_app_from_settings("WECHAT_WEBSITE")
     app.extensions["wechat"] = WeChat(
         client=Client(transport, access_token, app_id, app_secret),
         web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
-        push=MessagePush(config["WECHAT_PUSH_TOKEN"], config["WECHAT_PUSH_AES_KEY"], app_id),
+        push=MessagePush(app.config["WECHAT_PUSH_TOKEN"], app.config["WECHAT_PUSH_AES_KEY"], app_id),
     )
