@@ -1,5 +1,6 @@
 """No message that was confirmed to WeChat is lost, and none is handled twice without need: with real processes."""
 
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import requests
 from redis import Redis
+from sqlalchemy import make_url
 
 from dev.redis_server import RedisServer
 from storage.message_queue import STREAM
-from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Service, wait_until
+from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Service, Simulator, wait_until
 from wechat.crypto import push_signature
 from wechat.message_push import MessagePush
 
@@ -38,8 +40,12 @@ def start_service(start_service: StartService, own_redis: RedisServer) -> StartS
 
 def push(service: Service, number: int, content: str) -> bool:
     """Post a text once, as WeChat does; returns whether its receipt was confirmed."""
-    message = {"CreateTime": int(time.time()), "MsgType": "text", "MsgId": number, "Content": content}
-    sealed = WECHAT.seal({"ToUserName": "a", "FromUserName": "o-alice", **message}, "xml", time.time())
+    return post(service, {"MsgType": "text", "MsgId": number, "Content": content})
+
+
+def post(service: Service, message: dict[str, Any]) -> bool:
+    message = {"ToUserName": "a", "FromUserName": "o-alice", "CreateTime": int(time.time()), **message}
+    sealed = WECHAT.seal(message, "xml", time.time())
     encrypted = sealed.partition("<Encrypt>")[2].partition("</Encrypt>")[0]
     query = {"timestamp": str(int(time.time())), "nonce": "n"}
     query["msg_signature"] = push_signature(PUSH_TOKEN, query["timestamp"], "n", encrypted)
@@ -196,6 +202,25 @@ def test_while_redis_is_away_no_message_is_lost(start_service: StartService, own
         assert set(done(redis)) == {*range(24)}
         assert push(service, 100, "0")
         wait_until(lambda: done(redis)[100] == 1)
+
+
+def test_a_cancellation_that_meets_a_locked_database_is_done_when_it_is_free(
+    start_service: StartService, redis: Redis, simulator: Simulator, environ: dict[str, str]
+) -> None:
+    service = start_service(APP)
+    token = service.log_in(simulator, openid="o-cancels")
+    database = make_url(environ["DATABASE_URL"]).database
+    with closing(sqlite3.connect(str(database), timeout=WAIT_SECONDS, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        cancellation = {"MsgType": "event", "Event": "user_authorization_cancellation", "OpenID": "o-cancels"}
+        assert post(service, cancellation)
+        wait_until(lambda: "a handler failed" in service.log())
+        other.execute("COMMIT")
+    assert service.read_me(token).status_code == 200
+    wait_until(lambda: redis.xlen(STREAM) == 0)
+    assert service.read_me(token).status_code == 401
+    deleted = [line for line in service.log_lines() if line.get("event") == "user deleted"]
+    assert len(deleted) == 1
 
 
 def test_a_service_without_a_token_reads_no_messages(start_service: StartService, redis: Redis) -> None:
