@@ -9,6 +9,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 from redis import Redis
 
@@ -20,8 +21,10 @@ from dev.run import free_port
 from tests.harness import Process, Service
 
 LOGINS, SLOW_CLIENTS, SLOW_SECONDS, QUIET_SECONDS = 2000, 1000, 8, 4
-ATTEMPTS = 3
-"""A machine that is busy with other tests may lack the CPU for one measurement, and have it for the next."""
+ATTEMPTS, LACK = 3, 0.3
+"""A machine that is busy with other tests may lack the CPU for one measurement, and have it for the next: the worker
+waits for it for so long, as a part of what it gets. On a quiet one that is half as much.
+"""
 
 
 def prefer(pid: int, niceness: int = -15) -> None:
@@ -44,6 +47,12 @@ def slow_wechat(tmp_path: Path) -> Iterator[str]:
     stub = Process(["bench.wechat_stub", str(port), str(WECHAT_SECONDS)], dict(os.environ), tmp_path / "stub")
     yield f"http://127.0.0.1:{port}"
     stub.kill()
+
+
+def cpu(process: psutil.Process) -> tuple[int, int]:
+    """Return how long a process has run, and how long it could have but for others, in nanoseconds."""
+    ran, waited, _ = map(int, Path(f"/proc/{process.pid}/schedstat").read_text().split())
+    return ran, waited
 
 
 def broken_promises(quiet: Sequence[Outcome], logins: Sequence[Outcome], beside: Sequence[Outcome]) -> list[str]:
@@ -72,12 +81,18 @@ def test_neither_2000_logins_at_once_nor_slow_clients_keep_reads_out(
     reads = [Request("read", read(token)) for token in tokens]
     with ProcessPoolExecutor(1, get_context("spawn"), prefer, (0,)) as reader:
         reader.submit(read_at, port, reads, 1).result()
+        lacks = []
         for _ in range(ATTEMPTS):
             quiet = reader.submit(read_at, port, reads, QUIET_SECONDS).result()
+            before = cpu(worker)
             load = both(port, worker, reader, reads, LOGINS, 0, SLOW_CLIENTS, tokens[0])
             logins, beside, _, ended = asyncio.run(load)
             broken = broken_promises(quiet, logins, beside)
             if not broken:
                 break
+            ran, waited = (later - earlier for earlier, later in zip(before, cpu(worker), strict=True))
+            lacks.append(waited / ran)
+    if broken and min(lacks) > LACK:
+        pytest.skip(f"other programs take the CPU that the worker needs: {broken}")
     assert broken == []
     assert statistics.median(ended) > SLOW_SECONDS - 1  # those are slow clients indeed
