@@ -22,7 +22,7 @@ import gevent
 import msgspec
 from gevent.event import AsyncResult, Event
 
-from errors import Code, Message
+from errors import RETRY_SECONDS, Code, Message
 from telemetry import metrics
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ BEAT_SECONDS, RAISE_A_BEAT = 0.02, 0.1
 """How often it is looked who has waited too long, and how much more is let in if nobody has; in classes."""
 FEW_A_SECOND, PROBES_A_SECOND = 5, 100
 KNOWN_SESSIONS = 20_000
-RETRY_SECONDS = 1, 5
-"""Of Retry-After, at random, so that clients do not come back together."""
 BUSY = Message("服务繁忙，请稍后再试", "Too many requests at the moment: retry later")
 
 _LOGIN = re.compile(rb"POST /api/(v1/)?auth/wechat ")
@@ -186,6 +184,7 @@ class Door:
             if now - since > min(self._patience[int(place)], seconds):
                 begins.set(False)  # who has asked for less time says nothing about the others
                 refused.append(place if now - since > self._patience[int(place)] else LOGINS)
+                metrics.DEADLINES_MISSED.inc(now - since > seconds)
             else:
                 waiting.append(one)
         heapq.heapify(waiting)

@@ -15,6 +15,8 @@ from typing import Any
 from flask import Flask
 from opentelemetry import propagate, trace
 from redis import Redis
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 
 from errors import ApiError, Code
 from storage.cipher import cipher
@@ -34,7 +36,8 @@ POLL_SECONDS = 2
 CLAIM_MILLISECONDS = 180_000
 """Longer than a message's handlers may take, and gunicorn's `timeout`, within which a worker that hangs is killed."""
 TRIES = 3
-"""How often a message is taken. A process may die with it, fail, or have no key that decrypts it."""
+"""How often a message is taken. A process may die with it, fail, or have no key that decrypts it. While Redis or the
+database is away, it does not count."""
 
 _WORKERS = "workers"
 """The group, and the one consumer of it: what counts is how long ago a message was taken, not by whom."""
@@ -101,7 +104,12 @@ class MessageQueue:
             ids = propagate.extract(json.loads(stored[b"trace"]))
             with self._app.app_context(), trace.use_span(trace.get_current_span(ids)):
                 if tries < TRIES:
-                    self._handle(json.loads(cipher.decrypt(stored[b"sealed"].decode(), STREAM)))
+                    message = json.loads(cipher.decrypt(stored[b"sealed"].decode(), STREAM))
+                    try:
+                        self._handle(message)
+                    except (OSError, RedisError, SQLAlchemyError):  # of a process that lives: it counts as no try
+                        self._redis.xclaim(STREAM, _WORKERS, _WORKERS, 0, [number], retrycount=tries)
+                        raise
                 else:
                     logger.error("message dropped", extra={"reason": "Each process died, failed, or has no key."})
                     metrics.MESSAGES.labels("dropped").inc()

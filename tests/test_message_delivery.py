@@ -219,7 +219,7 @@ def test_a_cancellation_that_meets_a_locked_database_is_done_when_it_is_free(
     assert service.read_me(token).status_code == 200
     wait_until(lambda: redis.xlen(STREAM) == 0)
     assert service.read_me(token).status_code == 401
-    deleted = [line for line in service.log_lines() if line.get("event") == "user deleted"]
+    deleted = wait_until(lambda: [line for line in service.log_lines() if line.get("event") == "user deleted"])
     assert len(deleted) == 1
 
 

@@ -159,8 +159,12 @@ def test_a_worker_that_is_never_idle_begins_something_all_the_same(opened: Door)
 def test_who_waits_too_long_is_refused(door: Door, kind: int, request_: bytes) -> None:
     door.refuse()
     asked = ask(door, request_)
+    missed = counted("http_deadlines_missed_total")
     ensure_refused_after(door, asked, PATIENCE_SECONDS[kind])
     assert not door._waiting
+    assert counted("http_deadlines_missed_total") == missed + (
+        kind == LOGINS
+    )  # they may wait for as long as they may take
 
 
 @pytest.mark.parametrize(
@@ -168,9 +172,11 @@ def test_who_waits_too_long_is_refused(door: Door, kind: int, request_: bytes) -
 )
 def test_nobody_waits_longer_than_the_request_may_take(door: Door, asked: str, seconds: float) -> None:
     door._seconds = 1
+    missed = counted("http_deadlines_missed_total")
     door.refuse()
     login = ask(door, head("POST", "", *[asked] * bool(asked), path="/api/v1/auth/wechat"))
     ensure_refused_after(door, login, seconds)
+    assert counted("http_deadlines_missed_total") == missed + 1
 
 
 @pytest.mark.parametrize(("kind", "request_"), CLASSES.items())

@@ -252,6 +252,29 @@ def test_what_fails_for_a_while_is_handled_again_when_the_fault_is_over(
     assert (handler.call_count, redis.xlen(STREAM)) == (3, 0)
 
 
+@pytest.mark.parametrize(("fault", "times"), [(RedisError(), 6), (ApiError(Code.UPSTREAM_TIMEOUT), 3)])
+def test_an_outage_may_last_longer_than_a_message_that_fails(
+    app: Flask,
+    client: FlaskClient,
+    handled: Messages,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    times: int,
+) -> None:
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 50)
+    handler = message_handlers.handlers["event", "debug_demo"][0] = Mock(side_effect=fault)
+    push(client, EVENT)
+    queue = app.extensions["messages"]
+    for _ in range(times):
+        with pytest.raises(type(fault)):
+            queue.handle_next(claim=True)
+        time.sleep(0.1)
+    handler.side_effect = None
+    assert queue.handle_next(claim=True)
+    assert (handler.call_count, redis.xlen(STREAM)) == (times + (times > message_queue.TRIES), 0)
+
+
 @pytest.mark.parametrize("fault", [KeyError("OpenID"), OSError(errno.ENOENT, "no file"), ApiError(Code.NOT_FOUND)])
 def test_what_will_fail_again_is_handled_once(
     app: Flask, client: FlaskClient, handled: Messages, redis: Redis, fault: Exception
