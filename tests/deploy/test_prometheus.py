@@ -102,7 +102,7 @@ def test_a_scrape_has_every_series_that_the_queries_name(
     def scrape() -> str:
         return requests.get(f"{service.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS).text
 
-    wait_until(lambda: "kuaishang_messages_pending " in scrape())  # workers look for messages every two seconds
+    wait_until(lambda: "\nkuaishang_messages_pending " in scrape())  # workers look for messages every two seconds
     scraped = scrape()
     samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
     there = {sample.name: {*sample.labels, *OF_PROMETHEUS} for sample in samples}
