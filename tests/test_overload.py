@@ -414,6 +414,7 @@ def test_logins_that_are_too_many_are_refused_before_the_others_begin(door: Door
     assert [asked.value for asked in waiting] == [None] * LOGINS_AT_ONCE
     response, body = parse(late.value)
     assert (response.status, body["code"]) == (503, 503)
+    assert response.headers["Connection"] == "close"  # it would be idle until then
     assert 1 <= int(response.headers["Retry-After"]) <= 5
     assert counted("http_requests_shed_total", reason="wechat") == before + 1
 
