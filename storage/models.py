@@ -224,6 +224,8 @@ class IdempotencyKey(Base):
     """The response to a request that a client may repeat."""
 
     __tablename__ = "idempotency_keys"
+    # Expired ones are looked for in each POST that brings a key; a user may have tens of thousands.
+    __table_args__ = (Index("ix_idempotency_keys_user_id_created_at", "user_id", "created_at"), Base.__table_args__)
 
     user_id: Mapped[int] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
     about_user_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("users.id", ondelete="CASCADE"), index=True)

@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 from flask import Flask, Request
 from marshmallow import Schema, fields
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, text, update
 from werkzeug.test import TestResponse
 
 from blueprints.api import Blueprint
@@ -15,6 +15,7 @@ from blueprints.policies import signed_in
 from storage import database
 from storage.models import IdempotencyKey, Order, now
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields
+from tests.blueprints.test_lists import plans
 from tests.harness import Simulator
 
 
@@ -173,6 +174,19 @@ def test_a_key_expires_after_a_day(alice: Caller, app: Flask) -> None:
     assert alice.post("/orders", {"items": [ITEM]}, Idempotency_Key="another").status_code == 201
     assert stored_keys(app, alice) == {"another": alice.id}
     assert alice.post("/orders", {"items": [ITEM]}, Idempotency_Key="tap").status_code == 201
+
+
+def test_expired_keys_are_found_by_an_index_however_many_a_user_has(alice: Caller, app: Flask) -> None:
+    with app.app_context():
+        facts = {"user_id": alice.id, "fingerprint": "", "created_at": now()}
+        database.session.execute(insert(IdempotencyKey), [{**facts, "key": f"k{number}"} for number in range(2000)])
+        database.session.commit()
+        if database.session.get_bind().dialect.name == "mysql":
+            database.session.execute(text("ANALYZE TABLE idempotency_keys"))
+    with plans(app, "DELETE FROM idempotency_keys") as explained:
+        assert alice.post("/orders", ORDER, Idempotency_Key="another").status_code == 201
+    ((_, plan),) = explained
+    assert "ix_idempotency_keys_user_id_created_at" in plan
 
 
 @pytest.mark.parametrize("key", ["", "has space", "x" * 256, "é"])

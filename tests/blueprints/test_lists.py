@@ -47,12 +47,12 @@ def analyze() -> None:
 
 
 @contextmanager
-def plans(app: Flask) -> Iterator[list[tuple[str, str]]]:
-    """The statements that read users or orders, each with the query plan of the database."""
+def plans(app: Flask, begins: str = "SELECT") -> Iterator[list[tuple[str, str]]]:
+    """The statements that begin so, without those about order items, each with the query plan of the database."""
     engine, found = app.extensions["database"], []
 
     def explain(connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.startswith("SELECT") and "order_items" not in statement:
+        if statement.startswith(begins) and "order_items" not in statement:
             cursor = connection.connection.cursor()
             cursor.execute(f"{EXPLAIN[engine.dialect.name]} {statement}", parameters)
             plan = "\n".join(map(str, cursor.fetchall()))
