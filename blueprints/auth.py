@@ -8,7 +8,7 @@ from marshmallow import Schema, fields
 
 import wechat
 from blueprints.api import Blueprint
-from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_RULE
+from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
@@ -40,7 +40,8 @@ class WechatSessionSchema(Schema):
 @login.route("/wechat", methods=["POST"])
 @login.arguments(WechatCodeSchema)
 @login.response(200, LoginSchema, transaction=False)
-@login.fails(*WECHAT_CODE_FAILS, Code.WECHAT_HIGH_RISK_USER, *wechat.FAILS, FORBIDDEN=BLOCKED)
+@login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
+@login.fails(*wechat.FAILS, FORBIDDEN=BLOCKED)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
 

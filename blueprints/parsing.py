@@ -21,7 +21,6 @@ SMALL_BODY = 8 * 1024
 MAXIMUM_LENGTH = 100
 """How many fields an object, and items a list in it may have: each takes longer to refuse than to send."""
 WECHAT_CODE_RULE = validate.Regexp(r"^[!-~]{1,128}(?!\n)$", error="Not a valid WeChat code.")
-WECHAT_CODE_FAILS = (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED)
 
 
 class JsonParser(FlaskParser):

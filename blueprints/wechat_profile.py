@@ -8,7 +8,7 @@ from marshmallow import Schema, ValidationError, fields, validates_schema
 
 import wechat
 from blueprints.api import Blueprint
-from blueprints.parsing import WECHAT_CODE_FAILS, WECHAT_CODE_RULE
+from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import current_user
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
 from errors import ApiError, Code, Message
@@ -19,6 +19,10 @@ from wechat import lenient
 from wechat.client import phone_number, read_nickname
 from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
 
+PHONE_CODE_REQUIRED = Message(
+    "code 无效、过期或已使用：需要 getPhoneNumber 按钮返回的 code，而非 wx.login 的 code",
+    "Code invalid, expired or used already: send the code of a getPhoneNumber button, not that of wx.login",
+)
 NO_SESSION_KEY = Message("请先登录，再点按钮获取数据提交", "Log in, tap the button again, then send the data")
 
 blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phone number and profile from WeChat")
@@ -57,8 +61,8 @@ class ProfileSchema(TypedProfileSchema, EncryptedSchema):
 @blueprint.route("/me/phone", methods=["PUT"])
 @blueprint.arguments(PhoneSchema)
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
-@blueprint.fails(*WECHAT_CODE_FAILS, Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, *wechat.FAILS)
-@blueprint.fails(FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(WECHAT_CODE_INVALID=PHONE_CODE_REQUIRED, WECHAT_CODE_USED=PHONE_CODE_REQUIRED)
+@blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
 def put_phone(body: dict[str, str]) -> User:
     """Store your phone number
 
@@ -67,7 +71,12 @@ def put_phone(body: dict[str, str]) -> User:
     """
     openid = own_openid()
     if code := body.get("code"):
-        single_flight(f"phone:{g.user_id}", code, lambda: _store(phone=wechat.api.code_to_phone(code, openid)))
+        try:
+            single_flight(f"phone:{g.user_id}", code, lambda: _store(phone=wechat.api.code_to_phone(code, openid)))
+        except ApiError as error:
+            if error.api_code in (Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED):
+                error.message = PHONE_CODE_REQUIRED
+            raise
     else:
         data, _ = _decrypt(body, openid, expected={})
         phone = phone_number(data)

@@ -129,9 +129,11 @@ class MessageQueue:
         return [(*entry, 0) for _, entries in streams for entry in entries]
 
     def _work(self, number: int) -> None:
-        while not self._stopped.wait(POLL_SECONDS):
+        while not self._stopped.is_set():
             try:
-                while not self._stopped.is_set() and self.handle_next(claim=number == 0):
-                    pass
+                found = self.handle_next(claim=number == 0)
             except Exception as error:  # noqa: BLE001  the thread must go on
                 logger.error("messages cannot be handled", extra={"reason": f"{type(error).__name__}: {error}"})
+                found = False
+            if not found:
+                self._stopped.wait(POLL_SECONDS)
