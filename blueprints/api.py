@@ -1,7 +1,5 @@
 """flask-smorest's Api and Blueprint, with our envelope and ETags around what they respond and document.
 
-It makes the documents from the code: /openapi.json for programs, /docs for people.
-
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13).
 """
 
@@ -10,13 +8,12 @@ from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import flask_smorest
-from flask import Blueprint as PlainBlueprint
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
 from werkzeug.datastructures import Headers
 from werkzeug.wrappers import Response as BaseResponse
 
-from blueprints import idempotency
+from blueprints import docs, idempotency
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
 from errors import HEADERS, ApiError, Code, Message, envelope, language
 from storage import database
@@ -251,32 +248,6 @@ def _converter(name: str, field: fields.Field[Any]) -> Convert | None:
     return partial(field._serialize, attr=name, obj=None)  # what a field's own class overrides
 
 
-_DESCRIPTION = (
-    "微信小程序后端 A backend for WeChat mini-programs. Every JSON response is `{code, message, data}` and carries "
-    "`X-Trace-Id`; `message` is Chinese, or English where `Accept-Language` prefers it.\n\n"
-    "| code | HTTP | 中文 | English |\n|---|---|---|---|\n"
-) + "\n".join(f"| {code.number} | {code.status} | {code.message.chinese} | {code.message.english} |" for code in Code)
-
-_COOKIE = "For browsers; over plain HTTP named `session`. A write by cookie must come from a page of this site."
-_SECURITY_SCHEMES = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "The token that login gave."},
-    "cookie": {"type": "apiKey", "in": "cookie", "name": "__Host-session", "description": _COOKIE},
-    "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
-}
-
-DOCUMENTS: dict[str, Any] = {
-    "API_TITLE": "快上 Kuaishang",
-    "OPENAPI_VERSION": "3.1.0",
-    "OPENAPI_URL_PREFIX": "/",
-    "OPENAPI_SWAGGER_UI_PATH": "docs",
-    "OPENAPI_SWAGGER_UI_URL": "/docs/assets/",
-    "API_SPEC_OPTIONS": {"info": {"description": _DESCRIPTION}, "components": {"securitySchemes": _SECURITY_SCHEMES}},
-}
-
-# flask-swagger-ui carries Swagger UI's files, so the page works without the internet.
-assets = PlainBlueprint("docs", "flask_swagger_ui", static_folder="dist", static_url_path="/docs/assets")
-
-
 class Api(flask_smorest.Api):
     """Registers blueprints, each with the policy that says who may call it."""
 
@@ -284,8 +255,8 @@ class Api(flask_smorest.Api):
 
     def __init__(self, app: Flask) -> None:
         app.url_map.converters.update(CONVERTERS)
-        app.config.update(DOCUMENTS, API_VERSION=app.config["VERSION"], MAX_CONTENT_LENGTH=SMALL_BODY)
-        app.register_blueprint(assets)
+        app.config.update(docs.CONFIG, API_VERSION=app.config["VERSION"], MAX_CONTENT_LENGTH=SMALL_BODY)
+        app.register_blueprint(docs.assets)
         super().__init__(app)
         make: Any = cache(app.view_functions["api-docs.openapi_json"])  # which takes 6 ms, whoever asks
         app.view_functions["api-docs.openapi_json"] = lambda: Response(make().data, content_type="application/json")

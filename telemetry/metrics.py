@@ -1,83 +1,25 @@
 """All metrics of the service. Labels hold templates and codes, never what a caller sent.
 
 Under gunicorn every worker counts in files of PROMETHEUS_MULTIPROC_DIR, and the one that is scraped adds them up.
-`gunicorn.conf.py` makes the directory and removes it. prometheus_client maps each worker's files there into memory,
-where a page for which the disk has no room kills the process (SIGBUS). So room is reserved before a number is placed in
-a file; without room it waits in its process, and is placed when a scrape, or another new number, finds some.
-https://prometheus.github.io/client_python/multiprocess/
-
-Read against prometheus_client 0.26: values.ValueClass, MultiProcessValue and MutexValue, the names of the files, and
-their first 4 bytes, which say how much of a file is used.
 """
 
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, partial
-from glob import glob
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, values
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, values
 from prometheus_client.registry import Collector
 
-MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
-
-_in_file = values.MultiProcessValue()
-_waiting: list[tuple[Any, ...]] = []
-_warn_once = cache(logging.getLogger(__name__).warning)
-
-
-def number(*args: Any, **kwargs: Any) -> Any:
-    """Make a number of a metric, as `values.ValueClass` does."""
-    return _place(values.MutexValue(*args), args, kwargs)
-
-
-def _place(value: Any, args: tuple[str, ...], kwargs: dict[str, str]) -> Any:
-    """Let a number go on in its file of this worker, or else wait; return it."""
-    try:
-        kind = f"gauge_{kwargs['multiprocess_mode']}" if args[0] == "gauge" else args[0]
-        with open(f"{os.environ[MULTIPROC_DIR]}/{kind}_{os.getpid()}.db", "ab+") as file:
-            used = int.from_bytes(os.pread(file.fileno(), 4, 0), sys.byteorder)
-            # prometheus_client doubles a full file; 16 KiB is more than all threads place at one moment.
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, 2 * used + 16384)
-        placed = _in_file(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  whatever it is, it must not fail a request
-        _waiting.append((value, args, kwargs))
-        _warn_once("no room for metrics: serving without them (%s)", str(error))
-    else:
-        placed.inc(value.get())
-        vars(value).update(inc=placed.inc, set=placed.set)
-    return value
-
-
-class Instance(Collector):
-    """The metrics of all workers of this instance added up, those of dead workers included."""
-
-    def collect(self) -> Iterable[Metric]:
-        for _ in range(len(_waiting)):
-            _place(*_waiting.pop(0))
-        return MultiProcessCollector.merge(filter(_is_intact, glob(f"{os.environ[MULTIPROC_DIR]}/*.db")))  # type: ignore[no-any-return]
-
-
-def _is_intact(path: str) -> bool:
-    try:
-        return bool(os.path.getsize(path) and MultiProcessCollector.merge([path]))  # empty: a worker has just begun it
-    except Exception:  # noqa: BLE001  whatever is in it
-        if os.path.exists(path):  # or else a gauge of a worker that has just died
-            _warn_once("a metrics file is damaged: serving without its numbers (%s)", path)
-        return False
-
+from telemetry import multiprocess
 
 REGISTRY = CollectorRegistry()
 """Not the default one: a module that is imported again must not find its metrics registered already."""
 SCRAPED: Collector = REGISTRY
 """What a scrape returns: all metrics of this instance, or of this process alone if it shares no directory."""
-if MULTIPROC_DIR in os.environ:
-    SCRAPED, values.ValueClass = Instance(), number
+if multiprocess.MULTIPROC_DIR in os.environ:
+    SCRAPED, values.ValueClass = multiprocess.Instance(), multiprocess.number
 
 _counter = partial(Counter, namespace="kuaishang", registry=REGISTRY)
 _sum = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="livesum")
@@ -85,10 +27,10 @@ _latest = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_
 _of_each_worker = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="liveall")
 _seconds = partial(Histogram, namespace="kuaishang", registry=REGISTRY)
 
-Labelled = TypeVar("Labelled", Counter, Gauge)
+Metric = TypeVar("Metric", Counter, Gauge)
 
 
-def _from_0(metric: Labelled, *values: str) -> Labelled:
+def _from_0(metric: Metric, *values: str) -> Metric:
     """Create series of a metric at 0, or increase() misses the first failure."""
     for value in values:
         metric.labels(value)

@@ -51,7 +51,7 @@ def ask_for_much(service: Service, token: str) -> None:
 
 def warnings(service: Service) -> list[str]:
     lines = service.log_lines()
-    return [line["message"] for line in lines if line["logger"] == "telemetry.metrics"]
+    return [line["message"] for line in lines if line["logger"] == "telemetry.multiprocess"]
 
 
 def test_a_start_without_room_serves_without_metrics_until_there_is_some(

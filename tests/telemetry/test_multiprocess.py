@@ -5,12 +5,12 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-from telemetry import metrics
+from telemetry import multiprocess
 
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(metrics.MULTIPROC_DIR, str(tmp_path))
+    monkeypatch.setenv(multiprocess.MULTIPROC_DIR, str(tmp_path))
     return tmp_path
 
 
@@ -30,13 +30,13 @@ def test_the_metrics_of_all_workers_are_added_up_and_a_file_just_begun_does_no_h
     count(directory, "counter", 7, 3)
     count(directory, "counter", 77, 20)
     (directory / "counter_8.db").touch()
-    assert samples(metrics.Instance().collect()) == {"requests_total": 23}
+    assert samples(multiprocess.Instance().collect()) == {"requests_total": 23}
 
 
 def test_a_gauge_that_vanishes_during_a_scrape_does_no_harm(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count(directory, "counter", 7, 3)
     gone = str(directory / "gauge_livesum_8.db")
-    monkeypatch.setattr(metrics, "glob", lambda pattern: [str(directory / "counter_7.db"), gone])
-    assert samples(metrics.Instance().collect()) == {"requests_total": 3}
+    monkeypatch.setattr(multiprocess, "glob", lambda pattern: [str(directory / "counter_7.db"), gone])
+    assert samples(multiprocess.Instance().collect()) == {"requests_total": 3}
     monkeypatch.setattr(os.path, "getsize", lambda path: 1)  # it goes only after that
-    assert samples(metrics.Instance().collect()) == {"requests_total": 3}
+    assert samples(multiprocess.Instance().collect()) == {"requests_total": 3}
