@@ -179,8 +179,7 @@ def delete_for_good(user: User) -> None:
     if user.blocked:
         keep_block(user)
     set_role(user, "user", by="deletion")
-    while ownership.erase_some(user.id):
-        pass
+    ownership.erase_all(user)
     database.session.delete(user)
     database.after_commit(partial(audit, "user deleted", user.id))
     database.after_commit(partial(sessions.revoke_sessions, user.id))

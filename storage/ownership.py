@@ -43,22 +43,17 @@ def move_all(user: User, heir: User) -> None:
                 database.session.execute(unless_taken)
 
 
-def erase_some(user_id: int) -> bool:
-    """Take the user, and what is personal, out of some of the rows that outlive the user, whose row is locked.
+def erase_all(user: User) -> None:
+    """Take the user, and what is personal, out of the rows that outlive the user, whose row is locked.
 
-    :returns: whether there may be more; then call it again: a statement has seconds, and a user may have ordered for
-        years.
+    Some at a time, as a statement has seconds, and a user may have ordered for years.
     """
-    is_full = False
-    database.session.get(User, user_id, with_for_update=True)
     for owned in OWNED:
         if owned.personal is not None:
-            rows = select(owned.model.id).where(owned.model.user_id == user_id).limit(DETACHED_AT_ONCE)
-            ids = database.session.scalars(rows).all()
+            rows = select(owned.model.id).where(owned.model.user_id == user.id).limit(DETACHED_AT_ONCE)
             without = dict.fromkeys([*owned.personal, "user_id"]) | _next_version(owned)
-            database.session.execute(update(owned.model).where(owned.model.id.in_(ids)).values(without))
-            is_full |= len(ids) == DETACHED_AT_ONCE
-    return is_full
+            while ids := database.session.scalars(rows).all():
+                database.session.execute(update(owned.model).where(owned.model.id.in_(ids)).values(without))
 
 
 def read_all(owned: Owned, user_id: int) -> Iterator[Sequence[Any]]:

@@ -174,13 +174,13 @@ def test_a_deletion_that_fails_erases_nothing_and_ends_no_session(
     app: Flask, alice: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = alice.order()
-    erase_some = ownership.erase_some
+    erase_all = ownership.erase_all
 
-    def erase_then_fail(user_id: int) -> bool:
-        erase_some(user_id)
+    def erase_then_fail(user: User) -> None:
+        erase_all(user)
         raise OperationalError("UPDATE", {}, Exception("gone"))
 
-    monkeypatch.setattr(ownership, "erase_some", erase_then_fail)
+    monkeypatch.setattr(ownership, "erase_all", erase_then_fail)
     assert code_of(alice.delete("/users/me")) == (503, 503)
     assert data_of(alice.get(f"/orders/{order['id']}")) == order
 
