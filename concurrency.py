@@ -15,7 +15,7 @@ from gevent.lock import Semaphore
 
 from errors import ApiError, Code, handle_http_exception
 from overload import Door
-from telemetry import metrics
+from telemetry import access_log, metrics
 
 ROOM = 16
 """An export takes 4 for each part that it reads, a read nothing. `flask keys rotate` is a process of its own, with one
@@ -110,7 +110,7 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
         return _respond(app, environ, ApiError(Code.INTERNAL_ERROR), start_response)
     finally:
         timer.close()
-        if environ.get("kuaishang.code") in (503, 504) and _deadline.get() - time.monotonic() < LATE_SECONDS:
+        if environ.get(access_log.CODE) in (503, 504) and _deadline.get() - time.monotonic() < LATE_SECONDS:
             metrics.DEADLINES_MISSED.inc()
         _deadline.reset(token)
         app.extensions["door"].in_flight -= 1

@@ -160,8 +160,10 @@ def handle_unavailable(error: Exception) -> Response:
 def handle_http_exception(error: HTTPException) -> Response:
     """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
     crash: Any = getattr(error, "original_exception", None)
-    if is_temporary(crash):
-        # The session is saved after the view has returned, where Flask makes every failure a crash.
+    # The session is saved after the view has returned, where Flask makes every failure a crash.
+    if isinstance(crash, ApiError):
+        error = crash
+    elif is_temporary(crash):
         return handle_unavailable(crash)
     code, message = _code_and_message(error)
     request.environ["kuaishang.code"] = code.number  # for telemetry

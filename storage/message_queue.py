@@ -104,9 +104,8 @@ class MessageQueue:
             ids = propagate.extract(json.loads(stored[b"trace"]))
             with self._app.app_context(), trace.use_span(trace.get_current_span(ids)):
                 if tries < TRIES:
-                    message = json.loads(cipher.decrypt(stored[b"sealed"].decode(), STREAM))
                     try:
-                        self._handle(message)
+                        self._handle(json.loads(cipher.decrypt(stored[b"sealed"].decode(), STREAM)))
                     except (OSError, RedisError, SQLAlchemyError):  # of a process that lives: it counts as no try
                         self._redis.xclaim(STREAM, _WORKERS, _WORKERS, 0, [number], retrycount=tries)
                         raise

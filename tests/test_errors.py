@@ -56,6 +56,19 @@ def test_what_cannot_be_opened_for_lack_of_descriptors_is_503(make_app: Callable
         assert b"file" not in answer.data
 
 
+def test_an_error_of_ours_after_the_view_is_itself_and_no_outage(
+    make_app: Callable[..., Flask], journal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ApiError(Code.UNAVAILABLE)
+
+    app = make_app()
+    monkeypatch.setattr(app.session_interface, "save_session", fail)  # as where the request's time is over
+    answer = app.test_client(use_cookies=False).get("/livez")
+    assert (answer.status_code, answer.get_json()["code"]) == (503, 503)
+    assert "is unavailable" not in journal.in_process.getvalue()
+
+
 @pytest.mark.database
 @pytest.mark.parametrize(
     "statement",
