@@ -427,10 +427,16 @@ def out_of_descriptors(stage: Stage) -> Iterator[Proof]:
     for worker in workers:
         worker.rlimit(psutil.RLIMIT_NOFILE, (worker.num_fds() + 4, limits[worker][1]))
     address = ("127.0.0.1", int(stage.service.environ["PORT"]))
-    with ExitStack() as stack:
-        for _ in range(40):
-            stack.enter_context(socket.create_connection(address))
-        yield lambda: any(worker.num_fds() >= worker.rlimit(psutil.RLIMIT_NOFILE)[0] - 1 for worker in workers)
+    try:
+        with ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(socket.create_connection(address))
+            # Seen here, as the service closes connections that stay idle.
+            full = wait_until(
+                lambda: any(worker.num_fds() >= worker.rlimit(psutil.RLIMIT_NOFILE)[0] - 1 for worker in workers)
+            )
+            yield lambda: full
+    finally:
         for worker, limit in limits.items():
             with suppress(psutil.NoSuchProcess):
                 worker.rlimit(psutil.RLIMIT_NOFILE, limit)
