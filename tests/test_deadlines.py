@@ -90,9 +90,10 @@ def test_a_deadline_that_is_missed_while_wechat_is_waited_for_is_counted_once(
     start_service: StartService, simulator: Simulator, seconds: str
 ) -> None:
     service = start_service(WEB_CONCURRENCY="1")
-    simulator.fault("slow", seconds=60)
-    assert log_in(service, simulator, **{"X-Request-Timeout": seconds}) == 504
-    assert missed(service) == 1
+    simulator.fault("slow", times=5, seconds=60)
+    # On a busy machine the deadline may be over before WeChat is asked, which is a 503.
+    tries = next(n for n in range(1, 6) if log_in(service, simulator, **{"X-Request-Timeout": seconds}) == 504)
+    assert missed(service) == tries
 
 
 def test_each_deadline_that_is_missed_is_counted_once_and_no_other_failure(

@@ -60,7 +60,7 @@ def fail(transport: Transport, simulator: Simulator, kind: str, **details: Any) 
 
 @pytest.mark.parametrize(
     ("kind", "details"),
-    [("slow", {"seconds": 0.6}), ("http_500", {}), ("not_json", {}), ("close", {}), ("errcode", {"errcode": -1})],
+    [("slow", {"seconds": 5}), ("http_500", {}), ("not_json", {}), ("close", {}), ("errcode", {"errcode": -1})],
 )
 def test_a_wechat_that_keeps_failing_is_not_called(
     transport: Transport,
