@@ -81,20 +81,26 @@ def test_a_message_is_handled_in_the_trace_of_its_request(app: Flask, put: Any) 
     assert current_ids() == {"traceId": None}  # the next message is of another request
 
 
-def test_what_a_dead_process_left_is_taken_when_its_time_is_over(app: Flask, put: Any, redis: Redis) -> None:
+def test_what_a_dead_process_left_is_taken_when_its_time_is_over(
+    app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     queue = MessageQueue(app, seen.append)
     put("a")
     with pytest.raises(Death):
         MessageQueue(app, die).handle_next()
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 180_000)
     assert not queue.handle_next(claim=True)  # too early
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
     time.sleep(0.25)
     assert not queue.handle_next()  # is not a new one
     assert queue.handle_next(claim=True)
     assert (seen, redis.xlen(STREAM)) == (["message"], 0)
 
 
-def test_only_one_of_two_claims_what_was_left(app: Flask, put: Any) -> None:
+def test_only_one_of_two_claims_what_was_left(
+    app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, begun = threading.Event(), threading.Semaphore(0)
 
     def wait(message: Any) -> None:
@@ -103,6 +109,9 @@ def test_only_one_of_two_claims_what_was_left(app: Flask, put: Any) -> None:
 
     put("a")
     left_by_the_dead(app)
+    [left] = redis.xpending_range(STREAM, message_queue._WORKERS, "-", "+", 1)
+    redis.xclaim(STREAM, message_queue._WORKERS, left["consumer"], 0, [left["message_id"]], idle=3_600_000)
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 180_000)
     queue = MessageQueue(app, wait)
     claims = threading.Thread(target=queue.handle_next, kwargs={"claim": True})
     claims.start()
