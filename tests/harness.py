@@ -23,6 +23,7 @@ from redis import Redis
 from sqlalchemy import ColumnElement
 
 from dev.run import free_port
+from storage.message_queue import CLAIM_MILLISECONDS, STREAM
 from storage.models import User
 from telemetry import metrics
 
@@ -297,6 +298,13 @@ def migrate(database_url: str, direction: str = "upgrade", revision: str = "head
 def counted(metric: str, **labels: str) -> float:
     """Return the value of a metric of the application in this process."""
     return metrics.REGISTRY.get_sample_value(f"kuaishang_{metric}", labels) or 0
+
+
+def let_claims_be_due(redis: Redis) -> None:
+    """Let the time be over that those have who took messages and have not handled them."""
+    for taken in redis.xpending_range(STREAM, "workers", "-", "+", 100):
+        ids = [taken["message_id"]]
+        redis.xclaim(STREAM, "workers", taken["consumer"], 0, ids, idle=CLAIM_MILLISECONDS, justid=True)
 
 
 def until_available(request: Callable[[], requests.Response]) -> requests.Response:

@@ -26,7 +26,7 @@ from storage import database, message_queue
 from storage.message_queue import STREAM
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of
-from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simulator, counted
+from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simulator, counted, let_claims_be_due
 from wechat.crypto import push_signature
 from wechat.message_push import PUSH_NOT_CONFIGURED, MessagePush
 
@@ -232,7 +232,7 @@ def test_a_failing_handler_is_logged_and_counted_and_stops_no_other(
     ],
 )
 def test_what_fails_for_a_while_is_handled_again_when_the_fault_is_over(
-    app: Flask, client: FlaskClient, handled: Messages, redis: Redis, monkeypatch: pytest.MonkeyPatch, fault: Exception
+    app: Flask, client: FlaskClient, handled: Messages, redis: Redis, fault: Exception
 ) -> None:
     handler = Mock(side_effect=[fault, fault, None])
     message_handlers.handlers["event", "debug_demo"].insert(0, handler)
@@ -242,13 +242,11 @@ def test_what_fails_for_a_while_is_handled_again_when_the_fault_is_over(
         with pytest.raises(type(fault)):
             queue.handle_next(claim=True)
         assert (handler.call_count, len(handled), redis.xlen(STREAM)) == (tries, tries, 1)
-        monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 180_000)
         assert not queue.handle_next(claim=True)  # too early
         assert push(client, EVENT).data == b"success"  # a repeat, which is not kept
-        monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 10)
-        time.sleep(0.02)
+        let_claims_be_due(redis)
     assert queue.handle_next(claim=True)
-    time.sleep(0.02)
+    let_claims_be_due(redis)
     assert not queue.handle_next(claim=True)
     assert (handler.call_count, redis.xlen(STREAM)) == (3, 0)
 
@@ -259,18 +257,16 @@ def test_an_outage_may_last_longer_than_a_message_that_fails(
     client: FlaskClient,
     handled: Messages,
     redis: Redis,
-    monkeypatch: pytest.MonkeyPatch,
     fault: Exception,
     times: int,
 ) -> None:
-    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 50)
     handler = message_handlers.handlers["event", "debug_demo"][0] = Mock(side_effect=fault)
     push(client, EVENT)
     queue = app.extensions["messages"]
     for _ in range(times):
         with pytest.raises(type(fault)):
             queue.handle_next(claim=True)
-        time.sleep(0.1)
+        let_claims_be_due(redis)
     handler.side_effect = None
     assert queue.handle_next(claim=True)
     assert (handler.call_count, redis.xlen(STREAM)) == (times + (times > message_queue.TRIES), 0)
@@ -562,12 +558,10 @@ def test_a_cancellation_deletes_the_user_and_ends_the_sessions(
     assert [user.get("/users/me").status_code for user in users] == [401, 200]
 
 
+@pytest.mark.only_on("sqlite")
 def test_a_cancellation_while_another_one_writes_to_sqlite_is_done_when_that_has_ended(
     app: Flask, client: FlaskClient, simulator: Simulator, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not app.config["DATABASE_URL"].startswith("sqlite"):
-        pytest.skip("only for sqlite")
-    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.3)
     user, queue = make_user(app, simulator), app.extensions["messages"]
     before = counted("messages_handled_total", outcome="success")
@@ -579,7 +573,7 @@ def test_a_cancellation_while_another_one_writes_to_sqlite_is_done_when_that_has
             queue.handle_next()
         other.execute("COMMIT")
     assert data_left(user) == ALL
-    time.sleep(0.25)
+    let_claims_be_due(redis)
     assert queue.handle_next(claim=True)
     with app.app_context():
         assert database.session.get(User, user.id) is None

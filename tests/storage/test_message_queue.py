@@ -15,7 +15,7 @@ from errors import ApiError, Code
 from storage import message_queue
 from storage.message_queue import STREAM, MessageQueue
 from telemetry.traces import RequestSpan, current_ids
-from tests.harness import WAIT_SECONDS, counted, wait_until
+from tests.harness import WAIT_SECONDS, counted, let_claims_be_due, wait_until
 
 Handle = Callable[[Any], object]
 MakeQueue = Callable[[Handle], MessageQueue]
@@ -27,7 +27,6 @@ class Death(BaseException):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
     monkeypatch.setattr(message_queue, "POLL_SECONDS", 0.1)
 
 
@@ -44,11 +43,11 @@ def die(message: Any) -> None:
     raise Death
 
 
-def left_by_the_dead(app: Flask) -> None:
+def left_by_the_dead(app: Flask, redis: Redis) -> None:
     """Let a process take a message, and die with it; returns when it can be claimed."""
     with pytest.raises(Death):
         MessageQueue(app, die).handle_next(claim=True)
-    time.sleep(0.25)
+    let_claims_be_due(redis)
 
 
 def test_a_message_is_handled_once_however_often_it_is_put(app: Flask, put: Any, redis: Redis) -> None:
@@ -81,26 +80,20 @@ def test_a_message_is_handled_in_the_trace_of_its_request(app: Flask, put: Any) 
     assert current_ids() == {"traceId": None}  # the next message is of another request
 
 
-def test_what_a_dead_process_left_is_taken_when_its_time_is_over(
-    app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_dead_process_left_is_taken_when_its_time_is_over(app: Flask, put: Any, redis: Redis) -> None:
     seen: list[Any] = []
     queue = MessageQueue(app, seen.append)
     put("a")
     with pytest.raises(Death):
         MessageQueue(app, die).handle_next()
-    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 180_000)
     assert not queue.handle_next(claim=True)  # too early
-    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
-    time.sleep(0.25)
+    let_claims_be_due(redis)
     assert not queue.handle_next()  # is not a new one
     assert queue.handle_next(claim=True)
     assert (seen, redis.xlen(STREAM)) == (["message"], 0)
 
 
-def test_only_one_of_two_claims_what_was_left(
-    app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_one_of_two_claims_what_was_left(app: Flask, put: Any, redis: Redis) -> None:
     gate, begun = threading.Event(), threading.Semaphore(0)
 
     def wait(message: Any) -> None:
@@ -108,10 +101,7 @@ def test_only_one_of_two_claims_what_was_left(
         gate.wait(WAIT_SECONDS)
 
     put("a")
-    left_by_the_dead(app)
-    [left] = redis.xpending_range(STREAM, message_queue._WORKERS, "-", "+", 1)
-    redis.xclaim(STREAM, message_queue._WORKERS, left["consumer"], 0, [left["message_id"]], idle=3_600_000)
-    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 180_000)
+    left_by_the_dead(app, redis)
     queue = MessageQueue(app, wait)
     claims = threading.Thread(target=queue.handle_next, kwargs={"claim": True})
     claims.start()
@@ -130,7 +120,7 @@ def test_a_message_that_each_process_dies_with_is_dropped_and_logged(
     put("bad")
     request.end(200)
     for _ in range(message_queue.TRIES):
-        left_by_the_dead(app)
+        left_by_the_dead(app, redis)
     put("good")
     queue = MessageQueue(app, seen.append)
     assert [queue.handle_next(claim=True) for _ in range(3)] == [True, True, False]
@@ -152,7 +142,7 @@ def test_what_no_key_decrypts_waits_for_a_process_that_has_the_key_and_is_droppe
         for _ in range(tries):
             with pytest.raises(ValueError, match="not decrypt"):
                 MessageQueue(app, seen.append).handle_next(claim=True)
-            time.sleep(0.25)
+            let_claims_be_due(redis)
         assert MessageQueue(other, seen.append).handle_next(claim=True)
     assert (seen, redis.xlen(STREAM)) == ([0], 0)
 
@@ -178,7 +168,7 @@ def test_a_message_that_cannot_be_removed_is_handled_again(
         away.setattr(queue._redis, "eval", Mock(side_effect=NoRedis))
         with pytest.raises(NoRedis):
             queue.handle_next()
-    time.sleep(0.25)
+    let_claims_be_due(redis)
     assert queue.handle_next(claim=True)
     assert (seen, redis.xlen(STREAM)) == (["message", "message"], 0)
 
@@ -232,7 +222,10 @@ def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
         queue.stop()
 
 
-def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(app: Flask, put: Any, redis: Redis) -> None:
+def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(
+    app: Flask, put: Any, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(message_queue, "CLAIM_MILLISECONDS", 200)
     seen: list[Any] = []
 
     def fail_first(message: Any) -> None:
