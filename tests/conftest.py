@@ -23,6 +23,7 @@ from redis import Redis
 import wechat
 from dev.redis_server import RedisServer
 from service import create_app
+from storage import message_queue
 from telemetry.logs import JsonLineFormatter, LineHandler
 from tests.databases import Databases, MariaDB, SQLiteFiles
 from tests.harness import (
@@ -205,6 +206,12 @@ def redis(redis_server: RedisServer) -> Iterator[Redis]:
     with Redis.from_url(redis_server.url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture
+def own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep this test's messages in a stream of their own: services of other tests, on this Redis, would take them."""
+    monkeypatch.setattr(message_queue, "STREAM", "messages of this test")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from redis import Redis
 from sqlalchemy import ColumnElement
 
 from dev.run import free_port
-from storage.message_queue import CLAIM_MILLISECONDS, STREAM
+from storage import message_queue
 from storage.models import User
 from telemetry import metrics
 
@@ -302,9 +302,9 @@ def counted(metric: str, **labels: str) -> float:
 
 def let_claims_be_due(redis: Redis) -> None:
     """Let the time be over that those have who took messages and have not handled them."""
-    for taken in redis.xpending_range(STREAM, "workers", "-", "+", 100):
-        ids = [taken["message_id"]]
-        redis.xclaim(STREAM, "workers", taken["consumer"], 0, ids, idle=CLAIM_MILLISECONDS, justid=True)
+    stream, idle = message_queue.STREAM, message_queue.CLAIM_MILLISECONDS
+    for taken in redis.xpending_range(stream, "workers", "-", "+", 100):
+        redis.xclaim(stream, "workers", taken["consumer"], 0, [taken["message_id"]], idle=idle, justid=True)
 
 
 def until_available(request: Callable[[], requests.Response]) -> requests.Response:

@@ -23,12 +23,13 @@ from werkzeug.test import TestResponse
 from blueprints import message_handlers, messages
 from errors import ApiError, Code
 from storage import database, message_queue
-from storage.message_queue import STREAM
 from storage.models import Identity, User
 from tests.blueprints.callers import Caller, code_of
 from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simulator, counted, let_claims_be_due
 from wechat.crypto import push_signature
 from wechat.message_push import PUSH_NOT_CONFIGURED, MessagePush
+
+pytestmark = pytest.mark.usefixtures("own_stream")
 
 URL = "/api/v1/wechat/messages"
 EVENT = {
@@ -81,7 +82,7 @@ def push(client: FlaskClient, message: dict[str, Any], form: Any = "json") -> Te
 def settled(app: Flask) -> None:
     """Handle what is pending, as the threads of a worker do."""
     queue = app.extensions["messages"]
-    while queue._redis.exists(STREAM) and queue.handle_next():
+    while queue._redis.exists(message_queue.STREAM) and queue.handle_next():
         pass
 
 
@@ -186,12 +187,12 @@ def test_the_response_does_not_wait_for_the_handlers_and_what_is_kept_is_encrypt
 ) -> None:
     assert push(client, EVENT).data == b"success"
     assert handled == []
-    ((_, entry),) = redis.xrange(STREAM)
+    ((_, entry),) = redis.xrange(message_queue.STREAM)
     assert b"alice" not in b"".join(entry.values())
-    assert redis.ttl(STREAM) > 86400
+    assert redis.ttl(message_queue.STREAM) > 86400
     settled(app)
     assert [message["FromUserName"] for message in handled] == ["o-alice"]
-    assert (redis.xlen(STREAM), redis.xpending(STREAM, "workers")["pending"]) == (0, 0)
+    assert (redis.xlen(message_queue.STREAM), redis.xpending(message_queue.STREAM, "workers")["pending"]) == (0, 0)
 
 
 def test_handlers_are_registered_by_type_and_by_event(app: Flask, client: FlaskClient, handled: Any) -> None:
@@ -241,14 +242,14 @@ def test_what_fails_for_a_while_is_handled_again_when_the_fault_is_over(
     for tries in (1, 2):
         with pytest.raises(type(fault)):
             queue.handle_next(claim=True)
-        assert (handler.call_count, len(handled), redis.xlen(STREAM)) == (tries, tries, 1)
+        assert (handler.call_count, len(handled), redis.xlen(message_queue.STREAM)) == (tries, tries, 1)
         assert not queue.handle_next(claim=True)  # too early
         assert push(client, EVENT).data == b"success"  # a repeat, which is not kept
         let_claims_be_due(redis)
     assert queue.handle_next(claim=True)
     let_claims_be_due(redis)
     assert not queue.handle_next(claim=True)
-    assert (handler.call_count, redis.xlen(STREAM)) == (3, 0)
+    assert (handler.call_count, redis.xlen(message_queue.STREAM)) == (3, 0)
 
 
 @pytest.mark.parametrize(("fault", "times"), [(RedisError(), 6), (ApiError(Code.UPSTREAM_TIMEOUT), 3)])
@@ -269,7 +270,7 @@ def test_an_outage_may_last_longer_than_a_message_that_fails(
         let_claims_be_due(redis)
     handler.side_effect = None
     assert queue.handle_next(claim=True)
-    assert (handler.call_count, redis.xlen(STREAM)) == (times + (times > message_queue.TRIES), 0)
+    assert (handler.call_count, redis.xlen(message_queue.STREAM)) == (times + (times > message_queue.TRIES), 0)
 
 
 @pytest.mark.parametrize("fault", [KeyError("OpenID"), OSError(errno.ENOENT, "no file"), ApiError(Code.NOT_FOUND)])
@@ -279,7 +280,7 @@ def test_what_will_fail_again_is_handled_once(
     message_handlers.handlers["event", "debug_demo"] = [Mock(side_effect=fault)]
     push(client, EVENT)
     assert app.extensions["messages"].handle_next()
-    assert redis.xlen(STREAM) == 0
+    assert redis.xlen(message_queue.STREAM) == 0
 
 
 def test_handlers_share_a_time_that_is_shorter_than_that_of_a_claim(
@@ -326,7 +327,7 @@ def test_a_full_backlog_takes_no_more_of_redis_than_is_said(
         body = head + unit * ((messages.MAXIMUM_BYTES - len(head) - 3) // len(unit)) + b"1]}"
         assert client.post(URL, query_string=signed(), data=body).data == b"success"
     taken = redis.info("memory")["used_memory"] - before
-    assert redis.xlen(STREAM) == messages_
+    assert redis.xlen(message_queue.STREAM) == messages_
     assert taken / messages_ * message_queue.BACKLOG < 900_000_000
 
 
@@ -578,4 +579,4 @@ def test_a_cancellation_while_another_one_writes_to_sqlite_is_done_when_that_has
     with app.app_context():
         assert database.session.get(User, user.id) is None
     assert counted("messages_handled_total", outcome="success") == before + 1
-    assert redis.xlen(STREAM) == 0
+    assert redis.xlen(message_queue.STREAM) == 0

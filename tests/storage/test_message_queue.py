@@ -13,9 +13,11 @@ from redis.exceptions import ConnectionError as NoRedis
 
 from errors import ApiError, Code
 from storage import message_queue
-from storage.message_queue import STREAM, MessageQueue
+from storage.message_queue import MessageQueue
 from telemetry.traces import RequestSpan, current_ids
 from tests.harness import WAIT_SECONDS, counted, let_claims_be_due, wait_until
+
+pytestmark = pytest.mark.usefixtures("own_stream")
 
 Handle = Callable[[Any], object]
 MakeQueue = Callable[[Handle], MessageQueue]
@@ -57,7 +59,7 @@ def test_a_message_is_handled_once_however_often_it_is_put(app: Flask, put: Any,
     assert [queue.handle_next() for queue in (*queues, *queues)] == [True, True, False, False]
     assert put("a", {"to": "阿上"}) is False
     assert seen == [{"to": "阿上"}, 1]
-    assert redis.xlen(STREAM) == 0
+    assert redis.xlen(message_queue.STREAM) == 0
 
 
 def test_concurrent_repeats_are_put_once(app: Flask, put: Any) -> None:
@@ -90,7 +92,7 @@ def test_what_a_dead_process_left_is_taken_when_its_time_is_over(app: Flask, put
     let_claims_be_due(redis)
     assert not queue.handle_next()  # is not a new one
     assert queue.handle_next(claim=True)
-    assert (seen, redis.xlen(STREAM)) == (["message"], 0)
+    assert (seen, redis.xlen(message_queue.STREAM)) == (["message"], 0)
 
 
 def test_only_one_of_two_claims_what_was_left(app: Flask, put: Any, redis: Redis) -> None:
@@ -128,7 +130,7 @@ def test_a_message_that_each_process_dies_with_is_dropped_and_logged(
     (line,) = [line for line in log_lines() if line["message"] == "message dropped"]
     assert (line["level"], line["traceId"]) == ("ERROR", "c" * 32)
     assert counted("messages_handled_total", outcome="dropped") == before + 1
-    assert (redis.xlen(STREAM), redis.xpending(STREAM, "workers")["pending"]) == (0, 0)
+    assert (redis.xlen(message_queue.STREAM), redis.xpending(message_queue.STREAM, "workers")["pending"]) == (0, 0)
 
 
 def test_what_no_key_decrypts_waits_for_a_process_that_has_the_key_and_is_dropped_in_the_end(
@@ -144,7 +146,7 @@ def test_what_no_key_decrypts_waits_for_a_process_that_has_the_key_and_is_droppe
                 MessageQueue(app, seen.append).handle_next(claim=True)
             let_claims_be_due(redis)
         assert MessageQueue(other, seen.append).handle_next(claim=True)
-    assert (seen, redis.xlen(STREAM)) == ([0], 0)
+    assert (seen, redis.xlen(message_queue.STREAM)) == ([0], 0)
 
 
 def test_too_many_are_refused(app: Flask, put: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +172,7 @@ def test_a_message_that_cannot_be_removed_is_handled_again(
             queue.handle_next()
     let_claims_be_due(redis)
     assert queue.handle_next(claim=True)
-    assert (seen, redis.xlen(STREAM)) == (["message", "message"], 0)
+    assert (seen, redis.xlen(message_queue.STREAM)) == (["message", "message"], 0)
 
 
 def test_threads_handle_a_bounded_number_at_once_and_a_stop_waits_for_these_alone(
@@ -190,12 +192,13 @@ def test_threads_handle_a_bounded_number_at_once_and_a_stop_waits_for_these_alon
     wait_until(lambda: len(begun) == message_queue.THREADS)
     threading.Timer(0.3, gate.set).start()
     queue.stop()
-    assert (len(done), len(begun), redis.xlen(STREAM)) == (message_queue.THREADS, message_queue.THREADS, 3)
+    assert len(done) == len(begun) == message_queue.THREADS
+    assert redis.xlen(message_queue.STREAM) == 3
     other = MessageQueue(app, work)
     other.start()
     wait_until(lambda: len(done) == message_queue.THREADS + 3)
     other.stop()
-    assert (sorted(done), redis.xlen(STREAM)) == ([*range(message_queue.THREADS + 3)], 0)
+    assert (sorted(done), redis.xlen(message_queue.STREAM)) == ([*range(message_queue.THREADS + 3)], 0)
 
 
 def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
@@ -210,7 +213,7 @@ def test_without_redis_and_after_its_data_are_lost_the_threads_go_on(
         wait_until(lambda: [line for line in log_lines() if line["message"] == "messages cannot be handled"])
         monkeypatch.setattr(queue._redis, "xlen", xlen)
         put("a")
-        wait_until(lambda: seen and not redis.xlen(STREAM))
+        wait_until(lambda: seen and not redis.xlen(message_queue.STREAM))
         redis.flushall()
         time.sleep(0.3)  # a thread that saw the message just before may say once that there is no stream
         said = log_lines()
@@ -238,6 +241,6 @@ def test_a_bug_in_what_runs_the_handlers_ends_no_thread_and_loses_nothing(
     queue.start()
     try:
         wait_until(lambda: len(seen) == 3)
-        wait_until(lambda: redis.xlen(STREAM) == 0)
+        wait_until(lambda: redis.xlen(message_queue.STREAM) == 0)
     finally:
         queue.stop()
