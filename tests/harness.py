@@ -63,7 +63,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> A
     raise AssertionError(f"condition not met within {seconds} s")
 
 
-def suspend(process: subprocess.Popen[Any]) -> None:
+def suspend(process: subprocess.Popen[Any] | psutil.Process) -> None:
     """Make a process hang. Its threads may go on for some milliseconds after the signal, so wait until they stop."""
     suspended = psutil.Process(process.pid)
     suspended.suspend()

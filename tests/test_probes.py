@@ -347,8 +347,13 @@ def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
 def test_deaths_count_also_if_the_next_worker_dies_before_it_can_count_them(start_service: StartService) -> None:
     service = start_service(WEB_CONCURRENCY="1")
     wait_for_starts(service, 1)
+    directory = directory_of(service)
     for _ in range(4):
         (worker,) = wait_until(service.workers)
+        suspend(worker)
+        if (directory / f"counter_{worker.pid}.db").exists():  # it is about to count them
+            worker.resume()
+            wait_until(lambda: answers(f"{service.url}/livez"))
         worker.kill()
         worker.wait(WAIT_SECONDS)
     wait_until(lambda: answers(f"{service.url}/livez"))
