@@ -189,15 +189,19 @@ def test_threads_handle_a_bounded_number_at_once_and_a_stop_waits_for_these_alon
     for number in range(message_queue.THREADS + 3):
         put(str(number), number)
     queue.start()
-    wait_until(lambda: len(begun) == message_queue.THREADS)
-    threading.Timer(0.3, gate.set).start()
-    queue.stop()
+    try:
+        wait_until(lambda: len(begun) == message_queue.THREADS)
+        threading.Timer(0.3, gate.set).start()
+    finally:
+        queue.stop()
     assert len(done) == len(begun) == message_queue.THREADS
     assert redis.xlen(message_queue.STREAM) == 3
     other = MessageQueue(app, work)
     other.start()
-    wait_until(lambda: len(done) == message_queue.THREADS + 3)
-    other.stop()
+    try:
+        wait_until(lambda: len(done) == message_queue.THREADS + 3)
+    finally:
+        other.stop()
     assert (sorted(done), redis.xlen(message_queue.STREAM)) == ([*range(message_queue.THREADS + 3)], 0)
 
 
