@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from http.client import HTTPResponse
 from io import BytesIO
 from typing import Any, cast
@@ -285,6 +286,22 @@ def test_the_door_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -> No
     with pytest.raises(gevent.GreenletExit):
         _go_on(loop)
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
+
+
+def test_what_a_start_begins_goes_on_after_an_error(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def fail_once(name: str) -> None:
+        begun.append(name)
+        raise ValueError if begun.count(name) == 1 else gevent.GreenletExit
+
+    for name in ("begin", "watch"):
+        monkeypatch.setattr(door, name, partial(fail_once, name))
+    door.start([])
+    with gevent.Timeout(WAIT_SECONDS):
+        while len(begun) < 4:
+            gevent.sleep(0.01)
+    assert sorted(begun) == ["begin", "begin", "watch", "watch"]
 
 
 def test_a_browser_s_cookie_is_a_session_too(door: Door) -> None:
