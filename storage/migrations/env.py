@@ -1,9 +1,21 @@
 """Alembic's entry: brings the database of DATABASE_URL to a revision. `alembic upgrade head` runs before a release.
 
-The old version still runs beside a migration, and after it for as long as the release takes. So a change is made in
-steps, each in a release of its own: add (nullable or with a server default), fill, switch the code over, drop.
+The old version still runs beside a migration, and after it for as long as the release takes; and it may come back. So a
+change is made in steps, each in a release of its own: add (nullable or with a server default), fill, switch the code
+over, drop.
 Never copy a table that others refer to (`op.batch_alter_table` on SQLite): its AUTOINCREMENT and, through their
 ON DELETE, the others' rows are lost. Instead of a constraint add a unique index; instead of a change of type a column.
+
+`deploy/patch/check.py` refuses a release whose new revisions break this: that drop, rename or alter something, delete
+rows, add a column that is NOT NULL without a server default, put a constraint or a unique index on a table that exists
+(a unique index on a nullable column of the same revision is fine), or refer to one without ON DELETE CASCADE or SET
+NULL. The last step, drop, does so all the same, and says when that becomes safe:
+
+    OLD_CODE_LEFT_IN = "0.2.0"
+
+is the first release whose code does without what goes. It must be the one that is running by then, or an earlier one;
+the release with the drop is a later one. So raise VERSION in settings.py with both. Going back to a release before
+0.2.0 is refused from then on. A revision that has run somewhere is never changed: add another.
 
 `alembic revision --autogenerate --rev-id 0009 -m "what it is"` begins one, with the database at the last revision. It
 writes the types that columns have in the database, as a migration must not change with the code. It cannot write a

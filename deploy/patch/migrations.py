@@ -1,0 +1,245 @@
+"""The revisions of a release, read and not run: are they one chain, and safe beside the code of another release?"""
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from programs import Refused
+
+FOLDER = "storage/migrations/versions"
+DESTRUCTIVE = {
+    *("drop_table", "drop_column", "drop_constraint", "drop_index", "delete"),
+    *("alter_column", "rename_table", "batch_alter_table"),
+}
+CONSTRAINTS = {"create_unique_constraint", "create_check_constraint", "create_foreign_key", "create_primary_key"}
+DESTRUCTIVE_SQL = re.compile(r"(?:^|;)\s*(DROP|ALTER|RENAME|TRUNCATE|DELETE|REPLACE|CREATE\s+UNIQUE)\s", re.IGNORECASE)
+VERSION = re.compile(r"\d+(\.\d+)*")
+BY_KEYWORD = 99
+"""The place of an argument that has none."""
+
+
+class Revision(NamedTuple):
+    """A migration, as its file says."""
+
+    path: Path
+    tree: ast.Module
+    revision: Any
+    down_revision: str | None
+    old_code_left_in: str | None
+
+    def where(self, line: int = 1) -> str:
+        return f"{FOLDER}/{self.path.name}:{line}"
+
+
+def check_migrations(release: Path, old: Path | None) -> tuple[str, bool]:
+    """Check the revisions of a release by the rule in the docstring of storage/migrations/env.py.
+
+    :param old: the release that serves now. It may have more revisions: then this is a way back.
+    :returns: what to print, and whether the revisions of the two differ.
+    :raises Refused: at the first one that breaks the rule.
+    """
+    new, version = read_revisions(release), read_version(release)
+    before, old_version = (read_revisions(old), read_version(old)) if old else ({}, None)
+    for number in sorted(new.keys() & before.keys()):
+        if _meaning(new[number].tree) != _meaning(before[number].tree):
+            raise Refused(
+                f"{new[number].where()}: not the same in {old}, where it has run already: add a revision instead"
+            )
+    added, gone = sorted(new.keys() - before.keys()), sorted(before.keys() - new.keys())
+    for number in added:
+        require_safe(new[number], version, old_version)
+    for number in gone:  # the database keeps its schema, and this older code is to serve it
+        require_safe(before[number], str(old_version), version)
+    if old is None:
+        return f"{min(new)} to {max(new)}", False
+    changes = [f"+{number}" for number in added] + [f"-{number}" for number in gone]
+    return f"{min(new)} to {max(new)}, {', '.join(changes) or 'none of them new'}", bool(changes)
+
+
+def read_version(release: Path) -> str:
+    """Return VERSION as settings.py has it.
+
+    :raises Refused: if there is none.
+    """
+    with suppress(OSError, SyntaxError, ValueError):
+        version = _constants(ast.parse((release / "settings.py").read_bytes())).get("VERSION")
+        if VERSION.fullmatch(str(version)):
+            return str(version)
+    raise Refused(f'{release}/settings.py: no line such as VERSION = "0.1.0"')
+
+
+def read_revisions(release: Path) -> dict[str, Revision]:
+    """Read the revisions by number.
+
+    :raises Refused: if they are not one chain.
+    """
+    chain: dict[str, Revision] = {}
+    for path in sorted((release / FOLDER).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            raise Refused(f"{path}: {error}") from None
+        found: dict[str, Any] = _constants(tree)
+        names, last = ("revision", "down_revision", "OLD_CODE_LEFT_IN"), max(chain, default=None)
+        revision = Revision(path, tree, *[found.get(name) for name in names])
+        if not re.match(r"\d{4}_", path.name) or revision.revision != path.name[:4]:
+            raise Refused(
+                f"{revision.where()}: the revision {revision.revision!r} is not what its name begins with, NNNN_"
+            )
+        if revision.revision in chain:
+            raise Refused(f"{revision.where()}: {chain[revision.revision].path.name} has the same number")
+        if revision.down_revision != last or "down_revision" not in found:
+            raise Refused(f"{revision.where()}: down_revision must be {last!r}, the one before it")
+        chain[revision.revision] = revision
+    if not chain:
+        raise Refused(f"{FOLDER}: no revisions")
+    return chain
+
+
+def require_safe(revision: Revision, version: str, other: str | None) -> None:
+    """Check that code which does not know a revision can go on beside its schema.
+
+    :param version: of the release that has the revision.
+    :param other: of the release that lacks it; None if that is unknown.
+    :raises Refused: if it cannot, unless the revision says that the code in question has left, and it has.
+    """
+    left_in = revision.old_code_left_in
+    for line, reason in sorted(find_hazards(revision.tree)):
+        what = f"{revision.where(line)}: {reason}"
+        if left_in is None:
+            raise Refused(f'{what}. Say OLD_CODE_LEFT_IN = "…" if code that minds has left in an earlier release')
+        if not VERSION.fullmatch(str(left_in)):
+            raise Refused(f"{what}. OLD_CODE_LEFT_IN = {left_in!r} is no version such as 0.1.0")
+        if _numbers(left_in) >= _numbers(version):
+            raise Refused(f"{what}. OLD_CODE_LEFT_IN = {left_in!r} is not earlier than this release, {version}")
+        if other and _numbers(left_in) > _numbers(other):
+            raise Refused(f"{what}. The code that minds has left in {left_in}, and is in {other}")
+
+
+def find_hazards(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Find what loses data, or breaks writes of code that does not know this revision: line and reason.
+
+    It finds mistakes, not malice: what is put together at run time it does not see.
+    """
+    nodes = [node for part in tree.body if getattr(part, "name", "") != "downgrade" for node in ast.walk(part)]
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    made, left_null = _tables_made(nodes), _columns_left_null(nodes)
+    for node in nodes:
+        match node:
+            case ast.Attribute(attr=name) | ast.alias(name=name) if name in DESTRUCTIVE:
+                yield node.lineno, f"{name} takes away what older code may use"
+            case ast.Constant(value=str(text)) if node not in docstrings and (found := DESTRUCTIVE_SQL.search(text)):
+                yield node.lineno, f"{found[1].upper()} in SQL may take away what older code uses"
+            case ast.Call():
+                yield from ((node.lineno, reason) for reason in _hazards_of_call(node, nodes, made, left_null))
+
+
+def _hazards_of_call(
+    call: ast.Call, nodes: Sequence[ast.AST], made: set[Any], left_null: set[tuple[Any, Any]]
+) -> Iterator[str]:
+    name = _called(call)
+    if name in CONSTRAINTS and _argument(call, 1, "table_name", "source_table") not in made:
+        yield f"{name} on a table that exists: what older code writes may violate it"
+    elif name in ("ForeignKey", "ForeignKeyConstraint"):
+        target = str(_argument(call, 0, "column") if name == "ForeignKey" else _argument(call, 1, "refcolumns"))
+        is_new = target.strip("[']").partition(".")[0] in made
+        if not is_new and _argument(call, BY_KEYWORD, "ondelete") not in ("CASCADE", "SET NULL"):
+            yield f"{name} without ondelete CASCADE or SET NULL: older code could not delete what it refers to"
+    elif name == "create_index" and _argument(call, BY_KEYWORD, "unique"):
+        table, columns = _argument(call, 1, "table_name"), _argument(call, 2, "columns")
+        if table not in made and not left_null & {(table, column) for column in columns or ()}:
+            yield "a unique index on a table that exists: what older code writes may violate it"
+    elif name == "add_column":
+        column = _column(call, nodes)
+        if column is None:
+            yield "add_column whose sa.Column(…) is not written out, so it cannot be checked"
+        elif _is_required(column):
+            yield "a column that is NOT NULL and has no server_default: older code does not fill it"
+        elif _argument(column, BY_KEYWORD, "unique") and not left_null & {
+            (_argument(call, 0, "table_name"), _name(column))
+        }:
+            yield "a unique column with a server_default: older code would write it twice"
+
+
+def _column(add_column: ast.Call, nodes: Sequence[ast.AST]) -> ast.Call | None:
+    """Return the Column of an add_column, also if a variable holds it."""
+    given = [*add_column.args, *(keyword.value for keyword in add_column.keywords)]
+    names = {word.id for word in given if isinstance(word, ast.Name)}
+    given += [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        and names & {target.id for target in node.targets if isinstance(target, ast.Name)}
+    ]
+    return next((word for word in given if isinstance(word, ast.Call) and _called(word) == "Column"), None)
+
+
+def _name(column: ast.Call) -> Any:
+    return _argument(column, 0, "name")
+
+
+def _has_default(column: ast.Call) -> bool:
+    return _argument(column, BY_KEYWORD, "server_default") is not None
+
+
+def _is_required(column: ast.Call) -> bool:
+    given = {keyword.arg for keyword in column.keywords}
+    is_nullable = (
+        _argument(column, BY_KEYWORD, "nullable") is True if "nullable" in given else "primary_key" not in given
+    )
+    return not (is_nullable or _has_default(column))
+
+
+def _columns_left_null(nodes: Sequence[ast.AST]) -> set[tuple[Any, Any]]:
+    """Return the added columns, by table and name, that older code leaves NULL, which no unique index minds."""
+    calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) == "add_column"]
+    return {
+        (_argument(call, 0, "table_name"), _name(column))
+        for call in calls
+        if (column := _column(call, nodes)) and not (_is_required(column) or _has_default(column))
+    }
+
+
+def _tables_made(nodes: Sequence[ast.AST]) -> set[Any]:
+    """Return the tables that a revision creates, also by a name of its own for op.create_table."""
+    creators = {"create_table"}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and "create_table" in ast.dump(node.value):
+            creators |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) in creators]
+    return {name for call in calls if isinstance(name := _argument(call, 0, "table_name"), str)}
+
+
+def _called(call: ast.Call) -> str:
+    return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
+
+
+def _argument(call: ast.Call, place: int, *names: str) -> Any:
+    """Return the literal value of an argument; None if it is not given, and its code if it is no literal."""
+    given = [keyword.value for keyword in call.keywords if keyword.arg in names] or call.args[place : place + 1]
+    try:
+        return ast.literal_eval(given[0]) if given else None
+    except ValueError:
+        return ast.unparse(given[0])
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """Return the constants that a module assigns to its names."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({target.id: node.value.value for target in targets if isinstance(target, ast.Name)})
+    return found
+
+
+def _meaning(tree: ast.Module) -> str:
+    """Return what a module does: without its docstring, comments and layout."""
+    return ast.dump(ast.Module(tree.body[ast.get_docstring(tree) is not None :], []))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.sub(r"(\.0+)*$", "", version).split(".")]
