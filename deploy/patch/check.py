@@ -29,9 +29,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from migrations import check_migrations
-from programs import Refused, Workshop
-from smoke import Smoke
+sys.dont_write_bytecode = True  # into the release
+del sys.path[0]  # the folder of this file
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: no file of the release replaces a library's
+
+from deploy.patch.migrations import check_migrations
+from deploy.patch.programs import Refused, Workshop
+from deploy.patch.smoke import Smoke
 
 NOT_OF_THE_SERVICE = {"bench", "build", "dist", "node_modules", "tests", "var"}
 SETTINGS = {"WECHAT_APP_ID", "REDIS_URL", "DATABASE_URL"}
@@ -146,7 +150,8 @@ def compile_all(release: Path) -> int:
         try:
             compile(path.read_bytes(), name, "exec", dont_inherit=True)
         except SyntaxError as error:
-            errors.append(f"{name}:{error.lineno}: {type(error).__name__}: {error.msg}")
+            where = f"{name}:{error.lineno}" if error.lineno else name
+            errors.append(f"{where}: {type(error).__name__}: {error.msg}")
         except (ValueError, RecursionError, MemoryError, OSError) as error:
             errors.append(f"{name}: {type(error).__name__}: {error}")
     if errors:
@@ -174,8 +179,8 @@ def check_settings(release: Path, env_file: Path | None, workshop: Workshop) -> 
     if not ("ENV_FILE" in environ or (release / ".env").exists() or environ.keys() & SETTINGS):
         return "skipped: neither the environment nor a file has any"
     mark = secrets.token_hex(8)  # which nobody prints who exits before the end, with whatever status
-    command = [sys.executable, "-c", f"import os, settings; settings.load(os.environ); print('{mark}')"]
-    program = workshop.start("settings.py", command, release, environ)
+    code = f"import os, settings; settings.load(getattr(settings, 'variables', lambda: os.environ)()); print('{mark}')"
+    program = workshop.start("settings.py", [sys.executable, "-c", code], release, environ)
     program.wait()
     if not program.text().endswith(mark):
         raise Refused(program.failure())

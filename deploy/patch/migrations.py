@@ -7,13 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from programs import Refused
+from deploy.patch.programs import Refused
 
 FOLDER = "storage/migrations/versions"
-DESTRUCTIVE = {
-    *("drop_table", "drop_column", "drop_constraint", "drop_index", "delete"),
-    *("alter_column", "rename_table", "batch_alter_table"),
-}
+DESTRUCTIVE = {"drop_table", "drop_column", "drop_constraint", "drop_index", "delete"}
+DESTRUCTIVE |= {"alter_column", "rename_table", "batch_alter_table"}
 CONSTRAINTS = {"create_unique_constraint", "create_check_constraint", "create_foreign_key", "create_primary_key"}
 DESTRUCTIVE_SQL = re.compile(r"(?:^|;)\s*(DROP|ALTER|RENAME|TRUNCATE|DELETE|REPLACE|CREATE\s+UNIQUE)\s", re.IGNORECASE)
 VERSION = re.compile(r"\d+(\.\d+)*")
@@ -150,17 +148,15 @@ def _hazards_of_call(
             yield f"{name} without ondelete CASCADE or SET NULL: older code could not delete what it refers to"
     elif name == "create_index" and _argument(call, BY_KEYWORD, "unique"):
         table, columns = _argument(call, 1, "table_name"), _argument(call, 2, "columns")
-        if table not in made and not left_null & {(table, column) for column in columns or ()}:
+        if table not in made and left_null.isdisjoint((table, column) for column in columns or ()):
             yield "a unique index on a table that exists: what older code writes may violate it"
     elif name == "add_column":
-        column = _column(call, nodes)
+        table, column = _argument(call, 0, "table_name"), _column(call, nodes)
         if column is None:
             yield "add_column whose sa.Column(…) is not written out, so it cannot be checked"
         elif _is_required(column):
             yield "a column that is NOT NULL and has no server_default: older code does not fill it"
-        elif _argument(column, BY_KEYWORD, "unique") and not left_null & {
-            (_argument(call, 0, "table_name"), _name(column))
-        }:
+        elif _argument(column, BY_KEYWORD, "unique") and (table, _name(column)) not in left_null:
             yield "a unique column with a server_default: older code would write it twice"
 
 
@@ -168,12 +164,7 @@ def _column(add_column: ast.Call, nodes: Sequence[ast.AST]) -> ast.Call | None:
     """Return the Column of an add_column, also if a variable holds it."""
     given = [*add_column.args, *(keyword.value for keyword in add_column.keywords)]
     names = {word.id for word in given if isinstance(word, ast.Name)}
-    given += [
-        node.value
-        for node in nodes
-        if isinstance(node, ast.Assign)
-        and names & {target.id for target in node.targets if isinstance(target, ast.Name)}
-    ]
+    given += [node.value for node in nodes if isinstance(node, ast.Assign) and names & _targets(node)]
     return next((word for word in given if isinstance(word, ast.Call) and _called(word) == "Column"), None)
 
 
@@ -186,11 +177,10 @@ def _has_default(column: ast.Call) -> bool:
 
 
 def _is_required(column: ast.Call) -> bool:
-    given = {keyword.arg for keyword in column.keywords}
-    is_nullable = (
-        _argument(column, BY_KEYWORD, "nullable") is True if "nullable" in given else "primary_key" not in given
-    )
-    return not (is_nullable or _has_default(column))
+    nullable = _argument(column, BY_KEYWORD, "nullable")
+    if nullable is None:
+        nullable = not _argument(column, BY_KEYWORD, "primary_key")
+    return nullable is not True and not _has_default(column)
 
 
 def _columns_left_null(nodes: Sequence[ast.AST]) -> set[tuple[Any, Any]]:
@@ -208,9 +198,13 @@ def _tables_made(nodes: Sequence[ast.AST]) -> set[Any]:
     creators = {"create_table"}
     for node in nodes:
         if isinstance(node, ast.Assign) and "create_table" in ast.dump(node.value):
-            creators |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            creators |= _targets(node)
     calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) in creators]
     return {name for call in calls if isinstance(name := _argument(call, 0, "table_name"), str)}
+
+
+def _targets(node: ast.Assign) -> set[str]:
+    return {target.id for target in node.targets if isinstance(target, ast.Name)}
 
 
 def _called(call: ast.Call) -> str:

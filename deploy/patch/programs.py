@@ -17,7 +17,8 @@ from pathlib import Path
 
 FILE_BYTES = 256 * 1024 * 1024
 """What a program may write into a file."""
-LAST_LINES = 12
+LAST_BYTES, LAST_LINES = 256 * 1024, 12
+"""What is read of its output, and what of that is shown."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -55,8 +56,11 @@ class Program:
         self._popen.wait()
 
     def text(self) -> str:
-        """Return its output so far, log lines as text."""
-        return "\n".join(_readable(line) for line in self._output.read_text(errors="replace").splitlines())
+        """Return the end of its output so far, log lines as text."""
+        with self._output.open("rb") as file:
+            file.seek(max(0, self._output.stat().st_size - LAST_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join(map(_readable, lines))
 
     def failure(self) -> str:
         """Say how it ended and why: the last exception, and the last line of the release that led to it."""

@@ -13,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from programs import Refused, Workshop
+from deploy.patch.programs import Refused, Workshop
 
 REQUEST_SECONDS = 2
 """In which each request gets its response, once the release has started."""
 SIMULATOR_SECONDS = 10
+MAXIMUM_BYTES = 1024 * 1024
 OLD_START_SECONDS = 8
 """How long to wait for the old release: it may be broken, and the new one its cure."""
 WORKERS_ENDED = 3
@@ -38,13 +39,7 @@ class Smoke:
         self._database = folder / "check.db"
         environ = _private_environ(folder) | {"DATABASE_URL": f"sqlite:///{self._database}"}
         environ["REDIS_URL"] = f"unix://{folder}/redis.sock"
-        options = {
-            "port": "0",
-            "unixsocket": f"{folder}/redis.sock",
-            "dir": str(folder),
-            "save": "",
-            "appendonly": "no",
-        }
+        options = {"port": "0", "unixsocket": f"{folder}/redis.sock", "dir": str(folder), "save": ""}
         command = [redis_server(), *(word for name, value in options.items() for word in (f"--{name}", value))]
         workshop.start("redis-server", command, release, environ)
         with workshop.listen() as listener:
@@ -84,8 +79,8 @@ class Smoke:
         new = self._new
         new.wait_for_start()
         new.call("GET", "/readyz")
-        version = new.call("GET", "/version")
-        new.expect(version | _identity(new.folder) == version)
+        shown = new.call("GET", "/version")
+        new.expect(all(shown.get(name, value) == value for name, value in _identity(new.folder).items()))
         self._buy(new)
         new.call("GET", "/api/v1/there-is-no-such-resource", status=404)
         if self._old is None:
@@ -123,21 +118,13 @@ class Service:
         self.requests, self.slowest = 0, 0.0
         self._name = name
         self._workshop = workshop
-        own_python = folder / ".venv/bin/python"
-        self._python = str(own_python) if folder != Path.cwd() and own_python.exists() else sys.executable
+        environments = (folder / name / "bin/python" for name in ("environment", ".venv"))
+        its_own = next((str(path) for path in environments if path.exists()), sys.executable)
+        self._python = sys.executable if folder == Path.cwd() else its_own
         with workshop.listen() as listener:
             self._port = listener.getsockname()[1]
             self._environ = {**environ, **_made_up_settings(folder), "HOST": "127.0.0.1", "PORT": str(self._port)}
-            command = [
-                self._python,
-                "-m",
-                "gunicorn",
-                "wsgi:app",
-                "--workers",
-                "1",
-                "--bind",
-                f"fd://{listener.fileno()}",
-            ]
+            command = [self._python, "-m", "gunicorn", "wsgi:app", "--bind", f"fd://{listener.fileno()}"]
             self._program = workshop.start(name, command, folder, self._environ, [listener.fileno()])
 
     def kill(self) -> None:
@@ -145,9 +132,8 @@ class Service:
 
     def start_migration(self) -> None:
         command = [self._python, "-m", "alembic", "upgrade", "head"]
-        self._migration = self._workshop.start(
-            f"{self._name}: alembic upgrade head", command, self.folder, self._environ
-        )
+        name = f"{self._name}: alembic upgrade head"
+        self._migration = self._workshop.start(name, command, self.folder, self._environ)
 
     def finish_migration(self) -> None:
         if self._migration.wait():
@@ -161,14 +147,15 @@ class Service:
         ends = min(time.monotonic() + seconds, self._workshop.ends)
         while not self._responds():
             if self._program.status() is not None:
-                hint = "\n    deploy/patch/smoke.env may hold made-up values for settings"
-                raise Refused(
-                    self._program.failure() + (hint if "settings are missing" in self._program.text() else "")
-                )
+                raise Refused(self._program.failure() + self._hint())
             if self._program.text().count("Booting worker with pid") >= WORKERS_ENDED:
                 raise Refused(f"its workers end while they start, again and again. {self._program.failure()}")
             if time.monotonic() > ends:
                 raise Refused(f"{self._name} does not respond: it hangs when it is imported, or at each request")
+
+    def _hint(self) -> str:
+        is_settings = "settings are missing" in self._program.text()
+        return "\n    Made-up values for the check belong in deploy/patch/smoke.env." if is_settings else ""
 
     def _responds(self) -> bool:
         with suppress(OSError, http.client.HTTPException):
@@ -232,7 +219,7 @@ def exchange(
     try:
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
-        return response.status, response.read().decode(errors="replace")
+        return response.status, response.read(MAXIMUM_BYTES).decode(errors="replace")
     finally:
         connection.close()
 
@@ -240,7 +227,7 @@ def exchange(
 def _private_environ(folder: Path) -> dict[str, str]:
     """Return an environment without any setting of this machine."""
     empty = folder / "empty.env"
-    empty.touch()
+    empty.touch(0o600)
     passed = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TZ") if name in os.environ}
     return passed | {
         "HOME": str(folder),
@@ -268,9 +255,12 @@ def _made_up_settings(release: Path) -> dict[str, str]:
 
 
 def _identity(release: Path) -> dict[str, str]:
-    """Return what /version must show of a release: all that its release.json has."""
-    path = release / "release.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    """Return what /version must show of a release, if anything."""
+    try:
+        written = json.loads((release / "release.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {name: written[name] for name in ("version", "commit") if name in written}
 
 
 def redis_server() -> str:
