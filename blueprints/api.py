@@ -26,8 +26,8 @@ TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
 VERSION = fields.Integer(dump_only=True, required=True, metadata={"description": "For If-Match, in quotes."})
 """The field of every schema of a versioned row."""
 
-ETAG_HEADER = {"ETag": {"schema": {"type": "string"}}}
-CREATED_HEADERS = TRACE_ID_HEADER | ETAG_HEADER | {"Location": {"schema": {"type": "string"}}}
+DOCUMENTED_HEADERS = {201: ["ETag", "Location"], 302: ["Location"], 429: ["RateLimit", "RateLimit-Policy"]}
+"""Of the responses of a status, beside the trace id and `errors.HEADERS`."""
 IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}, "example": '"7"'}
 IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412 if it has changed since."
 
@@ -74,10 +74,6 @@ class Blueprint(flask_smorest.Blueprint):
     """Of a success, if the group demands a session."""
     auth: AuthPolicy
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._prepare_doc_cbks.append(self._document_failures)
-
     def arguments(self, schema: Any, **options: Any) -> Any:
         """Pass what was sent, loaded by one instance of the schema: webargs would make one for each request."""
         return super().arguments(schema() if isinstance(schema, type) else schema, **options)
@@ -102,8 +98,8 @@ class Blueprint(flask_smorest.Blueprint):
         :param etag: False for a GET that streams its response.
         """
         has_etag = kwargs.pop("etag", True)
-        kwargs.setdefault("headers", CREATED_HEADERS if status_code == 201 else TRACE_ID_HEADER)
-        document = super().response(status_code, schema, **kwargs)
+        # A view that responds with something other than JSON documents it in OpenAPI's own terms.
+        document = super().response(status_code, schema if isinstance(schema, dict) else _enveloped(schema), **kwargs)
         dump = dumper(schema()) if isinstance(schema, type) else None
 
         def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +109,7 @@ class Blueprint(flask_smorest.Blueprint):
                 row = g.row = view(*args, **arguments)
                 if if_match and method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                return self._respond(row, dump, status_code, method in SAFE_METHODS)
+                return self._respond(row, dump, status_code, has_etag and method in SAFE_METHODS)
 
             @wraps(documented)
             def wrapper(*args: Any, **arguments: Any) -> Response:
@@ -141,7 +137,6 @@ class Blueprint(flask_smorest.Blueprint):
         if is_secured:
             response.headers["Vary"] = "Authorization, Cookie, Accept-Language, Origin"
             response.headers["Cache-Control"] = self.cache_control
-        is_read &= not response.is_streamed  # a hash would read it to the end
         if is_versioned:
             response.headers["ETag"] = f'"{row.etag}-{language()}"'  # with the language, as messages are translated
         elif is_read and is_secured:
@@ -166,42 +161,38 @@ class Blueprint(flask_smorest.Blueprint):
 
         return decorate
 
-    def _document_failures(self, doc: dict[str, Any], doc_info: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def _prepare_etag_doc(self, doc: Any, doc_info: Any, *, method: str, **kwargs: Any) -> Any:
+        """Document our ETags, not flask-smorest's, and the headers and failures of an operation."""
         doc["security"] = self.auth.security
-        codes, responses = [*self.auth.fails], doc["responses"]
-        codes += [Code.INVALID_INPUT] if Code.INVALID_INPUT.status in responses else []  # of `arguments`
+        codes, responses, headers = [*self.auth.fails], doc["responses"], {**DOCUMENTED_HEADERS}
+        if "arguments" in doc_info:
+            codes += [Code.INVALID_INPUT]
         if "requestBody" in doc:
-            codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE]
             body = doc["requestBody"]["content"]["application/json"]["schema"]
+            codes += [Code.PAYLOAD_TOO_LARGE]
             codes += [] if getattr(body, "ANY_CONTENT_TYPE", False) else [Code.UNSUPPORTED_MEDIA_TYPE]
             doc["requestBody"].setdefault("description", f"At most {getattr(body, 'MAXIMUM_BYTES', SMALL_BODY)} bytes.")
-        if kwargs["method"] == "post" and doc_info.get("transaction"):
+        if method == "post" and doc_info.get("transaction"):
             doc.setdefault("parameters", []).append(idempotency.PARAMETER)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED, Code.CONFLICT]
-        if kwargs["method"] in ("put", "delete") and doc_info.get("if_match"):
+        if method in ("put", "delete") and doc_info.get("if_match"):
             doc.setdefault("parameters", []).append(IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONFLICT]
-        if kwargs["method"] == "put":  # which responds with the row as it is now
-            responses[200]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
-        if kwargs["method"] == "get" and doc_info.get("has_etag") and self.auth.security:
-            responses[200]["headers"] = TRACE_ID_HEADER | ETAG_HEADER
-            responses[304] = {"description": "Not modified.", "headers": ETAG_HEADER}
+        if method in ("get", "put") and doc_info.get("has_etag") and self.auth.security:
+            headers |= {200: ["ETag"], 304: ["ETag"]}
+            responses |= {304: {"description": "Not modified."}} if method == "get" else {}
         texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
         for status in sorted({code.status for code in texts}):
             lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
-            names = [*HEADERS.get(status, {}), *["RateLimit", "RateLimit-Policy"] * (status == 429)]
-            headers = {name: {"schema": {"type": "string"}} for name in names} | TRACE_ID_HEADER
-            responses[status] = {"description": "; ".join(lines), "headers": headers, "content": self.error_content}
+            responses[status] = {"description": "; ".join(lines), "content": self.error_content}
+        for status in responses.keys() - {"default"}:
+            names = [*HEADERS.get(status, ()), *headers.get(status, ())]
+            responses[status]["headers"] = {name: {"schema": {"type": "string"}} for name in names} | TRACE_ID_HEADER
         return doc
-
-    @staticmethod
-    def _make_doc_response_schema(schema: Schema | dict[str, Any] | None) -> type[Schema] | dict[str, Any]:
-        # A view that responds with something other than JSON documents it in OpenAPI's own terms.
-        return schema if isinstance(schema, dict) else _success_envelope(schema and type(schema))
 
 
 @cache
-def _success_envelope(schema: type[Schema] | None) -> type[Schema]:
+def _enveloped(schema: type[Schema] | None) -> type[Schema]:
     """Describe the envelope around a schema; one class for each, as OpenAPI names it after the class."""
     data = fields.Nested(schema, required=True) if schema else fields.Dict(required=True, metadata={"maxProperties": 0})
     code = fields.Integer(required=True, metadata={"enum": [Code.SUCCESS.number]})

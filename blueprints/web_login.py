@@ -13,7 +13,7 @@ from sqlalchemy import select
 from werkzeug import Response as BaseResponse
 
 import wechat
-from blueprints.api import TRACE_ID_HEADER, Blueprint
+from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, set_current_user
 from blueprints.users import matches
@@ -32,7 +32,6 @@ ATTEMPT_SECONDS = 3600
 COOKIE_PREFIX, ATTEMPTS_AT_ONCE = "web_login_", 5
 # `//host` and `/\host` lead to other sites, and browsers skip blanks.
 PATH_RULE = matches(r"/(?![/\\])(?:(?!\\)[!-~]){0,511}", "Must be a path of this site.")
-LOCATION = {**TRACE_ID_HEADER, "Location": {"required": True, "schema": {"type": "string"}}}
 DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
 BEGIN_AGAIN = Message("登录链接无效、过期或已使用，请重新登录", "Login link invalid, expired or used: log in again")
@@ -53,7 +52,7 @@ class CallbackSchema(Schema):
 
 @blueprint.route("/authorize")
 @blueprint.arguments(AuthorizeSchema(unknown=EXCLUDE), location="query")
-@blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
+@blueprint.response(302, {"type": "string"}, content_type="text/html")
 def authorize(query: dict[str, str]) -> BaseResponse:
     """Redirect to WeChat's consent page
 
@@ -76,7 +75,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 
 @blueprint.route("/callback")
 @blueprint.arguments(CallbackSchema(unknown=EXCLUDE), location="query")  # WeChat adds parameters of its own
-@blueprint.response(302, {"type": "string"}, content_type="text/html", headers=LOCATION)
+@blueprint.response(302, {"type": "string"}, content_type="text/html")
 @blueprint.fails(*wechat.FAILS, WECHAT_CODE_INVALID=BEGIN_AGAIN, WECHAT_CODE_USED=BEGIN_AGAIN, FORBIDDEN=DECLINED)
 def callback(query: dict[str, str]) -> BaseResponse:
     """Return from WeChat, logged in
