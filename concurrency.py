@@ -13,7 +13,7 @@ import gevent
 from flask import Flask, current_app, has_request_context, request
 from gevent.lock import Semaphore
 
-from errors import ApiError, Code, handle_http_exception
+from errors import ApiError, Code, handle_error
 from overload import Door
 from telemetry import access_log, metrics
 
@@ -119,7 +119,7 @@ def _end_in_time(app: Flask, wsgi_app: Any, environ: dict[str, Any], start_respo
 def _respond(app: Flask, environ: dict[str, Any], error: ApiError, start_response: Any) -> Any:
     body: Any = None
     with suppress(Exception), app.request_context(environ):  # the same teardown again
-        body = handle_http_exception(error)(environ, start_response)
+        body = handle_error(error)(environ, start_response)
     return body
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import random
+import re
 from enum import Enum
 from functools import lru_cache
 from itertools import islice
@@ -12,7 +13,6 @@ from flask import Flask, Response, current_app, has_request_context, request
 from redis.exceptions import RedisError
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
-from werkzeug.datastructures import LanguageAccept
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_accept_header
 
@@ -26,15 +26,9 @@ def language() -> str:
 
 @lru_cache(100)
 def _preferred(accepted: str) -> str:
-    """Return the language that an Accept-Language prefers.
-
-    `zh-CN` and `zh_TW` both ask for zh. werkzeug's own best_match lets an exact `en` win over them, whatever the q.
-    """
-    qualities: dict[str, float] = {}
-    for wanted, quality in parse_accept_header(accepted, LanguageAccept):  # the best first
-        qualities.setdefault(wanted.lower().replace("_", "-").partition("-")[0], quality)
-    others = qualities.get("*", 0.0001)  # q=0 excludes
-    return max([name for name in (*qualities, *LANGUAGES) if name in LANGUAGES], key=lambda n: qualities.get(n, others))
+    """Return the language that an Accept-Language prefers. `zh-CN` and `zh_TW` both ask for zh, and q=0 excludes."""
+    ranges = parse_accept_header(re.sub("[-_][^,;]*", "", accepted.lower()) + ",*;q=0.0001")
+    return max((name for name in (*ranges.values(), *LANGUAGES) if name in LANGUAGES), key=ranges.quality)
 
 
 class Message(NamedTuple):
@@ -136,44 +130,38 @@ def init_app(app: Flask) -> None:
     """Respond to every failure, of whatever kind, in the envelope."""
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
     app.json.sort_keys = False  # type: ignore[attr-defined]  # code, message, data
-    app.register_error_handler(HTTPException, handle_http_exception)
-    app.register_error_handler(exc.IntegrityError, handle_conflict)
-    for unavailable in _UNAVAILABLE:
-        app.register_error_handler(unavailable, handle_unavailable)
+    for failure in (HTTPException, exc.IntegrityError, *_UNAVAILABLE):
+        app.register_error_handler(failure, handle_error)
 
 
-def handle_conflict(error: Exception) -> Response:
-    """Respond with 409 to a row that was created or deleted concurrently, again in each retry."""
-    current_app.logger.warning("conflict in the database: %s", getattr(error, "orig", error))
-    return handle_http_exception(ApiError(Code.CONFLICT))
-
-
-def handle_unavailable(error: Exception) -> Response:
-    """Respond with 503 if Redis or the database is away, or nothing can be opened, and log which it is and why."""
-    cause = getattr(error, "orig", None) or error  # the driver's own message, without what SQLAlchemy adds
-    who = "Redis" if isinstance(error, RedisError) else "a descriptor" if isinstance(error, OSError) else "the database"
-    kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
-    current_app.logger.error("%s is unavailable: %s", who, cause, extra={"exceptionType": kind})
-    return handle_http_exception(ApiError(Code.UNAVAILABLE))
-
-
-def handle_http_exception(error: HTTPException) -> Response:
-    """Respond to an HTTP error in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
-    crash: Any = getattr(error, "original_exception", None)
-    # The session is saved after the view has returned, where Flask makes every failure a crash.
-    if isinstance(crash, ApiError):
-        error = crash
-    elif is_temporary(crash):
-        return handle_unavailable(crash)
-    code, message = _code_and_message(error)
+def handle_error(error: Exception) -> Response:
+    """Respond to a failure in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
+    http_error = _http_error(error)
+    code, message = _code_and_message(http_error)
     request.environ["kuaishang.code"] = code.number  # for telemetry
-    errors = _first(getattr(error, "errors", None) or {}, _ERRORS)
-    response = cast(Response, error.get_response(request.environ))
+    errors = _first(getattr(http_error, "errors", None) or {}, _ERRORS)
+    response = cast(Response, http_error.get_response(request.environ))
     response.data = envelope(code, {"errors": errors} if errors else None, message)
     response.content_type = "application/json"
     for name, value in HEADERS.get(response.status_code, {}).items():
         response.headers.setdefault(name, value or str(random.randint(*RETRY_SECONDS)))  # noqa: S311
     return response
+
+
+def _http_error(error: Any) -> HTTPException:
+    """Return what the caller gets to know of an error, and log it if Redis, the database or a descriptor failed."""
+    # The session is saved after the view has returned, where Flask makes every failure a crash.
+    crash = getattr(error, "original_exception", None) or error
+    cause = getattr(crash, "orig", None) or crash  # the driver's own message, without what SQLAlchemy adds
+    if isinstance(crash, exc.IntegrityError):  # a row was created or deleted concurrently, again in each retry
+        current_app.logger.warning("conflict in the database: %s", cause)
+        return ApiError(Code.CONFLICT)
+    if isinstance(crash, ApiError) or not is_temporary(crash):
+        return crash if isinstance(crash, ApiError) else error
+    who = "Redis" if isinstance(crash, RedisError) else "a descriptor" if isinstance(crash, OSError) else "the database"
+    kind = f"{type(cause).__module__}.{type(cause).__qualname__}"
+    current_app.logger.error("%s is unavailable: %s", who, cause, extra={"exceptionType": kind})
+    return ApiError(Code.UNAVAILABLE)
 
 
 def _first(errors: dict[Any, Any], count: int) -> dict[str, Any]:
@@ -189,8 +177,7 @@ def _code_and_message(error: HTTPException) -> tuple[Code, Message | None]:
     """Return a code, and a message if its own would not be true, such as that of 400 for a URL that is too long."""
     if isinstance(error, ApiError):
         return error.api_code, error.message
-    status = error.code or 500
-    if status in _CODE_BY_STATUS:
-        return _CODE_BY_STATUS[status], None
+    if code := _CODE_BY_STATUS.get(error.code or 500):
+        return code, None
     message = Message(f"无法处理该请求：{error.name}", f"This request cannot be handled: {error.name}")
-    return (Code.INVALID_INPUT if status < 500 else Code.INTERNAL_ERROR), message
+    return (Code.INVALID_INPUT if (error.code or 500) < 500 else Code.INTERNAL_ERROR), message
