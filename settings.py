@@ -1,15 +1,17 @@
 """Every environment variable the service reads, declared once: name, type, default or required, help."""
 
-import base64
-import ipaddress
+import re
 import socket
-from collections.abc import Mapping, Sequence
+from base64 import b64decode
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import ip_network
 from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
-ORIGIN_PATTERN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
+_ORIGIN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 # Of the options that the drivers know, the URLs take those that are known to work. A message must not quote a password.
 _PORT = r"(?!6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4})[0-9]{1,5}"
 _HOST = rf"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]]+)(:{_PORT})?"
@@ -23,7 +25,7 @@ REDIS_PATTERN = (
     rf"(redis://{_REDIS_ADDRESS}|unix://[^?#\[]*/[^?#]+)(\?{_REDIS_OPTION}(&{_REDIS_OPTION})*)?"
     rf"|rediss://{_REDIS_ADDRESS}(\?({_REDIS_OPTION}|{_TLS_OPTION})(&({_REDIS_OPTION}|{_TLS_OPTION}))*)?"
 )
-_KEYS = r"(?!.*([A-Za-z0-9+/]{43}=).*\1)[A-Za-z0-9+/]{43}=( *, *[A-Za-z0-9+/]{43}=)*"  # each listed once
+_KEY = "[A-Za-z0-9+/]{43}="
 _RATE = "off|[1-9][0-9]{0,8}/(second|minute|hour|day)"
 YEAR_SECONDS = 366 * 86400
 
@@ -33,17 +35,6 @@ class SettingsError(SystemExit):
 
     A SystemExit, so that every server prints the message and stops with a non-zero status and no traceback.
     """
-
-
-def _keys(value: str) -> list[bytes]:
-    return [base64.b64decode(key) for key in value.split(",")]
-
-
-def _networks(value: str) -> list[Any]:
-    try:
-        return [ipaddress.ip_network(network.strip()) for network in value.split(",")]
-    except ValueError:
-        raise ValidationError("Each must be an IP address, or a network such as 10.0.0.0/8.") from None
 
 
 def _required(text: str, pattern: str = ".*", **more: Any) -> fields.String:
@@ -61,6 +52,19 @@ def _matches(pattern: str) -> validate.Regexp:
 
 def _optional(text: str, pattern: str = ".*", default: str = "", **more: Any) -> fields.String:
     return fields.String(load_default=default, validate=_matches(pattern), metadata={"help": text}, **more)
+
+
+def _list(text: str, item: str, convert: Callable[[str], Any] = str, **more: Any) -> fields.String:
+    """Items that commas separate; each matches a pattern and is listed once."""
+
+    def split(value: str) -> list[Any]:
+        items = [part.strip() for part in value.split(",")]
+        if len({*items}) == len(items) and all(re.fullmatch(item, part) for part in items):
+            with suppress(ValueError):
+                return [convert(part) for part in items]
+        raise ValidationError("Malformed.")
+
+    return fields.String(post_load=split, metadata={"help": text}, **(more or {"load_default": []}))
 
 
 def _switch(text: str) -> fields.Boolean:
@@ -88,11 +92,8 @@ class Settings(Schema):
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
     TRUST_WXCLOUD_HEADERS = _switch("Whether X-WX-OPENID names the user: safe only if cloud run is the only way in.")
     PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
-    TRUSTED_PROXIES = _optional("Comma-separated IPs or networks whose X-Forwarded headers count.", post_load=_networks)
-    CORS_ORIGINS = _optional(
-        "Comma-separated origins whose pages may call the API, as browsers send them: https://h5.example.com",
-        f"{ORIGIN_PATTERN}( *, *{ORIGIN_PATTERN})*",
-    )
+    TRUSTED_PROXIES = _list("Comma-separated IPs or networks whose X-Forwarded headers count.", ".+", ip_network)
+    CORS_ORIGINS = _list("Comma-separated origins whose pages may call the API: https://h5.example.com", _ORIGIN)
     REDIS_URL = _required(
         "The one Redis, 6.2 or later, that all instances share, such as redis://:password@host:6379/0; not a Cluster or"
         " Sentinel. Options: db, socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile,"
@@ -106,12 +107,10 @@ class Settings(Schema):
     )
     # No repetition of something short.
     SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", r"(?!(.+)\1+\Z).{32,}")
-    ENCRYPTION_KEYS = _required(
-        "Comma-separated, the first encrypts; each: openssl rand -base64 32", _KEYS, post_load=_keys
+    ENCRYPTION_KEYS = _list(
+        "Comma-separated, the first encrypts; each: openssl rand -base64 32", _KEY, b64decode, required=True
     )
-    ADMIN_OPENIDS = _optional(
-        "Comma-separated mini-program openids of administrators, while named.", "[A-Za-z0-9_-]+( *, *[A-Za-z0-9_-]+)*"
-    )
+    ADMIN_OPENIDS = _list("Comma-separated mini-program openids of administrators, while named.", "[A-Za-z0-9_-]+")
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _integer(86400, 60, YEAR_SECONDS, "Seconds after which any session ends, 60 or more.")
     LOGIN_RATE = _optional("Logins of a client address, as N/second, minute, hour or day; or off.", _RATE, "10000/hour")

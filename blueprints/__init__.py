@@ -25,8 +25,7 @@ def init_app(app: Flask) -> None:
     app.create_url_adapter = lambda request: _adapter(app, request)  # type: ignore[method-assign]
     app.before_request(_answer_before_policies)
     app.after_request(policies.report_rate_limit)
-    if app.config["CORS_ORIGINS"]:
-        origins = app.config["CORS_ORIGINS"].replace(" ", "").split(",")
+    if origins := app.config["CORS_ORIGINS"]:
         CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
     api = Api(app)  # with /openapi.json and /docs, for everybody
     api.register_blueprint(health.blueprint, auth=policies.public)
