@@ -16,9 +16,8 @@ from werkzeug.wrappers import Response as BaseResponse
 from blueprints import docs, idempotency
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
 from errors import HEADERS, ApiError, Code, Message, envelope, language
-from storage import database
+from storage import database, sessions
 from storage.models import Versioned
-from storage.sessions import SAFE_METHODS
 
 TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
 TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
@@ -109,11 +108,11 @@ class Blueprint(flask_smorest.Blueprint):
                 row = g.row = view(*args, **arguments)
                 if if_match and method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                return self._respond(row, dump, status_code, has_etag and method in SAFE_METHODS)
+                return self._respond(row, dump, status_code, has_etag and method in sessions.SAFE_METHODS)
 
             @wraps(documented)
             def wrapper(*args: Any, **arguments: Any) -> Response:
-                if (method := request.method) in SAFE_METHODS or not transaction:
+                if (method := request.method) in sessions.SAFE_METHODS or not transaction:
                     return make_response(method, *args, **arguments)
                 run = idempotency.run_once if method == "POST" else database.in_transaction
                 return run(partial(make_response, method, *args, **arguments))

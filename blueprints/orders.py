@@ -17,9 +17,8 @@ from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.parsing import MAXIMUM_ID, MAXIMUM_LENGTH
 from blueprints.policies import current_user
 from errors import ApiError, Code, Message, conflict
-from storage import database
+from storage import database, sessions
 from storage.models import Order, OrderItem
-from storage.sessions import SAFE_METHODS
 
 MAXIMUM_ITEMS = MAXIMUM_LENGTH
 
@@ -132,7 +131,6 @@ def get_order(order_id: int) -> Order:
 def put_order(body: dict[str, Any], order_id: int) -> Order:
     """Change the remark or the status"""
     order = load_order(order_id)
-    require_match(order)
     status = body.get("status", order.status)
     if status not in (order.status, *OWNER_STATUSES) and current_user().role != "admin":
         raise ApiError(Code.FORBIDDEN, message=NOT_THE_BUYERS)
@@ -145,9 +143,7 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 @blueprint.response(200)
 def delete_order(order_id: int) -> None:
     """Delete a pending order; orders past pending are kept for accounting"""
-    order = load_order(order_id, pending=True)
-    require_match(order)
-    database.session.delete(order)
+    database.session.delete(load_order(order_id, pending=True))
 
 
 @blueprint.route("/<id:order_id>/items")
@@ -187,7 +183,6 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
     item = load_item(order_id, item_id, pending=True)
-    require_match(item.order)
     fill_item(item, body)
     item.order.sum_up()
     return item
@@ -199,7 +194,6 @@ def delete_item(order_id: int, item_id: int) -> None:
     """Remove an item from a pending order, but not the last one"""
     item = load_item(order_id, item_id, pending=True)
     order = item.order
-    require_match(order)
     if len(order.items) == 1:
         reason = Message("订单至少要有一项明细：请改为删除订单", "An order needs an item: delete the order instead")
         raise conflict("items", reason)
@@ -256,11 +250,14 @@ def fill_item(item: OrderItem, body: Mapping[str, Any]) -> OrderItem:
 def load_order(order_id: int, *, pending: bool = False) -> Order:
     """Load an order that the caller may see; for a change locked, so that nobody else's outrun it.
 
+    A PUT or DELETE must name its version in If-Match.
+
     :param pending: whether it must be pending, as for a change of its items.
-    :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing; CONFLICT if not pending.
+    :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing; CONFLICT if not pending;
+        as `require_match` does.
     """
     me = current_user()
-    lock = request.method not in SAFE_METHODS or None
+    lock = request.method not in sessions.SAFE_METHODS or None
     # With its items in one statement: a second one might read those of the next version.
     order = database.session.get(Order, order_id, options=[joinedload(Order.items)], with_for_update=lock)
     if order is None or (order.user_id != me.id and me.role != "admin"):
@@ -268,6 +265,8 @@ def load_order(order_id: int, *, pending: bool = False) -> Order:
     if pending and order.status != "pending":
         english = "Only a pending order can be deleted or its items changed"
         raise conflict("status", Message("只有 pending 订单可以删除或更改明细", english))
+    if request.method in ("PUT", "DELETE"):
+        require_match(order)
     return order
 
 

@@ -16,7 +16,6 @@ from errors import Code, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
 from storage.models import PERSONAL_FIELDS, User
-from storage.ownership import OWNED
 
 EXPORT_WEIGHT = 4
 """What a part of an export takes of `concurrency.room` while it is read; while the client receives it, nothing."""
@@ -118,7 +117,7 @@ def _parts(user_id: int, head: str) -> Iterator[str]:
     audit("user exported", user_id)
     try:
         yield head.removesuffix("}}")
-        for owned in [owned for owned in OWNED if owned.export]:
+        for owned in [owned for owned in ownership.OWNED if owned.export]:
             yield f', "{owned.export}": ['
             schema, separator = ExportSchema(only=[owned.export]), ""
             for rows in ownership.read_all(owned, user_id):

@@ -10,12 +10,10 @@ import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from proxies import parse_address
-from storage import database
+from storage import database, sessions
 from storage.identities import find_openid, get_or_create_user, require_not_blocked, set_role
 from storage.models import User
-from storage.sessions import SAFE_METHODS, current
-from telemetry.logs import bind
-from telemetry.metrics import RATE_LIMITED
+from telemetry import logs, metrics
 from wechat.client import is_identifier
 
 NOT_OUR_ORIGIN = Message(
@@ -42,7 +40,7 @@ def current_user() -> User:
 def set_current_user(user_id: int) -> None:
     """Say who is signed in, here and in all log lines of the request."""
     g.user_id = user_id
-    bind(userId=user_id)
+    logs.bind(userId=user_id)
 
 
 def count_request(limit: str, caller: str = "") -> None:
@@ -56,15 +54,14 @@ def count_request(limit: str, caller: str = "") -> None:
         headers["RateLimit"] = f'"{limit}";r={max(left, 0)};t={seconds}'
         if left < 0:
             g.rate_limit = headers | {"Retry-After": str(seconds)}
-            RATE_LIMITED.labels(limit).inc()
+            metrics.RATE_LIMITED.labels(limit).inc()
             raise ApiError(Code.TOO_MANY_REQUESTS)
         g.setdefault("rate_limit", headers)  # of the caller, not of all together
 
 
 def report_rate_limit(response: Response) -> Response:
     """Say in a response what its caller has left, or when to come again."""
-    for name, value in g.get("rate_limit", {}).items():
-        response.headers[name] = value
+    response.headers.update(g.get("rate_limit", {}))
     return response
 
 
@@ -100,10 +97,10 @@ def _count_login() -> None:
 
 
 def _require_session() -> None:
-    session, token = current.data, current.sid
+    session, token = sessions.current.data, sessions.current.sid
     if "user_id" in session:
         count_request("session", token)
-        is_other = current.by_cookie and request.method not in SAFE_METHODS and not request.is_json
+        is_other = sessions.current.by_cookie and request.method not in sessions.SAFE_METHODS and not request.is_json
         if is_other and (request.content_length or "Transfer-Encoding" in request.headers):
             raise ApiError(Code.UNSUPPORTED_MEDIA_TYPE)
         set_current_user(session["user_id"])
@@ -111,7 +108,7 @@ def _require_session() -> None:
     elif current_app.config["TRUST_WXCLOUD_HEADERS"] and "X-WX-OPENID" in request.headers:
         set_current_user(_cloud_run_user().id)
         count_request("session", f"user {g.user_id}")
-    elif current.refused:
+    elif sessions.current.refused:
         raise ApiError(Code.FORBIDDEN, message=NOT_OUR_ORIGIN)
     else:
         raise ApiError(Code.UNAUTHORIZED)
@@ -124,7 +121,7 @@ def _require_role(*roles: str) -> None:
         user = _apply_setting(user, find_openid(g.user_id, wechat.api.app_id))
     if user.role not in roles:
         raise ApiError(Code.FORBIDDEN)
-    if request.method not in SAFE_METHODS:
+    if request.method not in sessions.SAFE_METHODS:
         g.pop("user", None)  # much may happen until the body is there
 
 

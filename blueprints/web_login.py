@@ -16,13 +16,11 @@ import wechat
 from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, set_current_user
-from blueprints.users import matches
-from blueprints.wechat_profile import ProfileSchema
+from blueprints.users import TypedProfileSchema, matches
 from errors import ApiError, Code, Message
-from storage import database
+from storage import database, sessions
 from storage.identities import get_or_create_user, start_session
 from storage.models import Identity, User
-from storage.sessions import COOKIE_OPTIONS, cookie_name, public_url, resume
 from storage.single_flight import single_flight
 from wechat.oauth import QR_CODE_SCOPE, SCOPES
 
@@ -63,13 +61,13 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
     app = wechat.connections.web_apps[scope]
-    response = redirect(app.authorize_url(scope, public_url() + url_for(".callback"), state))
-    earlier = [name for name in request.cookies if name.startswith(cookie_name(COOKIE_PREFIX))]
+    response = redirect(app.authorize_url(scope, sessions.public_url() + url_for(".callback"), state))
+    earlier = [name for name in request.cookies if name.startswith(sessions.cookie_name(COOKIE_PREFIX))]
     for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
-        response.delete_cookie(name, **COOKIE_OPTIONS)
+        response.delete_cookie(name, **sessions.COOKIE_OPTIONS)
     # Kept by the browser: nothing is stored here for users who never come back.
     attempt = _serializer(state).dumps({"scope": scope, "return_to": query["return_to"]})
-    response.set_cookie(_cookie(state), attempt, max_age=ATTEMPT_SECONDS, **COOKIE_OPTIONS)
+    response.set_cookie(_cookie(state), attempt, max_age=ATTEMPT_SECONDS, **sessions.COOKIE_OPTIONS)
     return response
 
 
@@ -84,7 +82,7 @@ def callback(query: dict[str, str]) -> BaseResponse:
     """
     mark = _cookie(query["state"])
     if session.get("web_login") == mark:
-        return redirect(public_url() + session["return_to"])
+        return redirect(sessions.public_url() + session["return_to"])
     attempt = _load_attempt(query["state"])
     if not attempt:
         raise ApiError(Code.INVALID_INPUT, errors={"state": ["Unknown, expired or from another browser: start again."]})
@@ -92,10 +90,10 @@ def callback(query: dict[str, str]) -> BaseResponse:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     redeem = partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"])
     token = single_flight("web_login", query["state"], redeem)  # browsers inside WeChat may open the page twice at once
-    resume(token)
+    sessions.resume(token)
     session.modified = True  # a browser gets the cookie again
-    response = redirect(public_url() + attempt["return_to"])
-    response.delete_cookie(mark, **COOKIE_OPTIONS)
+    response = redirect(sessions.public_url() + attempt["return_to"])
+    response.delete_cookie(mark, **sessions.COOKIE_OPTIONS)
     return response
 
 
@@ -149,7 +147,7 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
     profile, unionid = ({}, None) if scope == "snsapi_base" else app.userinfo(grant)
     user_id = get_or_create_user(app.app_id, grant.openid, grant.unionid or unionid).id
     set_current_user(user_id)
-    invalid = ProfileSchema().validate(profile)
+    invalid = TypedProfileSchema().validate(profile)
 
     def store() -> None:
         user = database.session.get_one(User, g.user_id)
@@ -169,4 +167,4 @@ def _serializer(state: str) -> URLSafeSerializer:
 
 def _cookie(state: str) -> str:
     """Name a cookie for each attempt, as each tab may have one; the name does not reveal the state."""
-    return cookie_name(COOKIE_PREFIX + hashlib.sha256(state.encode()).hexdigest())
+    return sessions.cookie_name(COOKIE_PREFIX + hashlib.sha256(state.encode()).hexdigest())

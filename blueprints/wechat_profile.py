@@ -15,9 +15,7 @@ from errors import ApiError, Code, Message
 from storage import database, wechat_session_keys
 from storage.models import User
 from storage.single_flight import single_flight
-from wechat import lenient
-from wechat.client import phone_number, read_nickname
-from wechat.crypto import constant_time_equals, decrypt_user_data, raw_data_signature
+from wechat import client, crypto, lenient
 
 PHONE_CODE_REQUIRED = Message(
     "code 无效、过期或已使用：需要 getPhoneNumber 按钮返回的 code，而非 wx.login 的 code",
@@ -79,7 +77,7 @@ def put_phone(body: dict[str, str]) -> User:
             raise
     else:
         data, _ = _decrypt(body, openid, expected={})
-        phone = phone_number(data)
+        phone = client.phone_number(data)
         if phone is None:
             raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Contains no phone number."]})
         _store(phone=phone)
@@ -119,9 +117,9 @@ def _decrypt(body: dict[str, str], openid: str, expected: dict[str, Any]) -> tup
     """
     session_keys = wechat_session_keys.candidates(g.user_id)
     checks: dict[str, Any] = {"app_id": wechat.api.app_id, "openid": openid, "now": time.time(), "expected": expected}
-    for session_key in session_keys:
+    for key in session_keys:
         try:
-            return decrypt_user_data(body["encryptedData"], body["iv"], session_key=session_key, **checks), session_key
+            return crypto.decrypt_user_data(body["encryptedData"], body["iv"], session_key=key, **checks), key
         except ApiError as error:
             if error.api_code is not Code.SESSION_KEY_STALE:
                 raise
@@ -139,9 +137,9 @@ def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
         raise ApiError(Code.INVALID_INPUT, errors={"rawData": ["Not a JSON object."]})
     # First, as it tells a session_key that was replaced from a forgery.
     data, session_key = _decrypt(body, openid, expected=raw)
-    if not constant_time_equals(body["signature"], raw_data_signature(body["rawData"], session_key)):
+    if not crypto.constant_time_equals(body["signature"], crypto.raw_data_signature(body["rawData"], session_key)):
         raise ApiError(Code.SIGNATURE_MISMATCH)
-    found = {"nickname": read_nickname(data.get("nickName")), "avatar_url": data.get("avatarUrl")}
+    found = {"nickname": client.read_nickname(data.get("nickName")), "avatar_url": data.get("avatarUrl")}
     profile = {name: value for name, value in found.items() if value}  # an empty one must not replace a typed one
     errors = ProfileSchema().validate(profile)
     if errors:
