@@ -111,7 +111,7 @@ def hangs_at_import(tree: Tree) -> None:
 
 
 def eats_memory(tree: Tree) -> None:
-    tree.begin("blueprints/orders.py", "\nhog = [bytearray(1_000_000) for _ in range(100_000)]\n")
+    tree.begin("blueprints/orders.py", "\nhog = [bytearray(1_000_000) for _ in range(4_000)]\n")
 
 
 def breaks_gunicorn(tree: Tree) -> None:
