@@ -13,7 +13,7 @@ override ID := $(value ID)
 override LOGS := $(value LOGS)
 export ID LOGS
 
-.PHONY: help run trace test faults bench overload waiting soak lint format requirements openapi clean
+.PHONY: help run trace test smoke faults bench overload waiting soak lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 	  $(PYTEST) --database=mariadb $(ARGS) || [ $$? = 5 ] || failed=1; \
 	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
 	exit $$failed
+
+smoke: $(INSTALLED) ## what a release must pass before it may serve, in some seconds (ARGS="--old=DIR" beside that one)
+	@$(VENV)/bin/python deploy/patch/check.py $(ARGS)
 
 faults: $(INSTALLED) ## break everything in turn under load, count what was lost, and write bench/faults.md
 	$(VENV)/bin/python -m tests.faults $(ARGS)
