@@ -247,11 +247,12 @@ def fill_item(item: OrderItem, body: Mapping[str, Any]) -> OrderItem:
     return item
 
 
-def load_order(order_id: int, *, pending: bool = False) -> Order:
+def load_order(order_id: int, item_id: int | None = None, *, pending: bool = False) -> Order:
     """Load an order that the caller may see; for a change locked, so that nobody else's outrun it.
 
     A PUT or DELETE must name its version in If-Match.
 
+    :param item_id: an item that it must have.
     :param pending: whether it must be pending, as for a change of its items.
     :raises ApiError: NOT_FOUND also for another user's order, so that ids reveal nothing; CONFLICT if not pending;
         as `require_match` does.
@@ -261,6 +262,8 @@ def load_order(order_id: int, *, pending: bool = False) -> Order:
     # With its items in one statement: a second one might read those of the next version.
     order = database.session.get(Order, order_id, options=[joinedload(Order.items)], with_for_update=lock)
     if order is None or (order.user_id != me.id and me.role != "admin"):
+        raise ApiError(Code.NOT_FOUND)
+    if item_id not in (None, *(item.id for item in order.items)):
         raise ApiError(Code.NOT_FOUND)
     if pending and order.status != "pending":
         english = "Only a pending order can be deleted or its items changed"
@@ -273,9 +276,7 @@ def load_order(order_id: int, *, pending: bool = False) -> Order:
 def load_item(order_id: int, item_id: int, *, pending: bool = False) -> OrderItem:
     """Load an item of an order, with the order.
 
-    :raises ApiError: NOT_FOUND if the order has no such item; what `load_order` does.
+    :raises ApiError: what `load_order` does.
     """
-    item = next((item for item in load_order(order_id, pending=pending).items if item.id == item_id), None)
-    if item is None:
-        raise ApiError(Code.NOT_FOUND)
-    return item
+    items = load_order(order_id, item_id, pending=pending).items
+    return next(item for item in items if item.id == item_id)
