@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from redis import Redis
+from redis.exceptions import LockError
 
 from concurrency import GaveUp, seconds_left
 from errors import ApiError, Code
@@ -47,46 +48,46 @@ class AccessToken:
 
         :param refused: a token that WeChat has just rejected. It is replaced, unless that has happened already; while
             WeChat keeps handing out the same one, that one is returned.
-        :raises ApiError: what the refresh raised, here or in another process within the last seconds.
-        :raises redis.exceptions.RedisError: if Redis is away, or another process takes too long.
+        :raises ApiError: what the refresh raised, here or in another process within the last seconds; UNAVAILABLE if
+            another process takes too long.
+        :raises redis.exceptions.RedisError: if Redis is away.
         """
         usable, is_current = self._read(refused)
         if usable and (is_current or self._turn.locked()):
             return usable
-        seconds = seconds_left(CALL_SECONDS)
-        lock = self._redis.lock(f"{self._key}:lock", seconds + 1, raise_on_release_error=False)
         with self._turn:  # one caller of each process waits for the others
             usable, is_current = self._read(refused)
             if usable and is_current:
                 return usable
-            if not lock.acquire(blocking_timeout=0 if usable else seconds) and usable:
-                return usable
-            try:
+            seconds = seconds_left(CALL_SECONDS)
+            wait: dict[str, Any] = {"blocking_timeout": 0 if usable else seconds, "raise_on_release_error": False}
+            # Who does not get the lock uses the old token, if there is one.
+            with suppress(LockError), self._redis.lock(f"{self._key}:lock", seconds + 1, **wait):
                 usable, is_current = self._read(refused)  # what the process before has stored
-                return usable if usable and is_current else self._refresh(refused, usable)
-            finally:
-                lock.release()
+                if not (usable and is_current):
+                    usable = self._refresh(refused)
+        if not usable:
+            raise GaveUp(Code.UNAVAILABLE)
+        return usable
 
-    def _read(self, refused: str | None) -> tuple[str | None, bool]:
-        """Return the token, if it can be used, and whether it need not be replaced now, or cannot.
+    def _read(self, refused: str | None) -> tuple[str, bool]:
+        """Return the token, empty if none can be used, and whether it need not be replaced now, or cannot.
 
         :raises ApiError: why there is none, for PAUSE_SECONDS after a refresh has failed.
         """
-        with self._redis.pipeline() as pipeline:
-            pipeline.mget(self._key, f"{self._key}:pause")
-            pipeline.pttl(self._key)
-            (encrypted, pause), milliseconds = pipeline.execute()
-        token = None
+        pipeline: Any = self._redis.pipeline()
+        (encrypted, pause), milliseconds = pipeline.mget(self._key, f"{self._key}:pause").pttl(self._key).execute()
+        token = ""
         with suppress(ValueError):  # there is none, or it is encrypted under a key that this process lacks
             token = self._cipher.decrypt((encrypted or b"").decode(), self._key)
-        if pause and token in (None, refused):
+        if pause and token in ("", refused):
             raise ApiError(Code[pause.decode()])
         if pause is not None:
             return token, True
-        return (token if token != refused else None), milliseconds > REFRESH_SECONDS * 1000
+        return "" if token == refused else token, milliseconds > REFRESH_SECONDS * 1000
 
-    def _refresh(self, refused: str | None, usable: str | None) -> str:
-        """Replace the token; return the usable one, which is valid for some more minutes, if that fails."""
+    def _refresh(self, refused: str | None) -> str:
+        """Replace the token; if that fails, return the one before where it is valid for some more minutes."""
         pause = f"{self._key}:pause"
         try:
             token, seconds = self._fetch()
@@ -97,9 +98,7 @@ class AccessToken:
         except ApiError as error:
             TOKEN_REFRESHES.labels("failure").inc()
             self._redis.set(pause, error.api_code.name, ex=PAUSE_SECONDS)
-            if usable is None:
-                raise
-            return usable
+            return self._read(refused)[0]
         TOKEN_REFRESHES.labels("failure" if token == refused else "success").inc()
         if token == refused or seconds <= REFRESH_SECONDS:
             self._redis.set(pause, "", ex=PAUSE_SECONDS)

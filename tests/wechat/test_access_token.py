@@ -25,7 +25,7 @@ KEY = f"wechat:{APP_ID}:access_token"
 
 @pytest.fixture
 def access_token(app: Flask, simulator: Simulator) -> AccessToken:
-    return app.extensions["wechat"].client._access_token
+    return app.extensions["wechat"]._access_token
 
 
 def at_once(call: Callable[[], Any], times: int = 8) -> list[Any]:
@@ -43,7 +43,7 @@ def at_once(call: Callable[[], Any], times: int = 8) -> list[Any]:
 def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes: Any) -> None:
     """Call in eight threads from a cold start until stopped, in each of the processes."""
     app = create_app(environ)
-    client = app.extensions["wechat"].client
+    client = app.extensions["wechat"]
     codes: list[str] = []
 
     def call(_: int) -> None:
@@ -65,7 +65,7 @@ def hammer(environ: dict[str, str], openid: str, start: Any, stop: Any, outcomes
 def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once(
     app: Flask, environ: dict[str, str], simulator: Simulator
 ) -> None:
-    app.extensions["wechat"].client.code_to_session(simulator.code(openid="o-alice"))
+    app.extensions["wechat"].code_to_session(simulator.code(openid="o-alice"))
     context = multiprocessing.get_context("spawn")
     start, stop, outcomes = context.Barrier(9), context.Event(), context.Queue()
     processes = [
@@ -212,7 +212,7 @@ def test_a_token_that_is_still_refused_does_not_replace_a_newer_one(access_token
 def test_a_redis_that_is_away_or_takes_no_writes_costs_wechat_no_call(
     make_app: Callable[..., Flask], own_redis: RedisServer, simulator: Simulator, is_away: bool
 ) -> None:
-    access_token = make_app(REDIS_URL=own_redis.url).extensions["wechat"].client._access_token
+    access_token = make_app(REDIS_URL=own_redis.url).extensions["wechat"]._access_token
     if is_away:
         access_token.get()
         own_redis.stop()
@@ -257,3 +257,31 @@ def test_a_response_without_a_token_is_invalid(
 ) -> None:
     monkeypatch.setattr(access_token._transport, "call", lambda *_: answer)
     assert refusal(access_token.get) is Code.UPSTREAM_INVALID
+
+
+def test_a_refresh_that_outlasts_its_lock_is_no_failure(
+    access_token: AccessToken, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = access_token._fetch
+
+    def outlast() -> tuple[str, int]:
+        redis.delete(f"{KEY}:lock")
+        return fetch()
+
+    monkeypatch.setattr(access_token, "_fetch", outlast)
+    token = access_token.get()
+    assert access_token.get() == token
+
+
+def test_while_another_process_refreshes_the_old_token_is_used_or_waited_for(
+    access_token: AccessToken, simulator: Simulator, redis: Redis
+) -> None:
+    old = access_token.get()
+    redis.set(f"{KEY}:lock", "another process")
+    redis.expire(KEY, 200)
+    assert access_token.get() == old
+    redis.delete(KEY)
+    context = copy_context()
+    context.run(concurrency._deadline.set, time.monotonic() + 0.5)
+    assert context.run(refusal, access_token.get) is Code.UNAVAILABLE
+    assert len(simulator.calls(PATH)) == 1
