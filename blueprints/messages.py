@@ -35,7 +35,7 @@ blueprint = Blueprint("messages", __name__, description="消息推送 Message pu
 @blueprint.fails(Code.SIGNATURE_MISMATCH, NOT_FOUND=PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""
-    wechat.connections.push.verify(request.args, "signature", now=time.time())
+    wechat.push.verify(request.args, "signature", now=time.time())
     return _text(request.args.get("echostr", ""))
 
 
@@ -53,8 +53,7 @@ def receive() -> Response:
     body = read_body(request)
     if body.replace(b" ", b"") == CLOUD_RUN_PROBE:
         return _text("success")
-    push = wechat.connections.push
-    message = push.open(request.args, body, time.time())
+    message = wechat.push.open(request.args, body, time.time())
     if not message.is_recent(time.time()):
         raise refused("CreateTime is missing or old, the body encrypted without a key, or our clock wrong")
     handlers = _registered(message_handlers.handlers, message)
@@ -63,7 +62,7 @@ def receive() -> Response:
     logger.info("message received", extra=fields)
     for responder in _registered(message_handlers.responders, message):
         try:
-            reply = push.seal(responder(message.fields), message.form, time.time())
+            reply = wechat.push.seal(responder(message.fields), message.form, time.time())
             return Response(reply, content_type=CONTENT_TYPES[message.form])
         except Exception:  # which must not stop the handlers
             logger.exception("a responder failed")

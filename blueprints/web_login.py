@@ -60,7 +60,7 @@ def authorize(query: dict[str, str]) -> BaseResponse:
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
-    app = wechat.connections.web_apps[scope]
+    app = wechat.web_apps[scope]
     response = redirect(app.authorize_url(scope, sessions.public_url() + url_for(".callback"), state))
     earlier = [name for name in request.cookies if name.startswith(sessions.cookie_name(COOKIE_PREFIX))]
     for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
@@ -122,7 +122,7 @@ def check_authorization(user_id: int, app_id: str) -> bool:
     identity = database.session.scalar(select(Identity).where(Identity.user_id == user_id, Identity.app_id == app_id))
     refresh_token = identity and identity.authorization
     database.session.rollback()  # no transaction waits for WeChat
-    apps = {app.app_id: app for app in wechat.connections.web_apps.values()}
+    apps = {app.app_id: app for app in wechat.web_apps.values()}
     return bool(refresh_token and app_id in apps and apps[app_id].is_valid(refresh_token))
 
 
@@ -140,7 +140,7 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
     :returns: its token.
     """
     count_request("app")
-    app = wechat.connections.web_apps[scope]
+    app = wechat.web_apps[scope]
     grant = app.redeem(code)
     if grant.is_snapshot_user:
         raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)

@@ -223,7 +223,7 @@ def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterato
             app = create_app({**environ, **different})
             app.after_request(journal.read_token)
             stack.callback(app.extensions["database"].dispose)
-            stack.callback(app.extensions["wechat"].client.transport._adapter.close)
+            stack.callback(app.extensions["wechat"].transport._adapter.close)
             stack.callback(app.extensions["redis"].close)
             for limit in app.extensions["rate_limits"].values():
                 stack.callback(limit._settler.shutdown)  # so that it writes nothing into the next test's Redis
@@ -250,7 +250,7 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     yield shared_app
     for limit in shared_app.extensions["rate_limits"].values():
         limit._settler.submit(int).result()  # what is due is settled, so nothing gets into the next test
-    shared_app.extensions["wechat"].client.transport._adapter.close()
+    shared_app.extensions["wechat"].transport._adapter.close()
 
 
 @pytest.fixture

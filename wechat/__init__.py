@@ -1,6 +1,6 @@
 """Everything that speaks WeChat's protocols; knows no HTTP route or table of the service."""
 
-from typing import NamedTuple, cast
+from typing import cast
 
 from flask import Flask, current_app
 from werkzeug.local import LocalProxy
@@ -15,20 +15,12 @@ from wechat.transport import Transport
 FAILS = (Code.UPSTREAM_INVALID, Code.WECHAT_REFUSED, Code.UNAVAILABLE, Code.UPSTREAM_TIMEOUT)
 """The codes with which any call to WeChat can fail."""
 
-
-class WeChat(NamedTuple):
-    """The application's connections to WeChat."""
-
-    client: Client
-    web_apps: dict[str, WebApp]
-    """By the scope that each of them uses, one of `oauth.SCOPES`."""
-
-    push: MessagePush
-
-
-connections = cast(WeChat, LocalProxy(lambda: current_app.extensions["wechat"]))
-api = cast(Client, LocalProxy(lambda: connections.client))
+api = cast(Client, LocalProxy(lambda: current_app.extensions["wechat"]))
 """WeChat's server API, as the configured mini-program."""
+web_apps = cast(dict[str, WebApp], LocalProxy(lambda: current_app.extensions["web_apps"]))
+"""By the scope that each of them uses, one of `oauth.SCOPES`."""
+push = cast(MessagePush, LocalProxy(lambda: current_app.extensions["push"]))
+"""The message push of the mini-program."""
 
 
 def init_app(app: Flask) -> None:
@@ -41,8 +33,6 @@ def init_app(app: Flask) -> None:
         return WebApp(transport, own_id, own_secret, app.config["WECHAT_OPEN_BASE_URL"])
 
     account, website = web_app_from_settings("WECHAT_ACCOUNT"), web_app_from_settings("WECHAT_WEBSITE")
-    app.extensions["wechat"] = WeChat(
-        client=Client(transport, access_token, app_id, app_secret),
-        web_apps={scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES},
-        push=MessagePush(app.config["WECHAT_PUSH_TOKEN"], app.config["WECHAT_PUSH_AES_KEY"], app_id),
-    )
+    app.extensions["wechat"] = Client(transport, access_token, app_id, app_secret)
+    app.extensions["web_apps"] = {scope: website if scope == QR_CODE_SCOPE else account for scope in SCOPES}
+    app.extensions["push"] = MessagePush(app.config["WECHAT_PUSH_TOKEN"], app.config["WECHAT_PUSH_AES_KEY"], app_id)

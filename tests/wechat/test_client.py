@@ -17,7 +17,7 @@ PHONE_INFO = {"phoneNumber": "13812345678", "purePhoneNumber": "13812345678", "c
 
 @pytest.fixture
 def client(app: Flask) -> Client:
-    return app.extensions["wechat"].client
+    return app.extensions["wechat"]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_unknown_expired_and_used_codes_have_different_codes(client: Client, sim
 
 def test_a_wrong_app_id_or_secret_needs_an_operator(make_app: Callable[..., Flask], simulator: Simulator) -> None:
     for different in ({"WECHAT_APP_ID": "wx-other"}, {"WECHAT_APP_SECRET": "other"}):
-        client = make_app(**different).extensions["wechat"].client
+        client = make_app(**different).extensions["wechat"]
         assert code_of(lambda: client.code_to_session(simulator.code())) is Code.WECHAT_REFUSED  # noqa: B023
         assert code_of(lambda: client.is_risky("text", "o-alice")) is Code.WECHAT_REFUSED  # noqa: B023
 

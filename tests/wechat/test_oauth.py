@@ -18,7 +18,7 @@ GRANT = Grant("o-alice", "a", "r", None, False)
 
 @pytest.fixture
 def web_app(app: Flask) -> WebApp:
-    return app.extensions["wechat"].web_apps["snsapi_userinfo"]
+    return app.extensions["web_apps"]["snsapi_userinfo"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def respond(web_app: WebApp, monkeypatch: pytest.MonkeyPatch, answer: dict[str, 
     ],
 )
 def test_authorize_url(app: Flask, simulator: Simulator, scope: str, path: str, app_id: str) -> None:
-    url = app.extensions["wechat"].web_apps[scope].authorize_url(scope, BACK, "s&1")
+    url = app.extensions["web_apps"][scope].authorize_url(scope, BACK, "s&1")
     parts = urlsplit(url)
     assert (f"{parts.scheme}://{parts.netloc}", parts.path) == (simulator.url, path)
     assert parts.fragment == "wechat_redirect"
