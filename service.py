@@ -24,11 +24,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app = Flask("service", static_folder=None)
     app.config.update(settings.load(environ))
     app.ensure_sync = lambda function: function  # type: ignore[assignment,method-assign]  # Flask looks for coroutines each time
-    proxies.init_app(app)
-    concurrency.init_app(app)
-    telemetry.init_app(app)
-    storage.init_app(app)
-    wechat.init_app(app)
-    blueprints.init_app(app)
-    errors.init_app(app)  # last, as flask-smorest's own handler would drop headers such as Allow
+    # Each uses those before it. errors comes last, as flask-smorest's own handler would drop headers such as Allow.
+    for part in (proxies, concurrency, telemetry, storage, wechat, blueprints, errors):
+        part.init_app(app)
     return app

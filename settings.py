@@ -14,7 +14,8 @@ VERSION = "0.1.0"
 _ORIGIN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 # Of the options that the drivers know, the URLs take those that are known to work. A message must not quote a password.
 _PORT = r"(?!6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4})[0-9]{1,5}"
-_HOST = rf"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]]+)(:{_PORT})?"
+_HOST = rf"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]\s]+)(:{_PORT})?"
+_SITE = rf"(?i:https?)://{_HOST}(/[^?#\s]*)?"
 _MYSQL_OPTION = r"(charset=\w+|(unix_socket|ssl_(ca|capath|cert|key|cipher))=[^&]+|ssl_check_hostname=(true|false))"
 _MYSQL_PATTERN = rf"(mysql|mariadb)(\+pymysql)?://([^@]*@)?({_HOST})?/[^/?]+(\?{_MYSQL_OPTION}(&{_MYSQL_OPTION})*)?"
 DATABASE_PATTERN = rf"sqlite:///(?!:memory:)[^?]+|{_MYSQL_PATTERN}"
@@ -39,11 +40,6 @@ class SettingsError(SystemExit):
 
 def _required(text: str, pattern: str = ".*", **more: Any) -> fields.String:
     return fields.String(required=True, validate=_matches(pattern), metadata={"help": text}, **more)
-
-
-def _site(default: str, text: str) -> fields.Url:
-    plain = validate.Regexp(r"(?i:https?)://[^?#]*\Z", error="Must be http(s), with no query and no fragment.")
-    return fields.Url(require_tld=False, load_default=default, validate=plain, metadata={"help": text})
 
 
 def _matches(pattern: str) -> validate.Regexp:
@@ -80,8 +76,8 @@ class Settings(Schema):
 
     WECHAT_APP_ID = _required("The mini-program's app id, from mp.weixin.qq.com.")
     WECHAT_APP_SECRET = _required("The mini-program's app secret, from the same page.")
-    WECHAT_API_BASE_URL = _site("https://api.weixin.qq.com", "Base URL of WeChat's server API.")
-    WECHAT_OPEN_BASE_URL = _site("https://open.weixin.qq.com", "Base URL of WeChat's web login pages.")
+    WECHAT_API_BASE_URL = _optional("Base URL of WeChat's server API.", _SITE, "https://api.weixin.qq.com")
+    WECHAT_OPEN_BASE_URL = _optional("Base URL of WeChat's web login pages.", _SITE, "https://open.weixin.qq.com")
     WECHAT_ACCOUNT_APP_ID = _optional("The official account's app id for login in WeChat; default: the mini-program's.")
     WECHAT_ACCOUNT_APP_SECRET = _optional("Its app secret.")
     WECHAT_WEBSITE_APP_ID = _optional("The website's app id for login by QR code; default: the mini-program's.")
@@ -91,7 +87,7 @@ class Settings(Schema):
     WECHAT_CONCURRENCY = _integer(1000, 1, 100_000, "Calls of WeChat that a worker makes at a time; more get 503.")
     WECHAT_CONTENT_CHECK = _switch("Whether nicknames are checked by WeChat's content check.")
     TRUST_WXCLOUD_HEADERS = _switch("Whether X-WX-OPENID names the user: safe only if cloud run is the only way in.")
-    PUBLIC_URL = _site("", "URL at which browsers reach this service; default: the address of each request.")
+    PUBLIC_URL = _optional("URL at which browsers reach this service; default: the address of each request.", _SITE)
     TRUSTED_PROXIES = _list("Comma-separated IPs or networks whose X-Forwarded headers count.", ".+", ip_network)
     CORS_ORIGINS = _list("Comma-separated origins whose pages may call the API: https://h5.example.com", _ORIGIN)
     REDIS_URL = _required(
@@ -127,7 +123,9 @@ class Settings(Schema):
     BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
     DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
     METRICS_TOKEN = _optional("Bearer token for /metrics, 16 or more ASCII characters; without it 404.", "[!-~]{16,}")
-    OTEL_EXPORTER_OTLP_ENDPOINT = _site("", "Collector for traces: http://collector:4318; other OTEL_ variables apply.")
+    OTEL_EXPORTER_OTLP_ENDPOINT = _optional(
+        "Trace collector: http://collector:4318; other OTEL_ variables apply.", _SITE
+    )
     LOG_LEVEL = _optional("Minimum: DEBUG, INFO (with requests), WARNING or ERROR.", "DEBUG|INFO|WARNING|ERROR", "INFO")
 
     @validates_schema

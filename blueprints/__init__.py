@@ -5,9 +5,8 @@ the headers about it (policies); `row`, what the view returned (api); `version_c
 compared (api); `database_session` and `after_commit` (database).
 """
 
-from flask import Flask, Request, Response, current_app, request
+from flask import Flask, Response, current_app, request
 from flask_cors import CORS
-from werkzeug.routing import MapAdapter
 
 from blueprints import auth, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
@@ -22,7 +21,6 @@ EXPOSED = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "
 
 
 def init_app(app: Flask) -> None:
-    app.create_url_adapter = lambda request: _adapter(app, request)  # type: ignore[method-assign]
     app.before_request(_answer_before_policies)
     app.after_request(policies.report_rate_limit)
     if origins := app.config["CORS_ORIGINS"]:
@@ -43,14 +41,6 @@ def init_app(app: Flask) -> None:
 
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])
-
-
-def _adapter(app: Flask, request: Request | None) -> MapAdapter | None:
-    """Match the path of a request. Flask's own derives twice what the request knows, for subdomains and WebSockets."""
-    if request is None:
-        return None
-    url = request.host, request.root_path, "", request.scheme  # a malformed host is a 400
-    return app.url_map.bind(*url, request.method, request.path, request.query_string.decode(errors="replace"))
 
 
 def _answer_before_policies() -> tuple[Response, int] | None:

@@ -154,8 +154,8 @@ class Blueprint(flask_smorest.Blueprint):
         texts = {code: code.message for code in codes} | {Code[name]: text for name, text in messages.items()}
 
         def decorate(view: Any) -> Any:
-            view._apidoc = getattr(view, "_apidoc", {})
-            view._apidoc.setdefault("fails", {}).update({code: text.english for code, text in texts.items()})
+            documents = vars(view).setdefault("_apidoc", {}).setdefault("fails", {})
+            documents.update({code: text.english for code, text in texts.items()})
             return view
 
         return decorate

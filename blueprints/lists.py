@@ -12,6 +12,7 @@ from storage import database
 
 COUNT_LIMIT = 10_000
 """The largest total: where counting stops."""
+AFTER = {"description": "The previous page's last id: pages count from there. As cheap as page 1."}
 
 
 class ListSchema(Schema):
@@ -19,11 +20,7 @@ class ListSchema(Schema):
 
     page = fields.Integer(load_default=1, validate=validate.Range(1, 1000))
     page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100))
-    after = fields.Integer(
-        load_default=None,
-        validate=validate.Range(1, MAXIMUM_ID),
-        metadata={"description": "The previous page's last id: pages count from there. As cheap as page 1."},
-    )
+    after = fields.Integer(load_default=None, validate=validate.Range(1, MAXIMUM_ID), metadata=AFTER)
     sort = fields.String(load_default="-created_at", validate=validate.OneOf(["created_at", "-created_at"]))
 
 

@@ -34,10 +34,7 @@ _TRANSITIONS = "; ".join(f"{old} → {', '.join(new)}" for old, new in STATUS_TR
 OWNER_STATUSES = ("pending", "cancelled", "completed")
 """What the buyer may set, as far as the table allows; an administrator or the service itself sets the others."""
 
-NOT_THE_BUYERS = Message(
-    "买家只能取消或完成订单；其他状态由管理员或支付回调设定",
-    "A buyer may only cancel or complete an order; an administrator or the payment sets other statuses",
-)
+NOT_THE_BUYERS = Message("此状态由管理员或支付回调设定", "This status is set by an administrator or the payment")
 FEN = {"description": "Fen."}
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
 
