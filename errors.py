@@ -5,7 +5,6 @@ import random
 import re
 from enum import Enum
 from functools import lru_cache
-from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -169,7 +168,7 @@ def _first(errors: dict[Any, Any], count: int) -> dict[str, Any]:
     share = max(1, count // (len(errors) or 1))
     return {
         str(name)[:_CHARACTERS]: _first(problem, share) if isinstance(problem, dict) else problem
-        for name, problem in islice(errors.items(), count)
+        for name, problem in list(errors.items())[:count]
     }
 
 

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import flask_smorest
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
-from werkzeug.datastructures import Headers
-from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import docs, idempotency
 from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
@@ -59,7 +57,7 @@ class AuthPolicy(NamedTuple):
 class PreparedResponse(Response):
     """A response whose headers are sent as they are where werkzeug would copy them and change nothing."""
 
-    def get_wsgi_headers(self, environ: Any) -> Headers:
+    def get_wsgi_headers(self, environ: Any) -> Any:
         is_prepared = self.status_code == 200 and "Content-Length" in self.headers
         return self.headers if is_prepared else super().get_wsgi_headers(environ)
 
@@ -128,7 +126,7 @@ class Blueprint(flask_smorest.Blueprint):
         if is_versioned and not is_read:
             database.session.flush()  # which gives it its id and its version
         response: Response = row
-        if not isinstance(row, BaseResponse):
+        if not isinstance(row, Response):
             data = {} if row is None else dump(row) if dump else row
             response = PreparedResponse(envelope(Code.SUCCESS, data), status, content_type="application/json")
         if status == 201:

@@ -1,7 +1,5 @@
 """The API's documents: /openapi.json for programs, /docs for people. flask-smorest makes both from the code."""
 
-from typing import Any
-
 from flask import Blueprint
 
 from errors import Code
@@ -19,7 +17,7 @@ _SECURITY_SCHEMES = {
     "metrics": {"type": "http", "scheme": "bearer", "description": "METRICS_TOKEN, for Prometheus."},
 }
 
-CONFIG: dict[str, Any] = {
+CONFIG = {
     "API_TITLE": "快上 Kuaishang",
     "OPENAPI_VERSION": "3.1.0",
     "OPENAPI_URL_PREFIX": "/",

@@ -36,8 +36,7 @@ def run_once(make_response: Callable[[], Response]) -> Response:
 
     :raises ApiError: INVALID_INPUT for a malformed key, IDEMPOTENCY_KEY_REUSED if it came with another request before.
     """
-    key = request.headers.get("Idempotency-Key")
-    if key is None:
+    if (key := request.headers.get("Idempotency-Key")) is None:
         return database.in_transaction(make_response)
     if not re.fullmatch(r"[!-~]{1,255}", key):
         raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Must be 1 to 255 characters from ! to ~."]})

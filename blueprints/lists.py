@@ -1,7 +1,6 @@
 """Pages of a list: the query, the schema of a page, and the SQL."""
 
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 from marshmallow import Schema, fields, validate
@@ -54,6 +53,6 @@ def load_page(
     place = ids.subquery()
     # Outer, so that the rows are looked up by the ids, and not the other way round, as MariaDB does with small tables.
     rows = select(model.__table__).select_from(place.outerjoin(model.__table__, key == place.c.id))
-    items = sorted(database.load(model, database.rows(rows)), key=attrgetter("id"), reverse=descending)
+    items = sorted(database.load(model, database.rows(rows)), key=lambda item: item.id, reverse=descending)
     ((total,),) = database.rows(select(func.count()).select_from(found.limit(COUNT_LIMIT).subquery()))
     return {"items": items, "page": page, "page_size": page_size, "total": total}

@@ -5,7 +5,6 @@ Items change only while their order is pending; they share its version.
 A shop puts its price list into `price_of`; a payment's callback calls `set_status`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from flask import request
@@ -22,7 +21,7 @@ from storage.models import Order, OrderItem
 
 MAXIMUM_ITEMS = MAXIMUM_LENGTH
 
-STATUS_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
+STATUS_TRANSITIONS: dict[str, tuple[str, ...]] = {
     "pending": ("paid", "cancelled"),
     "paid": ("shipped", "cancelled"),
     "shipped": ("completed",),
@@ -36,6 +35,7 @@ OWNER_STATUSES = ("pending", "cancelled", "completed")
 
 NOT_THE_BUYERS = Message("此状态由管理员或支付回调设定", "This status is set by an administrator or the payment")
 FEN = {"description": "Fen."}
+BUYER = {"description": "null if the user has been deleted."}
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
 
 blueprint = Blueprint("orders", __name__, description="订单 Orders")
@@ -60,9 +60,7 @@ class OrderSchema(Schema):
     MAXIMUM_BYTES = 128 * 1024  # 100 items in Chinese, escaped
 
     id = fields.Integer(dump_only=True, required=True)
-    user_id = fields.Integer(
-        dump_only=True, required=True, allow_none=True, metadata={"description": "null if the user has been deleted."}
-    )
+    user_id = fields.Integer(dump_only=True, required=True, allow_none=True, metadata=BUYER)
     status = fields.String(dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS)})
     remark = fields.String(load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL])
     total = fields.Integer(dump_only=True, required=True, metadata=FEN)
@@ -208,8 +206,7 @@ def set_status(order_id: int, status: str, *, total: int | None = None) -> None:
     """
 
     def change() -> None:
-        order = database.session.get(Order, order_id, with_for_update=True)
-        if order is None:
+        if (order := database.lock(Order, order_id)) is None:
             raise ApiError(Code.NOT_FOUND)
         if total not in (None, order.total):
             raise conflict("total", Message(f"订单总额为 {order.total}", f"The order's total is {order.total}"))
@@ -226,7 +223,7 @@ def _change_status(order: Order, status: str) -> None:
     order.status = status
 
 
-def price_of(item: Mapping[str, Any]) -> int:
+def price_of(item: dict[str, Any]) -> int:
     """Return the unit price of an item in fen: the caller's, until a shop's price list stands here.
 
     Called for each item that enters an order or changes.
@@ -236,7 +233,7 @@ def price_of(item: Mapping[str, Any]) -> int:
     return int(item["unit_price"])
 
 
-def fill_item(item: OrderItem, body: Mapping[str, Any]) -> OrderItem:
+def fill_item(item: OrderItem, body: dict[str, Any]) -> OrderItem:
     """Set what a request says about an item, and its price; returns the item."""
     for name, value in body.items():
         setattr(item, name, value)

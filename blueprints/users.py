@@ -56,8 +56,8 @@ def matches(pattern: str, error: str) -> validate.Regexp:
 
 
 NICKNAME_RULE = matches(r"(?=.*\S)[^\x00-\x1f\x7f]{1,64}", "Must be 1 to 64 printable characters, not only spaces.")
-PHONE_RULE = matches(r"\+?[0-9]{5,20}", "Must be digits, with + and country code if foreign.")
 OPENID_RULE = matches("[A-Za-z0-9_-]{1,64}", "Must be 1 to 64 letters, digits, - or _.")
+PHONE_RULE = matches(r"\+?[0-9]{5,20}", "Must be digits, with + and country code if foreign.")
 
 
 class TypedProfileSchema(Schema):
@@ -225,8 +225,7 @@ def own_openid() -> str:
 
     :raises ApiError: FORBIDDEN if there is none.
     """
-    openid = find_openid(g.user_id, wechat.api.app_id)
-    if openid is None:
+    if (openid := find_openid(g.user_id, wechat.api.app_id)) is None:
         raise ApiError(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
     return openid
 
@@ -271,8 +270,7 @@ def unblock(user_id: int) -> None:
 
 
 def _set_role(user_id: int, role: str) -> None:
-    user = database.lock(User, user_id)
-    if user is None:
+    if (user := database.lock(User, user_id)) is None:
         raise click.ClickException(f"There is no user {user_id}.")
     set_role(user, role, by="command")
 

@@ -3,7 +3,6 @@
 import hashlib
 import secrets
 from contextlib import suppress
-from functools import partial
 from urllib.parse import urlencode
 
 from flask import Response, current_app, g, redirect, render_template, request, session, url_for
@@ -83,13 +82,12 @@ def callback(query: dict[str, str]) -> BaseResponse:
     mark = _cookie(query["state"])
     if session.get("web_login") == mark:
         return redirect(sessions.public_url() + session["return_to"])
-    attempt = _load_attempt(query["state"])
-    if not attempt:
+    if not (attempt := _load_attempt(query["state"])):
         raise ApiError(Code.INVALID_INPUT, errors={"state": ["Unknown, expired or from another browser: start again."]})
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
-    redeem = partial(_log_in, attempt["scope"], query["code"], web_login=mark, return_to=attempt["return_to"])
-    token = single_flight("web_login", query["state"], redeem)  # browsers inside WeChat may open the page twice at once
+    # Browsers inside WeChat may open the page twice at once.
+    token = single_flight("web_login", query["state"], lambda: _log_in(attempt, query["code"], mark))
     sessions.resume(token)
     session.modified = True  # a browser gets the cookie again
     response = redirect(sessions.public_url() + attempt["return_to"])
@@ -133,18 +131,18 @@ def _load_attempt(state: str) -> dict[str, str]:
     return {}
 
 
-def _log_in(scope: str, code: str, **facts: str) -> str:
+def _log_in(attempt: dict[str, str], code: str, mark: str) -> str:
     """Redeem a code, and start a session.
 
-    :param facts: further items of the session.
+    :param mark: by which the session knows the attempt.
     :returns: its token.
     """
     count_request("app")
-    app = wechat.web_apps[scope]
+    app = wechat.web_apps[attempt["scope"]]
     grant = app.redeem(code)
     if grant.is_snapshot_user:
         raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
-    profile, unionid = ({}, None) if scope == "snsapi_base" else app.userinfo(grant)
+    profile, unionid = ({}, None) if attempt["scope"] == "snsapi_base" else app.userinfo(grant)
     user_id = get_or_create_user(app.app_id, grant.openid, grant.unionid or unionid).id
     set_current_user(user_id)
     invalid = TypedProfileSchema().validate(profile)
@@ -157,7 +155,7 @@ def _log_in(scope: str, code: str, **facts: str) -> str:
         database.session.get_one(Identity, (app.app_id, grant.openid)).authorization = grant.refresh_token
 
     database.in_transaction(store)
-    return start_session(user_id, web_app_id=app.app_id, **facts)
+    return start_session(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
 
 
 def _serializer(state: str) -> URLSafeSerializer:

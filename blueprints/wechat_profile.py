@@ -77,8 +77,7 @@ def put_phone(body: dict[str, str]) -> User:
             raise
     else:
         data, _ = _decrypt(body, openid, expected={})
-        phone = client.phone_number(data)
-        if phone is None:
+        if (phone := client.phone_number(data)) is None:
             raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": ["Contains no phone number."]})
         _store(phone=phone)
     return current_user()
@@ -141,7 +140,6 @@ def _verify_profile(body: dict[str, str], openid: str) -> dict[str, str | None]:
         raise ApiError(Code.SIGNATURE_MISMATCH)
     found = {"nickname": client.read_nickname(data.get("nickName")), "avatar_url": data.get("avatarUrl")}
     profile = {name: value for name, value in found.items() if value}  # an empty one must not replace a typed one
-    errors = ProfileSchema().validate(profile)
-    if errors:
+    if errors := ProfileSchema().validate(profile):
         raise ApiError(Code.INVALID_INPUT, errors={"encryptedData": errors})
     return profile
