@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Client(gevent.socket.socket):
     door = None  # of this process
     ends_at = 0.0  # of the head, or of the body; 0 while no request has begun
     idle = settings["HEAD_SECONDS"]  # how long it may take until a request begins
+    since = 0.0  # when it began to be idle
     served = over = shut = False
     held = b""
 
@@ -119,6 +121,7 @@ class Worker(GeventWorker):
 
     def handle(self, listener, client, addr):  # type: ignore[no-untyped-def]
         client = Client(client.family, client.type, client.proto, client.detach())
+        client.since = time.monotonic()
         self.clients.add(client)
         try:
             super().handle(listener, client, addr)
@@ -136,8 +139,8 @@ class Worker(GeventWorker):
         gevent.sleep(0)  # others go on now, even if this client's next request is there already
         sock.served, sock.idle = False, keepalive
         req.body.read()  # what is left of it, less than 64 KiB; the door would take it for the next request
-        came = req.unreader.buf.getvalue()  # of the next request
-        sock.ends_at = time.monotonic() + settings["HEAD_SECONDS"] if came else 0.0
+        came, sock.since = req.unreader.buf.getvalue(), time.monotonic()  # of the next request
+        sock.ends_at = sock.since + settings["HEAD_SECONDS"] if came else 0.0
         if came and (refusal := sock.door.refusal(came)):
             sock.sendall(refusal.replace(b": keep-alive", b": close"))
             raise StopIteration
@@ -145,9 +148,10 @@ class Worker(GeventWorker):
     def notify(self):  # type: ignore[no-untyped-def]
         super().notify()  # once a second
         self.publish()
-        for client in [client for client in self.clients if not (self.alive or client.ends_at)]:
-            # gunicorn would wait for the next request until graceful_timeout. What has arrived is still read, which the
-            # client's own shutdown would prevent.
+        a_while_ago = time.monotonic() - 1
+        for client in [one for one in self.clients if not (self.alive or one.ends_at) and one.since < a_while_ago]:
+            # gunicorn would wait for the next request until graceful_timeout. One that is on its way is served: what
+            # has arrived is still read, which the client's own shutdown would prevent.
             with suppress(OSError), gevent.socket.fromfd(client.fileno(), client.family, client.type) as same:
                 same.shutdown(gevent.socket.SHUT_RD)
                 client.shut = True  # which is no sign that nobody waits for the response to what has arrived
@@ -207,10 +211,16 @@ worker_tmp_dir = "/dev/shm"
 if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_favail:
     worker_tmp_dir = tempfile.gettempdir()
 
-# The metrics of the workers are in a directory of the instance. A stop removes it; what a crash left tells the next
-# start at this address of it. prometheus_client reads this variable when it is first imported: not before when_ready.
+# The metrics of the workers are in a directory of this master. A stop removes it; what a crash left tells the next
+# start at this address of it. prometheus_client reads this variable when it is first imported.
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 directories = f"kuaishang-{settings['HOST']}-{settings['INSTANCE']}"  # with the machine: containers share memory
+directory_of_master = f"{worker_tmp_dir}/{directories}-{os.getpid()}-"
+if not os.environ.get(MULTIPROC_DIR, "").startswith(directory_of_master):  # a reload keeps it, a USR2 does not
+    os.environ[MULTIPROC_DIR] = directory_of_master + secrets.token_hex(8)
+
+# deploy/patch/supervisor.py holds the port, says how many workers there are, and hears on this pipe what is ready.
+SUPERVISOR_PIPE = int(os.environ.get("SUPERVISOR_PIPE", 0))
 
 # A file leaves as any other body does, after the head that a Client holds back; sendfile(2) would overtake it.
 sendfile = False
@@ -238,13 +248,57 @@ logging.getLogger("gunicorn.error").handlers = [lines]
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
     server.started, server.after = time.time(), "stop"
-    if not server.master_pid:  # after a USR2 the master before this one still counts in its own
-        for left in Path(worker_tmp_dir).glob(f"{directories}-*"):
+    for left in Path(worker_tmp_dir).glob(f"{directories}-*"):
+        if not Path("/proc", left.name.split("-")[-2]).exists():  # other masters still count in theirs
             server.after = "crash"
             shutil.rmtree(left, ignore_errors=True)
-    os.environ[MULTIPROC_DIR] = f"{worker_tmp_dir}/{directories}-{secrets.token_hex(8)}"
+    server.handle_hup = lambda: reload_what_serves(server)
     if settings["DRAIN_SECONDS"]:
         server.handle_term = lambda: drain(server)
+    if SUPERVISOR_PIPE:
+        server.handle_hup = lambda: os.kill(os.getppid(), signal.SIGHUP)
+        server.handle_ttin, server.handle_ttou = lambda: add_worker(server), lambda: retire_worker(server)
+        server.app.wsgi()  # once for all workers, which share its memory
+        report("loaded", settings["WEB_CONCURRENCY"], os.environ[MULTIPROC_DIR])
+
+
+def report(*words):  # type: ignore[no-untyped-def]
+    os.write(SUPERVISOR_PIPE, f"{' '.join(map(str, words))}\n".encode())
+
+
+def add_worker(server):  # type: ignore[no-untyped-def]
+    server.num_workers += 1
+    server.spawn_worker()  # at once: gunicorn would wait until those that it has retired have ended
+
+
+def retire_worker(server):  # type: ignore[no-untyped-def]
+    server.num_workers -= 1  # to none, which gunicorn would not
+    server.manage_workers()
+    report("retired")
+
+
+def reload_what_serves(server):  # type: ignore[no-untyped-def]
+    """Reload what is there now if it loads and serves a request; if not, gunicorn would stop the server."""
+    with tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os.dup2(errors.fileno(), sys.stderr.fileno())
+            try:
+                server.app.reload()
+                os._exit(server.app.wsgi().test_client().get("/livez").status_code != 200)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        failed = os.waitpid(child, 0)[1]
+        errors.seek(0)
+        flag = Path(os.environ[MULTIPROC_DIR], "reload-refused")
+        if failed:
+            flag.touch()
+            server.log.error("reload refused, as what is there now cannot serve: %s", errors.read()[-2000:])
+        else:
+            flag.unlink(missing_ok=True)
+            server.reload()
 
 
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]
@@ -259,9 +313,11 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     # Until gunicorn sets a worker's handlers, a signal ends it: the master's, which it has inherited, would ignore it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
-    from telemetry import logs, metrics, redaction
+    if not SUPERVISOR_PIPE:
+        logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
+    from telemetry import logs, metrics, multiprocess, redaction
 
+    multiprocess.place_waiting()
     redaction.hide_settings(settings)
     # An exception at start-up is redacted.
     lines.setFormatter(logs.JsonLineFormatter(settings["INSTANCE"], settings["VERSION"]))
@@ -270,6 +326,7 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     metrics.CONNECTIONS_LIMIT.set(worker_connections)
     metrics.WORKER_STARTS.inc()
     metrics.WORKER_DEATHS.inc(worker.replaces)
+    metrics.SAMPLED[metrics.RELOAD_REFUSED] = Path(os.environ[MULTIPROC_DIR], "reload-refused").exists
     metrics.START_TIME.labels(server.after).set(server.started)
 
 
@@ -281,6 +338,10 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     Client.door.start(worker.clients)
     if settings["WECHAT_PUSH_TOKEN"]:
         worker.wsgi.extensions["messages"].start()
+    if SUPERVISOR_PIPE:
+        report("ready", worker.wsgi.test_client().get("/readyz").status_code)
+        while not os.path.exists(os.environ["SUPERVISOR_GATE"]):  # until that is good enough
+            time.sleep(0.005)
 
 
 def worker_exit(server, worker):  # type: ignore[no-untyped-def]
@@ -302,7 +363,8 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
 
 
 def on_exit(server):  # type: ignore[no-untyped-def]
-    if not isinstance(sys.exc_info()[1], HaltServer):  # because a worker could not start, which is a crash too
+    # Because a worker could not start is a crash too, unless the supervisor goes on without it.
+    if SUPERVISOR_PIPE or not isinstance(sys.exc_info()[1], HaltServer):
         shutil.rmtree(os.environ[MULTIPROC_DIR], ignore_errors=True)
 
 
@@ -310,7 +372,8 @@ def drain(server):  # type: ignore[no-untyped-def]
     """Go on as before for DRAIN_SECONDS, while /readyz answers 503, and stop then, or at a second SIGTERM."""
     del server.handle_term  # which uncovers gunicorn's own
     server.maybe_promote_master()  # it looks once a second
-    if server.reexec_pid or server.master_pid:  # after a USR2 another master serves on the same port
+    # Another master serves on the same port: after a USR2, or as the supervisor has replaced this one.
+    if server.reexec_pid or server.master_pid or not server.num_workers:
         server.handle_term()  # raises StopIteration: the stop begins now
     with suppress(OSError):  # without a directory /readyz cannot know, and it stops all the same
         Path(os.environ[MULTIPROC_DIR], "stopping").touch()

@@ -45,19 +45,25 @@ def _place(value: Any, args: tuple[str, ...], kwargs: dict[str, str]) -> Any:
         placed = _in_file(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  whatever it is, it must not fail a request
         _waiting.append((value, args, kwargs))
-        _warn_once("no room for metrics: serving without them (%s)", str(error))
+        if not isinstance(error, FileNotFoundError):  # in a process that forks the workers
+            _warn_once("no room for metrics: serving without them (%s)", str(error))
     else:
         placed.inc(value.get())
         vars(value).update(inc=placed.inc, set=placed.set)
     return value
 
 
+def place_waiting() -> None:
+    """Try again to place the numbers that found no room, or were made before the process was forked."""
+    for _ in range(len(_waiting)):
+        _place(*_waiting.pop(0))
+
+
 class Instance(Collector):
     """The metrics of all workers of this instance added up, those of dead workers included."""
 
     def collect(self) -> Iterable[Metric]:
-        for _ in range(len(_waiting)):
-            _place(*_waiting.pop(0))
+        place_waiting()
         return MultiProcessCollector.merge(filter(_is_intact, glob(f"{os.environ[MULTIPROC_DIR]}/*.db")))  # type: ignore[no-any-return]
 
 

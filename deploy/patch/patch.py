@@ -1,0 +1,353 @@
+"""Patches a running service, goes back, and says what was deployed.
+
+    python3 patch.py patch [FROM]     FROM: a folder, a .tar.gz, or a git ref of this repository; default: this tree
+    python3 patch.py rollback         back to the release before, within a second; again for the one before that
+    python3 patch.py status           what serves, and what was deployed when, by whom, with what in it
+
+`--home` or KUAISHANG_HOME is the folder of the installation, by default /srv/kuaishang. Run it as the user whom the
+service runs as. Needs nothing but Python 3.11; `make patch`, `make rollback` and `make patch-status` call it.
+
+A patch is copied to `releases/`, checked apart (check.py), migrated, and handed to the supervisor, which starts it
+beside what serves, lets it take over without dropping a request, watches it for `--watch` seconds, and goes back by
+itself if it is worse. Until then a crash or reboot brings back what served before.
+
+Exit status: 0 it serves; 1 refused, nothing has changed; 2 wrong arguments; 3 another patch is going on; 4 it served,
+was worse, and what served before serves again.
+"""
+
+import argparse
+import difflib
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+TREE = Path(__file__).resolve().parent.parent.parent
+NOT_DEPLOYED = {".git", ".venv", "var", "dist", "node_modules", "environment", "release.json", ".env", "__pycache__"}
+DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
+MIGRATION_SECONDS = 600
+
+
+class Failed(Exception):
+    """Why nothing has changed."""
+
+
+class Steps:
+    """Prints each step with the seconds that it took."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+
+    def __call__(self, words: str) -> None:
+        now = time.monotonic()
+        print(f"{now - self._last:6.2f} s  {words}", flush=True)
+        self._last = now
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["patch", "rollback", "status"])
+    parser.add_argument("source", nargs="?", default=str(TREE), metavar="FROM")
+    parser.add_argument("--home", type=Path, default=os.environ.get("KUAISHANG_HOME") or "/srv/kuaishang")
+    parser.add_argument("--watch", type=float, default=os.environ.get("WATCH_SECONDS") or 30, help="seconds")
+    parser.add_argument("--by", default=os.environ.get("SUDO_USER") or getpass.getuser(), help="who deploys it")
+    asked = parser.parse_args()
+    home = asked.home.resolve()
+    if asked.what == "status":
+        return status(home)
+    steps = Steps()
+    try:
+        with alone(home, asked.what):
+            ended = rollback(home, asked.by) if asked.what == "rollback" else patch(home, asked, steps)
+    except BlockingIOError:
+        print("refused: another patch is going on")
+        sys.exit(BUSY)
+    except Failed as error:
+        print(f"refused: {error}")
+        ended = REFUSED
+    print(f"serves: {named(home, state(home).get('current', ''))}; {steps.seconds():.1f} s in all")
+    sys.exit(ended)
+
+
+@contextmanager
+def alone(home: Path, what: str) -> Iterator[None]:
+    """Let one patch be made at a time. A rollback may come in the middle of one: it ends it."""
+    if not os.access(home, os.W_OK):
+        raise Failed(f"{home} cannot be written: create it, or run this as the user of the service")
+    with (home / "patch.lock").open("w") as lock:
+        if what == "patch":
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
+    current = state(home).get("current", "")
+    old = home / "releases" / current if current else None
+    print(f"runs:   {named(home, current)}")
+    release = take(home, asked.source, asked.by, old)
+    try:
+        steps(f"copied to {release}: {described(release)}")
+        if old and content(release) == content(old) and (old / "release.json").exists():
+            raise Failed("nothing is different from what runs")
+        steps(f"virtual environment {environment(home, release)}")
+        check(home, release, old)
+        steps("checked")
+        run_in(home, release, "-m", "alembic", "upgrade", "head")
+        steps("migrated")
+    except BaseException:
+        remove(release)
+        raise
+    answer = ask(home, steps, do="patch", release=release.name, watch=asked.watch, by=asked.by)
+    if answer is None:
+        remember(home, release.name)
+        print("the service is not running; it starts with this release: systemctl start kuaishang")
+        return DONE
+    if answer["end"] == "done":  # or else its last requests may still need its files
+        prune(home)
+    return ended(answer)
+
+
+def rollback(home: Path, by: str) -> int:
+    answer = ask(home, print, do="rollback", by=by)
+    if answer is None:
+        raise Failed("the service is not running")
+    return ended(answer)
+
+
+def ended(answer: dict[str, Any]) -> int:
+    if answer["end"] == "done":
+        return DONE
+    print(f"{answer['end']}: {answer['why']}")
+    return WENT_BACK if answer["end"] == "went back" else REFUSED
+
+
+def status(home: Path) -> None:
+    known = state(home)
+    print(f"serves:      {named(home, known.get('current', ''))}")
+    if known.get("provisional"):
+        print(f"on its way:  {named(home, known['provisional'])}")
+    for release in known.get("previous", []):
+        print(f"before:      {named(home, release)}")
+    with suppress(FileNotFoundError):
+        for line in (home / "history.jsonl").read_text().splitlines()[-20:]:
+            entry = json.loads(line)
+            what = f"{entry['what']} {entry.get('release', '')}".strip()
+            print(f"\n{entry['at']} {what} by {entry['by']}: {entry['end']} after {entry['seconds']} s")
+            if entry.get("why"):
+                print(f"  {entry['why']}")
+            for one in about(home / "releases" / entry.get("release", "none")).get("diff", []):
+                print(f"  {one}")
+
+
+def take(home: Path, source: str, by: str, old: Path | None) -> Path:
+    """Copy what is to be deployed to a folder of its own. Raises Failed."""
+    draft = home / "releases" / f"draft-{os.getpid()}"
+    draft.mkdir(parents=True)
+    commit = ""
+    try:
+        if Path(source).is_dir():
+            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda _, names: NOT_DEPLOYED & {*names})
+            clean = git(source, "status", "--porcelain") == ""
+            commit = (git(source, "rev-parse", "HEAD") or "") if clean else ""
+        elif Path(source).is_file():
+            with tarfile.open(source) as tar:
+                tar.extractall(draft, filter="data")
+            unwrap(draft)
+        elif commit := git(TREE, "rev-parse", "--verify", "--quiet", f"{source}^{{commit}}") or "":
+            packed = subprocess.run(["git", "-C", str(TREE), "archive", commit], capture_output=True, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", str(draft)], input=packed, check=True)
+        else:
+            raise Failed(f"{source} is no folder, no .tar.gz and no git ref")
+        if not (draft / "wsgi.py").is_file():
+            raise Failed(f"{source} has no wsgi.py")
+        digest, built = content(draft), datetime.now(UTC)
+        version = re.search(r'^VERSION = "(.+)"', (draft / "settings.py").read_text(), re.MULTILINE)
+        facts = {
+            "version": version[1] if version else "unknown",
+            "commit": (commit or digest)[:12],
+            "built": built.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "by": by,
+            "from": source,
+            "diff": difference(old, draft) if old else [],
+        }
+        (draft / "release.json").write_text(json.dumps(facts, indent=1) + "\n")
+        release = home / "releases" / f"{built:%Y%m%dT%H%M%S}-{digest[:12]}"
+        draft.rename(release)
+    except (OSError, tarfile.TarError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise Failed(f"{source} cannot be copied: {error}") from None
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return release
+
+
+def unwrap(folder: Path) -> None:
+    """Move what is in an archive's only folder one up."""
+    inside = list(folder.iterdir())
+    if len(inside) == 1 and inside[0].is_dir():
+        wrapper = inside[0].rename(folder.with_suffix(".wrapper"))
+        folder.rmdir()
+        wrapper.rename(folder)
+
+
+def git(folder: str | Path, *words: str) -> str | None:
+    """Return what git says; None without git, or outside of a repository."""
+    with suppress(OSError):
+        said = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+        return said.stdout.strip() if said.returncode == 0 else None
+    return None
+
+
+def files(folder: Path) -> list[Path]:
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not NOT_DEPLOYED & {*path.parts})
+
+
+def content(folder: Path) -> str:
+    """Return a hash of the names and contents of all files."""
+    digest = hashlib.sha256()
+    for path in files(folder):
+        digest.update(f"{path}\0{hashlib.sha256((folder / path).read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def difference(old: Path, new: Path) -> list[str]:
+    """Return a line for each file that differs, with the lines that came and went."""
+    lines = []
+    for path in sorted({*files(old), *files(new)}):
+        before, after = (
+            (folder / path).read_text(errors="replace").splitlines() if (folder / path).is_file() else []
+            for folder in (old, new)
+        )
+        if before != after:
+            changes = [line[0] for line in difflib.unified_diff(before, after, n=0) if line[:3] not in ("+++", "---")]
+            lines.append(f"{path} +{changes.count('+')} -{changes.count('-')}")
+    return lines
+
+
+def environment(home: Path, release: Path) -> str:
+    """Link a release to the virtual environment of its requirements, made now if there is none. Raises Failed."""
+    pins = (release / "requirements.txt").read_bytes()
+    name = f"{hashlib.sha256(pins).hexdigest()[:12]}-{sys.version_info.major}.{sys.version_info.minor}"
+    folder, complete = home / "environments" / name, home / "environments" / name / "complete"
+    if not complete.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        create, install = [sys.executable, "-m", "venv", str(folder)], ["--require-hashes", "-r", "requirements.txt"]
+        for command in (create, pip + install):
+            done = subprocess.run(command, cwd=release, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise Failed(f"the requirements cannot be installed: {done.stderr.strip()[-2000:]}")
+        complete.touch()
+    (release / "environment").symlink_to(f"../../environments/{name}")
+    return name
+
+
+def check(home: Path, release: Path, old: Path | None) -> None:
+    """Let check.py look at a release apart. Raises Failed."""
+    command = [str(Path(__file__).with_name("check.py")), "--env-file", str(home / ".env")]
+    run_in(home, release, *command, *(["--old", str(old)] if old else []))
+    python = release / "environment" / "bin" / "python"
+    subprocess.run([python, "-m", "compileall", "-q", "-x", "environment", "."], cwd=release, check=True)
+
+
+def run_in(home: Path, release: Path, *words: str) -> None:
+    """Run Python in a release, with its settings. Raises Failed."""
+    command = [str(release / "environment" / "bin" / "python"), *words]
+    environ = {**os.environ, "ENV_FILE": str(home / ".env")}
+    try:
+        if subprocess.run(command, cwd=release, env=environ, timeout=MIGRATION_SECONDS).returncode:
+            raise Failed(f"{Path(words[-3] if words[0] == '-m' else words[0]).name} failed; see above")
+    except subprocess.TimeoutExpired:
+        raise Failed(f"no end within {MIGRATION_SECONDS} s") from None
+
+
+def ask(home: Path, say: Any, **words: Any) -> dict[str, Any] | None:
+    """Ask the supervisor, and say its steps.
+
+    :returns: how it ended; None if it is not running.
+    """
+    with socket.socket(socket.AF_UNIX) as control:
+        try:
+            control.connect(str(home / "control.sock"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        control.sendall(f"{json.dumps(words)}\n".encode())
+        answer: dict[str, Any] = {}
+        for line in control.makefile():
+            answer = json.loads(line)
+            if "step" in answer:
+                say(answer["step"])
+        if "end" not in answer:
+            raise Failed("the supervisor has ended; see its log")
+        return answer
+
+
+def state(home: Path) -> dict[str, Any]:
+    with suppress(FileNotFoundError):
+        return dict(json.loads((home / "state.json").read_text()))
+    return {}
+
+
+def remember(home: Path, release: str) -> None:
+    """Let the service start with a release."""
+    known = state(home)
+    previous = [known["current"], *known.get("previous", [])] if known.get("current") else []
+    draft = home / "state.draft"
+    draft.write_text(json.dumps({"current": release, "provisional": "", "previous": previous[:4]}))
+    draft.rename(home / "state.json")
+
+
+def about(release: Path) -> dict[str, Any]:
+    with suppress(OSError):
+        return dict(json.loads((release / "release.json").read_text()))
+    return {}
+
+
+def described(release: Path) -> str:
+    facts = about(release)
+    return f"{facts.get('version')}+{facts.get('commit')}, {len(facts.get('diff', []))} files differ"
+
+
+def named(home: Path, release: str) -> str:
+    facts = about(home / "releases" / release) if release else {}
+    return f"{release} ({facts.get('version')}+{facts.get('commit')})" if release else "nothing"
+
+
+def prune(home: Path) -> None:
+    """Remove releases that no rollback leads to, and environments that no release uses."""
+    known = state(home)
+    kept = {known.get("current"), known.get("provisional"), *known.get("previous", [])}
+    for release in (home / "releases").iterdir():
+        if release.name not in kept:
+            remove(release)
+    used = {os.readlink(release / "environment").rpartition("/")[2] for release in (home / "releases").iterdir()}
+    for folder in (home / "environments").iterdir():
+        if folder.name not in used:
+            shutil.rmtree(folder)
+
+
+def remove(release: Path) -> None:
+    shutil.rmtree(release, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A server as `deploy/patch` runs it: a home with releases, the supervisor, and how to change a release."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from dev.run import free_port
+from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, wait_until
+
+FOLDERS = ("blueprints", "deploy", "dev", "storage", "telemetry", "wechat")
+FILES = ("pyproject.toml", "requirements.txt", "openapi.json")
+
+
+def copy_tree(target: Path) -> Path:
+    """Copy what a release consists of."""
+    target.mkdir(parents=True)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), *(ROOT / name for name in FILES)):
+        shutil.copy(path, target)
+    return target
+
+
+class Server:
+    """A home folder and its supervisor, started.
+
+    :param environ: the settings; HOME/.env has those of `in_file`.
+    """
+
+    def __init__(self, home: Path, environ: dict[str, str], **in_file: str) -> None:
+        self.home = home
+        self.port = free_port("PORT", "0")
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(self.port), "HOST": "127.0.0.1"}
+        (home / "environments").mkdir(parents=True)
+        (home / "releases").mkdir()
+        self.write_settings(**in_file)
+        self._releases = 0
+        self.state = home / "state.json"
+        self.state.write_text(json.dumps({"current": self.release(), "previous": []}))
+        self.start()
+
+    def write_settings(self, **in_file: str) -> None:
+        path = self.home / ".env"
+        path.touch(0o600)
+        path.write_text("".join(f"{name}={value}\n" for name, value in in_file.items()))
+
+    def start(self) -> None:
+        self.process = Process(["deploy.patch.supervisor", str(self.home)], self.environ, self.home / "output")
+        self.process.wait_for(f"{self.url}/livez")
+        wait_until(lambda: len(self.workers()) == 2)
+
+    def release(self, change: Callable[[Path], Any] = lambda tree: None) -> str:
+        """Put a release into its place, so changed, as `patch.py` does when all its checks have passed."""
+        self._releases += 1
+        name = f"release-{self._releases}"
+        tree = copy_tree(self.home / "releases" / name)
+        (tree / "environment").symlink_to(sys.prefix)
+        facts = {"version": "0.1.0", "commit": name, "built": "2026-01-01T00:00:00Z"}
+        (tree / "release.json").write_text(json.dumps(facts))
+        path = tree / "settings.py"  # TEMP
+        path.write_text(path.read_text().replace('VERSION = "0.1.0"', f'VERSION = "{name}"'))  # TEMP
+        change(tree)
+        return name
+
+    def ask(self, what: str, **words: Any) -> dict[str, Any]:
+        """Ask the supervisor, and return how it ended."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(WAIT_SECONDS)
+            control.connect(str(self.home / "control.sock"))
+            control.sendall(f"{json.dumps({'do': what, 'by': 'the test', **words})}\n".encode())
+            return json.loads(control.makefile().read().splitlines()[-1])
+
+    def patch(self, release: str, watch: float = 0) -> dict[str, Any]:
+        return self.ask("patch", release=release, watch=watch)
+
+    def tool(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run patch.py as an operator does."""
+        command = [sys.executable, str(ROOT / "deploy/patch/patch.py"), *words, "--home", str(self.home)]
+        env = {**self.environ, **environ}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=2 * WAIT_SECONDS)
+
+    def serves(self) -> str:
+        """Return the release that responds. A worker that is retired accepts connections for another second."""
+        return wait_until(self._agreed)
+
+    def _agreed(self) -> str | None:
+        versions = [requests.get(f"{self.url}/version", timeout=WAIT_SECONDS) for _ in range(10)]
+        answered = {version.json()["data"]["version"] for version in versions}
+        return answered.pop() if len(answered) == 1 else None
+
+    def metrics(self) -> str:
+        headers = bearer(self.environ["METRICS_TOKEN"])
+        return requests.get(f"{self.url}/metrics", headers=headers, timeout=WAIT_SECONDS).text
+
+    def masters(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.popen.pid).children()
+
+    def workers(self) -> list[psutil.Process]:
+        """Return all that accept requests, or still finish some."""
+        found = []
+        for master in self.masters():
+            with suppress(psutil.NoSuchProcess):  # a retired one has just ended
+                found += master.children()
+        return found
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.home / "output").read_text().splitlines()]
+
+    def discard(self) -> None:
+        """End all at once, as a crash of the machine does."""
+        self.process.kill()
+        for left in Path("/dev/shm").glob(f"kuaishang-*:{self.port}-*"):
+            shutil.rmtree(left, ignore_errors=True)

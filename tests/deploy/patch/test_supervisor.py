@@ -1,0 +1,279 @@
+"""The supervisor, given releases that no check has looked at: whatever is in them, no request fails."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.deploy.patch.server import Server
+from tests.faults.load import codes, is_right, load
+from tests.faults.stage import Stage
+from tests.harness import WAIT_SECONDS, wait_until
+
+Change = Callable[[Path], Any]
+
+
+class Patched(Stage):
+    """The stage of the faults, with a supervisor in the place of the service."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__(stack, mariadb=False)
+        secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
+        environ = {**self.environ, "START_SECONDS": "12", "REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
+        self.server = Server(self.folder / "home", environ | secrets)  # TEMP
+        self.service = self.server  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Patched]:
+    with ExitStack() as stack:
+        yield Patched(stack)
+
+
+@pytest.fixture
+def server(stage: Patched) -> Server:
+    if stage.server.process.popen.poll() is not None:  # an earlier test has killed it
+        stage.server.start()
+    return stage.server
+
+
+def add(file: str, text: str, before: str = "") -> Change:
+    """Return a change that adds lines to the end of a file, or before a line."""
+
+    def change(tree: Path) -> None:
+        lines = (tree / file).read_text()
+        assert before in lines
+        changed = lines.replace(before, f"{text}\n{before}", 1) if before else f"{lines}\n{text}\n"
+        (tree / file).write_text(changed)
+
+    return change
+
+
+EACH_REQUEST = "@app.before_request\ndef fail():\n    {}\n"
+CREATED = "gc.collect()"
+BROKEN: dict[str, tuple[Change, str]] = {
+    "a syntax error": (add("blueprints/orders.py", "def ("), "SyntaxError"),
+    "an import error": (add("blueprints/orders.py", "from errors import nothing_like_it"), "nothing_like_it"),
+    "a dependency that is not installed": (add("blueprints/orders.py", "import no_such_package"), "no_such_package"),
+    "a crash at the start": (
+        add("service.py", "    raise RuntimeError('at the start')", "    return app"),
+        "at the start",
+    ),
+    "an exit at the start": (add("wsgi.py", "raise SystemExit(0)"), "ended"),
+    "a sudden end at the start": (add("wsgi.py", "import os; os._exit(0)"), "ended"),
+    "a crash on each request": (add("wsgi.py", EACH_REQUEST.format("1 / 0"), CREATED), "500"),
+    "a hang at the start": (add("wsgi.py", "import time; time.sleep(600)"), "hangs"),
+    "a hang without end at the start": (add("wsgi.py", "while True: pass"), "hangs"),
+    "a hang on each request": (
+        add("wsgi.py", EACH_REQUEST.format("import time; time.sleep(600)"), CREATED),
+        "hangs",
+    ),
+    "too much memory at the start": (add("wsgi.py", "hog = [bytearray(2**20) for _ in range(2**20)]"), "ended"),
+    "a setting that is missing": (add("settings.py", '    NEW = _required("New.")', "    WECHAT_APP_ID ="), "NEW"),
+    "a broken gunicorn.conf.py": (add("gunicorn.conf.py", "workers = 1 / 0"), "ZeroDivisionError"),
+    "a gunicorn.conf.py that is no Python": (add("gunicorn.conf.py", "def ("), "SyntaxError"),
+    "a broken settings.py": (add("settings.py", "raise ValueError('broken settings')"), "broken settings"),
+    "a worker that does not start": (
+        add("gunicorn.conf.py", "def post_worker_init(worker):\n    raise RuntimeError('no worker')"),
+        "ended",
+    ),
+    "a worker that is not ready": (
+        add(
+            "blueprints/health.py", '    raise ApiError(Code.UNAVAILABLE, errors={"redis": ["no"]})', "    is_stopping"
+        ),
+        "503",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_release_is_refused_and_no_request_fails(
+    stage: Patched, server: Server, change: Change, reason: str
+) -> None:
+    before, state = server.serves(), json.loads(server.state.read_text())
+    broken = server.release(change)
+
+    with load(stage) as running:
+        ended = server.patch(broken)
+        time.sleep(0.2)
+
+    assert (ended["end"], ended["serves"]) == ("refused", before)
+    assert reason in ended["why"]
+    assert json.loads(server.state.read_text()) == {"provisional": "", **state}
+    assert server.serves() == before
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    assert running.count_orders() == (0, 0)
+    assert running.missing_sessions == 0
+
+
+def test_a_good_release_takes_over_and_no_request_fails(stage: Patched, server: Server) -> None:
+    release, pid = server.release(), server.process.popen.pid
+
+    with load(stage) as running:
+        ended = server.patch(release, watch=1)
+        assert server.serves() == release
+        time.sleep(0.2)
+
+    assert (ended["end"], ended["serves"]) == ("done", release)
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    assert running.count_orders() == (0, 0)
+    assert server.process.popen.pid == pid
+    assert server.process.popen.poll() is None
+
+
+def test_a_worker_that_dies_after_a_patch_or_a_rollback_is_replaced_by_one_of_the_same_release(server: Server) -> None:
+    before, release = server.serves(), server.release()
+    server.patch(release)
+    replace_workers(server)
+    assert server.serves() == release
+
+    assert server.ask("rollback")["serves"] == before
+    replace_workers(server)
+    assert server.serves() == before
+
+
+def replace_workers(server: Server) -> None:
+    wait_until(lambda: len(server.workers()) == 2)
+    for worker in server.workers():
+        worker.kill()
+        psutil.wait_procs([worker])
+        wait_until(lambda: len(server.workers()) == 2)
+
+
+def test_what_fails_too_often_after_the_takeover_is_taken_back(stage: Patched, server: Server) -> None:
+    before = server.serves()
+    bad = server.release(add("blueprints/orders.py", "    1 / 0", "    order = Order("))
+
+    with load(stage) as running:
+        ended = server.patch(bad, watch=WAIT_SECONDS)
+        back = time.monotonic()
+        time.sleep(1)
+
+    assert (ended["end"], ended["serves"]) == ("went back", before)
+    assert "5xx" in ended["why"]
+    assert server.serves() == before
+    assert [outcome for outcome in running.since(back) if not is_right(outcome)] == []
+    assert running.count_orders() == (0, 0)
+
+
+def test_a_worker_that_dies_while_it_is_watched_takes_the_release_back(server: Server) -> None:
+    before = server.serves()
+    bad = server.release(add("blueprints/health.py", "    os._exit(1)", '    return {"version"'))
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, bad, WAIT_SECONDS)
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"] == bad)
+        while not asked.done():
+            try:
+                requests.get(f"{server.url}/version", timeout=2)
+            except requests.RequestException:
+                time.sleep(0.05)
+    assert asked.result()["end"] == "went back"
+    assert server.serves() == before
+
+
+def test_a_rollback_during_the_watch_ends_the_patch(server: Server) -> None:
+    before, release = server.serves(), server.release()
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, release, WAIT_SECONDS)
+        wait_until(lambda: server.serves() == release)
+        assert server.ask("rollback")["end"] == "done"
+    assert asked.result()["end"] == "went back"
+    assert server.serves() == before
+
+
+def test_a_second_patch_is_refused_while_one_is_going_on(server: Server) -> None:
+    one, other = server.release(), server.release()
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, one, 3)
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"] == one)
+        refused = server.patch(other)
+    assert refused["end"] == "refused"
+    assert "one at a time" in refused["why"]
+    assert asked.result()["serves"] == one
+
+
+def test_rollbacks_lead_to_the_release_before_and_the_one_before_that(server: Server) -> None:
+    first, *others = (server.serves(), server.release(), server.release())
+    for release in others:
+        server.patch(release)
+    assert [server.ask("rollback")["serves"] for _ in range(2)] == [others[0], first]
+    assert server.serves() == first
+
+
+@pytest.mark.parametrize("when", ["starting", "watched"])
+def test_a_crash_before_a_release_has_proved_itself_brings_back_the_one_before(server: Server, when: str) -> None:
+    before = server.serves()
+    new = server.release(add("wsgi.py", "import time; time.sleep(2)") if when == "starting" else lambda tree: None)
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, new, WAIT_SECONDS)
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"] == new)
+        if when == "watched":
+            wait_until(lambda: server.serves() == new)
+        server.process.kill()
+        with pytest.raises((OSError, IndexError, ValueError)):
+            asked.result()
+    server.start()
+    assert server.serves() == before
+
+
+def test_a_release_that_has_proved_itself_serves_after_a_crash(server: Server) -> None:
+    release = server.release()
+    server.patch(release)
+    server.process.kill()
+    server.start()
+    assert server.serves() == release
+
+
+def test_a_master_that_dies_is_replaced(server: Server) -> None:
+    release = server.serves()
+    [master] = [master for master in server.masters() if master.children()]
+    master.kill()
+    wait_until(lambda: not master.is_running() and len(server.workers()) >= 2)
+    wait_until(lambda: requests.get(f"{server.url}/readyz", timeout=WAIT_SECONDS).ok)
+    assert server.serves() == release
+
+
+def test_a_reload_reads_the_settings_again_and_no_request_fails(stage: Patched, server: Server) -> None:
+    given = dict(line.split("=", 1) for line in (server.home / ".env").read_text().splitlines())
+    with load(stage) as running:
+        server.write_settings(**given, WEB_CONCURRENCY="3")
+        server.process.popen.send_signal(signal.SIGHUP)
+        wait_until(lambda: any(line["message"] == "reloaded" for line in server.lines()))
+        time.sleep(0.2)
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    wait_until(lambda: len(server.workers()) == 3)
+    server.write_settings(**given)
+    server.process.popen.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(server.workers()) == 2)
+
+
+def test_a_reload_of_what_cannot_serve_is_one_line_and_a_metric(stage: Patched, server: Server) -> None:
+    given = dict(line.split("=", 1) for line in (server.home / ".env").read_text().splitlines())
+    with load(stage) as running:
+        server.write_settings(**given | {"SECRET_KEY": "short"})
+        master = next(master for master in server.masters() if master.children())
+        master.send_signal(signal.SIGHUP)  # by hand, and to the wrong process
+        refused = wait_until(lambda: [line for line in server.lines() if "reload refused" in line["message"]])
+        wait_until(lambda: "kuaishang_reload_refused 1.0" in server.metrics())
+    assert [(line["level"], "SECRET_KEY" in line["reason"]) for line in refused] == [("ERROR", True)]
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    server.write_settings(**given)
+    server.process.popen.send_signal(signal.SIGHUP)
+    wait_until(lambda: "kuaishang_reload_refused 0.0" in server.metrics())
+
+
+def test_a_stop_ends_all_processes_and_frees_the_port(server: Server) -> None:
+    processes = [server.process.popen, *psutil.Process(server.process.popen.pid).children(recursive=True)]
+    server.process.stop()
+    _, alive = psutil.wait_procs(processes[1:], WAIT_SECONDS)
+    assert alive == []
+    assert server.process.popen.returncode == 0
+    server.start()
