@@ -85,6 +85,9 @@ class RedisServer:
         self.stop()
         raise RuntimeError(f"redis-server did not start; see {self._data / 'redis.log'}")
 
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def stop(self) -> None:
         """Stop the server; all writes are on disk when this returns."""
         if self.process:

@@ -23,7 +23,7 @@ from functools import partial
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 import requests
 
@@ -106,6 +106,7 @@ class Part:
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
+        """End it and all processes that it started, and wait until its output is read."""
         if self.process is None:
             return
         self.process.terminate()
@@ -114,12 +115,16 @@ class Part:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.read_to_the_end()
-
-    def read_to_the_end(self) -> None:
-        """Wait until the output of a process that has ended is read."""
         if self._reader:
             self._reader.join(STOP_SECONDS)
+
+
+class Watched(NamedTuple):
+    """What is started again if it ends."""
+
+    name: str
+    running: Callable[[], bool]
+    start: Callable[[], object]
 
 
 def main() -> None:
@@ -137,7 +142,7 @@ def main() -> None:
 
 
 def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
-    """Start what the environment does not configure, then the service, and watch it until a signal.
+    """Start what the environment does not configure, then the service, and watch them until a signal.
 
     :param env: the configuration; missing settings are added to it.
     :param stack: receives what to stop at the end.
@@ -146,42 +151,62 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     var.mkdir(parents=True, exist_ok=True)
     var.chmod(0o700)  # also one that exists: secrets, personal data and logs are in it
     host = env.setdefault("HOST", LOCALHOST)
-    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000"), host))  # reserved from now on
+    door = stack.enter_context(listen("PORT", env.setdefault("PORT", "8000"), host))
     port = door.getsockname()[1]
     env["PORT"] = str(port)
     local = LOCALHOST_OF_ALL.get(host, host)
     url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
     simulator_url = None
+    watched: list[Watched] = []
 
     lock = lock_folder(var, stack) if {"REDIS_URL", "DATABASE_URL"} - env.keys() else None
     if lock and "REDIS_URL" not in env:
-        env["REDIS_URL"] = start_redis(var / "redis", lock, stack)
+        env["REDIS_URL"] = start_redis(var / "redis", lock, stack, watched)
     if "DATABASE_URL" not in env:
         env["DATABASE_URL"] = f"sqlite:///{var / 'kuaishang.db'}"
+    migration = stack.enter_context(begin_migration(env))
     if "WECHAT_APP_ID" not in env:
         for name in sorted(env.keys() & {*SIMULATED_ACCOUNT, "WECHAT_API_BASE_URL", "WECHAT_OPEN_BASE_URL"}):
             raise fail(f"{name} is set and WECHAT_APP_ID is not; set both for a real account, or none to simulate one")
-        simulator_url = start_simulator(env, url, stack)
+        simulator_url = start_simulator(env, url, stack, watched)
     for name, value in kept_secrets(var).items():
         env.setdefault(name, value)
-    migrate(env)
+    finish_migration(migration)
     env.setdefault("DRAIN_SECONDS", "0")  # there is no load balancer to notice the stop
 
     path = var / "log" / f"{port}.jsonl"
     log = stack.enter_context(closing(log_file(path)))
     service = Part(
         "the service",
-        ["gunicorn", "wsgi:app", "--log-level", "warning", "--graceful-timeout", "1"],
+        ["dev.reload", "--fd", str(door.fileno())],
         env,
+        inherited=[door.fileno()],
         read=partial(relay, log=log, show=show),
     )
-    stack.callback(service.stop)
-    door.close()
-    sources = snapshot()
-    service.start()
-    wait_for(f"{url}/livez", service)
+    keep(service, f"{url}/livez", stack, watched)
     say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], path))
-    watch(service, sources, env)
+    while True:
+        pause()
+        for name, running, start in watched:
+            if not running():
+                say(f"make run: {name} has died; starting it again")
+                start()
+
+
+def keep(part: Part, url: str, stack: ExitStack, watched: list[Watched]) -> None:
+    """Start a part, wait until it responds at this URL, and have it watched and stopped.
+
+    :raises SystemExit: if it does not start.
+    """
+
+    def start() -> None:
+        part.stop()  # what it has left behind
+        part.start()
+        wait_for(url, part)
+
+    stack.callback(part.stop)
+    start()
+    watched.append(Watched(part.name, part.running, start))
 
 
 def log_format(name: str) -> Callable[[str], str]:
@@ -259,18 +284,23 @@ def lock_folder(var: Path, stack: ExitStack) -> IO[bytes]:
     return lock
 
 
-def start_redis(data: Path, lock: IO[bytes], stack: ExitStack) -> str:
+def start_redis(data: Path, lock: IO[bytes], stack: ExitStack, watched: list[Watched]) -> str:
     """Start a private redis-server and return its URL."""
     redis = RedisServer(data)
+
+    def start() -> None:
+        try:
+            redis.start(inherited=[lock.fileno()])  # the folder stays locked while Redis runs, even if we die
+        except (OSError, RuntimeError) as error:
+            raise fail(str(error)) from None
+
     stack.callback(redis.close)
-    try:
-        redis.start(inherited=[lock.fileno()])  # the folder stays locked while Redis runs, even if we die
-    except (OSError, RuntimeError) as error:
-        raise fail(str(error)) from None
+    start()
+    watched.append(Watched("Redis", redis.running, start))
     return redis.url
 
 
-def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> str:
+def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack, watched: list[Watched]) -> str:
     """Start the WeChat simulator, point it and the service at each other, and return its URL."""
     wanted = env.get("SIMULATOR_PORT")
     try:
@@ -279,25 +309,23 @@ def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> 
         if wanted:
             raise
         listener = listen("SIMULATOR_PORT", "0")  # the usual port is taken
-    with listener:
-        url = f"http://{LOCALHOST}:{listener.getsockname()[1]}"
-        if "WECHAT_PUSH_TOKEN" not in env:  # a configured token without a key means plain messages
-            env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
-        env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)
-        simulator = Part(
-            "the WeChat simulator",
-            ["dev.wechat_simulator", "--fd", str(listener.fileno())]
-            + ["--app-id", env["WECHAT_APP_ID"], "--app-secret", env["WECHAT_APP_SECRET"]]
-            + ["--web-app", f"{env['WECHAT_ACCOUNT_APP_ID']}:{env['WECHAT_ACCOUNT_APP_SECRET']}"]
-            + ["--web-app", f"{env['WECHAT_WEBSITE_APP_ID']}:{env['WECHAT_WEBSITE_APP_SECRET']}"]
-            + ["--push-token", env["WECHAT_PUSH_TOKEN"], "--push-aes-key", env.get("WECHAT_PUSH_AES_KEY", "")]
-            + ["--push-url", f"{service_url}/api/v1/wechat/messages"],
-            env,
-            inherited=[listener.fileno()],
-        )
-        stack.callback(simulator.stop)
-        simulator.start()
-    wait_for(f"{url}/simulator/calls", simulator)
+    stack.enter_context(listener)
+    url = f"http://{LOCALHOST}:{listener.getsockname()[1]}"
+    if "WECHAT_PUSH_TOKEN" not in env:  # a configured token without a key means plain messages
+        env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
+    env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)
+    simulator = Part(
+        "the WeChat simulator",
+        ["dev.wechat_simulator", "--fd", str(listener.fileno())]
+        + ["--app-id", env["WECHAT_APP_ID"], "--app-secret", env["WECHAT_APP_SECRET"]]
+        + ["--web-app", f"{env['WECHAT_ACCOUNT_APP_ID']}:{env['WECHAT_ACCOUNT_APP_SECRET']}"]
+        + ["--web-app", f"{env['WECHAT_WEBSITE_APP_ID']}:{env['WECHAT_WEBSITE_APP_SECRET']}"]
+        + ["--push-token", env["WECHAT_PUSH_TOKEN"], "--push-aes-key", env.get("WECHAT_PUSH_AES_KEY", "")]
+        + ["--push-url", f"{service_url}/api/v1/wechat/messages"],
+        env,
+        inherited=[listener.fileno()],
+    )
+    keep(simulator, f"{url}/simulator/calls", stack, watched)
     return url
 
 
@@ -315,12 +343,9 @@ def kept_secrets(var: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in path.read_text().splitlines())
 
 
-def migrate(env: dict[str, str]) -> None:
-    """Bring the database's schema up to date.
-
-    :raises SystemExit: with Alembic's last line, if that fails.
-    """
-    done = subprocess.run(
+def begin_migration(env: dict[str, str]) -> subprocess.Popen[str]:
+    """Bring the database's schema up to date, beside what else starts."""
+    return subprocess.Popen(
         [sys.executable, "-m", "alembic", "upgrade", "head"],
         cwd=ROOT,
         env=env,
@@ -329,8 +354,16 @@ def migrate(env: dict[str, str]) -> None:
         text=True,
         start_new_session=True,
     )
-    if done.returncode:
-        reasons = [line for line in done.stdout.splitlines() if line and not line.startswith("(Background on")]
+
+
+def finish_migration(migration: subprocess.Popen[str]) -> None:
+    """Wait for it.
+
+    :raises SystemExit: with Alembic's last line, if it fails.
+    """
+    printed, _ = migration.communicate()
+    if migration.returncode:
+        reasons = [line for line in printed.splitlines() if line and not line.startswith("(Background on")]
         raise fail(f"the database cannot be migrated: {reasons[-1]}")
 
 
@@ -346,36 +379,6 @@ def wait_for(url: str, part: Part) -> None:
                 return
         pause()
     raise fail(f"{part.name} did not start; see its output above")
-
-
-def watch(service: Part, sources: dict[Path, int], env: dict[str, str]) -> None:
-    """Restart the service whenever its code changes, also after broken code made it exit."""
-    reported = False
-    while True:
-        pause()
-        if (now := snapshot()) != sources:
-            sources = now
-            service.stop()
-            try:
-                migrate(env)
-            except SystemExit as error:
-                say(str(error))
-            service.start()
-            reported = False
-        elif not service.running() and not reported:
-            service.read_to_the_end()
-            say("make run: the service exited; see its output above. It restarts when a file changes.")
-            reported = True
-
-
-def snapshot() -> dict[Path, int]:
-    """When each source file of the service was last modified."""
-    folders = (ROOT / name for name in ("blueprints", "storage", "telemetry", "wechat"))
-    changed = {}
-    for path in (*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))):
-        with suppress(OSError):  # an editor's lock, or a file that is being replaced
-            changed[path] = path.stat().st_mtime_ns
-    return changed
 
 
 def pause() -> None:

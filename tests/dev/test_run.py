@@ -6,16 +6,14 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -26,103 +24,10 @@ import requests
 
 from dev import run
 from dev.run import banner, free_port
-from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, bound_to_this_process, migrate, suspend, wait_until
+from tests.dev.launched import Launch, Launched
+from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, migrate, suspend, wait_until
 
 PROXY = {"http_proxy": "http://127.0.0.1:9"}
-
-
-class Launched(Process):
-    """A launcher with a folder and a port of its own."""
-
-    def __init__(self, var: Path, output: Path, root: Path = ROOT, **env: str) -> None:
-        self.var = var
-        self.output = output
-        self.port = env.get("PORT") or str(free_port("PORT", "0"))
-        self.url = f"http://127.0.0.1:{self.port}"
-        env = {"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env}
-        self._start = partial(
-            super().__init__, ["dev.run", "--var", str(var)], env, root=root, last_signal=signal.SIGTERM
-        )
-        self._start(output)
-
-    def crash(self) -> list[psutil.Process]:
-        """Kill it, and return what it leaves behind."""
-        left_behind = self.family()
-        self.popen.kill()
-        self.popen.wait()
-        return left_behind
-
-    def start_again(self) -> None:
-        self.output = self.output.with_name("output-again")
-        self._start(self.output)
-        self.ready()
-
-    def printed(self) -> str:
-        return self.on_stdout() + self.output.with_suffix(".errors").read_text()
-
-    def on_stdout(self) -> str:
-        return self.output.read_text()
-
-    def kept(self) -> str:
-        """The log file."""
-        return (self.var / "log" / f"{self.port}.jsonl").read_text()
-
-    def ready(self) -> "Launched":
-        wait_until(lambda: "Ctrl-C stops everything" in self.printed() or self.popen.poll() is not None)
-        assert self.popen.poll() is None, self.printed()
-        return self
-
-    def simulator_url(self) -> str:
-        return re.findall(r"WeChat +(http://\S+)", self.printed())[0]
-
-    def log_in(self) -> dict[str, str]:
-        """Log in as a new user, and return the headers that say so."""
-        code = requests.post(f"{self.simulator_url()}/simulator/codes", timeout=WAIT_SECONDS).json()["code"]
-        login = requests.post(f"{self.url}/api/v1/auth/wechat", json={"code": code}, timeout=WAIT_SECONDS)
-        return bearer(login.json()["data"]["token"])
-
-    def me(self, headers: dict[str, str]) -> dict[str, str]:
-        return requests.get(f"{self.url}/api/v1/users/me", headers=headers, timeout=WAIT_SECONDS).json()["data"]
-
-    def request_trace_id(self) -> str:
-        """Send a request, and return its trace id."""
-        return requests.get(f"{self.url}/version", timeout=WAIT_SECONDS).headers["X-Trace-Id"]
-
-    def family(self, word: str = "") -> list[psutil.Process]:
-        """The processes that it started and whose command holds this word."""
-        processes = psutil.Process(self.popen.pid).children(recursive=True)
-        return [process for process in processes if word in " ".join(process.cmdline())]
-
-    def end(self) -> None:
-        if self.popen.poll() is None:
-            self.stop()
-
-    def end_by(self, number: signal.Signals) -> None:
-        """Send a signal; nothing is left of what it started, and nothing failed."""
-        family = self.family()
-        self.popen.send_signal(number)
-        assert self.popen.wait(WAIT_SECONDS) == 0
-        assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
-        for port in re.findall(r"http://127\.0\.0\.1:(\d+)\n", self.printed()):
-            with socket.socket() as probe:
-                assert probe.connect_ex(("127.0.0.1", int(port))) != 0
-        assert re.findall("Traceback|exceptionType=", self.printed()) == []
-
-
-Launch = Callable[..., Launched]
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    with ExitStack() as stack:
-        count = iter(range(10))
-
-        def start(var: str = "var", root: Path = ROOT, **env: str) -> Launched:
-            launched = Launched(tmp_path / var, tmp_path / f"output-{next(count)}", root, **env)
-            stack.callback(launched.end)
-            return launched
-
-        yield start
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +77,8 @@ def test_the_log_says_that_the_simulator_does_not_know_a_code_of_devtools(everyd
     login = requests.post(f"{everyday.url}/api/v1/auth/wechat", json={"code": "0devtools"}, timeout=WAIT_SECONDS)
     assert login.json()["code"] == 460
     wait_until(lambda: "WECHAT_APP_ID and WECHAT_APP_SECRET" in everyday.on_stdout())
-    (line,) = (line for line in everyday.on_stdout().splitlines() if "WeChat call failed" in line)
+    (line,) = (line for line in everyday.on_stdout().splitlines() if "WECHAT_APP_ID and WECHAT_APP_SECRET" in line)
+    assert "WeChat call failed" in line
     assert "this is the WeChat simulator, which knows only its own codes" in line
 
 
@@ -201,7 +107,7 @@ def test_the_service_and_the_simulator_know_each_other(everyday: Launched) -> No
 
 def test_stand_ins_run_and_a_stop_is_not_delayed(everyday: Launched) -> None:
     assert all(everyday.family(part) for part in ("redis-server", "dev.wechat_simulator"))
-    assert everyday.family("gunicorn")[0].environ()["DRAIN_SECONDS"] == "0"
+    assert everyday.family("dev.reload")[0].environ()["DRAIN_SECONDS"] == "0"
 
 
 def test_log_lines_are_printed_for_people_and_kept_unchanged(everyday: Launched) -> None:
@@ -266,11 +172,25 @@ def test_data_is_locked_while_its_redis_runs_and_survives_a_crash(everyday: Laun
         assert "is in use" in line
     finally:
         for process in left_behind:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # the service ends by itself
+                process.kill()
         psutil.wait_procs(left_behind)
     assert (everyday.var / "secrets.env").stat().st_mode & 0o777 == 0o600
     everyday.start_again()
     assert everyday.me(headers) == me
+
+
+def test_stand_ins_that_die_are_started_again_where_they_were(everyday: Launched) -> None:
+    headers = everyday.log_in()
+    me = everyday.me(headers)
+    for name, part in (("Redis", "redis-server"), ("the WeChat simulator", "dev.wechat_simulator")):
+        (process,) = everyday.family(part)
+        process.kill()
+        wait_until(lambda: f"make run: {name} has died; starting it again\n" in everyday.printed())  # noqa: B023
+        wait_until(lambda: [other for other in everyday.family(part) if other != process])  # noqa: B023
+    wait_until(lambda: requests.get(f"{everyday.url}/readyz", timeout=WAIT_SECONDS).ok)
+    assert everyday.me(headers) == me
+    assert everyday.me(everyday.log_in()) != me
 
 
 def test_settings_of_the_environment_are_used_and_several_run_side_by_side(
@@ -282,7 +202,7 @@ def test_settings_of_the_environment_are_used_and_several_run_side_by_side(
     other = launch(str(everyday.var), **chosen).ready()
     assert not other.family("redis-server")
     assert other.family("simulator")
-    used = other.family("gunicorn")[0].environ()
+    used = other.family("dev.reload")[0].environ()
     kept = dict(line.split("=", 1) for line in (other.var / "secrets.env").read_text().splitlines())
     assert {name: used[name] for name in chosen} == chosen
     assert used["SECRET_KEY"] == kept["SECRET_KEY"]
@@ -293,76 +213,6 @@ def test_settings_of_the_environment_are_used_and_several_run_side_by_side(
     assert [[trace_id in it.kept() for trace_id in ids] for it in both] == [[True, False], [False, True]]
     assert "{" not in everyday.on_stdout()
     assert other.on_stdout() == other.kept()
-
-
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A copy of the project, whose code may be changed."""
-    ignore = shutil.ignore_patterns(".git", ".venv", "var", ".*_cache")
-    return Path(shutil.copytree(ROOT, tmp_path / "clone", ignore=ignore))
-
-
-LAST_WORDS = """
-import atexit, logging, os, sys
-def say_goodbye():
-    logging.shutdown()  # what is still queued, before these and not among them
-    for number in range(2000):
-        sys.stdout.write('{"message": "goodbye %d %s"}\\n' % (number, "x" * 100))
-    sys.stdout.write("in the middle of a")
-    sys.stdout.flush()
-atexit.register(say_goodbye)
-"""
-
-
-def replace(path: Path, text: str) -> None:
-    """Change a file in one step: a launcher that sees two restarts the service twice."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(text)
-    draft.replace(path)
-
-
-def test_changed_code_is_reloaded_mistakes_are_survived_and_no_line_is_lost(
-    launch: Launch, clone: Path, environ: dict[str, str]
-) -> None:
-    """Each start ends with more than a pipe holds, and in the middle of a line."""
-    source = clone / "wsgi.py"
-    source.write_text(LAST_WORDS + source.read_text())
-    launcher = clone / "dev" / "run.py"  # on a busy machine an orderly end takes longer than it is given
-    patient = launcher.read_text().replace("STOP_SECONDS = 5", "STOP_SECONDS = 60")
-    launcher.write_text(patient.replace('"--graceful-timeout", "1"', '"--graceful-timeout", "60"'))
-    launched = launch(root=clone, **environ).ready()
-    (clone / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
-    settings, health = clone / "settings.py", clone / "blueprints" / "health.py"
-    original = health.read_text()
-    ids = [launched.request_trace_id() for _ in range(20)]
-
-    os.utime(clone / "errors.py", (2**31, 2**31))  # from a machine whose clock is ahead
-    replace(settings, settings.read_text().replace("VERSION = ", "VERSION = 'patched' + "))
-    wait_until(lambda: "patched" in read_version(launched))
-    ids += [launched.request_trace_id() for _ in range(20)]
-    for number, mistake in enumerate(("this is no python", "import no_such_module"), 1):
-        replace(health, f"{original}\n{mistake}\n")
-        wait_until(lambda: launched.printed().count("It restarts when a file changes.") == number)  # noqa: B023
-        assert not read_version(launched)
-    replace(health, original)
-    wait_until(lambda: "patched" in read_version(launched))
-    ids += [launched.request_trace_id() for _ in range(20)]
-    launched.popen.send_signal(signal.SIGQUIT)
-    assert launched.popen.wait(WAIT_SECONDS) == 0
-    for text in (launched.kept(), launched.printed()):
-        assert [trace_id for trace_id in ids if trace_id[:8] not in text] == []
-        goodbyes = [match for line in text.splitlines() if (match := re.search(r"goodbye (\d+) x{100}(?:\"}|)$", line))]
-        assert [int(match[1]) for match in goodbyes] == list(range(2000)) * 5
-        assert text.splitlines().count("in the middle of a") == 3  # after a mistake, gunicorn goes on in that line
-    assert all(line.startswith(("{", "in the middle of a")) for line in launched.kept().splitlines())
-
-
-def read_version(launched: Launched) -> str:
-    """The response; empty if there is none."""
-    try:
-        return requests.get(f"{launched.url}/version", timeout=WAIT_SECONDS).text
-    except requests.RequestException:
-        return ""
 
 
 def test_passwords_are_not_printed() -> None:
