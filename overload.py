@@ -5,15 +5,13 @@ is begun next, and who has waited too long is refused: "controlled delay", https
 As in DAGOR, what counts is how long requests wait, not how long they take: https://doi.org/10.1145/3267809.3267823
 """
 
-import heapq
-import itertools
 import logging
 import math
 import random
 import re
 import secrets
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -77,16 +75,13 @@ class Door:
         self.clients: Collection[object] = ()
         """Those who are connected; none if requests do not come through this door."""
         self._most, self._most_elsewhere, self._seconds = in_flight, elsewhere, seconds
-        self._clock: Callable[[], float] = time.monotonic
         self._users: dict[int, int] = {}
-        self._last = deque([-math.inf] * FEW_A_SECOND, FEW_A_SECOND)
-        self._probes = deque([-math.inf] * PROBES_A_SECOND, PROBES_A_SECOND)
-        self._numbers = itertools.count()
-        # Their places, numbers, since when and for how long at most they wait, and whether they are begun or refused.
-        self._waiting: list[tuple[float, int, float, float, AsyncResult]] = []
+        # By their places; since when and for how long at most they wait, and whether they are begun or refused.
+        self._waiting: list[tuple[float, float, float, AsyncResult]] = []
         self._elsewhere, self._somebody_waits = 0, Event()
         self._nobody_waited_at, self._patience = -math.inf, PATIENCE_SECONDS
-        self._refused, self._trace_id = 0, ""
+        # Those of the second before, those of this one, and the trace id of the line about the refused.
+        self._before, self._requests, self._probes, self._refused, self._trace_id = 0, 0, 0, 0, ""
 
     def remember(self, token: str, user_id: int) -> None:
         """Keep whose session this is; only while the process lives, and not the token itself."""
@@ -102,14 +97,11 @@ class Door:
 
         :param head: what has arrived of the request.
         """
-        now = self._clock()
-        are_few = now - self._last[0] > 1
-        self._last.append(now)
-        is_login = _LOGIN.match(head) is not None
+        is_login, is_probe = _LOGIN.match(head) is not None, _PROBE.match(head) is not None
         is_one_too_many = is_login and self._elsewhere >= self._most_elsewhere
-        if is_probe := _PROBE.match(head) is not None:
-            are_few = are_few or now - self._probes[0] > 1
-            self._probes.append(now)
+        self._requests += 1
+        self._probes += is_probe
+        are_few = max(self._before, self._requests) <= FEW_A_SECOND or (is_probe and self._probes <= PROBES_A_SECOND)
         if not (are_few or len(self.clients) <= self._most):
             place = PROBES if is_probe else LOGINS + 0.5 * (not is_one_too_many) if is_login else self._place(head)
             _place_of_request.set(min(place, LOGINS))
@@ -143,69 +135,67 @@ class Door:
         :param clients: see `clients`.
         """
         self.clients = clients
-        for loop in (self.begin, self.watch):
-            gevent.spawn(_go_on, loop)
+        for step, pause in ((self.begin, 0), (self.watch, 0), (self.report, 1)):
+            gevent.spawn(_repeat, step, pause)
 
     def begin(self) -> None:
-        """Begin what waits, for ever."""
-        while self._somebody_waits.wait():
-            with gevent.Timeout(BEAT_SECONDS / 4, False):
-                gevent.idle()  # all that can go on does so first, and whoever comes is let in
-            if self.in_flight > AT_ONCE // 2:
-                gevent.sleep(BEAT_SECONDS / 10)  # what begins together is read together, at half the cost
-            for _ in range(min(max(AT_ONCE - self.in_flight, 1), len(self._waiting))):
-                place, _, since, _, begins = heapq.heappop(self._waiting)
-                begins.set(self._clock() - since <= self._patience[int(place)])
-                if place >= LOGINS:  # each of which keeps others waiting for as long as several reads
-                    break
-            if not self._waiting:
-                self._somebody_waits.clear()
+        """Begin a part of what waits, as soon as something does."""
+        self._somebody_waits.wait()
+        with gevent.Timeout(BEAT_SECONDS / 4, False):
+            gevent.idle()  # all that can go on does so first, and whoever comes is let in
+        if self.in_flight > AT_ONCE // 2:
+            gevent.sleep(BEAT_SECONDS / 10)  # what begins together is read together, at half the cost
+        for _ in range(min(max(AT_ONCE - self.in_flight, 1), len(self._waiting))):
+            place, since, _, begins = self._waiting.pop(0)
+            begins.set(time.monotonic() - since <= self._patience[int(place)])
+            if place >= LOGINS:  # each of which keeps others waiting for as long as several reads
+                break
+        if not self._waiting:
+            self._somebody_waits.clear()
 
     def watch(self) -> None:
-        """Refuse whoever has waited too long, and measure how long the others have, for ever."""
-        for number in range(10**18):
-            due = self._clock() + BEAT_SECONDS
-            gevent.sleep(BEAT_SECONDS)
-            late = max(self._clock() - due, 0)
-            metrics.QUEUE_SECONDS.observe(self.refuse(late) + late)
-            if number % round(1 / BEAT_SECONDS) == 0:
-                self.report()
+        """Refuse whoever has waited too long, a beat from now, and measure how long the others have."""
+        due = time.monotonic() + BEAT_SECONDS
+        gevent.sleep(BEAT_SECONDS)
+        late = max(time.monotonic() - due, 0)
+        metrics.QUEUE_SECONDS.observe(self.refuse(late) + late)
 
     def refuse(self, late: float = 0) -> float:
         """Refuse whoever has waited too long; return how long the others have at most, in seconds, without logins.
 
         :param late: for how many seconds nobody could have begun, as the worker did something else.
         """
-        now, waiting, refused = self._clock() - late, [], []
+        now, waiting, refused = time.monotonic() - late, [], []
         is_overloaded = self.level < LOGINS or now - self._nobody_waited_at > PATIENCE_SECONDS[WRITES]
         self._patience = LITTLE_PATIENCE_SECONDS if is_overloaded else PATIENCE_SECONDS
         for one in self._waiting:
-            place, _, since, seconds, begins = one
+            place, since, seconds, begins = one
             if now - since > min(self._patience[int(place)], seconds):
                 begins.set(False)  # who has asked for less time says nothing about the others
                 refused.append(place if now - since > self._patience[int(place)] else LOGINS)
                 metrics.DEADLINES_MISSED.inc(now - since > seconds)
             else:
                 waiting.append(one)
-        heapq.heapify(waiting)
         self._waiting = waiting
         self.level = min(*refused, self.level + RAISE_A_BEAT, LOGINS)
-        others = [now - since for place, _, since, *_ in waiting if place < LOGINS]
+        others = [now - since for place, since, *_ in waiting if place < LOGINS]
         if not others:
             self._nobody_waited_at = now
         return max(others, default=0.0)
 
     def report(self) -> None:
-        """Log that requests were refused since the last report; their responses have the trace id of this line."""
+        """End a second: log that requests were refused in it; their responses have the trace id of this line."""
         if self._refused:
             reason = f"{self._refused} refused; {self.in_flight} in flight, {len(self._waiting)} wait"
             logger.warning("requests refused", extra={"traceId": self._trace_id, "reason": reason})
-        self._refused, self._trace_id = 0, secrets.token_hex(16)
+        self._before, self._requests, self._probes, self._refused = self._requests, 0, 0, 0
+        self._trace_id = secrets.token_hex(16)
 
     def _wait(self, place: float, seconds: float) -> bool:
         """Wait at the door; return whether the request begins, instead of being refused."""
         begins = AsyncResult()
-        heapq.heappush(self._waiting, (place, next(self._numbers), self._clock(), min(seconds, self._seconds), begins))
+        # Behind those of the same place.
+        insort(self._waiting, (place, time.monotonic(), min(seconds, self._seconds), begins), key=lambda one: one[0])
         self._somebody_waits.set()
         return bool(begins.get())
 
@@ -229,11 +219,12 @@ class Door:
         return _RESPONSE % (len(body), retry, trace_id, connection, body)
 
 
-def _go_on(loop: Callable[[], None]) -> None:
-    """Run a loop again whatever ends it, such as a lack of memory: without it nobody would get in."""
+def _repeat(step: Callable[[], None], pause: float) -> None:
+    """Do something for ever, whatever it raises, such as a lack of memory: without it nobody would get in."""
     while True:
         try:
-            loop()
+            step()
         except Exception:
             logger.exception("the door goes on")
             gevent.sleep(BEAT_SECONDS)
+        gevent.sleep(pause)

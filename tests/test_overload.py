@@ -13,6 +13,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
+import overload
 from overload import (
     AT_ONCE,
     FEW_A_SECOND,
@@ -25,7 +26,7 @@ from overload import (
     STRANGERS,
     WRITES,
     Door,
-    _go_on,
+    _repeat,
 )
 from tests.harness import WAIT_SECONDS, counted
 
@@ -36,16 +37,23 @@ REQUEST_SECONDS = 5
 
 class Clock:
     now = 1000.0
+    time = staticmethod(time.time)
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def door() -> Door:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(overload, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def door(clock: Clock) -> Door:
     """One with many clients, and many requests a second."""
     door = Door(LIMIT, LOGINS_AT_ONCE, LOGINS_AT_ONCE)
-    door._clock = Clock()
     door.remember("mine", 1)
     ask_often(door)
     door.clients = range(LIMIT + 1)
@@ -55,9 +63,13 @@ def door() -> Door:
 @pytest.fixture
 def opened(door: Door) -> Iterator[Door]:
     """One that begins what waits."""
-    greenlet = gevent.spawn(door.begin)
+    greenlet = begin_what_waits(door)
     yield door
     greenlet.kill()
+
+
+def begin_what_waits(door: Door) -> Any:
+    return gevent.spawn(_repeat, door.begin, 0)
 
 
 def head(method: str, token: str = "", *lines: str, path: str = "/api/v1/users/me") -> bytes:
@@ -93,17 +105,17 @@ def ask(door: Door, request: bytes) -> Any:
     return asked
 
 
-def pass_time(door: Door, seconds: float) -> None:
-    cast(Clock, door._clock).now += seconds
+def pass_time(seconds: float) -> None:
+    cast(Clock, overload.time).now += seconds
 
 
 def ensure_refused_after(door: Door, asked: Any, seconds: float) -> None:
     """Make sure that a request that waits is refused when so many seconds are over, and not a millisecond before."""
-    pass_time(door, seconds - 0.001)
+    pass_time(seconds - 0.001)
     door.refuse()
     gevent.sleep(0)
     assert not asked.ready()
-    pass_time(door, 0.002)
+    pass_time(0.002)
     door.refuse()
     asked.join(WAIT_SECONDS)
     assert parse(asked.value)[0].status == 503
@@ -115,7 +127,7 @@ def test_the_most_important_request_is_begun_first(door: Door) -> None:
     for kind in (LOGINS, READS, WRITES, STRANGERS):
         ask(door, CLASSES[kind]).link(lambda asked, kind=kind: order.append(kind))
     assert len(door._waiting) == len(CLASSES)
-    begins = gevent.spawn(door.begin)
+    begins = begin_what_waits(door)
     gevent.sleep(0.1)
     begins.kill()
     assert order == [WRITES, READS, STRANGERS, LOGINS]
@@ -126,7 +138,7 @@ def test_of_the_same_place_the_first_comes_first(door: Door) -> None:
     door.in_flight = AT_ONCE
     for number in range(5):
         ask(door, READ).link(lambda asked, number=number: order.append(number))
-    begins = gevent.spawn(door.begin)
+    begins = begin_what_waits(door)
     gevent.sleep(0.1)
     begins.kill()
     assert order == [0, 1, 2, 3, 4]
@@ -184,7 +196,7 @@ def test_nobody_waits_longer_than_the_request_may_take(door: Door, asked: str, s
 def test_if_somebody_always_waits_patience_is_less(door: Door, kind: int, request_: bytes) -> None:
     door.refuse()
     always = [ask(door, STRANGER)]
-    pass_time(door, PATIENCE_SECONDS[STRANGERS] + 0.001)
+    pass_time(PATIENCE_SECONDS[STRANGERS] + 0.001)
     always.append(ask(door, STRANGER))
     asked = ask(door, request_)
     ensure_refused_after(door, asked, LITTLE_PATIENCE_SECONDS[kind])
@@ -193,9 +205,8 @@ def test_if_somebody_always_waits_patience_is_less(door: Door, kind: int, reques
     assert LITTLE_PATIENCE_SECONDS[READS] < PATIENCE_SECONDS[READS]
     while door.level < LOGINS:
         door.refuse()  # nobody waits now
-    ask_often(door)
     asked = ask(door, READ)
-    pass_time(door, PATIENCE_SECONDS[READS] - 0.001)
+    pass_time(PATIENCE_SECONDS[READS] - 0.001)
     assert door.refuse() == pytest.approx(PATIENCE_SECONDS[READS] - 0.001)
     gevent.sleep(0)
     assert not asked.ready()
@@ -203,7 +214,7 @@ def test_if_somebody_always_waits_patience_is_less(door: Door, kind: int, reques
 
 def test_who_would_be_refused_anyway_is_refused_at_once_until_fewer_come(door: Door) -> None:
     asked = ask(door, READ)
-    pass_time(door, PATIENCE_SECONDS[READS] + 0.001)
+    pass_time(PATIENCE_SECONDS[READS] + 0.001)
     door.refuse()
     asked.join(WAIT_SECONDS)
     assert {kind: ask(door, request_).ready() for kind, request_ in CLASSES.items()} == {
@@ -223,7 +234,7 @@ def test_who_would_be_refused_anyway_is_refused_at_once_until_fewer_come(door: D
 
 def test_who_asks_for_little_time_makes_nobody_else_refused(door: Door) -> None:
     hasty = ask(door, head("POST", "mine", "X-Request-Timeout: 0.01"))
-    pass_time(door, 0.02)
+    pass_time(0.02)
     door.refuse()
     hasty.join(WAIT_SECONDS)
     assert hasty.value
@@ -234,14 +245,14 @@ def test_who_asks_for_little_time_makes_nobody_else_refused(door: Door) -> None:
 def test_who_has_waited_too_long_is_not_begun(opened: Door) -> None:
     opened.in_flight = AT_ONCE
     asked = ask(opened, READ)
-    pass_time(opened, PATIENCE_SECONDS[READS] + 0.001)
+    pass_time(PATIENCE_SECONDS[READS] + 0.001)
     asked.join(WAIT_SECONDS)
     assert parse(asked.value)[0].status == 503
 
 
 def test_nobody_is_refused_for_a_worker_that_stood_still(door: Door) -> None:
     asked = ask(door, READ)
-    pass_time(door, 0.5)
+    pass_time(0.5)
     assert door.refuse(0.49) == pytest.approx(0.01)
     gevent.sleep(0)
     assert not asked.ready()
@@ -252,39 +263,52 @@ def test_nobody_is_refused_for_a_worker_that_stood_still(door: Door) -> None:
 
 def test_logins_that_wait_are_no_reason_for_less_patience(door: Door) -> None:
     ask(door, LOGIN)
-    pass_time(door, 1)
+    pass_time(1)
     assert door.refuse() == 0
-    ask_often(door)
     asked = ask(door, READ)
-    pass_time(door, PATIENCE_SECONDS[READS] - 0.001)
+    pass_time(PATIENCE_SECONDS[READS] - 0.001)
     door.refuse()
     gevent.sleep(0)
     assert not asked.ready()
 
 
-def test_the_watch_refuses_and_reports(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_open_door_lets_in_refuses_and_reports_each_second(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     measured = counted("http_queue_seconds_count")
-    door._clock = time.monotonic
+    door, spawn, begun = Door(LIMIT, LOGINS_AT_ONCE), gevent.spawn, []
+    with monkeypatch.context() as patch:
+        patch.setattr(gevent, "spawn", lambda *args: begun.append(spawn(*args)))
+        door.start(range(LIMIT + 1))
     ask_often(door)
-    watch = gevent.spawn(door.watch)
+    assert ask(door, STRANGER).get(timeout=WAIT_SECONDS) is None
+    door.in_flight = LIMIT
+    with gevent.Timeout(WAIT_SECONDS):
+        while not caplog.records:
+            if refusal := ask(door, STRANGER).get():
+                assert parse(refusal)[0].status == 503
+            gevent.sleep(0.05)
+    assert counted("http_queue_seconds_count") > measured
+    gevent.killall(begun)
+
+
+def test_the_watch_refuses_a_beat_later(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overload, "time", time)
+    watch = gevent.spawn(_repeat, door.watch, 0)
     try:
         assert parse(ask(door, READ).get(timeout=WAIT_SECONDS))[0].status == 503
-        with gevent.Timeout(WAIT_SECONDS):
-            while not caplog.records:
-                gevent.sleep(0.05)
     finally:
         watch.kill()
-    assert counted("http_queue_seconds_count") > measured
 
 
 def test_the_door_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
     errors = [MemoryError(), ValueError(), gevent.GreenletExit()]
 
-    def loop() -> None:
+    def step() -> None:
         raise errors.pop(0)
 
     with pytest.raises(gevent.GreenletExit):
-        _go_on(loop)
+        _repeat(step, 0)
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
 
 
@@ -333,29 +357,34 @@ def test_probes_beyond_so_many_a_second_wait_behind_users_and_are_not_refused(do
         assert door.refusal(head("GET", path="/livez")) is None
     order: list[str] = []
     flood = [ask(door, head("GET", path="/readyz")) for _ in range(3)]
-    pass_time(door, 2.5)
+    pass_time(2.5)
     door.refuse()
     door.level, door.in_flight = LOGINS, 0
-    ask_often(door)
     asked = [*flood, ask(door, READ)]
     for name, one in zip(("probe", "probe", "probe", "read"), asked, strict=True):
         one.link(lambda one, name=name: order.append(name))
-    begins = gevent.spawn(door.begin)
+    begins = begin_what_waits(door)
     gevent.joinall(asked, WAIT_SECONDS)
     begins.kill()
     assert [one.value for one in asked] == [None] * 4
     assert order == ["read", "probe", "probe", "probe"]
+    door.report()
+    with gevent.Timeout(WAIT_SECONDS):
+        assert [door.refusal(head("GET", path="/livez")) for _ in range(PROBES_A_SECOND)] == [None] * PROBES_A_SECOND
 
 
 def test_few_requests_a_second_never_wait(door: Door) -> None:
     door.in_flight = 10 * LIMIT
-    pass_time(door, 1)
+    door.report()  # which ends a second
     for _ in range(20):
-        pass_time(door, 1.01 / FEW_A_SECOND)
-        assert door.refusal(STRANGER) is None
-    for _ in range(FEW_A_SECOND):
-        last = door.refusal(STRANGER)
-    assert last is not None
+        door.report()
+        for _ in range(FEW_A_SECOND):
+            assert door.refusal(STRANGER) is None
+    assert door.refusal(STRANGER) is not None
+    door.report()
+    assert door.refusal(STRANGER) is not None  # after a second with many it takes one with few
+    door.report()
+    assert door.refusal(STRANGER) is None
 
 
 def test_requests_of_few_clients_never_wait(door: Door) -> None:
@@ -390,7 +419,7 @@ def test_who_waits_for_wechat_is_not_in_flight_and_comes_back_to_its_place(
             answered.wait()
         order.append("back")
 
-    begins = gevent.spawn(door.begin)
+    begins = begin_what_waits(door)
     calling = gevent.spawn(call)
     with gevent.Timeout(WAIT_SECONDS):
         while door.in_flight > AT_ONCE:
@@ -400,7 +429,7 @@ def test_who_waits_for_wechat_is_not_in_flight_and_comes_back_to_its_place(
         ask(door, other).link(lambda asked, name=name: order.append(name))
     answered.set()
     gevent.sleep(0)
-    begins = gevent.spawn(door.begin)
+    begins = begin_what_waits(door)
     calling.join(WAIT_SECONDS)
     gevent.sleep(0.1)
     begins.kill()
@@ -424,7 +453,7 @@ def test_logins_that_are_too_many_are_refused_before_the_others_begin(door: Door
     order: list[str] = []
     for asked in waiting:
         asked.link(lambda asked: order.append("login"))
-    begins = gevent.spawn(door.begin)
+    begins = begin_what_waits(door)
     gevent.joinall([*waiting, late], WAIT_SECONDS)
     begins.kill()
     assert order == ["late", *["login"] * LOGINS_AT_ONCE]
@@ -453,6 +482,7 @@ def test_a_refusal_is_an_envelope_that_says_when_to_retry_and_leads_to_a_line(
     door: Door, journal: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     door.report()
+    ask_often(door)
     door.in_flight = LIMIT
     half_a_body = head("POST", "", "Content-Length: 9") + b"{"
     responses = [parse(refusal) for _ in range(60) if (refusal := door.refusal(half_a_body))]
@@ -521,10 +551,9 @@ def test_a_refusal_of_a_whole_request_keeps_the_connection(door: Door, request_:
 def test_refusals_are_counted_by_what_was_too_much(door: Door) -> None:
     before = {reason: counted("http_requests_shed_total", reason=reason) for reason in ("queue", "in_flight")}
     asked = ask(door, STRANGER)
-    pass_time(door, 1)
+    pass_time(1)
     door.refuse()
     asked.join(WAIT_SECONDS)
-    ask_often(door)
     door.level, door.in_flight = LOGINS, LIMIT
     door.refusal(STRANGER)
     for reason, count in before.items():
