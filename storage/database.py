@@ -47,15 +47,13 @@ logging.getLogger(f"{__name__}.Pool").setLevel(logging.WARNING)  # as those of S
 
 
 class Pool(QueuePool):
-    """Counts for how long a connection is waited for while all are in use."""
+    """Measures for how long a connection is waited for while all are in use."""
 
     def connect(self) -> PoolProxiedConnection:
-        is_full, began = self.checkedout() >= self.size(), time.monotonic()
-        try:
+        if self.checkedout() < self.size():
             return super().connect()
-        finally:
-            if is_full:
-                metrics.POOL_WAIT_SECONDS.labels("database").inc(time.monotonic() - began)
+        with metrics.POOL_WAIT_SECONDS.labels("database").time():
+            return super().connect()
 
 
 def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engine:

@@ -1,6 +1,5 @@
 """The Redis that all instances share."""
 
-import time
 from typing import Any, cast
 
 from flask import Flask, current_app
@@ -24,15 +23,13 @@ UnixDomainSocketConnection.port = None  # type: ignore[attr-defined]
 
 
 class Pool(BlockingConnectionPool):
-    """Counts for how long a connection is waited for while all are in use."""
+    """Measures for how long a connection is waited for while all are in use."""
 
     def get_connection(self, *args: Any, **options: Any) -> Any:
-        is_full, began = self.pool.empty(), time.monotonic()
-        try:
+        if not self.pool.empty():
             return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
-        finally:
-            if is_full:
-                metrics.POOL_WAIT_SECONDS.labels("redis").inc(time.monotonic() - began)
+        with metrics.POOL_WAIT_SECONDS.labels("redis").time():
+            return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
 
 
 def init_app(app: Flask) -> None:

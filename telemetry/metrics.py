@@ -4,12 +4,11 @@ Under gunicorn every worker counts in files of PROMETHEUS_MULTIPROC_DIR, and the
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary, values
 from prometheus_client.registry import Collector
 
 from telemetry import multiprocess
@@ -21,20 +20,18 @@ SCRAPED: Collector = REGISTRY
 if multiprocess.MULTIPROC_DIR in os.environ:
     SCRAPED, values.ValueClass = multiprocess.Instance(), multiprocess.number
 
-_counter = partial(Counter, namespace="kuaishang", registry=REGISTRY)
 _sum = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="livesum")
 _latest = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="livemostrecent")
 _of_each_worker = partial(Gauge, namespace="kuaishang", registry=REGISTRY, multiprocess_mode="liveall")
 _seconds = partial(Histogram, namespace="kuaishang", registry=REGISTRY)
 
-Metric = TypeVar("Metric", Counter, Gauge)
 
-
-def _from_0(metric: Metric, *values: str) -> Metric:
-    """Create series of a metric at 0, or increase() misses the first failure."""
+def _counter(name: str, documentation: str, labels: Sequence[str] = (), *values: str) -> Counter:
+    """Make a counter; with series of these values of its label at 0, or increase() misses the first failure."""
+    made = Counter(name, documentation, labels, namespace="kuaishang", registry=REGISTRY)
     for value in values:
-        metric.labels(value)
-    return metric
+        made.labels(value)
+    return made
 
 
 REQUESTS = _counter("http_requests", "Requests served.", ("route", "method", "status", "code"))
@@ -45,20 +42,20 @@ CONNECTIONS_LIMIT = _sum("connections_limit", "So many connections of clients ar
 REQUESTS_IN_FLIGHT = _sum("http_requests_in_flight", "Requests being served.")
 DEADLINES_MISSED = _counter("http_deadlines_missed", "Requests that were given up because their time was over.")
 # wechat: too many calls of WeChat wait.
-SHED = _from_0(_counter("http_requests_shed", "Refused with 503.", ("reason",)), "queue", "in_flight", "wechat")
+SHED = _counter("http_requests_shed", "Refused with 503.", ("reason",), "queue", "in_flight", "wechat")
 # address and app: logins.
-RATE_LIMITED = _from_0(_counter("http_requests_rate_limited", "Got 429.", ("limit",)), "address", "app", "session")
+RATE_LIMITED = _counter("http_requests_rate_limited", "Got 429.", ("limit",), "address", "app", "session")
 # errcode: WeChat's number, or timeout, unreachable or invalid; outcome caller: their code or data was rejected.
 WECHAT_CALLS = _counter("wechat_calls", "Each try; ok, caller or failure.", ("interface", "errcode", "outcome"))
 WECHAT_SECONDS = _seconds("wechat_call_duration_seconds", "Duration of a call of WeChat, each try.", ("interface",))
 BREAKER_OPEN = _sum("wechat_breaker_open", "Workers that make no calls of WeChat, as it kept failing.")
-TOKEN_REFRESHES = _from_0(_counter("wechat_token_refreshes", "Access tokens.", ("outcome",)), "success", "failure")
+TOKEN_REFRESHES = _counter("wechat_token_refreshes", "Access tokens.", ("outcome",), "success", "failure")
 MESSAGES_PENDING = _latest("messages_pending", "Messages that WeChat has pushed to any instance, not handled yet.")
 # rejected: too many pending; dropped: each process that handled it died, failed, or had no key that decrypts it.
-MESSAGES = _from_0(_counter("messages_handled", "Pushed.", ("outcome",)), "success", "failure", "rejected", "dropped")
+MESSAGES = _counter("messages_handled", "Pushed.", ("outcome",), "success", "failure", "rejected", "dropped")
 # Connections, and places for calls of WeChat; the rate of the seconds of waiting is how many wait.
-POOL_IN_USE = _from_0(_sum("pool_in_use", "Connections in use.", ("pool",)), "redis", "database", "wechat")
-POOL_WAIT_SECONDS = _from_0(_counter("pool_wait_seconds", "Waits for one.", ("pool",)), "redis", "database", "wechat")
+POOL_IN_USE = _sum("pool_in_use", "Connections in use.", ("pool",))
+POOL_WAIT_SECONDS = Summary("pool_wait_seconds", "Waits.", ("pool",), namespace="kuaishang", registry=REGISTRY)
 LINES_DROPPED = _counter("log_lines_dropped", "Log lines lost because the reader of stdout is too slow or gone.")
 DEPENDENCY_UP = _latest("dependency_up", "1 if it responded to the last probe or scrape, else 0.", ("dependency",))
 WORKER_STARTS = _counter("worker_starts", "Worker processes started: at a start, a reload, or for one that died.")

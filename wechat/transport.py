@@ -161,7 +161,7 @@ class Transport:
                 raise ApiError(Code.UNAVAILABLE)
             self._next_trial[path] = began + PAUSE_SECONDS
         is_free = self._places.acquire(timeout=seconds_left(PLACE_SECONDS))
-        metrics.POOL_WAIT_SECONDS.labels("wechat").inc(time.monotonic() - began)
+        metrics.POOL_WAIT_SECONDS.labels("wechat").observe(time.monotonic() - began)
         if not is_free:
             metrics.SHED.labels("wechat").inc()
             raise ApiError(Code.UNAVAILABLE)

@@ -33,7 +33,12 @@ VARIABLES = {"$__rate_interval": "1m", "$job": "kuaishang", "$instance": ".*"}
 
 OF_PROMETHEUS = {"job", "instance"}
 """The labels that it adds to whatever it scrapes."""
-SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"]}
+SUFFIXES = {
+    "counter": ["_total"],
+    "gauge": [""],
+    "summary": ["_count", "_sum"],
+    "histogram": ["_bucket", "_count", "_sum"],
+}
 OPERATORS = {"and", "or", "unless"}
 FIRING = 'count by (alertname, instance, job) (ALERTS{alertstate="firing"})'
 

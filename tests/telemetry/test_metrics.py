@@ -76,12 +76,12 @@ def test_connections_in_use_are_counted(app: Flask) -> None:
 
 def test_waits_for_a_connection_are_counted(own_databases: Databases) -> None:
     engine = engine_for(own_databases.create(), pool_size=1)
-    before = counted("pool_wait_seconds_total", pool="database")
+    before = counted("pool_wait_seconds_sum", pool="database")
     with engine.connect() as connection:
-        assert counted("pool_wait_seconds_total", pool="database") == before
+        assert counted("pool_wait_seconds_sum", pool="database") == before
         threading.Timer(0.3, connection.close).start()
         with engine.connect():
-            assert 0.2 < counted("pool_wait_seconds_total", pool="database") - before < WAIT_SECONDS
+            assert 0.2 < counted("pool_wait_seconds_sum", pool="database") - before < WAIT_SECONDS
     engine.dispose()
 
 

@@ -196,13 +196,13 @@ def test_more_calls_than_places_wait_briefly_and_are_shed() -> None:
         return counted("pool_in_use", pool="wechat")
 
     idle, shed = in_use(), counted("http_requests_shed_total", reason="wechat")
-    waited = counted("pool_wait_seconds_total", pool="wechat")
+    waited = counted("pool_wait_seconds_sum", pool="wechat")
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(occupy) for _ in range(2)]
         wait_until(lambda: in_use() == idle + 2)
         assert [refusal(occupy) for _ in range(3)] == [Code.UNAVAILABLE] * 3
         assert counted("http_requests_shed_total", reason="wechat") == shed + 3
-        assert counted("pool_wait_seconds_total", pool="wechat") >= waited + 0.3
+        assert counted("pool_wait_seconds_sum", pool="wechat") >= waited + 0.3
         gate.set()
         for one in both:
             one.result(WAIT_SECONDS)
