@@ -11,7 +11,7 @@ def init_app(app: Flask) -> None:
     redis_client.init_app(app)
     app.extensions["cipher"] = Cipher(app.config["ENCRYPTION_KEYS"])
     database.init_app(app)
-    traces.instrument(app.extensions["redis"], app.extensions["database"])
+    traces.init_app(app)  # now that there are the commands of which spans are made
     sessions.init_app(app)
     rate_limits.init_app(app)
     app.cli.add_command(key_rotation.keys)

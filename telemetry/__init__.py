@@ -2,13 +2,12 @@
 
 from flask import Flask
 
-from telemetry import access_log, logs, metrics, redaction, traces
+from telemetry import access_log, logs, metrics, redaction
 
 
 def init_app(app: Flask) -> None:
-    """Give each request a trace id, a log line, its metrics and, if a collector is set, its spans."""
+    """Give each request a trace id, a log line and its metrics; `traces.init_app` comes when there is a database."""
     redaction.hide_settings(app.config)
     logs.configure(app.config["LOG_LEVEL"], app.config["INSTANCE"], app.config["VERSION"])
     metrics.BUILD.labels(app.config["VERSION"], app.config["INSTANCE"]).set(1)
-    traces.init_app(app)
     access_log.init_app(app)

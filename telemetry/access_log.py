@@ -33,7 +33,7 @@ def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any
     began, status, sent = time.perf_counter(), 500, environ["REQUEST_METHOD"]
     method = sent if sent in METHODS else "OTHER"  # a method may be any word
     span = traces.RequestSpan(method, environ)
-    fields: dict[str, Any] = {"method": method} | ({"parentSpanId": span.parent_id} if span.parent_id else {})
+    fields: dict[str, Any] = {"method": method, **span.ids}
     token = logs.request_fields.set(fields)
     started: list[Any] = []
     try:
@@ -50,7 +50,7 @@ def _observe(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any
         if logger.isEnabledFor(level):
             # Not bound: the fields are also those of work that goes on in the background.
             more = {"status": status, "code": code, "durationMs": round(seconds * 1000, 2)}
-            logs.write_request(level, logger.name, {**fields, **span.ids, **more})
+            logs.write_request(level, logger.name, {**fields, **more})
         logs.request_fields.reset(token)  # the greenlet goes on to serve its client
         _count(route or "unmatched", method, status, code).inc()
         _duration(route or "unmatched", method).observe(seconds)

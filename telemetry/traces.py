@@ -15,34 +15,27 @@ from opentelemetry.context import Context, attach, detach
 from opentelemetry.trace import Span, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
-from redis import Redis
-from sqlalchemy import Engine
 
 from telemetry.fields import SERVICE
 
 _W3C = TraceContextTextMapPropagator()
 
-_provider: trace.TracerProvider = trace.NoOpTracerProvider()
 _tracer: trace.Tracer = trace.NoOpTracer()
 
 
 def init_app(app: Flask) -> None:
-    """Send spans to OTEL_EXPORTER_OTLP_ENDPOINT; nothing is loaded for it if that is empty."""
-    global _provider, _tracer
-    _provider = trace.NoOpTracerProvider()
+    """Send spans of requests, and of the app's Redis and database, to OTEL_EXPORTER_OTLP_ENDPOINT.
+
+    Nothing is loaded for it if that is empty.
+    """
+    global _tracer
+    _tracer = trace.NoOpTracer()
     if endpoint := app.config["OTEL_EXPORTER_OTLP_ENDPOINT"]:
         from telemetry import span_export
 
-        _provider = span_export.provider(endpoint, app.config["INSTANCE"], app.config["VERSION"])
-    _tracer = _provider.get_tracer(SERVICE, app.config["VERSION"])
-
-
-def instrument(redis: Redis, engine: Engine) -> None:
-    """Make a span of each command of this client, and of each statement of this engine."""
-    if not isinstance(_provider, trace.NoOpTracerProvider):
-        from telemetry import span_export
-
-        span_export.instrument(redis, engine, _provider)
+        provider = span_export.provider(endpoint, app.config["INSTANCE"], app.config["VERSION"])
+        span_export.instrument(app.extensions["redis"], app.extensions["database"], provider)
+        _tracer = provider.get_tracer(SERVICE, app.config["VERSION"])
 
 
 def current_ids() -> dict[str, Any]:
@@ -71,12 +64,11 @@ class RequestSpan:
     :param method: `OTHER` for one that HTTP does not know.
     :param environ: that of the request; a valid `traceparent` is continued.
 
-    `ids` are the fields of its line; `parent_id` is the span of the caller if there is one, 16 hex digits.
+    `ids` are the fields of its line, with the span of the caller if there is one.
     """
 
     def __init__(self, method: str, environ: Mapping[str, Any]) -> None:
         caller = _caller(environ)
-        self.parent_id = trace.format_span_id(caller.span_id) if caller.is_valid else None
         # https://opentelemetry.io/docs/specs/semconv/http/http-spans/ has its own names for unknown methods.
         self._verb, known = ("HTTP", "_OTHER") if method == "OTHER" else (method, method)
         self._span: Span = trace.NonRecordingSpan(_new_ids(caller))
@@ -84,7 +76,7 @@ class RequestSpan:
             above = trace.set_span_in_context(trace.NonRecordingSpan(caller), Context())
             self._span = _tracer.start_span(self._verb, above, SpanKind.SERVER, {"http.request.method": known})
         self._token = attach(trace.set_span_in_context(self._span, Context()))
-        self.ids = current_ids()
+        self.ids = current_ids() | ({"parentSpanId": trace.format_span_id(caller.span_id)} if caller.is_valid else {})
 
     def end(self, status: int, route: str | None = None) -> None:
         """End it; the span before it is current again.
