@@ -38,16 +38,16 @@ class SettingsError(SystemExit):
     """
 
 
-def _required(text: str, pattern: str = ".*", **more: Any) -> fields.String:
-    return fields.String(required=True, validate=_matches(pattern), metadata={"help": text}, **more)
+def _required(text: str, pattern: str = ".*") -> fields.String:
+    return fields.String(required=True, validate=_matches(pattern), metadata={"help": text})
 
 
 def _matches(pattern: str) -> validate.Regexp:
     return validate.Regexp(rf"(?:{pattern})\Z", error="Malformed.")  # the help text says what is right
 
 
-def _optional(text: str, pattern: str = ".*", default: str = "", **more: Any) -> fields.String:
-    return fields.String(load_default=default, validate=_matches(pattern), metadata={"help": text}, **more)
+def _optional(text: str, pattern: str = ".*", default: str = "") -> fields.String:
+    return fields.String(load_default=default, validate=_matches(pattern), metadata={"help": text})
 
 
 def _list(text: str, item: str, convert: Callable[[str], Any] = str, **more: Any) -> fields.String:

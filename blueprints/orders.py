@@ -177,8 +177,7 @@ def get_item(order_id: int, item_id: int) -> OrderItem:
 @blueprint.response(200, ShownItemSchema)
 def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
     """Change an item of a pending order"""
-    item = load_item(order_id, item_id, pending=True)
-    fill_item(item, body)
+    item = fill_item(load_item(order_id, item_id, pending=True), body)
     item.order.sum_up()
     return item
 

@@ -72,8 +72,7 @@ def read_body(req: Request) -> bytes:
         if "wsgi.input_terminated" in req.environ and req.environ["wsgi.input"].read(1):
             raise RequestEntityTooLarge
     except RequestEntityTooLarge:
-        limit = f"At most {req.max_content_length} bytes."
-        raise ApiError(Code.PAYLOAD_TOO_LARGE, errors={"body": [limit]}) from None
+        raise ApiError(Code.PAYLOAD_TOO_LARGE, errors={"body": [f"At most {req.max_content_length} bytes."]}) from None
     except Exception:  # noqa: BLE001  each server has its own exception for a body that does not match its headers
         raise ApiError(Code.INVALID_INPUT, errors={"body": ["Does not match its headers: send it again."]}) from None
     return body

@@ -94,7 +94,9 @@ def test_what_the_database_says_of_tables_and_columns_is_in_no_response(
     (code,) = [code for code in Code if code.number == answer.status_code in (409, 500, 503)]
     assert answer.get_json() == {"code": code.number, "message": code.message.english, "data": None}
     assert "secret" not in str(answer.headers)
-    assert any("database" in line["message"] or "exceptionType" in line for line in log_lines())
+    lines = log_lines()
+    assert any("database" in line["message"] or "exceptionType" in line for line in lines)
+    assert any("stack" in line for line in lines) == (code.number == 500)  # the others are no faults of the code
 
 
 def test_a_message_replaces_that_of_the_code(failing: FlaskClient) -> None:

@@ -1,4 +1,5 @@
 import base64
+from ipaddress import ip_network
 
 import pytest
 
@@ -103,7 +104,7 @@ MALFORMED = {
         *(f"mysql://user:s3cret@host/x?{option}" for option in UNKNOWN_MYSQL_OPTIONS),
     ],
     "WECHAT_API_BASE_URL": ["api.weixin.qq.com", "https://api.weixin.qq.com?", "https://api.weixin.qq.com/#x"],
-    "WECHAT_OPEN_BASE_URL": ["javascript:x"],
+    "WECHAT_OPEN_BASE_URL": ["javascript:x", "https://", "https:///path", "https://a b", "https://host:70000"],
     "PUBLIC_URL": ["shop.example.com", "https://shop.example.com/?from=x", "https://shop.example.com#x"],
     "SESSION_RATE": ["600", "0/minute", "600/fortnight", "600/minutes", "-1/minute", "1.5/second", "/minute", "never"],
     "LOGIN_RATE": ["600/minute;5/second", "600 a minute", "x" * 9],
@@ -134,6 +135,7 @@ MALFORMED = {
         " ".join([base64.b64encode(bytes(32)).decode()] * 2),
         ",".join([base64.b64encode(bytes(32)).decode()] * 2),
     ],
+    "ADMIN_OPENIDS": ["o-one o-two", "o-one,,o-two", "o-one;o-two", "o-one,o-one"],
     "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],
     "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "tok\nen"],
@@ -177,6 +179,15 @@ def test_encryption_keys_keep_their_order() -> None:
     keys = [bytes([number]) * 32 for number in range(3)]
     listed = ", ".join(base64.b64encode(key).decode() for key in keys)
     assert load({**COMPLETE, "ENCRYPTION_KEYS": listed})["ENCRYPTION_KEYS"] == keys
+
+
+def test_a_list_is_read_in_its_order_without_the_blanks() -> None:
+    listed = {"ADMIN_OPENIDS": "o-two ,o-one", "CORS_ORIGINS": "https://b.example.com , https://a.example.com"}
+    loaded = load({**COMPLETE, **listed, "TRUSTED_PROXIES": "::1, 10.0.0.0/8"})
+    assert loaded["ADMIN_OPENIDS"] == ["o-two", "o-one"]
+    assert loaded["CORS_ORIGINS"] == ["https://b.example.com", "https://a.example.com"]
+    assert loaded["TRUSTED_PROXIES"] == [ip_network("::1"), ip_network("10.0.0.0/8")]
+    assert [load(COMPLETE)[name] for name in (*listed, "TRUSTED_PROXIES")] == [[], [], []]
 
 
 @pytest.mark.parametrize(
