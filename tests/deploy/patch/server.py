@@ -47,7 +47,7 @@ class Server:
         self.write_settings(**in_file)
         self._releases = 0
         self.state = home / "state.json"
-        self.state.write_text(json.dumps({"current": self.release(), "previous": []}))
+        self.state.write_text(json.dumps({"current": self.release(), "provisional": "", "previous": []}))
         self.start()
 
     def write_settings(self, **in_file: str) -> None:
@@ -74,12 +74,12 @@ class Server:
         return name
 
     def ask(self, what: str, **words: Any) -> dict[str, Any]:
-        """Ask the supervisor, and return how it ended."""
+        """Ask the supervisor, and return the last that it says: how it ended, unless it dies."""
         with socket.socket(socket.AF_UNIX) as control:
             control.settimeout(WAIT_SECONDS)
             control.connect(str(self.home / "control.sock"))
             control.sendall(f"{json.dumps({'do': what, 'by': 'the test', **words})}\n".encode())
-            return json.loads(control.makefile().read().splitlines()[-1])
+            return [{}, *map(json.loads, control.makefile())][-1]
 
     def patch(self, release: str, watch: float = 0) -> dict[str, Any]:
         return self.ask("patch", release=release, watch=watch)

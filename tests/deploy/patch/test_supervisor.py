@@ -107,7 +107,7 @@ def test_a_broken_release_is_refused_and_no_request_fails(
 
     assert (ended["end"], ended["serves"]) == ("refused", before)
     assert reason in ended["why"]
-    assert json.loads(server.state.read_text()) == {"provisional": "", **state}
+    assert json.loads(server.state.read_text()) == state
     assert server.serves() == before
     assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
     assert running.count_orders() == (0, 0)
@@ -154,6 +154,7 @@ def test_what_fails_too_often_after_the_takeover_is_taken_back(stage: Patched, s
 
     with load(stage) as running:
         ended = server.patch(bad, watch=WAIT_SECONDS)
+        time.sleep(3)  # what the retired workers still serve
         back = time.monotonic()
         time.sleep(1)
 
@@ -218,8 +219,7 @@ def test_a_crash_before_a_release_has_proved_itself_brings_back_the_one_before(s
         if when == "watched":
             wait_until(lambda: server.serves() == new)
         server.process.kill()
-        with pytest.raises((OSError, IndexError, ValueError)):
-            asked.result()
+    assert "end" not in asked.result()
     server.start()
     assert server.serves() == before
 
