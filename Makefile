@@ -11,12 +11,13 @@ export HOST PORT SIMULATOR_PORT LOG_FORMAT PEERS PEERS_PYTHON
 # Taken literally, so that neither make nor the shell interprets pasted text.
 override ID := $(value ID)
 override LOGS := $(value LOGS)
-export ID LOGS
+override FROM := $(value FROM)
+export ID LOGS FROM
 
-.PHONY: help run trace test smoke faults bench overload waiting soak lint format requirements openapi clean
+.PHONY: help run trace patch rollback patch-status test smoke faults bench overload waiting soak lint format requirements openapi clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 for another port, HOST=0.0.0.0 for phones)
 	@exec $(VENV)/bin/python -m dev.run
@@ -24,6 +25,16 @@ run: $(INSTALLED) ## serve on http://127.0.0.1:8000 with code reload (PORT=9000 
 # With the standard library alone: it installs nothing where the service runs.
 trace: ## print all lines of a trace, the failing span first (ID=… from X-Trace-Id; LOGS="files or folders", or - for stdin)
 	@$(PYTHON) -m dev.trace
+
+# These too: they run on a server.
+patch: ## put this tree live without dropping a request, and go back if it is worse (FROM=folder, .tar.gz or git ref)
+	@$(PYTHON) deploy/patch/patch.py patch
+
+rollback: ## go back to the release before within a second; again for the one before that
+	@$(PYTHON) deploy/patch/patch.py rollback
+
+patch-status: ## what serves, and what was deployed when, by whom, with what in it
+	@$(PYTHON) deploy/patch/patch.py status
 
 # Both halves run, also if the first one fails. On MariaDB ARGS may select no test, for which pytest exits with 5.
 test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS="-k login" for a part, "-n 0 --pdb" to debug)

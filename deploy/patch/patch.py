@@ -36,9 +36,12 @@ from pathlib import Path
 from typing import Any
 
 TREE = Path(__file__).resolve().parent.parent.parent
-NOT_DEPLOYED = {".git", ".venv", "var", "dist", "node_modules", "environment", "release.json", ".env", "__pycache__"}
+NOT_DEPLOYED = {"var", "dist", "node_modules", "environment", "release.json", "__pycache__"}
+"""These stay behind, and so does each name that begins with a dot."""
 DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
 MIGRATION_SECONDS = 600
+SHOWN = 20
+"""How many entries of the history, and files of each, `status` shows."""
 
 
 class Failed(Exception):
@@ -63,7 +66,7 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["patch", "rollback", "status"])
-    parser.add_argument("source", nargs="?", default=str(TREE), metavar="FROM")
+    parser.add_argument("source", nargs="?", default=os.environ.get("FROM") or str(TREE), metavar="FROM")
     parser.add_argument("--home", type=Path, default=os.environ.get("KUAISHANG_HOME") or "/srv/kuaishang")
     parser.add_argument("--watch", type=float, default=os.environ.get("WATCH_SECONDS") or 30, help="seconds")
     parser.add_argument("--by", default=os.environ.get("SUDO_USER") or getpass.getuser(), help="who deploys it")
@@ -145,14 +148,16 @@ def status(home: Path) -> None:
     for release in known.get("previous", []):
         print(f"before:      {named(home, release)}")
     with suppress(FileNotFoundError):
-        for line in (home / "history.jsonl").read_text().splitlines()[-20:]:
+        for line in (home / "history.jsonl").read_text().splitlines()[-SHOWN:]:
             entry = json.loads(line)
             what = f"{entry['what']} {entry.get('release', '')}".strip()
             print(f"\n{entry['at']} {what} by {entry['by']}: {entry['end']} after {entry['seconds']} s")
             if entry.get("why"):
                 print(f"  {entry['why']}")
-            for one in about(home / "releases" / entry.get("release", "none")).get("diff", []):
-                print(f"  {one}")
+            differs = about(home / "releases" / (entry["release"] or "none")).get("diff", [])
+            print(*(f"  {one}" for one in differs[:SHOWN]), sep="\n")
+            if differs[SHOWN:]:
+                print(f"  and {len(differs) - SHOWN} more files")
 
 
 def take(home: Path, source: str, by: str, old: Path | None) -> Path:
@@ -162,7 +167,7 @@ def take(home: Path, source: str, by: str, old: Path | None) -> Path:
     commit = ""
     try:
         if Path(source).is_dir():
-            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda _, names: NOT_DEPLOYED & {*names})
+            shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda _, names: set(filter(stays, names)))
             clean = git(source, "status", "--porcelain") == ""
             commit = (git(source, "rev-parse", "HEAD") or "") if clean else ""
         elif Path(source).is_file():
@@ -198,6 +203,10 @@ def take(home: Path, source: str, by: str, old: Path | None) -> Path:
     return release
 
 
+def stays(name: str) -> bool:
+    return name in NOT_DEPLOYED or name.startswith(".")
+
+
 def unwrap(folder: Path) -> None:
     """Move what is in an archive's only folder one up."""
     inside = list(folder.iterdir())
@@ -217,7 +226,7 @@ def git(folder: str | Path, *words: str) -> str | None:
 
 def files(folder: Path) -> list[Path]:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if not NOT_DEPLOYED & {*path.parts})
+    return sorted(path for path in found if not any(map(stays, path.parts)))
 
 
 def content(folder: Path) -> str:
@@ -263,10 +272,8 @@ def environment(home: Path, release: Path) -> str:
 
 def check(home: Path, release: Path, old: Path | None) -> None:
     """Let check.py look at a release apart. Raises Failed."""
-    command = [str(Path(__file__).with_name("check.py")), "--env-file", str(home / ".env")]
-    run_in(home, release, *command, *(["--old", str(old)] if old else []))
-    python = release / "environment" / "bin" / "python"
-    subprocess.run([python, "-m", "compileall", "-q", "-x", "environment", "."], cwd=release, check=True)
+    run_in(home, release, "-m", "compileall", "-q", "-x", "environment", ".")
+    run_in(home, release, str(Path(__file__).with_name("check.py")), *(["--old", str(old)] if old else []))
 
 
 def run_in(home: Path, release: Path, *words: str) -> None:
@@ -275,7 +282,7 @@ def run_in(home: Path, release: Path, *words: str) -> None:
     environ = {**os.environ, "ENV_FILE": str(home / ".env")}
     try:
         if subprocess.run(command, cwd=release, env=environ, timeout=MIGRATION_SECONDS).returncode:
-            raise Failed(f"{Path(words[-3] if words[0] == '-m' else words[0]).name} failed; see above")
+            raise Failed(f"{Path(words[words[0] == '-m']).name} failed; see above")
     except subprocess.TimeoutExpired:
         raise Failed(f"no end within {MIGRATION_SECONDS} s") from None
 

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -62,6 +62,8 @@ class Load:
     service: Pool
     simulator: Pool
     over = False
+    items = (ITEM,)
+    """Of each order."""
     missing_sessions = 0
     """Logins that were acknowledged, and whose session is no more at the end."""
 
@@ -92,7 +94,7 @@ class Load:
     async def order(self, token: str, key: str) -> Outcome:
         self.asked.add(key)
         headers = {**bearer(token), "Idempotency-Key": key}
-        content = encode("POST", "/api/v1/orders", {"items": [ITEM], "remark": key}, headers)
+        content = encode("POST", "/api/v1/orders", {"items": self.items, "remark": key}, headers)
         outcome = await self.service.send(Request("order", content, key))
         if is_right(outcome):
             self.acknowledged.add(key)
@@ -170,12 +172,13 @@ class Load:
 
 
 @contextmanager
-def load(stage: Stage) -> Iterator[Load]:
-    """Load the service until the end of the block.
+def load(stage: Stage, items: Sequence[dict[str, Any]] = Load.items) -> Iterator[Load]:
+    """Load the service until the end of the block, with orders of these items.
 
     In a thread of its own, as what the block starts in the main thread would end with another one.
     """
     running, ready = Load(stage), threading.Event()
+    running.items = tuple(items)
     with ThreadPoolExecutor(1) as executor:
         done = executor.submit(asyncio.run, running.run(ready))
         while not ready.wait(0.1):

@@ -1,5 +1,6 @@
 """A server as `deploy/patch` runs it: a home with releases, the supervisor, and how to change a release."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,9 +36,10 @@ class Server:
     """A home folder and its supervisor, started.
 
     :param environ: the settings; HOME/.env has those of `in_file`.
+    :param released: whether it has a release, and serves.
     """
 
-    def __init__(self, home: Path, environ: dict[str, str], **in_file: str) -> None:
+    def __init__(self, home: Path, environ: dict[str, str], released: bool = True, **in_file: str) -> None:
         self.home = home
         self.port = free_port("PORT", "0")
         self.url = f"http://127.0.0.1:{self.port}"
@@ -45,10 +47,18 @@ class Server:
         (home / "environments").mkdir(parents=True)
         (home / "releases").mkdir()
         self.write_settings(**in_file)
+        pins = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()[:12]
+        environment = home / "environments" / f"{pins}-{sys.version_info.major}.{sys.version_info.minor}"
+        environment.mkdir()  # as patch.py makes it, without the minute that this takes
+        for path in Path(sys.prefix).iterdir():
+            (environment / path.name).symlink_to(path)
+        (environment / "complete").touch()
+        self._environment = environment.name
         self._releases = 0
         self.state = home / "state.json"
-        self.state.write_text(json.dumps({"current": self.release(), "provisional": "", "previous": []}))
-        self.start()
+        if released:
+            self.state.write_text(json.dumps({"current": self.release(), "provisional": "", "previous": []}))
+            self.start()
 
     def write_settings(self, **in_file: str) -> None:
         path = self.home / ".env"
@@ -65,7 +75,7 @@ class Server:
         self._releases += 1
         name = f"release-{self._releases}"
         tree = copy_tree(self.home / "releases" / name)
-        (tree / "environment").symlink_to(sys.prefix)
+        (tree / "environment").symlink_to(f"../../environments/{self._environment}")
         facts = {"version": "0.1.0", "commit": name, "built": "2026-01-01T00:00:00Z"}
         (tree / "release.json").write_text(json.dumps(facts))
         path = tree / "settings.py"  # TEMP
@@ -84,9 +94,11 @@ class Server:
     def patch(self, release: str, watch: float = 0) -> dict[str, Any]:
         return self.ask("patch", release=release, watch=watch)
 
-    def tool(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def tool(
+        self, *words: str, script: Path = ROOT / "deploy/patch/patch.py", **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run patch.py as an operator does."""
-        command = [sys.executable, str(ROOT / "deploy/patch/patch.py"), *words, "--home", str(self.home)]
+        command = [sys.executable, str(script), *words, "--home", str(self.home)]
         env = {**self.environ, **environ}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=2 * WAIT_SECONDS)
 

@@ -1,0 +1,105 @@
+"""A hundred patches in a row under load, twenty of them broken: no request fails, and nothing grows.
+
+Run by `.ci/run`; takes some minutes. The seed is printed, and SEED repeats a run.
+"""
+
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from tests.deploy.patch.server import Server
+from tests.deploy.patch.test_supervisor import BROKEN, Patched, replace_workers
+from tests.faults.load import ITEM, codes, is_right, load
+from tests.harness import wait_until
+
+PATCHES, BAD = int(os.environ.get("PATCHES", 100)), 0.2
+BIG_ORDER = [{**ITEM, "name": "茶" * 128}] * 32  # 16 KB
+GROWTH = 1.15
+
+
+@pytest.fixture
+def stage() -> Iterator[Patched]:
+    with ExitStack() as stack:
+        yield Patched(stack)
+
+
+def test_a_hundred_patches_cost_no_request(stage: Patched) -> None:
+    seed = os.environ.get("SEED") or str(random.SystemRandom().randrange(10**6))
+    print(f"SEED={seed}")
+    chosen, server = random.Random(seed), stage.server
+    bad = {*chosen.sample(range(PATCHES), int(BAD * PATCHES))}
+    slow, early = SlowClient(server.port), Usage(0, 0)
+    with load(stage, BIG_ORDER) as running:
+        for number in range(PATCHES):
+            current = server.state.read_text()
+            if number in bad:
+                what = chosen.choice(sorted(BROKEN))
+                ended = server.patch(server.release(BROKEN[what][0]))
+                assert ended["end"] == "refused", (what, ended)
+                assert server.state.read_text() == current
+            else:
+                release = server.release()
+                assert server.patch(release)["end"] == "done"
+            if number == PATCHES // 5:
+                early = usage(server)
+        late = usage(server)
+        slow.over.set()
+    print(f"{len(running.outcomes)} requests; after {PATCHES // 5 + 1} patches {early}, in the end {late}")
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    assert (running.count_orders(), running.missing_sessions) == ((0, 0), 0)
+    assert slow.failures() == []
+    assert server.serves() == release
+    replace_workers(server)
+    assert server.serves() == release
+    assert late.descriptors <= early.descriptors + 2
+    assert late.megabytes <= early.megabytes * GROWTH
+
+
+class Usage(NamedTuple):
+    """What the supervisor has open, and its memory and that of all its processes."""
+
+    descriptors: int
+    megabytes: float
+
+
+def usage(server: Server) -> Usage:
+    """Measure when the retired workers have ended."""
+    wait_until(lambda: len(server.workers()) == 2 and len(server.masters()) == 2)  # one of them paused
+    supervisor = psutil.Process(server.process.popen.pid)
+    processes = [supervisor, *supervisor.children(recursive=True)]
+    return Usage(supervisor.num_fds(), sum(process.memory_info().rss for process in processes) / 2**20)
+
+
+class SlowClient(threading.Thread):
+    """Sends an unauthenticated request in pieces, over two seconds, again and again: each gets its 401."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.port = port
+        self.over = threading.Event()
+        self.responses: list[bytes] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+                for piece in (
+                    b"GET /api/v1/users/me HTTP/1.1\r\n",
+                    b"Host: localhost\r\nConn",
+                    b"ection: close\r\n\r\n",
+                ):
+                    connection.sendall(piece)
+                    time.sleep(0.7)
+                self.responses.append(connection.makefile("rb").readline())
+
+    def failures(self) -> list[bytes]:
+        self.join()
+        return [response for response in self.responses if not response.startswith(b"HTTP/1.1 401")]
