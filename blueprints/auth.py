@@ -13,8 +13,7 @@ from blueprints.policies import count_request, current_user, get_mini_program_us
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
 from errors import Code
-from storage import sessions, wechat_session_keys
-from storage.identities import BLOCKED, find_openid, require_not_blocked, start_session
+from storage import identities, sessions, wechat_session_keys
 from storage.single_flight import single_flight
 
 login = Blueprint("login", __name__, description="登录 Log in")
@@ -41,7 +40,7 @@ class WechatSessionSchema(Schema):
 @login.arguments(WechatCodeSchema)
 @login.response(200, LoginSchema, transaction=False)
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
-@login.fails(*wechat.FAILS, FORBIDDEN=BLOCKED)
+@login.fails(*wechat.FAILS, FORBIDDEN=identities.BLOCKED)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
     """Log in with the code of wx.login
 
@@ -52,7 +51,7 @@ def log_in(body: dict[str, str]) -> dict[str, Any]:
     token = single_flight("login", body["code"], lambda: _redeem(body["code"]))
     sessions.resume(token)
     set_current_user(session["user_id"])
-    user = require_not_blocked(current_user())
+    user = identities.require_not_blocked(current_user())
     session.modified = sessions.current.by_cookie  # a browser gets the cookie again
     return {"token": token, "expires_in": current_app.config["SESSION_LIFETIME"], "user": user}
 
@@ -64,7 +63,7 @@ def _redeem(code: str) -> str:
     answered_at = asked_at + time.monotonic() - began
     user = get_mini_program_user(openid, unionid)
     wechat_session_keys.keep(user.id, session_key, asked_at, answered_at)
-    return start_session(user.id)
+    return identities.start_session(user.id)
 
 
 @blueprint.route("/wechat")
@@ -75,10 +74,10 @@ def get_wechat_session() -> dict[str, bool]:
 
     For a user who logged in on the web: whether the web-app authorization is still valid.
     """
-    require_not_blocked(current_user())
+    identities.require_not_blocked(current_user())
     if (web_app_id := session.get("web_app_id")) is not None:
         return {"valid": check_authorization(g.user_id, web_app_id)}
-    openid = find_openid(g.user_id, wechat.api.app_id)
+    openid = identities.find_openid(g.user_id, wechat.api.app_id)
     session_keys = wechat_session_keys.candidates(g.user_id) if openid else []
     return {"valid": any(wechat.api.is_session_key_valid(str(openid), session_key) for session_key in session_keys)}
 

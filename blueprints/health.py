@@ -13,8 +13,7 @@ from blueprints.policies import METRICS_TOKEN_WRONG
 from concurrency import in_parallel
 from errors import ApiError, Code, Message
 from storage import database, failures, redis_client
-from telemetry import metrics
-from telemetry.multiprocess import MULTIPROC_DIR
+from telemetry import metrics, multiprocess
 
 CHECK_SECONDS = 0.7
 """How long Redis and the database may take; with everything around it, a probe takes less than a second."""
@@ -62,7 +61,8 @@ def ready() -> dict[str, str]:
 
     `wechat` is `down` while this worker pauses calls that kept failing, which is no reason to be unready.
     """
-    is_stopping = os.path.exists(f"{os.environ.get(MULTIPROC_DIR)}/stopping")  # announced by gunicorn.conf.py
+    # Announced by gunicorn.conf.py.
+    is_stopping = os.path.exists(f"{os.environ.get(multiprocess.MULTIPROC_DIR)}/stopping")
     down = {"instance": ["Stopping."]} if is_stopping else failing_dependencies()
     if down:
         raise ApiError(Code.UNAVAILABLE, errors=down)

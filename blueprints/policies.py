@@ -10,8 +10,7 @@ import wechat
 from blueprints.api import AuthPolicy
 from errors import ApiError, Code, Message
 from proxies import parse_address
-from storage import database, sessions
-from storage.identities import find_openid, get_or_create_user, require_not_blocked, set_role
+from storage import database, identities, sessions
 from storage.models import User
 from telemetry import logs, metrics
 from wechat.client import is_identifier
@@ -70,7 +69,7 @@ def get_mini_program_user(openid: str, unionid: str | None) -> User:
 
     :raises ApiError: what `get_or_create_user` does.
     """
-    return _apply_setting(get_or_create_user(wechat.api.app_id, openid, unionid), openid)
+    return _apply_setting(identities.get_or_create_user(wechat.api.app_id, openid, unionid), openid)
 
 
 def _apply_setting(user: User, openid: str | None) -> User:
@@ -80,7 +79,7 @@ def _apply_setting(user: User, openid: str | None) -> User:
     def change() -> User:
         user = database.session.get_one(User, g.user_id)
         if user.role != "admin" or user.admin_by_setting:
-            set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
+            identities.set_role(user, "admin" if is_named else "user", by="setting", by_setting=is_named)
         return user
 
     if user.admin_by_setting == is_named:
@@ -116,9 +115,9 @@ def _require_session() -> None:
 
 def _require_role(*roles: str) -> None:
     _require_session()
-    user = require_not_blocked(current_user())
+    user = identities.require_not_blocked(current_user())
     if user.admin_by_setting:
-        user = _apply_setting(user, find_openid(g.user_id, wechat.api.app_id))
+        user = _apply_setting(user, identities.find_openid(g.user_id, wechat.api.app_id))
     if user.role not in roles:
         raise ApiError(Code.FORBIDDEN)
     if request.method not in sessions.SAFE_METHODS:

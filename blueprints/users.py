@@ -15,8 +15,7 @@ from blueprints.api import VERSION, Blueprint, require_match
 from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from errors import ApiError, Code, Message, conflict
-from storage import database, ownership, sessions
-from storage.identities import find_openid, keep_block, require_identity_not_blocked, set_blocked, set_role
+from storage import database, identities, ownership, sessions
 from storage.masks import mask_phone
 from storage.models import Identity, User
 
@@ -114,11 +113,11 @@ def create_user(body: dict[str, Any]) -> User:
     `openid` is the user's in the mini-program.
     """
     openid, app_id = body["openid"], wechat.api.app_id
-    require_identity_not_blocked(app_id, openid, None)
+    identities.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
         raise conflict("openid", Message("已有该 openid 的用户", "A user with this openid already exists"))
     user = User(app_id=app_id, **{**body, "role": "user"})
-    set_role(user, body.get("role", "user"), by="administrator")
+    identities.set_role(user, body.get("role", "user"), by="administrator")
     database.session.add(user)
     database.session.flush()
     database.session.add(Identity(app_id=app_id, openid=openid, user_id=user.id))
@@ -148,7 +147,7 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
         if body.get("blocked") and user.id == g.user_id:
             raise ApiError(Code.INVALID_INPUT, errors={"blocked": ["You cannot block yourself."]})
         if "role" in body:
-            set_role(user, body["role"], by="administrator")
+            identities.set_role(user, body["role"], by="administrator")
         for name in body.keys() - {"role"}:
             setattr(user, name, body[name])
         if "blocked" in body:
@@ -177,8 +176,8 @@ def delete_for_good(user: User) -> None:
     :param user: locked by the current `database.in_transaction`.
     """
     if user.blocked:
-        keep_block(user)
-    set_role(user, "user", by="deletion")
+        identities.keep_block(user)
+    identities.set_role(user, "user", by="deletion")
     ownership.erase_all(user)
     database.session.delete(user)
     database.after_commit(partial(audit, "user deleted", user.id))
@@ -225,7 +224,7 @@ def own_openid() -> str:
 
     :raises ApiError: FORBIDDEN if there is none.
     """
-    if (openid := find_openid(g.user_id, wechat.api.app_id)) is None:
+    if (openid := identities.find_openid(g.user_id, wechat.api.app_id)) is None:
         raise ApiError(Code.FORBIDDEN, message=MINI_PROGRAM_LOGIN_REQUIRED)
     return openid
 
@@ -272,10 +271,10 @@ def unblock(user_id: int) -> None:
 def _set_role(user_id: int, role: str) -> None:
     if (user := database.lock(User, user_id)) is None:
         raise click.ClickException(f"There is no user {user_id}.")
-    set_role(user, role, by="command")
+    identities.set_role(user, role, by="command")
 
 
 def _set_blocked(user_id: int, blocked: bool) -> None:
-    if not database.in_transaction(partial(set_blocked, user_id, blocked)):
+    if not database.in_transaction(partial(identities.set_blocked, user_id, blocked)):
         raise click.ClickException(f"There is no user {user_id}.")
     audit("user blocked" if blocked else "user unblocked", user_id)

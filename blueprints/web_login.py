@@ -17,8 +17,7 @@ from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, set_current_user
 from blueprints.users import TypedProfileSchema, matches
 from errors import ApiError, Code, Message
-from storage import database, sessions
-from storage.identities import get_or_create_user, start_session
+from storage import database, identities, sessions
 from storage.models import Identity, User
 from storage.single_flight import single_flight
 from wechat.oauth import QR_CODE_SCOPE, SCOPES
@@ -143,7 +142,7 @@ def _log_in(attempt: dict[str, str], code: str, mark: str) -> str:
     if grant.is_snapshot_user:
         raise ApiError(Code.FORBIDDEN, message=SNAPSHOT_USER)
     profile, unionid = ({}, None) if attempt["scope"] == "snsapi_base" else app.userinfo(grant)
-    user_id = get_or_create_user(app.app_id, grant.openid, grant.unionid or unionid).id
+    user_id = identities.get_or_create_user(app.app_id, grant.openid, grant.unionid or unionid).id
     set_current_user(user_id)
     invalid = TypedProfileSchema().validate(profile)
 
@@ -155,7 +154,7 @@ def _log_in(attempt: dict[str, str], code: str, mark: str) -> str:
         database.session.get_one(Identity, (app.app_id, grant.openid)).authorization = grant.refresh_token
 
     database.in_transaction(store)
-    return start_session(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
+    return identities.start_session(user_id, web_app_id=app.app_id, web_login=mark, return_to=attempt["return_to"])
 
 
 def _serializer(state: str) -> URLSafeSerializer:

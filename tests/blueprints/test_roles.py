@@ -166,7 +166,7 @@ def test_a_creation_that_lost_a_race_keeps_the_role(
             raise StaleDataError
         set_role(user, role, **options)
 
-    monkeypatch.setattr("blueprints.users.set_role", lose_first)
+    monkeypatch.setattr("storage.identities.set_role", lose_first)
     created = data_of(admin.post("/users", {"openid": openid, "role": "admin"}), 201)
     assert (created["role"], roles) == ("admin", ["admin", "admin"])
 
