@@ -1,6 +1,9 @@
 """flask-smorest's Api and Blueprint, with our envelope and ETags around what they respond and document.
 
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13).
+
+Two private hooks of flask-smorest 0.47 are overridden, as nothing public serves: `_prepare_etag_doc`, which completes
+the documents of an operation, and `_register_pagination_header`.
 """
 
 from collections.abc import Callable
