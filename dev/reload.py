@@ -21,6 +21,7 @@ monkey.patch_all()
 import argparse
 import fcntl
 import json
+import math
 import signal
 import socket
 import sys
@@ -64,10 +65,12 @@ class Child:
     """A process that reports on a pipe that it is ready, or else why not.
 
     :param work: what it does; gets the pipe.
+    :param seconds: how long it may take.
     """
 
-    def __init__(self, work: Callable[[int], object]) -> None:
+    def __init__(self, work: Callable[[int], object], seconds: float = START_SECONDS + 1) -> None:
         self.began = time.monotonic()
+        self.ends = self.began + seconds
         self.pipe, pipe = os.pipe()
         self.pid = fork_gevent()
         if not self.pid:
@@ -78,7 +81,7 @@ class Child:
 
     def outcome(self) -> dict[str, str] | None:
         """Return the fault that keeps it from being ready, empty if it is ready; None as long as it starts."""
-        if time.monotonic() - self.began > START_SECONDS + 1:
+        if time.monotonic() > self.ends:
             return {"exceptionMessage": f"it is not ready after {START_SECONDS} s"}
         while select([self.pipe], [], [], 0)[0]:
             if not (part := os.read(self.pipe, 65536)):
@@ -141,7 +144,7 @@ def fault_of(error: BaseException) -> dict[str, str]:
     shown = TracebackException.from_exception(error)
     served = {str(path) for path in paths()}
     ours = [number for number, frame in enumerate(shown.stack) if frame.filename in served]
-    place, message = "", str(error)
+    place, message = "", str(error).partition("\n(Background on")[0]
     if ours:
         place = f"{shown.stack[ours[-1]].filename}:{shown.stack[ours[-1]].lineno}"
         del shown.stack[: ours[0]]  # how gunicorn came there
@@ -155,15 +158,15 @@ def fault_of(error: BaseException) -> dict[str, str]:
     return fault | {"stack": "".join(shown.format())[-10_000:]}
 
 
-def report(fault: dict[str, str], serving: bool) -> None:
+def report(what: str, fault: dict[str, str], serving: bool) -> None:
     """Say what is wrong on stderr, and in a line of the log."""
     place, kind = fault.pop("place", ""), fault.get("exceptionType", "")
-    words = ": ".join(filter(None, [place, kind, fault["exceptionMessage"]]))
+    words = ": ".join(filter(None, [what, place, kind, fault["exceptionMessage"]]))
     state = "the old code keeps serving, and the next save is tried" if serving else "nothing serves"
     say(f"make run: {words}\nmake run: {state}")
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     line = {"timestamp": now, "level": "ERROR", "service": "kuaishang", "traceId": None}
-    line |= {"message": f"the new code does not start, {state}: {words}", **fault, "logger": "dev.reload"}
+    line |= {"message": f"{words} ({state})", **fault, "logger": "dev.reload"}
     line["instance"] = f"{socket.gethostname()}:{os.environ.get('PORT')}"
     with suppress(OSError):
         fcntl.lockf(1, fcntl.LOCK_EX)  # as telemetry/logs.py does: a pipe mixes long writes
@@ -181,13 +184,14 @@ class Reloader:
 
     def __init__(self, listener: int) -> None:
         self.listener = listener
-        self.seen = self.tried = self.migrated = look({})
+        self.seen = self.tried = look({})
+        self.migrated: Sources = {}
         self.served: Sources = {}
         self.serving: Child | None = None
         self.starting: Child | None = None
         self.ending: list[Child] = []
         import_libraries(self.tried)
-        self.start()
+        self.try_what_is_saved()
 
     def start(self) -> None:
         self.starting = Child(partial(serve, self.listener))
@@ -213,15 +217,16 @@ class Reloader:
             self.starting.kill()
             self.starting = None
         if any(MIGRATIONS in path.parents for path in changes(self.migrated, self.tried)):
-            child = Child(migrate)
-            while (fault := child.outcome()) is None:
+            child = Child(migrate, seconds=math.inf)
+            while (fault := child.outcome()) is None and not signals:
                 sleep(POLL_SECONDS)
             child.kill()
             if fault:
-                report(fault, bool(self.serving))
+                self.report("the database cannot be migrated", fault)
                 return
+            if self.migrated:
+                say("make run: the database has all migrations")
             self.migrated = self.tried
-            say("make run: the database has all migrations")
         if not self.serving or any(MIGRATIONS not in path.parents for path in changes(self.served, self.tried)):
             self.start()
         else:
@@ -232,9 +237,7 @@ class Reloader:
         self.starting = None
         if fault:
             child.kill()
-            report(fault, bool(self.serving))
-            if not self.served:
-                raise SystemExit(1)
+            self.report("the new code does not start", fault)
             return
         if self.serving:
             self.serving.terminate()
@@ -243,6 +246,12 @@ class Reloader:
             say(f"make run: reloaded in {time.monotonic() - child.began:.1f} s: {', '.join(names)}")
         self.serving, self.served = child, self.tried
         child.close()
+
+    def report(self, what: str, fault: dict[str, str]) -> None:
+        """Say what is wrong, and end if nothing has served yet."""
+        report(what, fault, bool(self.serving))
+        if not self.served:
+            raise SystemExit(1)
 
     def stop(self) -> None:
         """End all generations."""

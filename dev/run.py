@@ -42,7 +42,6 @@ SIMULATED_ACCOUNT = {
     "WECHAT_WEBSITE_APP_ID": "wxweb0123456789ab",
     "WECHAT_WEBSITE_APP_SECRET": "simulated",
 }
-START_SECONDS = 30
 STOP_SECONDS = 5
 LOG_BYTES, LOG_FILES = 10 * 1024 * 1024, 5
 
@@ -68,6 +67,7 @@ class Stopped(Exception):
 class Part:
     """A process that the launcher starts, watches and stops.
 
+    :param url: where it responds when it has started.
     :param read: called in a thread with the stdout of each start, reads it to the end; without it, stdout is inherited.
     """
 
@@ -76,10 +76,12 @@ class Part:
         name: str,
         command: list[str],
         env: dict[str, str],
+        url: str,
         inherited: Sequence[int] = (),
         read: Callable[[IO[bytes]], None] | None = None,
     ) -> None:
         self.name = name
+        self._url = url
         self._command = [sys.executable, "-m", *command]
         self._env = env
         self._inherited = inherited
@@ -104,6 +106,23 @@ class Part:
 
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    def wait(self) -> None:
+        """Wait until it responds.
+
+        :raises SystemExit: if it ends instead.
+        """
+        while self.running():
+            with suppress(requests.RequestException):
+                if requests.get(self._url, timeout=1).ok:
+                    return
+            pause()
+        raise fail(f"{self.name} did not start; see its output above")
+
+    def start_again(self) -> None:
+        self.stop()  # what it has left behind
+        self.start()
+        self.wait()
 
     def stop(self) -> None:
         """End it and all processes that it started, and wait until its output is read."""
@@ -158,32 +177,40 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
     simulator_url = None
     watched: list[Watched] = []
+    parts: list[Part] = []
 
     lock = lock_folder(var, stack) if {"REDIS_URL", "DATABASE_URL"} - env.keys() else None
     if lock and "REDIS_URL" not in env:
         env["REDIS_URL"] = start_redis(var / "redis", lock, stack, watched)
     if "DATABASE_URL" not in env:
         env["DATABASE_URL"] = f"sqlite:///{var / 'kuaishang.db'}"
-    migration = stack.enter_context(begin_migration(env))
     if "WECHAT_APP_ID" not in env:
         for name in sorted(env.keys() & {*SIMULATED_ACCOUNT, "WECHAT_API_BASE_URL", "WECHAT_OPEN_BASE_URL"}):
             raise fail(f"{name} is set and WECHAT_APP_ID is not; set both for a real account, or none to simulate one")
-        simulator_url = start_simulator(env, url, stack, watched)
+        parts.append(simulator(env, url, stack))
+        simulator_url = env["WECHAT_API_BASE_URL"]
     for name, value in kept_secrets(var).items():
         env.setdefault(name, value)
-    finish_migration(migration)
     env.setdefault("DRAIN_SECONDS", "0")  # there is no load balancer to notice the stop
 
     path = var / "log" / f"{port}.jsonl"
     log = stack.enter_context(closing(log_file(path)))
-    service = Part(
-        "the service",
-        ["dev.reload", "--fd", str(door.fileno())],
-        env,
-        inherited=[door.fileno()],
-        read=partial(relay, log=log, show=show),
+    parts.append(
+        Part(
+            "the service",
+            ["dev.reload", "--fd", str(door.fileno())],
+            env,
+            f"{url}/livez",
+            inherited=[door.fileno()],
+            read=partial(relay, log=log, show=show),
+        )
     )
-    keep(service, f"{url}/livez", stack, watched)
+    for part in parts:
+        stack.callback(part.stop)
+        part.start()
+    for part in parts:
+        part.wait()
+        watched.append(Watched(part.name, part.running, part.start_again))
     say(banner(url, simulator_url, env["REDIS_URL"], env["DATABASE_URL"], path))
     while True:
         pause()
@@ -191,22 +218,6 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
             if not running():
                 say(f"make run: {name} has died; starting it again")
                 start()
-
-
-def keep(part: Part, url: str, stack: ExitStack, watched: list[Watched]) -> None:
-    """Start a part, wait until it responds at this URL, and have it watched and stopped.
-
-    :raises SystemExit: if it does not start.
-    """
-
-    def start() -> None:
-        part.stop()  # what it has left behind
-        part.start()
-        wait_for(url, part)
-
-    stack.callback(part.stop)
-    start()
-    watched.append(Watched(part.name, part.running, start))
 
 
 def log_format(name: str) -> Callable[[str], str]:
@@ -300,8 +311,8 @@ def start_redis(data: Path, lock: IO[bytes], stack: ExitStack, watched: list[Wat
     return redis.url
 
 
-def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack, watched: list[Watched]) -> str:
-    """Start the WeChat simulator, point it and the service at each other, and return its URL."""
+def simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> Part:
+    """Return the WeChat simulator, and point it and the service at each other."""
     wanted = env.get("SIMULATOR_PORT")
     try:
         listener = listen("SIMULATOR_PORT", wanted or "8001")
@@ -314,7 +325,7 @@ def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack, wat
     if "WECHAT_PUSH_TOKEN" not in env:  # a configured token without a key means plain messages
         env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
     env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)
-    simulator = Part(
+    return Part(
         "the WeChat simulator",
         ["dev.wechat_simulator", "--fd", str(listener.fileno())]
         + ["--app-id", env["WECHAT_APP_ID"], "--app-secret", env["WECHAT_APP_SECRET"]]
@@ -323,10 +334,9 @@ def start_simulator(env: dict[str, str], service_url: str, stack: ExitStack, wat
         + ["--push-token", env["WECHAT_PUSH_TOKEN"], "--push-aes-key", env.get("WECHAT_PUSH_AES_KEY", "")]
         + ["--push-url", f"{service_url}/api/v1/wechat/messages"],
         env,
+        f"{url}/simulator/calls",
         inherited=[listener.fileno()],
     )
-    keep(simulator, f"{url}/simulator/calls", stack, watched)
-    return url
 
 
 def kept_secrets(var: Path) -> dict[str, str]:
@@ -341,44 +351,6 @@ def kept_secrets(var: Path) -> dict[str, str]:
             os.link(draft, path)
         draft.unlink()
     return dict(line.split("=", 1) for line in path.read_text().splitlines())
-
-
-def begin_migration(env: dict[str, str]) -> subprocess.Popen[str]:
-    """Bring the database's schema up to date, beside what else starts."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "alembic", "upgrade", "head"],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,  # where it says that it does not know the database's revision
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish_migration(migration: subprocess.Popen[str]) -> None:
-    """Wait for it.
-
-    :raises SystemExit: with Alembic's last line, if it fails.
-    """
-    printed, _ = migration.communicate()
-    if migration.returncode:
-        reasons = [line for line in printed.splitlines() if line and not line.startswith("(Background on")]
-        raise fail(f"the database cannot be migrated: {reasons[-1]}")
-
-
-def wait_for(url: str, part: Part) -> None:
-    """Wait until a part responds.
-
-    :raises SystemExit: if it exits, or takes too long.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and part.running():
-        with suppress(requests.RequestException):
-            if requests.get(url, timeout=1).ok:
-                return
-        pause()
-    raise fail(f"{part.name} did not start; see its output above")
 
 
 def pause() -> None:

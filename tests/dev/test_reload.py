@@ -89,7 +89,10 @@ def test_a_fault_is_reported_and_the_old_code_serves_until_the_next_good_save(
             wait_until(lambda: len(errors_of(launched)) == number)  # noqa: B023
             place = f"{name}:{original.count(chr(10)) + 1}: {kind}" if kind else "it ended; see its output above"
             assert place in errors_of(launched)[-1]["message"]
-            assert f"\nmake run: {place}" in launched.output.with_suffix(".errors").read_text()
+            assert (
+                f"\nmake run: the new code does not start: {place}"
+                in launched.output.with_suffix(".errors").read_text()
+            )
             assert f'"version":"good-{number - 1}"' in read_version(launched) or number == 1
             replace(path, original)
             patch_version(clone, f"good-{number}")
@@ -157,7 +160,7 @@ def test_migrations_run_if_they_have_changed(
     place = (
         f"storage/migrations/versions/9999_added.py:{good[: good.index('op.execute')].count(chr(10)) + 1}: NameError"
     )
-    wait_until(lambda: f"\nmake run: {place}" in launched.printed())
+    wait_until(lambda: f"\nmake run: the database cannot be migrated: {place}" in launched.printed())
     assert place in errors_of(launched)[-1]["message"]
     assert '"version":"new"' in read_version(launched)
 
@@ -230,7 +233,7 @@ def test_code_that_does_not_start_at_first_ends_the_launch(
     source.write_text(f"import no_such_module\n{source.read_text()}")
     launched = launch(root=clone, **environ)
     assert launched.popen.wait(WAIT_SECONDS) == 1
-    assert "wsgi.py:1: ModuleNotFoundError" in launched.printed()
+    assert "make run: the new code does not start: wsgi.py:1: ModuleNotFoundError" in launched.printed()
     assert launched.printed().endswith("make run: the service did not start; see its output above\n")
 
 

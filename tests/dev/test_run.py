@@ -137,10 +137,6 @@ def test_a_launcher_that_hangs_delays_no_request(everyday: Launched) -> None:
 def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: dict[str, str], tmp_path: Path) -> None:
     # With this database no launch succeeds.
     stores = {"PORT": "0", "REDIS_URL": environ["REDIS_URL"], "DATABASE_URL": "sqlite:////no/such/folder/x.db"}
-    newer = f"sqlite:///{tmp_path}/newer.db"
-    migrate(newer)
-    with closing(sqlite3.connect(tmp_path / "newer.db")) as database, database:
-        database.execute("UPDATE alembic_version SET version_num = '9999'")
     for env, line in (
         ({"PORT": everyday.port}, f"port {everyday.port} cannot be used"),
         ({**stores, "SIMULATOR_PORT": everyday.port}, "set SIMULATOR_PORT to another port"),
@@ -151,14 +147,27 @@ def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: 
             {**stores, "WECHAT_API_BASE_URL": "https://api.weixin.qq.com"},
             "WECHAT_API_BASE_URL is set and WECHAT_APP_ID is not",
         ),
-        ({**environ, **stores}, "the database cannot be migrated"),
-        ({**environ, **stores, "DATABASE_URL": newer}, "cannot be migrated: FAILED: Can't locate revision"),
     ):
         with ExitStack() as stack, pytest.raises(SystemExit) as caught:
             run.launch(tmp_path, dict(env), stack)
         assert str(caught.value).startswith("make run: ")
         assert line in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_launch_ends_if_the_database_cannot_be_migrated(
+    launch: Launch, environ: dict[str, str], tmp_path: Path
+) -> None:
+    newer = f"sqlite:///{tmp_path}/newer.db"
+    migrate(newer)
+    with closing(sqlite3.connect(tmp_path / "newer.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    for url, reason in (("sqlite:////no/such/folder/x.db", "unable to open"), (newer, "Can't locate revision")):
+        launched = launch(**{**environ, "DATABASE_URL": url})
+        assert launched.popen.wait(WAIT_SECONDS) == 1
+        lines = launched.output.with_suffix(".errors").read_text().splitlines()
+        assert re.fullmatch(rf"make run: the database cannot be migrated: storage/.*\.py:\d+: .*{reason}.*", lines[0])
+        assert lines[1:] == ["make run: nothing serves", "make run: the service did not start; see its output above"]
 
 
 def test_data_is_locked_while_its_redis_runs_and_survives_a_crash(everyday: Launched, launch: Launch) -> None:
@@ -268,7 +277,7 @@ def test_stop_waits_until_the_last_lines_are_read() -> None:
         with lines:
             read.append(lines.read())
 
-    part = run.Part("a poem", ["this"], dict(os.environ), read=read_late)
+    part = run.Part("a poem", ["this"], dict(os.environ), "http://unused", read=read_late)
     part.start()
     assert part.process
     part.process.wait(WAIT_SECONDS)
