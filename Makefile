@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/installed
 # A file's tests run one after the other, so that they share what they start. (With pytest 9.2, xdist's loadgroup groups
 # nothing.)
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile
+# The envelope, settings, login, default-deny and orders.
+CORE := tests/test_errors.py tests/test_settings.py $(patsubst %,tests/blueprints/test_%.py,api auth orders ownership)
 
 export HOST PORT SIMULATOR_PORT LOG_FORMAT PEERS PEERS_PYTHON
 # Taken literally, so that neither make nor the shell interprets pasted text.
@@ -45,8 +47,11 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
 	exit $$failed
 
-smoke: $(INSTALLED) ## what a release must pass before it may serve, in some seconds (ARGS="--old=DIR" beside that one)
-	@$(VENV)/bin/python deploy/patch/check.py $(ARGS)
+smoke: $(INSTALLED) ## what a patch must pass, in about ten seconds: style, deploy/patch/check.py, core tests (ARGS="--old=DIR")
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --quiet --check .
+	$(VENV)/bin/python deploy/patch/check.py $(ARGS)
+	$(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile -k "not slow" $(CORE)
 
 faults: $(INSTALLED) ## break everything in turn under load, count what was lost, and write bench/faults.md
 	$(VENV)/bin/python -m tests.faults $(ARGS)

@@ -1,4 +1,4 @@
-"""`make test` runs both halves, and fails if one of them does."""
+"""`make test` and `make smoke` run all of their parts, and fail if one of them does."""
 
 import os
 import subprocess
@@ -35,3 +35,20 @@ def test_make_test_runs_both_halves(tmp_path: Path, sqlite: int, mariadb: int, p
         "--database=mariadb -k login",
     ]
     assert (done.returncode == 0) == passes
+
+
+@pytest.mark.parametrize("failing", ["", "ruff check", "ruff format", "check.py", "pytest"])
+def test_make_smoke_passes_what_passes_each_check(tmp_path: Path, failing: str) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "ruff"):
+        script = f'#!/bin/sh\ncase "{name} $*" in *"{failing or "nothing"}"*) exit 1;; esac\n'
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    command = ["make", f"VENV={tmp_path}", f"--assume-old={tmp_path}/installed", "smoke", "ARGS=--old=x"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert (done.returncode == 0) == (not failing), done.stdout
+    if not failing:
+        assert f"{tmp_path}/bin/python deploy/patch/check.py --old=x\n" in done.stdout
+        tests = [word for word in done.stdout.split() if word.startswith("tests/")]
+        assert len(tests) == 6
+        assert [name for name in tests if not (ROOT / name).is_file()] == []
