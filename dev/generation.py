@@ -1,5 +1,6 @@
 """gunicorn's configuration of a generation of dev/reload.py: gunicorn.conf.py, except that it hands over at once."""
 
+import logging
 import os
 import runpy
 import signal
@@ -33,6 +34,11 @@ worker_class = Worker
 def when_ready(server: Any) -> None:
     production["when_ready"](server)
     signal.alarm(0)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    production["post_fork"](server, worker)
+    logging.getLogger().removeHandler(production["lines"])  # the service is loaded already, and writes each line itself
 
 
 def post_worker_init(worker: Any) -> None:

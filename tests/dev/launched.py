@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -74,8 +75,12 @@ class Launched(Process):
 
     def family(self, word: str = "") -> list[psutil.Process]:
         """The processes that it started and whose command holds this word."""
-        processes = psutil.Process(self.popen.pid).children(recursive=True)
-        return [process for process in processes if word in " ".join(process.cmdline())]
+        found = []
+        for process in psutil.Process(self.popen.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it ends just now
+                if word in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def end(self) -> None:
         if self.popen.poll() is None:

@@ -77,8 +77,7 @@ def test_the_log_says_that_the_simulator_does_not_know_a_code_of_devtools(everyd
     login = requests.post(f"{everyday.url}/api/v1/auth/wechat", json={"code": "0devtools"}, timeout=WAIT_SECONDS)
     assert login.json()["code"] == 460
     wait_until(lambda: "WECHAT_APP_ID and WECHAT_APP_SECRET" in everyday.on_stdout())
-    (line,) = (line for line in everyday.on_stdout().splitlines() if "WECHAT_APP_ID and WECHAT_APP_SECRET" in line)
-    assert "WeChat call failed" in line
+    (line,) = (line for line in everyday.on_stdout().splitlines() if "WeChat call failed" in line)
     assert "this is the WeChat simulator, which knows only its own codes" in line
 
 
