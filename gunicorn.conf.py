@@ -36,7 +36,7 @@ from gunicorn.workers.ggevent import GeventWorker
 from pythonjsonlogger.msgspec import MsgspecFormatter
 
 # Refuse to start, here and once, if the environment lacks anything.
-settings = runpy.run_path(str(Path(__file__).with_name("settings.py")))["load"](os.environ)
+settings = runpy.run_path(str(Path(__file__).with_name("settings.py")))["load"]()
 
 # All interfaces by default: the container or the machine's firewall decides who gets this far.
 bind = f"[{settings['HOST']}]:{settings['PORT']}"  # the brackets, which IPv6 needs, gunicorn removes

@@ -1,13 +1,20 @@
-"""Every environment variable the service reads, declared once: name, type, default or required, help."""
+"""Every setting the service reads, declared once: name, type, default or required, help.
 
+They come from the environment, and what it leaves unset from a file.
+"""
+
+import os
 import re
 import socket
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
+from dotenv import dotenv_values, find_dotenv
+from dotenv.parser import parse_stream
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
@@ -32,7 +39,7 @@ YEAR_SECONDS = 366 * 86400
 
 
 class SettingsError(SystemExit):
-    """The environment lacks settings that the service needs.
+    """Settings that the service needs are missing or malformed, or their file is.
 
     A SystemExit, so that every server prints the message and stops with a non-zero status and no traceback.
     """
@@ -74,6 +81,7 @@ def _integer(default: int, minimum: int, maximum: int, text: str) -> fields.Inte
 class Settings(Schema):
     """One field per variable; `load` reads them. A field without a default is required."""
 
+    ENV_FILE = _optional("File of settings, for what the environment leaves unset; default: .env beside settings.py.")
     WECHAT_APP_ID = _required("The mini-program's app id, from mp.weixin.qq.com.")
     WECHAT_APP_SECRET = _required("The mini-program's app secret, from the same page.")
     WECHAT_API_BASE_URL = _optional("Base URL of WeChat's server API.", _SITE, "https://api.weixin.qq.com")
@@ -140,20 +148,53 @@ class Settings(Schema):
             raise ValidationError("Must not exceed SESSION_ABSOLUTE_LIFETIME.", "SESSION_LIFETIME")
 
 
-def load(environ: Mapping[str, str], only: Sequence[str] | None = None) -> dict[str, Any]:
-    """Read the settings from an environment; an empty variable counts as not set.
+def variables() -> dict[str, str]:
+    """Return the environment, and from the file of ENV_FILE what that leaves unset or empty.
 
+    The file is read at each call, and nothing of it gets into os.environ, which would win over the file at a reload.
+
+    :raises SettingsError: if the file is malformed, cannot be read, or others than its owner can open it.
+    """
+    environ = {name: value for name, value in os.environ.items() if value.strip()}
+    if "FLASK_RUN_FROM_CLI" in environ:
+        # Flask's commands have looked for a file by a rule of their own, and put it into os.environ.
+        nearest = dotenv_values(find_dotenv(usecwd=True), encoding="utf-8")
+        environ = {name: value for name, value in environ.items() if value != nearest.get(name)}
+    path = Path(environ.get("ENV_FILE") or Path(__file__).with_name(".env"))
+    if "ENV_FILE" not in environ and not path.exists():
+        return environ
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines, status = list(parse_stream(file)), path.stat()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {getattr(error, 'strerror', 'it is not UTF-8')}") from None
+    # PostgreSQL's rule for the file of its key: the group may read what belongs to root.
+    if path.is_file() and status.st_mode & (0o037 if status.st_uid == 0 else 0o077):
+        raise SettingsError(f"{path} holds secrets, and others can open it: chmod 600, or 640 if it is root's")
+    for line in lines:
+        if line.error or (line.key and line.value is None):
+            text = line.original.string  # with the empty lines before
+            number = line.original.line + text[: -len(text.lstrip())].count("\n")
+            raise SettingsError(f"{path}, line {number}: not NAME=value")
+    return {line.key: line.value for line in lines if line.key and line.value} | environ
+
+
+def load(environ: Mapping[str, str] | None = None, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read the settings; an empty variable counts as not set.
+
+    :param environ: where from; by default, what `variables` returns.
     :param only: the names of the settings to read; all by default.
     :returns: the settings by name, parsed; and INSTANCE and VERSION.
     :raises SettingsError: with one message that lists every missing or malformed setting with its help.
     """
     try:
-        given = {name: value.strip() for name, value in environ.items() if value.strip()}
+        found = variables() if environ is None else environ
+        given = {name: value.strip() for name, value in found.items() if value.strip()}
         loaded: dict[str, Any] = Settings(only=only).load(given, unknown=EXCLUDE)
         # What names this process in logs, traces and metrics.
         return loaded | {"INSTANCE": f"{socket.gethostname()}:{loaded.get('PORT')}", "VERSION": VERSION}
     except ValidationError as error:
-        lines = ["The service cannot start: these settings are missing or malformed in its environment."]
+        lines = ["The service cannot start: these settings are missing or malformed in its environment and file."]
         for name, messages in error.normalized_messages().items():  # they say what is wrong, never the value
             field = Settings().fields[name]
             wrong = "missing" if messages == [field.error_messages["required"]] else " ".join(messages)

@@ -52,6 +52,7 @@ def environment() -> Iterator[dict[str, str]]:
         migrate(url)
         yield {
             **WIDE_LIMITS,
+            "ENV_FILE": os.devnull,
             "WECHAT_APP_ID": APP_ID,
             "WECHAT_APP_SECRET": "unused",
             "REDIS_URL": redis.url,

@@ -167,6 +167,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     :param stack: receives what to stop at the end.
     """
     show = log_format(env.get("LOG_FORMAT", "text"))
+    env["ENV_FILE"] = os.devnull  # settings for production do not mix with stand-ins
     var.mkdir(parents=True, exist_ok=True)
     var.chmod(0o700)  # also one that exists: secrets, personal data and logs are in it
     host = env.setdefault("HOST", LOCALHOST)

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import logging
+import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["ENV_FILE"] = os.devnull
     config.addinivalue_line("markers", "only_on(database): this test is about one database, and skipped on the other")
     config.addinivalue_line("markers", "database: this test runs on each database, outside of the folders that do")
 
@@ -180,6 +182,7 @@ def environ(redis_server: RedisServer, shared_simulator: Simulator, databases: D
     database_url = databases.create()
     migrate(database_url)
     return {
+        "ENV_FILE": os.devnull,  # whatever is beside the code
         "WECHAT_APP_ID": APP_ID,
         "WECHAT_APP_SECRET": APP_SECRET,
         "WECHAT_API_BASE_URL": shared_simulator.url,

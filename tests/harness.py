@@ -194,6 +194,9 @@ class Simulator:
     def verify_push(self, **wanted: Any) -> dict[str, Any]:
         return self._post("push/verify", **wanted)
 
+    def reset_secret(self, secret: str) -> None:
+        self._post("secret", secret=secret)
+
     def travel(self, seconds: float) -> None:
         self._post("clock", advance=seconds)
 
@@ -222,7 +225,7 @@ class Simulator:
 
 
 class Service:
-    """The service as in production: gunicorn, its configuration file, settings from the environment alone.
+    """The service as in production: gunicorn, its configuration file, settings from the environment and its ENV_FILE.
 
     :param module: where gunicorn finds the application.
     :param within: words before its command.
@@ -231,7 +234,12 @@ class Service:
     def __init__(self, environ: dict[str, str], output: Path, module: str = "wsgi", within: Sequence[str] = ()) -> None:
         self.module = module
         self.within = within
-        self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(free_port("PORT", "0"))}
+        self.environ = {
+            "ENV_FILE": os.devnull,
+            **environ,
+            "PATH": os.environ["PATH"],
+            "PORT": str(free_port("PORT", "0")),
+        }
         self.url = f"http://127.0.0.1:{self.environ['PORT']}"
         self.output = output
         self.tokens: list[str] = []
@@ -291,7 +299,7 @@ class Service:
 def migrate(database_url: str, direction: str = "upgrade", revision: str = "head") -> None:
     """Do as `alembic upgrade head` does, without the second that a process of its own takes."""
     config = Config(toml_file=ROOT / "pyproject.toml")
-    with patch.dict(os.environ, DATABASE_URL=database_url):
+    with patch.dict(os.environ, DATABASE_URL=database_url, ENV_FILE=os.devnull):
         getattr(command, direction)(config, revision)
 
 

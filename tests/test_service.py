@@ -312,7 +312,7 @@ def test_without_its_settings_no_server_starts_and_all_are_named() -> None:
         started = subprocess.run(
             [sys.executable, *command],
             cwd=ROOT,
-            env={"PATH": os.environ["PATH"], "PORT": "0"},
+            env={"PATH": os.environ["PATH"], "ENV_FILE": os.devnull, "PORT": "0"},
             capture_output=True,
             text=True,
             timeout=WAIT_SECONDS,

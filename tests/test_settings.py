@@ -1,9 +1,16 @@
 import base64
+import os
+import runpy
+import shutil
+from collections.abc import Callable
 from ipaddress import ip_network
+from pathlib import Path
 
 import pytest
 
+import settings
 from settings import Settings, SettingsError, load
+from tests.harness import ROOT
 
 COMPLETE = {
     "WECHAT_APP_ID": "wx1",
@@ -218,3 +225,104 @@ def test_white_space_around_a_value_is_removed() -> None:
 def test_a_session_may_last_as_long_as_its_absolute_lifetime() -> None:
     loaded = load({**COMPLETE, "SESSION_LIFETIME": "90000", "SESSION_ABSOLUTE_LIFETIME": "90000"})
     assert loaded["SESSION_LIFETIME"] == 90000
+
+
+WriteFile = Callable[..., Path]
+
+
+@pytest.fixture
+def write_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteFile:
+    """Write the file of ENV_FILE."""
+    path = tmp_path / "settings.env"
+    for name in Settings().fields:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ENV_FILE", str(path))
+
+    def write(content: str | bytes, mode: int = 0o600) -> Path:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.chmod(mode)
+        return path
+
+    return write
+
+
+def test_the_file_has_what_the_environment_leaves_unset(write_file: WriteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_file = {**COMPLETE, "PORT": "8001", "LOG_LEVEL": "ERROR", "SESSION_LIFETIME": "", "DRAIN_SECONDS": "1"}
+    write_file("".join(f"{name}={value}\n" for name, value in in_file.items()))
+    monkeypatch.setenv("PORT", "8002")
+    monkeypatch.setenv("DRAIN_SECONDS", " ")
+    before = dict(os.environ)
+    loaded = load()
+    assert (loaded["PORT"], loaded["LOG_LEVEL"]) == (8002, "ERROR")
+    assert (loaded["SESSION_LIFETIME"], loaded["DRAIN_SECONDS"]) == (3600, 1)
+    assert {name: loaded[name] for name in ("WECHAT_APP_ID", "REDIS_URL", "SECRET_KEY")}.items() <= COMPLETE.items()
+    write_file("".join(f"{name}={value}\n" for name, value in {**in_file, "LOG_LEVEL": "DEBUG"}.items()))
+    assert load()["LOG_LEVEL"] == "DEBUG"
+    assert load(only=["DATABASE_URL"])["DATABASE_URL"] == "sqlite:///x.db"
+    assert dict(os.environ) == before
+
+
+def test_values_in_the_file_are_literal(write_file: WriteFile) -> None:
+    write_file("# first\r\n\r\nexport PLAIN=a=b#c ${HOME} $x  # a comment\r\nQUOTED=' # \"${HOME}\" '\nEMPTY=\n")
+    read = settings.variables()
+    assert read["PLAIN"] == "a=b#c ${HOME} $x"
+    assert read["QUOTED"] == ' # "${HOME}" '
+    assert "EMPTY" not in read
+
+
+@pytest.mark.parametrize("wrong", ["SECRET_KEY s3cret", "SECRET_KEY", "=s3cret", "SECRET_KEY='s3cret' s3cret"])
+def test_a_malformed_line_of_the_file_is_named_without_its_value(write_file: WriteFile, wrong: str) -> None:
+    path = write_file(f"PORT=8000\n\n# a comment\n\n{wrong}\nHOST=::\n")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert str(caught.value) == f"{path}, line 5: not NAME=value"
+
+
+def test_a_file_that_cannot_be_read_is_named(write_file: WriteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_file(b"SECRET_KEY=\xff")
+    with pytest.raises(SettingsError, match=f"{path} cannot be read: it is not UTF-8"):
+        load()
+    path.unlink()
+    with pytest.raises(SettingsError, match=f"{path} cannot be read: No such file or directory"):
+        load()
+    monkeypatch.setenv("ENV_FILE", str(path.parent))
+    with pytest.raises(SettingsError, match=f"{path.parent} cannot be read: Is a directory"):
+        load()
+
+
+def test_a_file_that_others_can_open_is_refused(write_file: WriteFile) -> None:
+    for mode, by_root, by_another in (
+        (0o600, True, True),
+        (0o400, True, True),
+        (0o640, True, False),  # the group's, as which the service may run
+        (0o660, False, False),
+        (0o644, False, False),
+        (0o604, False, False),
+        (0o602, False, False),
+    ):
+        path = write_file("PORT=8001\n", mode)
+        for owner, is_fine in ((0, by_root), (1000, by_another)):
+            if os.geteuid() == 0:
+                os.chown(path, owner, -1)
+            elif owner != 1000:
+                continue
+            if is_fine:
+                assert settings.variables()["PORT"] == "8001"
+            else:
+                with pytest.raises(SettingsError, match="others can open it: chmod 600"):
+                    settings.variables()
+
+
+def test_the_file_is_by_default_beside_the_code_and_may_be_missing(
+    write_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENV_FILE", "")
+    monkeypatch.chdir("/")
+    shutil.copy(ROOT / "settings.py", tmp_path)
+
+    def port() -> str | None:
+        return runpy.run_path(str(tmp_path / "settings.py"))["variables"]().get("PORT")
+
+    assert port() is None
+    write_file("PORT=8001\n").rename(tmp_path / ".env")
+    assert port() == "8001"

@@ -23,8 +23,6 @@ foreign key of a table that exists, which SQLite does not add. Where it drops a 
 indexes before: MariaDB refuses them, and drops them with the table.
 """
 
-import os
-
 from alembic import context
 from sqlalchemy import MetaData
 
@@ -36,7 +34,7 @@ tables = MetaData()
 for table in Base.metadata.sorted_tables:
     for column in table.to_metadata(tables).columns:
         column.type = getattr(column.type, "impl_instance", column.type)  # of a TypeDecorator
-engine = engine_for(settings.load(os.environ, only=["DATABASE_URL"])["DATABASE_URL"])
+engine = engine_for(settings.load(only=["DATABASE_URL"])["DATABASE_URL"])
 with engine.connect() as connection:
     # No render_as_batch: what SQLite cannot do in place fails, instead of copying the table.
     context.configure(connection=connection, target_metadata=tables)

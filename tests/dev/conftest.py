@@ -26,4 +26,6 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 def clone(tmp_path: Path) -> Path:
     """A copy of the project, whose code may be changed."""
     ignore = shutil.ignore_patterns(".git", ".venv", "var", ".*_cache")
-    return Path(shutil.copytree(ROOT, tmp_path / "clone", ignore=ignore))
+    made = Path(shutil.copytree(ROOT, tmp_path / "clone", ignore=ignore))
+    (made / ".env").write_text("for production\n")  # is not read
+    return made

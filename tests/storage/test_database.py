@@ -166,7 +166,7 @@ def drop_no_index(migration: Path) -> str:
 
 @pytest.mark.parametrize("url", [None, "nonsense", "postgresql://localhost/x"])
 def test_alembic_names_a_missing_or_invalid_database_url_without_a_traceback(url: str | None) -> None:
-    env = {"PATH": os.environ["PATH"], **({"DATABASE_URL": url} if url else {})}
+    env = {"PATH": os.environ["PATH"], "ENV_FILE": os.devnull, **({"DATABASE_URL": url} if url else {})}
     command = [sys.executable, "-m", "alembic", "upgrade", "head"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1
