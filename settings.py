@@ -111,6 +111,7 @@ class Settings(Schema):
     )
     # No repetition of something short.
     SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", r"(?!(.+)\1+\Z).{32,}")
+    SECRET_KEY_FALLBACKS = _list("Comma-separated, accepted as well: the next one or the last.", ".{32,}")
     ENCRYPTION_KEYS = _list(
         "Comma-separated, the first encrypts; each: openssl rand -base64 32", _KEY, b64decode, required=True
     )
@@ -130,7 +131,7 @@ class Settings(Schema):
     HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")
     BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
     DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
-    METRICS_TOKEN = _optional("Bearer token for /metrics, 16 or more ASCII characters; without it 404.", "[!-~]{16,}")
+    METRICS_TOKEN = _list("Comma-separated bearer tokens of /metrics, 16 or more ASCII characters each.", "[!-~]{16,}")
     OTEL_EXPORTER_OTLP_ENDPOINT = _optional(
         "Trace collector: http://collector:4318; other OTEL_ variables apply.", _SITE
     )
@@ -171,11 +172,9 @@ def variables() -> dict[str, str]:
     # PostgreSQL's rule for the file of its key: the group may read what belongs to root.
     if path.is_file() and status.st_mode & (0o037 if status.st_uid == 0 else 0o077):
         raise SettingsError(f"{path} holds secrets, and others can open it: chmod 600, or 640 if it is root's")
-    for line in lines:
-        if line.error or (line.key and line.value is None):
-            text = line.original.string  # with the empty lines before
-            number = line.original.line + text[: -len(text.lstrip())].count("\n")
-            raise SettingsError(f"{path}, line {number}: not NAME=value")
+    for wrong in (line.original for line in lines if line.error or (line.key and line.value is None)):
+        number = wrong.line + wrong.string[: -len(wrong.string.lstrip())].count("\n")  # it begins with empty lines
+        raise SettingsError(f"{path}, line {number}: not NAME=value")
     return {line.key: line.value for line in lines if line.key and line.value} | environ
 
 

@@ -138,7 +138,8 @@ def _require_metrics_token() -> None:
     if not (expected := current_app.config["METRICS_TOKEN"]):
         raise ApiError(Code.NOT_FOUND)
     # Not request.authorization, which parses a token with = in it as parameters.
-    if not hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {expected}".encode()):
+    given = request.headers.get("Authorization", "").encode()
+    if not any(hmac.compare_digest(given, f"Bearer {token}".encode()) for token in expected):
         raise ApiError(Code.UNAUTHORIZED, message=METRICS_TOKEN_WRONG)
 
 

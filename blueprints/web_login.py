@@ -159,7 +159,8 @@ def _log_in(attempt: dict[str, str], code: str, mark: str) -> str:
 
 def _serializer(state: str) -> URLSafeSerializer:
     """Sign for one state: what is kept for another one has no valid signature."""
-    return URLSafeSerializer(current_app.config["SECRET_KEY"], salt=f"web_login:{state}")
+    keys = [*current_app.config["SECRET_KEY_FALLBACKS"], current_app.config["SECRET_KEY"]]  # the last one signs
+    return URLSafeSerializer(keys, salt=f"web_login:{state}")
 
 
 def _cookie(state: str) -> str:

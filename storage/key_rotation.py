@@ -54,7 +54,7 @@ def status() -> None:
 def rotate() -> None:
     """Encrypt values under other keys with the first of ENCRYPTION_KEYS.
 
-    Append the new key and restart every instance; move it to the front and restart again; run this; when the exit
+    Append the new key and reload every instance; move it to the front and reload again; run this; when the exit
     status is 0, remove the old key. It can run beside the service, and be stopped and run again at any time. A value
     that no key decrypts is named and left as it is.
 

@@ -143,6 +143,8 @@ MALFORMED = {
         ",".join([base64.b64encode(bytes(32)).decode()] * 2),
     ],
     "ADMIN_OPENIDS": ["o-one o-two", "o-one,,o-two", "o-one;o-two", "o-one,o-one"],
+    "SECRET_KEY_FALLBACKS": ["too-short", f"{'k' * 31}1,too-short", f"{'k' * 32},", f"{'k' * 32},,{'l' * 32}"],
+    "METRICS_TOKEN": ["x" * 15, f"{'x' * 16},", f"{'x' * 16},{'y' * 15}", "x" * 8 + " " + "x" * 8, "令" * 16],
     "DRAIN_SECONDS": ["-1", "13"],
     "LOG_LEVEL": ["LOUD"],
     "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "tok\nen"],
@@ -195,6 +197,13 @@ def test_a_list_is_read_in_its_order_without_the_blanks() -> None:
     assert loaded["CORS_ORIGINS"] == ["https://b.example.com", "https://a.example.com"]
     assert loaded["TRUSTED_PROXIES"] == [ip_network("::1"), ip_network("10.0.0.0/8")]
     assert [load(COMPLETE)[name] for name in (*listed, "TRUSTED_PROXIES")] == [[], [], []]
+
+
+def test_several_values_may_be_accepted_during_a_rotation() -> None:
+    many = {"SECRET_KEY_FALLBACKS": [f"{letter * 31}=" for letter in "ab"], "METRICS_TOKEN": ["-" * 16, "=+~!" * 4]}
+    for name, values in many.items():
+        assert load({**COMPLETE, name: " , ".join(values)})[name] == values
+        assert load({**COMPLETE, name: values[0]})[name] == values[:1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The access token of the mini-program, which all processes share through Redis."""
 
+import hashlib
 import logging
 import threading
 from contextlib import suppress
@@ -39,6 +40,8 @@ class AccessToken:
         self._transport, self._redis, self._cipher = transport, redis, cipher
         self._body = {"grant_type": "client_credential", "appid": app_id, "secret": app_secret}
         self._key = f"wechat:{app_id}:access_token"
+        # Of this secret alone: what WeChat refuses to those that have the one before says nothing about this one.
+        self._pause = f"{self._key}:pause:{hashlib.sha256(app_secret.encode()).hexdigest()[:8]}"
         self._turn = threading.Lock()
 
     def get(self, refused: str | None = None) -> str:
@@ -76,7 +79,7 @@ class AccessToken:
         :raises ApiError: why there is none, for PAUSE_SECONDS after a refresh has failed.
         """
         pipeline: Any = self._redis.pipeline()
-        (encrypted, pause), milliseconds = pipeline.mget(self._key, f"{self._key}:pause").pttl(self._key).execute()
+        (encrypted, pause), milliseconds = pipeline.mget(self._key, self._pause).pttl(self._key).execute()
         token = ""
         with suppress(ValueError):  # there is none, or it is encrypted under a key that this process lacks
             token = self._cipher.decrypt((encrypted or b"").decode(), self._key)
@@ -88,7 +91,6 @@ class AccessToken:
 
     def _refresh(self, refused: str | None) -> str:
         """Replace the token; if that fails, return the one before where it is valid for some more minutes."""
-        pause = f"{self._key}:pause"
         try:
             token, seconds = self._fetch()
             if token == refused and self._redis.set(f"{self._key}:forced", "", nx=True, ex=FORCE_SECONDS):
@@ -97,11 +99,11 @@ class AccessToken:
             raise
         except ApiError as error:
             TOKEN_REFRESHES.labels("failure").inc()
-            self._redis.set(pause, error.api_code.name, ex=PAUSE_SECONDS)
+            self._redis.set(self._pause, error.api_code.name, ex=PAUSE_SECONDS)
             return self._read(refused)[0]
         TOKEN_REFRESHES.labels("failure" if token == refused else "success").inc()
         if token == refused or seconds <= REFRESH_SECONDS:
-            self._redis.set(pause, "", ex=PAUSE_SECONDS)
+            self._redis.set(self._pause, "", ex=PAUSE_SECONDS)
         if token != refused:  # or another process may have stored a newer one
             self._redis.set(self._key, self._cipher.encrypt(token, self._key), ex=seconds)
         return token

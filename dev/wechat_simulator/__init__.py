@@ -30,6 +30,7 @@ Actions of WeChat:
     POST /simulator/faults       {"path", "kind", "times"?, "seconds"?, "errcode"?}: the next calls of a path fail;
                                  kind is slow, trickle, errcode, http_500, not_json or close
     POST /simulator/clock        {"advance": seconds}  -> {"now"}: advances WeChat's clock
+    POST /simulator/secret       {"secret"}: resets the mini-program's app secret to this one, as an administrator does
     DELETE /simulator/access_token  invalidates the access tokens, as if another server had forced a refresh
     DELETE /simulator            resets everything
 
@@ -65,7 +66,7 @@ def create_simulator(
     """Make the simulator's WSGI application, for one mini-program.
 
     :param app_id: any other gets errcode 40013.
-    :param app_secret: any other gets errcode 40125.
+    :param app_secret: any other gets errcode 40125, until it is reset.
     :param web_apps: the app ids and secrets of further apps, for login on the web.
     :param push: the settings of the message push; without them nothing can be pushed.
     """

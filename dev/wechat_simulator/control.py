@@ -42,6 +42,13 @@ def control(world: World) -> Blueprint:
             world.memory.offset += seconds
             return {"now": world.now()}
 
+    @blueprint.post("/secret")
+    def reset_secret() -> dict[str, str]:
+        secret = control_body("secret")["secret"]
+        with world.lock:
+            world.secrets[world.app_id] = secret
+        return {}
+
     @blueprint.get("/calls")
     def list_calls() -> dict[str, Any]:
         with world.lock:

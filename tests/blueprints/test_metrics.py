@@ -37,6 +37,12 @@ def test_the_token_reads_the_metrics(client: FlaskClient) -> None:
         assert "X-Trace-Id" in answer.headers
 
 
+def test_each_of_several_tokens_reads_the_metrics(make_app: Callable[..., Flask]) -> None:
+    client = make_app(METRICS_TOKEN=f"{METRICS_TOKEN} , {'n' * 16}").test_client()
+    for token, status in ((METRICS_TOKEN, 200), ("n" * 16, 200), (f"{METRICS_TOKEN} , {'n' * 16}", 401), ("", 401)):
+        assert client.get("/metrics", headers=bearer(token)).status_code == status
+
+
 def test_anything_but_the_token_is_401(client: FlaskClient, token: str) -> None:
     for authorization in (
         None,

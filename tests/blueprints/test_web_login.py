@@ -128,6 +128,21 @@ def test_public_url_may_have_a_path_that_a_proxy_removes(make_app: Callable[...,
     assert query_of(answer.headers["Location"])["redirect_uri"] == f"https://example.com/shop{CALLBACK}"
 
 
+def test_a_login_goes_on_under_another_secret_key_that_is_accepted(
+    make_app: Callable[..., Flask], simulator: Simulator
+) -> None:
+    old, new = "o" * 31 + "1", "n" * 31 + "1"
+    steps = [{"SECRET_KEY": old, "SECRET_KEY_FALLBACKS": new}, {"SECRET_KEY": new, "SECRET_KEY_FALLBACKS": old}]
+    apps = [make_app(**step) for step in steps]
+    for begins, ends in (apps, apps[::-1]):
+        browser = Browser(begins, simulator)
+        back = simulator.sign_in_on_the_web(browser.begin())
+        browser.client.application = make_app(SECRET_KEY="x" * 31 + "1")
+        assert page_of(browser.call_back(back)) == {"state"}
+        browser.client.application = ends
+        assert browser.call_back(back).status_code == 302
+
+
 def test_a_return_to_that_is_not_a_path_is_400(browser: Browser) -> None:
     elsewhere = ["https://evil.example.com/", "//evil.example.com", "/\\evil.example.com", "\\\\evil.example.com"]
     elsewhere += ["/\t/evil.example.com", "/\n/evil.example.com", "/x\r\nSet-Cookie: a=b", "javascript:alert(1)"]

@@ -1,3 +1,4 @@
+import hashlib
 import multiprocessing
 import threading
 import time
@@ -15,12 +16,13 @@ import concurrency
 from dev.redis_server import RedisServer
 from errors import ApiError, Code
 from service import create_app
-from tests.harness import APP_ID, WAIT_SECONDS, Simulator, counted, round_trips, wait_until
+from tests.harness import APP_ID, APP_SECRET, WAIT_SECONDS, Simulator, counted, round_trips, wait_until
 from tests.wechat.harness import outcome, refusal
 from wechat.access_token import AccessToken
 
 PATH, CHECK = "/cgi-bin/stable_token", "/wxa/msg_sec_check"
 KEY = f"wechat:{APP_ID}:access_token"
+PAUSE = f"{KEY}:pause:{hashlib.sha256(APP_SECRET.encode()).hexdigest()[:8]}"
 
 
 @pytest.fixture
@@ -154,8 +156,19 @@ def test_simultaneous_callers_share_a_failure_until_the_pause_is_over(
     for calls in (1, 2):
         assert at_once(lambda: access_token.get(refused)) == [Code.WECHAT_REFUSED] * 8
         assert len(simulator.calls(PATH)) == is_refused + calls
-        assert 0 < redis.pttl(f"{KEY}:pause") <= 3000
-        redis.delete(f"{KEY}:pause")
+        assert 0 < redis.pttl(PAUSE) <= 3000
+        redis.delete(PAUSE)
+
+
+def test_a_failure_with_another_secret_is_not_shared(
+    access_token: AccessToken, make_app: Callable[..., Flask], simulator: Simulator
+) -> None:
+    """As of an instance that has not reloaded yet after the secret was reset."""
+    before = make_app(WECHAT_APP_SECRET="the-one-before").extensions["wechat"]._access_token
+    for _ in range(3):
+        assert outcome(before.get) == Code.WECHAT_REFUSED
+    assert len(simulator.calls(PATH)) == 1
+    assert access_token.get() == before.get() == simulator.access_token()
 
 
 def test_others_wait_for_a_refresh_of_two_slow_calls(
@@ -186,11 +199,11 @@ def test_a_token_that_wechat_refuses_but_keeps_issuing_is_replaced_by_force_20_t
     assert len(simulator.calls(PATH)) == 3  # the same one, and a new one by force
     assert [access_token.get(refused=second) for _ in range(5)] == [second] * 5
     assert len(simulator.calls(PATH)) == 4
-    redis.delete(f"{KEY}:pause")
+    redis.delete(PAUSE)
     assert access_token.get(refused=second) == second
     assert len(simulator.calls(PATH)) == 5  # it is not time yet
     assert 86400 / 20 - 60 < redis.ttl(f"{KEY}:forced") <= 86400 / 20
-    redis.delete(f"{KEY}:forced", f"{KEY}:pause")
+    redis.delete(f"{KEY}:forced", PAUSE)
     simulator.travel(31)
     assert access_token.get(refused=second) not in (first, second)
 
