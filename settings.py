@@ -3,12 +3,15 @@
 They come from the environment, and what it leaves unset from a file.
 """
 
+import hashlib
+import json
 import os
 import re
 import socket
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from dotenv.parser import parse_stream
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
+SOURCES = "*.py", "requirements.txt", "blueprints/*", "storage/**/*.py", "telemetry/*.py", "wechat/*.py"
+"""The files that make a tree what it is, where no release.json names it."""
 _ORIGIN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 # Of the options that the drivers know, the URLs take those that are known to work. A message must not quote a password.
 _PORT = r"(?!6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4})[0-9]{1,5}"
@@ -178,20 +183,34 @@ def variables() -> dict[str, str]:
     return {line.key: line.value for line in lines if line.key and line.value} | environ
 
 
+def _release() -> dict[str, str]:
+    """Return what runs here: version, commit, and when it was built and started, in RFC 3339 and UTC.
+
+    A release has a release.json. Any other tree is built as it starts, and its commit is a hash of its files.
+    """
+    folder, now = Path(__file__).parent, datetime.now(UTC).isoformat(timespec="seconds")
+    with suppress(OSError, ValueError):
+        return {**json.loads((folder / "release.json").read_bytes()), "started": now}
+    files = sorted(path for pattern in SOURCES for path in folder.glob(pattern) if path.is_file())
+    commit = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return {"version": VERSION, "commit": commit, "built": now, "started": now}
+
+
 def load(environ: Mapping[str, str] | None = None, only: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the settings; an empty variable counts as not set.
 
     :param environ: where from; by default, what `variables` returns.
     :param only: the names of the settings to read; all by default.
-    :returns: the settings by name, parsed; and INSTANCE and VERSION.
+    :returns: the settings by name, parsed; and what names this process: INSTANCE, RELEASE and VERSION.
     :raises SettingsError: with one message that lists every missing or malformed setting with its help.
     """
     try:
         found = variables() if environ is None else environ
         given = {name: value.strip() for name, value in found.items() if value.strip()}
         loaded: dict[str, Any] = Settings(only=only).load(given, unknown=EXCLUDE)
-        # What names this process in logs, traces and metrics.
-        return loaded | {"INSTANCE": f"{socket.gethostname()}:{loaded.get('PORT')}", "VERSION": VERSION}
+        # In logs, traces and metrics.
+        names = {"INSTANCE": f"{socket.gethostname()}:{loaded.get('PORT')}", "RELEASE": (release := _release())}
+        return loaded | names | {"VERSION": f"{release['version']}+{release['commit']}"}
     except ValidationError as error:
         lines = ["The service cannot start: these settings are missing or malformed in its environment and file."]
         for name, messages in error.normalized_messages().items():  # they say what is wrong, never the value

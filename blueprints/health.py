@@ -45,6 +45,9 @@ class ReadinessSchema(Schema):
 
 class VersionSchema(Schema):
     version = fields.String(required=True)
+    commit = fields.String(required=True, metadata={"description": "Of git, or a hash of the code; 12 hex digits."})
+    built = fields.String(required=True, metadata={"format": "date-time"})
+    started = fields.String(required=True, metadata={"format": "date-time"})
 
 
 @blueprint.route("/livez")
@@ -72,8 +75,8 @@ def ready() -> dict[str, str]:
 @blueprint.route("/version")
 @blueprint.response(200, VersionSchema)
 def version() -> dict[str, Any]:
-    """The version that is running"""
-    return {"version": current_app.config["VERSION"]}
+    """The version that is running, and since when this process does"""
+    return current_app.config["RELEASE"]  # type: ignore[no-any-return]
 
 
 @scraped.route("/metrics")

@@ -22,7 +22,7 @@ from dev.log_reader import BOLD, SERIOUS, clock, lay_out, local_time, paint, par
 
 DEFAULT_LOGS = "var/log"
 ERRORS = {"ERROR", "CRITICAL"}
-COMPARED = ("timestamp", "level", "instance", "spanId", "parentSpanId")
+COMPARED = ("timestamp", "level", "instance", "spanId", "parentSpanId", "version")
 """Always strings after parsing, as lines of other programs may lack them or have other types."""
 
 Line = dict[str, Any]
@@ -157,12 +157,20 @@ def _ancestors(span: str, parents: dict[str, str]) -> set[str]:
 
 
 def story(trace_id: str, lines: list[Line], colour: bool) -> str:
-    """Format the failing span with its stack, then all lines, each with its instance and span."""
+    """Format the failing span with its stack, then all lines, each with its instance and span, and the version.
+
+    That is part of each line if several versions took part, and the last line if one did.
+    """
     instances = list(dict.fromkeys(text(line["instance"]) for line in lines))
     width = max(map(len, instances))
 
     def mark(line: Line) -> str:
         return f"{text(line['instance']):{width}} {short(line['spanId'])}"
+
+    versions = list(dict.fromkeys(line["version"] for line in lines if line["version"] != "-"))
+
+    def show(line: Line, **extra: str) -> str:
+        return lay_out(line, mark(line), colour, extra | ({"version": line["version"]} if len(versions) > 1 else {}))
 
     began = local_time(lines[0]["timestamp"])
     when = f", {began:%Y-%m-%d} (UTC{began:%z})" if began else ""
@@ -170,15 +178,17 @@ def story(trace_id: str, lines: list[Line], colour: bool) -> str:
     failed = failing_span(lines)
     if failed:
         rows += [paint(f"Failing span {text(failed)}", BOLD, colour)]
-        rows += [lay_out(line, mark(line), colour) for line in lines if line["spanId"] == failed]
+        rows += [show(line) for line in lines if line["spanId"] == failed]
     else:
         rows += ["No span failed."]
     rows += ["", paint("All lines", BOLD, colour)]
     for line in lines:
         if line["spanId"] == failed and line.get("stack"):
-            rows.append(lay_out({**line, "stack": None}, mark(line), colour, {"stack": "above"}))
+            rows.append(show({**line, "stack": None}, stack="above"))
         else:
-            rows.append(lay_out(line, mark(line), colour))
+            rows.append(show(line))
+    if len(versions) == 1:
+        rows += ["", f"Version {text(versions[0])}"]
     return "\n".join(rows)
 
 

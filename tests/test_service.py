@@ -237,7 +237,8 @@ def test_stdout_holds_json_lines_of_one_shape_gunicorn_s_too_and_nothing_else(en
     assert all(list(line)[:5] == ["timestamp", "level", "service", "traceId", "message"] for line in lines)
     assert all(set(line) <= set(FIELDS) for line in lines)
     assert {line["instance"] for line in lines} == {f"{socket.gethostname()}:{ended.environ['PORT']}"}
-    assert {line["version"] for line in lines} == {settings.VERSION}
+    (version,) = {line["version"] for line in lines}
+    assert re.fullmatch(rf"{settings.VERSION}\+[0-9a-f]{{12}}", version)
     of_gunicorn = [line["message"] for line in lines if line["logger"] == "gunicorn.error"]
     assert "Shutting down: Master" in of_gunicorn
     assert any(message.startswith("Booting worker") for message in of_gunicorn)

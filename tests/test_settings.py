@@ -1,10 +1,13 @@
 import base64
+import json
 import os
+import re
 import runpy
 import shutil
 from collections.abc import Callable
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +35,7 @@ def test_unset_settings_get_their_defaults() -> None:
     loaded = load(COMPLETE)
     assert loaded["SESSION_LIFETIME"] == 3600
     assert loaded["WECHAT_API_BASE_URL"] == "https://api.weixin.qq.com"
-    assert set(loaded) == {*Settings().fields, "INSTANCE", "VERSION"}
+    assert set(loaded) == {*Settings().fields, "INSTANCE", "RELEASE", "VERSION"}
 
 
 def test_all_missing_settings_are_listed_with_their_help() -> None:
@@ -335,3 +338,47 @@ def test_the_file_is_by_default_beside_the_code_and_may_be_missing(
     assert port() is None
     write_file("PORT=8001\n").rename(tmp_path / ".env")
     assert port() == "8001"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the service, without what does not run."""
+    for name in ("requirements.txt", *(path.name for path in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("blueprints", "storage", "telemetry", "wechat"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def named(tree: Path) -> dict[str, Any]:
+    loaded = runpy.run_path(str(tree / "settings.py"))["load"](COMPLETE)
+    return {name: loaded[name] for name in ("RELEASE", "VERSION")}
+
+
+def test_a_release_is_what_its_file_says(tree: Path) -> None:
+    made = {"version": "0.1.1", "commit": "0123456789ab", "built": "2026-11-27T04:00:00Z"}
+    (tree / "release.json").write_text(json.dumps(made))
+    release = named(tree)["RELEASE"]
+    assert named(tree)["VERSION"] == "0.1.1+0123456789ab"
+    assert made.items() <= release.items()
+    assert release["started"] > release["built"]
+
+
+def test_without_that_file_the_code_names_the_version(tree: Path) -> None:
+    before = named(tree)
+    assert re.fullmatch("[0-9a-f]{12}", before["RELEASE"]["commit"])
+    (tree / ".#settings.py").symlink_to("somebody@somewhere.1:2")  # how Emacs marks what it edits
+    for part in ("tests", "dev", "__pycache__", "telemetry/__pycache__"):
+        (tree / part).mkdir(exist_ok=True)
+        (tree / part / "other.py").write_text("pass")
+    (tree / "README.md").write_text("other")
+    assert named(tree)["VERSION"] == before["VERSION"]
+    seen = {before["VERSION"]}
+    for name in ("wsgi.py", "blueprints/web_login.html", "storage/models.py", "storage/migrations/env.py"):
+        (tree / name).write_text(f"{(tree / name).read_text()}\n")
+        assert named(tree)["VERSION"] not in seen
+        seen.add(named(tree)["VERSION"])
+    for name in ("requirements.txt", "wechat/crypto.py", "telemetry/logs.py", "gunicorn.conf.py"):
+        (tree / name).unlink()
+        assert named(tree)["VERSION"] not in seen
+        seen.add(named(tree)["VERSION"])

@@ -2,6 +2,7 @@ import gc
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ from redis import Redis
 from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session
 
-import settings
 from dev.redis_server import RedisServer
 from dev.run import free_port
 from service import create_app
@@ -33,7 +33,12 @@ def test_the_probes_respond(client: FlaskClient) -> None:
     assert client.get("/livez").get_json()["data"] == {}
     assert client.get("/readyz").get_json()["data"] == {"redis": "up", "database": "up", "wechat": "up"}
     assert (up("redis"), up("database")) == (1, 1)
-    assert client.get("/version").get_json()["data"] == {"version": settings.VERSION}
+    found = client.get("/version").get_json()["data"]
+    assert f"{found['version']}+{found['commit']}" == client.application.config["VERSION"]
+    started = datetime.fromisoformat(found["started"])
+    assert started.utcoffset() == timedelta(0)
+    assert found["built"] == found["started"]  # as there is no release.json
+    assert timedelta(0) < datetime.now(UTC) - started < timedelta(hours=2)
 
 
 def test_readiness_says_that_wechat_keeps_failing_and_is_200(client: FlaskClient, simulator: Simulator) -> None:

@@ -8,7 +8,6 @@ from flask.testing import FlaskClient
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-import settings
 from dev.redis_server import RedisServer
 from tests.harness import METRICS_TOKEN, bearer, suspend, wait_until
 
@@ -32,7 +31,8 @@ def test_the_token_reads_the_metrics(client: FlaskClient) -> None:
             for family in parse(answer.text)
             for sample in family.samples
         }
-        assert read["kuaishang_build_info", settings.VERSION, f"{socket.gethostname()}:8000"] == 1
+        version = client.application.config["VERSION"]
+        assert read["kuaishang_build_info", version, f"{socket.gethostname()}:8000"] == 1
         assert read["kuaishang_http_requests_total", "/version", "200", "200", "GET"] > 0
         assert "X-Trace-Id" in answer.headers
 

@@ -39,7 +39,7 @@ SUFFIXES = {
     "summary": ["_count", "_sum"],
     "histogram": ["_bucket", "_count", "_sum"],
 }
-OPERATORS = {"and", "or", "unless"}
+OPERATORS = {"and", "or", "unless", "offset"}
 FIRING = 'count by (alertname, instance, job) (ALERTS{alertstate="firing"})'
 
 
@@ -52,6 +52,8 @@ def queries() -> dict[str, str]:
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             found[f"{panel['title']} {target['refId']}"] = target["expr"]
+    for annotation in DASHBOARD["annotations"]["list"]:
+        found[annotation["name"]] = annotation["expr"]
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
             found[f"${variable['name']}"] = re.sub(
@@ -201,6 +203,22 @@ def test_prometheus_accepts_its_configuration_the_rules_and_every_query(tmp_path
     rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(queries().values())]
     (folder / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     run("promtool", "check", "rules", "queries.yml", folder=folder)
+
+
+def test_the_dashboard_marks_when_a_version_begins_to_serve(tmp_path: Path) -> None:
+    def build(version: str, values: str) -> dict[str, str]:
+        return {"series": f'kuaishang_build_info{{job="kuaishang",instance="a",version="{version}"}}', "values": values}
+
+    def look(at: str, *versions: str) -> dict[str, object]:
+        seen = [{"labels": f'{{version="{version}"}}', "value": 1} for version in versions]
+        return {"expr": queries()["Versions that begin to serve"], "eval_time": at, "exp_samples": seen}
+
+    # At two minutes a patch, which takes half a minute to hand over; at four minutes back.
+    rows = [build("0.1.0+old", "1x9 stale _x6 1x9"), build("0.1.0+new", "_x8 1x9 stale")]
+    looks = [look("1m45s"), look("2m", "0.1.0+new"), look("2m30s", "0.1.0+new"), look("3m"), look("4m15s", "0.1.0+old")]
+    test = {"interval": "15s", "input_series": rows, "promql_expr_test": looks}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [test]}))
+    run("promtool", "test", "rules", "test.yml", folder=tmp_path)
 
 
 def test_alertmanager_accepts_its_configuration_and_has_a_receiver_for_each_severity() -> None:

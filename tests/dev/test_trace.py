@@ -103,6 +103,8 @@ def test_lines_of_two_instances_with_one_traceparent_are_merged(
         assert f"Failing span {cause['spanId']}" in failing
         assert "interface=/sns/jscode2session" in above
         assert ours[-1]["instance"] not in "\n".join(failing)
+        rest, last = rest.split("\n\n")
+        assert last == f"Version {ours[0]['version']}\n"
         rows = [row for row in rest.splitlines() if not row.startswith(" ")]
         assert [row.split()[2] for row in rows] == [line["instance"] for line in ours + theirs]
         assert [line["message"] in row for line, row in zip(ours + theirs, rows, strict=True)] == [True] * len(rows)
@@ -115,6 +117,21 @@ def test_the_id_and_the_logs_may_be_arguments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert messages(below(done.stdout)) != []
     assert "2 lines of" in done.stdout
+
+
+def test_the_version_is_shown_once_or_with_each_line_if_there_are_several() -> None:
+    same = [line(second, "request", version="0.1.0+aaa") for second in (1, 2)]
+    assert story(*same).endswith("\n\nVersion 0.1.0+aaa")
+    assert story(*same).count("0.1.0+aaa") == 1
+    assert "ersion" not in story(line(1, "request"))
+    several = story(*same, line(3, "request", "ERROR", "b", version="0.1.0+bbb"), line(4, "foreign"))
+    above, _, below = several.partition(HEADING)
+    assert "version=0.1.0+bbb" in above
+    assert [row.rpartition(" ")[2] for row in below.splitlines()] == [
+        *["version=0.1.0+aaa"] * 2,
+        "version=0.1.0+bbb",
+        "version=-",
+    ]
 
 
 def test_the_failing_span_comes_first_then_all_lines_in_order() -> None:

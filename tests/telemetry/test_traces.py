@@ -21,7 +21,6 @@ from redis.exceptions import ResponseError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-import settings
 from dev.redis_server import RedisServer
 from storage.database import engine_for
 from telemetry import span_export, traces
@@ -173,7 +172,7 @@ def test_spans_name_their_sender_and_their_export_is_no_part_of_a_trace(
     assert {name: value for name, value in spans[0].resource.items() if not name.startswith("telemetry.sdk.")} == {
         "service.name": "kuaishang",
         "service.instance.id": f"{socket.gethostname()}:9123",
-        "service.version": settings.VERSION,
+        "service.version": client.application.config["VERSION"],
     }
 
 
