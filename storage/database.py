@@ -193,8 +193,8 @@ def ping() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def in_transaction(work: Callable[[], T]) -> T:
-    """Run some work and commit; up to TRIES times in all if it lost a race, or met a server that takes no writes.
+def in_transaction(work: Callable[[], T], tries: int = TRIES) -> T:
+    """Run some work and commit; in so many tries if it loses a race, or meets a server that takes no writes.
 
     The row of the user who is signed in is locked: what the work writes for them is there before a deletion, a merge, a
     cancellation or a block looks for it, or is not written.
@@ -206,28 +206,26 @@ def in_transaction(work: Callable[[], T]) -> T:
     :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
     :raises sqlalchemy.exc.DBAPIError: if it failed otherwise.
     """
-    for tries_left in reversed(range(TRIES)):
-        session.rollback()  # rows read before may be stale
-        g.after_commit = []
-        try:
-            with session.begin():
-                if session.get_bind().dialect.name == "sqlite":
-                    _begin_immediate()
-                if "user_id" in g:
-                    g.user = next(iter(load(User, rows(_LOCKED_USER, session.connection(), id=g.user_id))), None)
-                    if g.user is None or g.user.blocked:
-                        raise ApiError(Code.UNAUTHORIZED)
-                result = work()
-        except (DBAPIError, StaleDataError) as error:
-            if not tries_left or not failures.codes(getattr(error, "orig", error)) & failures.LOST:
-                raise
-        else:
-            for function in g.pop("after_commit"):
-                function()
-            return result
-        finally:
-            g.pop("user", None)
-    raise AssertionError("unreachable")
+    session.rollback()  # rows read before may be stale
+    g.after_commit = []
+    try:
+        with session.begin():
+            if session.get_bind().dialect.name == "sqlite":
+                _begin_immediate()
+            if "user_id" in g:
+                g.user = next(iter(load(User, rows(_LOCKED_USER, session.connection(), id=g.user_id))), None)
+                if g.user is None or g.user.blocked:
+                    raise ApiError(Code.UNAUTHORIZED)
+            result = work()
+    except (DBAPIError, StaleDataError) as error:
+        if tries == 1 or not failures.codes(getattr(error, "orig", error)) & failures.LOST:
+            raise
+        return in_transaction(work, tries - 1)
+    finally:
+        g.pop("user", None)
+    for function in g.pop("after_commit"):
+        function()
+    return result
 
 
 def _begin_immediate() -> None:

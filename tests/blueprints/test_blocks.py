@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def flask(app: Flask, *command: str) -> Any:
 def test_a_user_who_writes_all_the_time_can_be_blocked(
     app: Flask, admin: Caller, mallory: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "TRIES", 1)
+    monkeypatch.setattr(database, "in_transaction", partial(database.in_transaction, tries=1))
     with app.app_context(), ThreadPoolExecutor(1) as pool:
         database.session.get_one(User, mallory.id, with_for_update=True).nickname = "again"
         database.session.flush()

@@ -1,6 +1,7 @@
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -374,7 +375,7 @@ def test_a_transaction_that_always_loses_its_race_is_503(
 def test_a_buyer_who_writes_all_the_time_does_not_stop_a_shipment(
     app: Flask, alice: Caller, admin: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "TRIES", 1)
+    monkeypatch.setattr(database, "in_transaction", partial(database.in_transaction, tries=1))
     order = alice.order()
     with app.app_context(), ThreadPoolExecutor(1) as pool:
         database.session.get_one(Order, order["id"], with_for_update=True).remark = "again"
