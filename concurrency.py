@@ -1,4 +1,4 @@
-"""How long a request may wait, how much expensive work runs at once, and what runs in parallel."""
+"""How long a request may wait, how much expensive work runs at once, what runs in parallel and is read together."""
 
 import math
 import re
@@ -11,6 +11,8 @@ from typing import Any
 
 import gevent
 from flask import Flask, current_app, has_request_context, request
+from gevent import monkey
+from gevent.event import AsyncResult
 from gevent.lock import Semaphore
 
 from errors import ApiError, Code, handle_error
@@ -140,6 +142,37 @@ def in_parallel(functions: Mapping[str, Callable[[], Any]], seconds: float) -> d
     context = partial(context_for, seconds)  # a caller who has less time is no reason to call a dependency down
     work = {name: gevent.spawn(context().run, run, function) for name, function in functions.items()}
     return {name: greenlet.get() for name, greenlet in work.items()}
+
+
+class SharedReads:
+    """Reads what requests ask for at the same moment at once, where requests are greenlets. Nothing is kept.
+
+    :param read: returns the values of keys, by key.
+    """
+
+    def __init__(self, read: Callable[[list[Any]], Mapping[Any, Any]]) -> None:
+        self._read = read
+        self._next: tuple[list[Any], AsyncResult] = [], AsyncResult()
+
+    def get(self, key: Any) -> Any:
+        """Return the value of a key; None if there is none. Raises what `read` does."""
+        if not monkey.is_module_patched("socket"):
+            return self._read([key]).get(key)
+        keys, found = self._next
+        keys.append(key)
+        if len(keys) == 1:  # the first one asks for all
+            try:
+                gevent.sleep(0)  # until all requests that are ready have named their keys
+                self._next = [], AsyncResult()
+                found.set(self._read(keys))
+            except Exception as error:  # noqa: BLE001  raised below, in each of them
+                found.set_exception(error)
+            except BaseException:  # this request is given up, which concerns no other one
+                self._next = [], AsyncResult()
+                found.set()
+                raise
+        values = found.get()
+        return (self._read([key]) if values is None else values).get(key)
 
 
 def init_app(app: Flask) -> None:

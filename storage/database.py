@@ -24,11 +24,10 @@ from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 from sqlalchemy.sql import Select
 from werkzeug.local import LocalProxy
 
-from concurrency import seconds_left
+from concurrency import SharedReads, seconds_left
 from errors import ApiError, Code
 from storage import failures
 from storage.models import Base, Encrypted, User
-from storage.shared_reads import SharedReads
 from telemetry import metrics
 
 STATEMENT_SECONDS = 3

@@ -10,7 +10,7 @@ from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
 
-from storage.shared_reads import SharedReads
+from concurrency import SharedReads
 from telemetry import metrics
 
 CONNECTIONS, WAIT_SECONDS = 100, 1
