@@ -40,6 +40,8 @@ MEMORY_BYTES = int(os.environ.get("MEMORY_MB", 1024)) * 1024**2
 KEPT = 5
 """How many releases are kept, the current one included."""
 PR_SET_PDEATHSIG = 1
+OF_SYSTEMD = ("LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET")
+"""Variables that speak to the supervisor alone."""
 
 Say = Callable[[str], None]
 
@@ -126,6 +128,7 @@ class Generation:
         private.bind(str(self.socket))
         private.listen()
         held = listener.fileno(), private.fileno(), reports
+        environ = {name: value for name, value in environ.items() if name not in OF_SYSTEMD}
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
             *("--workers", "0", "--bind", f"fd://{held[0]}", "--bind", f"fd://{held[1]}", "wsgi:app"),
@@ -202,14 +205,17 @@ class Generation:
         return await self._expect(expected, START_SECONDS)
 
     def stop(self) -> None:
-        """Let it end when its requests are done."""
+        """Let it end when its requests are done, or after STOP_SECONDS."""
         with suppress(ProcessLookupError):
             self.process.terminate()
+        asyncio.get_running_loop().call_later(STOP_SECONDS, self.kill)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
+        if self.process.returncode is None:  # otherwise its number may be another's by now
             os.killpg(self.process.pid, signal.SIGKILL)
-        shutil.rmtree(self.metrics, ignore_errors=True)
+            shutil.rmtree(self.metrics, ignore_errors=True)
+        for path in (self.socket, self._gate):
+            path.unlink(missing_ok=True)
 
     async def get(self, path: str, token: str = "", seconds: float = 5) -> tuple[int, str]:
         """Ask one of its workers.
@@ -288,14 +294,14 @@ class Supervisor:
         self._busy = ""
         self._give_up: asyncio.Event | None = None
         self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serve until SIGTERM."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        hup = asyncio.Event()
-        loop.add_signal_handler(signal.SIGHUP, hup.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._tasks.add(loop.create_task(self._reload())))
         self.state.load()
         control = self._home / "control.sock"
         control.unlink(missing_ok=True)
@@ -306,17 +312,14 @@ class Supervisor:
             if self._serving is None or (self._serving.ended.done() and not self._busy):
                 await self._begin()
                 continue
-            waiting = {stopping, self._serving.ended, asyncio.create_task(hup.wait())}
-            await asyncio.wait(waiting, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-            if hup.is_set():
-                hup.clear()
-                asyncio.create_task(self._reload())  # noqa: RUF006
+            await asyncio.wait({stopping, self._serving.ended}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            self._tasks = {task for task in self._tasks if not task.done()}
         server.close()
         for generation in filter(None, (self._serving, self._paused)):
             generation.stop()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(generation.ended), STOP_SECONDS)
-            generation.kill()
+        ends = [generation.ended for generation in (self._serving, self._paused) if generation]
+        if ends:
+            await asyncio.wait(ends, timeout=STOP_SECONDS)
         shutil.rmtree(self._run)
 
     async def _begin(self) -> None:
@@ -336,6 +339,8 @@ class Supervisor:
     async def _started(self, release: str) -> Generation:
         """Start a generation without workers. Raises Refused."""
         command, folder = self._command_of(release)
+        if not folder.is_dir():
+            raise Refused(f"there is no {folder}")
         generation = Generation(release, command, folder, self._run)
         environ = dict(os.environ)
         environ.setdefault("METRICS_TOKEN", self._metrics_token())
@@ -376,7 +381,6 @@ class Supervisor:
             while new.workers:
                 await new.retire_worker()
         new.stop()
-        asyncio.get_running_loop().call_later(STOP_SECONDS, new.kill)
 
     async def _watch(self, old: Figures, new: Generation, seconds: float, give_up: asyncio.Event) -> None:
         """Watch what has taken over. Raises WentBack if it is worse than what was before."""
@@ -463,8 +467,6 @@ class Supervisor:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Do what `patch.py` asks for, and say how it ended."""
-        asked = json.loads(await reader.readline())
-        what, by, began = asked["do"], asked["by"], time.monotonic()
 
         def tell(**words: Any) -> None:
             if not writer.is_closing():
@@ -473,6 +475,8 @@ class Supervisor:
         def say(words: str) -> None:
             tell(step=words)
 
+        asked, began = json.loads(await reader.readline()), time.monotonic()
+        what, by = asked["do"], asked["by"]
         entry = {"at": now(), "what": what, "by": by, "from": self.state.current, "release": asked.get("release", "")}
         try:
             if what == "rollback" and self._give_up:  # in the middle of a patch, which then goes back by itself
