@@ -78,8 +78,6 @@ class Server:
         (tree / "environment").symlink_to(f"../../environments/{self._environment}")
         facts = {"version": "0.1.0", "commit": name, "built": "2026-01-01T00:00:00Z"}
         (tree / "release.json").write_text(json.dumps(facts))
-        path = tree / "settings.py"  # TEMP
-        path.write_text(path.read_text().replace('VERSION = "0.1.0"', f'VERSION = "{name}"'))  # TEMP
         change(tree)
         return name
 
@@ -108,7 +106,7 @@ class Server:
 
     def _agreed(self) -> str | None:
         versions = [requests.get(f"{self.url}/version", timeout=WAIT_SECONDS) for _ in range(10)]
-        answered = {version.json()["data"]["version"] for version in versions}
+        answered = {version.json()["data"]["commit"] for version in versions}
         return answered.pop() if len(answered) == 1 else None
 
     def metrics(self) -> str:

@@ -135,7 +135,7 @@ def test_five_releases_are_kept(server: Server, tree: Path) -> None:
 
 def test_the_first_release_waits_for_the_service_to_start(stage: Patched, tmp_path: Path, tree: Path) -> None:
     settings = {name: value for name, value in stage.server.environ.items() if name != "PORT"}
-    server = Server(tmp_path / "home", settings, released=False)
+    server = Server(tmp_path / "home", settings, released=False, **stage.secrets)
     done = server.tool("patch", str(tree))
     assert done.returncode == DONE, done.stdout + done.stderr
     assert "systemctl start" in done.stdout

@@ -26,9 +26,9 @@ class Patched(Stage):
 
     def __init__(self, stack: ExitStack) -> None:
         super().__init__(stack, mariadb=False)
-        secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
+        self.secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
         environ = {**self.environ, "START_SECONDS": "12", "REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
-        self.server = Server(self.folder / "home", environ | secrets)  # TEMP
+        self.server = Server(self.folder / "home", environ, **self.secrets)
         self.service = self.server  # type: ignore[assignment]
 
 
