@@ -179,8 +179,8 @@ def check_settings(release: Path, env_file: Path | None, workshop: Workshop) -> 
     if not ("ENV_FILE" in environ or (release / ".env").exists() or environ.keys() & SETTINGS):
         return "skipped: neither the environment nor a file has any"
     mark = secrets.token_hex(8)  # which nobody prints who exits before the end, with whatever status
-    code = f"import os, settings; settings.load(getattr(settings, 'variables', lambda: os.environ)()); print('{mark}')"
-    program = workshop.start("settings.py", [sys.executable, "-c", code], release, environ)
+    command = [sys.executable, "-c", f"import settings; settings.load(); print('{mark}')"]
+    program = workshop.start("settings.py", command, release, environ)
     program.wait()
     if not program.text().endswith(mark):
         raise Refused(program.failure())

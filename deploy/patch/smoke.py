@@ -226,8 +226,6 @@ def exchange(
 
 def _private_environ(folder: Path) -> dict[str, str]:
     """Return an environment without any setting of this machine."""
-    empty = folder / "empty.env"
-    empty.touch(0o600)
     passed = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TZ") if name in os.environ}
     return passed | {
         "HOME": str(folder),
@@ -235,7 +233,7 @@ def _private_environ(folder: Path) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
-        "ENV_FILE": str(empty),
+        "ENV_FILE": os.devnull,
         "WECHAT_APP_ID": APP_ID,
         "WECHAT_APP_SECRET": APP_SECRET,
         "SECRET_KEY": secrets.token_hex(32),

@@ -14,8 +14,8 @@ NULL. The last step, drop, does so all the same, and says when that becomes safe
     OLD_CODE_LEFT_IN = "0.2.0"
 
 is the first release whose code does without what goes. It must be the one that is running by then, or an earlier one;
-the release with the drop is a later one. So raise VERSION in settings.py with both. Going back to a release before
-0.2.0 is refused from then on. A revision that has run somewhere is never changed: add another.
+the release with the drop is a later one. So raise VERSION in settings.py with both. From then on there is no way back
+to a release before 0.2.0. A revision that has run somewhere is never changed: add another.
 
 `alembic revision --autogenerate --rev-id 0009 -m "what it is"` begins one, with the database at the last revision. It
 writes the types that columns have in the database, as a migration must not change with the code. It cannot write a

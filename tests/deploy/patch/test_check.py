@@ -81,13 +81,17 @@ def outcome_of(status: int, text: str) -> Outcome:
     return Outcome(status, steps, re.search(r"^(ok in|refused: ).*", text, re.MULTILINE | re.DOTALL)[0].rstrip())  # type: ignore[index]
 
 
+def surroundings(**more: str) -> dict[str, str]:
+    """Return the environment without settings, except for these."""
+    return {name: value for name, value in os.environ.items() if name not in (*REAL_SETTINGS, "ENV_FILE")} | more
+
+
 def check(tree: Tree, *options: str | Path, **environ: str) -> Outcome:
     """Check a release, on a machine that may be busy."""
-    without = {name: value for name, value in os.environ.items() if name not in REAL_SETTINGS}
     done = subprocess.run(
         command("--seconds", str(WAIT_SECONDS), *options),
         cwd=tree.folder,
-        env={**without, **environ},
+        env=surroundings(**environ),
         stdout=subprocess.PIPE,
         text=True,
         timeout=2 * WAIT_SECONDS,
@@ -142,7 +146,11 @@ def fails_half_way(tree: Tree) -> None:
 
 
 def is_another_version(tree: Tree) -> None:
-    tree.write("release.json", json.dumps({"version": "0.9.9"}))
+    facts = {"version": "0.1.0", "commit": "0123456789ab", "built": "2026-01-01T00:00:00+00:00"}
+    tree.write("release.json", json.dumps(facts))
+    tree.replace(
+        "blueprints/health.py", 'current_app.config["RELEASE"]', '{**current_app.config["RELEASE"], "commit": "b" * 12}'
+    )
 
 
 def requires_what_nobody_gives(tree: Tree) -> None:
@@ -163,7 +171,7 @@ REFUSALS: dict[Callable[[Tree], None], str] = {
     answers_anything: r"refused: the release: GET /readyz: 200 \{\}, which is not the envelope",
     fails_half_way: r"refused: the release: alembic upgrade head ended with status 1: "
     r"storage/migrations/versions/0008_more\.py:\d+: .*no such table: nowhere",
-    is_another_version: r'refused: the release: GET /version: 200 .*"0\.1\.0".*, which is not what was expected',
+    is_another_version: r'refused: the release: GET /version: 200 .*"b{12}".*, which is not what was expected',
     requires_what_nobody_gives: r"refused: the release ended with status 1\n.*PAYMENT_KEY: missing \(Of the bank\.\)",
 }
 
@@ -175,6 +183,8 @@ def is_nosy(tree: Tree) -> None:
     """Add a column, write down where it finds itself, and leave a process behind that is in no group of ours."""
     tree.replace("settings.py", "    REDIS_URL = ", '    PAYMENT_KEY = _required("Of the bank.")\n    REDIS_URL = ')
     tree.write("deploy/patch/smoke.env", "# made up\nPAYMENT_KEY = made-up\n")
+    tree.write(".env", "CORS_ORIGINS=https://real.example.com\n")
+    (tree.folder / ".env").chmod(0o600)
     tree.migrate('op.add_column("orders", sa.Column("channel", sa.String(16)))')
     tree.replace(
         "storage/models.py",
@@ -184,10 +194,11 @@ def is_nosy(tree: Tree) -> None:
     tree.begin(
         "wsgi.py",
         f"""
-import json, os, subprocess
+import json, os, settings, subprocess
 daemon = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 limits = {{name: open(f"/proc/self/{{name}}").read() for name in ("limits", "oom_score_adj")}}
-seen = {{"environ": dict(os.environ), "daemon": daemon.pid, "parent": os.getppid(), **limits}}
+seen = {{"environ": dict(os.environ), "settings": settings.variables(), **limits}}
+seen |= {{"daemon": daemon.pid, "parent": os.getppid()}}
 open({str(tree.folder.with_suffix(".seen"))!r}, "w").write(json.dumps(seen))
 """,
     )
@@ -273,6 +284,7 @@ def test_a_release_sees_no_real_setting_and_has_limits(outcomes: Outcomes) -> No
     seen = json.loads(tree.folder.with_suffix(".seen").read_text())
     assert [value for value in (*REAL_SETTINGS.values(), "real") if value in seen["environ"].values()] == []
     assert seen["environ"]["PAYMENT_KEY"] == "made-up"
+    assert "CORS_ORIGINS" not in seen["settings"]  # in a file beside settings.py
     assert seen["oom_score_adj"].strip() == "1000"
     assert re.search(rf"^Max data size +{1024 * 1024 * 1024} ", seen["limits"], re.MULTILINE)
     assert re.search(r"^Max core file size +0 ", seen["limits"], re.MULTILINE)
@@ -304,7 +316,7 @@ def test_a_signal_ends_everything(base: Tree, tmp_path: Path) -> None:
     tree = Tree(tmp_path / "release")
     tree.begin("wsgi.py", f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{HANGS}")
     process = subprocess.Popen(
-        command("--seconds", str(WAIT_SECONDS)), cwd=tree.folder, stdout=subprocess.PIPE, text=True
+        command("--seconds", str(WAIT_SECONDS)), cwd=tree.folder, env=surroundings(), stdout=subprocess.PIPE, text=True
     )
     pid = wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     home = psutil.Process(int(pid)).environ()["HOME"]
@@ -342,10 +354,15 @@ def test_each_syntax_error_is_named_with_file_and_line(tree: Tree) -> None:
 
 def test_missing_settings_are_listed(tree: Tree, tmp_path: Path) -> None:
     given = {name: value for name, value in REAL_SETTINGS.items() if name != "SECRET_KEY"}
-    outcome = check(tree, **given)
-    assert (outcome.status, outcome.steps) == (1, ["compiles", "settings"])
-    assert "SECRET_KEY: missing (32 random characters or more" in outcome.last
-    assert check(tree, "--without-smoke", **REAL_SETTINGS).status == 0
+    file = tmp_path / "env"
+    file.touch(0o600)
+    for options in ([], ["--env-file", file]):
+        file.write_text("\n".join(f"{name}={value}" for name, value in given.items()))
+        outcome = check(tree, *options, **({} if options else given))
+        assert (outcome.status, outcome.steps) == (1, ["compiles", "settings"])
+        assert "SECRET_KEY: missing (32 random characters or more" in outcome.last
+        file.write_text("\n".join(f"{name}={value}" for name, value in REAL_SETTINGS.items()))
+        assert check(tree, "--without-smoke", *options, **({} if options else REAL_SETTINGS)).status == 0
 
 
 @pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)"])
