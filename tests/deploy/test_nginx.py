@@ -1,22 +1,27 @@
 """The service behind a real nginx with deploy/nginx/kuaishang.conf; `.ci/run` installs Debian's nginx-light."""
 
+import json
 import os
+import re
 import shutil
+import socket
+import ssl
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from http.client import HTTPConnection
+from contextlib import closing, suppress
+from http.client import HTTPResponse, HTTPSConnection
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import requests
 
 from dev.run import free_port
+from errors import Code
 from tests.blueprints.callers import ITEM, ORDER
-from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, answers, bearer, bound_to_this_process, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, bearer, bound_to_this_process, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "nginx" / "kuaishang.conf"
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -34,56 +39,190 @@ UNREAD = {
 }
 
 
-class Nginx(SimpleNamespace):
-    url: str
+class Nginx:
+    """nginx with the configuration as shipped but for its addresses and the certificate.
+
+    :param upstream: the service's address, as host:port.
+    :param more: directives of the http block.
+    """
+
+    def __init__(self, folder: Path, upstream: str, more: str = "") -> None:
+        self.folder = folder
+        self.plain_port, self.port = free_port("the plain port", "0"), free_port("nginx's port", "0")
+        self.url = f"https://127.0.0.1:{self.port}"
+        self.certificate = folder / "certificate"
+        key = folder / "key"
+        subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+        made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject]
+        subprocess.run([*made, "-keyout", key, "-out", self.certificate], check=True, capture_output=True)
+        text = CONFIGURATION.read_text()
+        for shipped, here in {
+            "127.0.0.1:8000": upstream,
+            "listen 80;": f"listen {self.plain_port};",
+            "listen 443 ": f"listen {self.port} ",
+            "/etc/ssl/certs/kuaishang.crt": self.certificate,
+            "/etc/ssl/private/kuaishang.key": key,
+        }.items():
+            assert text.count(shipped) == 1
+            text = text.replace(shipped, str(here))
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+        main = f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/errors;\n"
+        main += "user root;\n" if os.getuid() == 0 else ""
+        (folder / "nginx.conf").write_text(f"{main}events {{}}\nhttp {{\naccess_log off;\n{more}\n{paths}{text}\n}}\n")
+        command = [
+            *bound_to_this_process(),
+            str(NGINX),
+            "-p",
+            str(folder),
+            "-e",
+            f"{folder}/errors",
+            "-c",
+            "nginx.conf",
+        ]
+        self.process = subprocess.Popen(command)
+        wait_until(lambda: self._accepts() or self.process.poll() is not None)
+        assert self.process.poll() is None, Path(folder, "errors").read_text()
+
+    def _accepts(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS):
+            return True
+        return False
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(WAIT_SECONDS)
+
+    def request(self, method: str, path: str, **options: Any) -> requests.Response:
+        return requests.request(method, self.url + path, verify=str(self.certificate), timeout=WAIT_SECONDS, **options)
+
+    def send(self, *lines: str, plain: bool = False) -> tuple[HTTPResponse, bytes]:
+        """Send these lines as they are, and return the response and its body.
+
+        :param plain: whether to send them without TLS, to the port that wants it.
+        """
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
+        if not plain:
+            context = ssl.create_default_context(cafile=self.certificate)
+            connection = context.wrap_socket(connection, server_hostname="127.0.0.1")
+        with connection:
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+            response = HTTPResponse(connection)
+            response.begin()
+            return response, response.read()
+
+
+class Behind(Nginx):
     service: Service
 
 
 @pytest.fixture(scope="module")
-def shared_nginx(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+def shared_nginx(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Behind]:
     folder = tmp_path_factory.mktemp("nginx")
     settings = {"WEB_CONCURRENCY": "1", "TRUSTED_PROXIES": "127.0.0.1", "LOGIN_RATE": "1000/day"}
     service = Service({**environ, **settings}, folder / "output")
-    port = free_port("nginx's port", "0")
-    text = CONFIGURATION.read_text()
-    for shipped, here in (("127.0.0.1:8000", service.url.removeprefix("http://")), ("listen 80", f"listen {port}")):
-        assert text.count(shipped) == 1
-        text = text.replace(shipped, here)
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
-    main = f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/errors;\n"
-    main += "user root;\n" if os.getuid() == 0 else ""
-    (folder / "nginx.conf").write_text(f"{main}events {{}}\nhttp {{\naccess_log off;\n{paths}{text}\n}}\n")
-    command = [*bound_to_this_process(), str(NGINX), "-p", str(folder), "-e", f"{folder}/errors", "-c", "nginx.conf"]
-    with subprocess.Popen(command) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: answers(f"{url}/livez") or process.poll() is not None)
-            assert process.poll() is None, Path(folder, "errors").read_text()
-            yield Nginx(url=url, service=service)
-        finally:
-            process.terminate()
-            service.discard()
+    try:
+        nginx = Behind(folder, service.url.removeprefix("http://"))
+        nginx.service = service
+        yield nginx
+        nginx.stop()
+    finally:
+        service.discard()
 
 
 @pytest.fixture
-def nginx(shared_nginx: Nginx, journal: object, simulator: Simulator) -> Nginx:
+def nginx(shared_nginx: Behind, journal: object, simulator: Simulator) -> Behind:
     return shared_nginx
 
 
-def test_unread_bodies_of_one_client_cost_no_other_one_a_request(nginx: Nginx, simulator: Simulator) -> None:
+def assert_is_its_own(status: int, headers: Any, body: bytes) -> None:
+    """Check that this comes from nginx: the envelope, with the message of errors.py."""
+    messages = {code.status: code.message.chinese for code in Code if code.number == code.status}
+    message = "无法处理该请求：Bad Request" if status == 400 else messages[status]  # no field is to blame
+    assert json.loads(body) == {"code": status, "message": message, "data": None}
+    assert list(json.loads(body)) == ["code", "message", "data"]
+    assert headers["Content-Type"] == "application/json"
+    assert re.fullmatch(r"[0-9a-f]{32}", headers["X-Trace-Id"])
+    assert headers.get("Retry-After") == ("2" if status == 503 else None)
+
+
+REFUSED = {
+    "no host": (400, ["GET /livez HTTP/1.1"]),
+    "no HTTP": (400, ["hello"]),
+    "a header that is too long": (400, ["GET /livez HTTP/1.1", "Host: x", f"X-Long: {'x' * 10_000}"]),
+    "a URL that is too long": (400, [f"GET /livez?{'x' * 10_000} HTTP/1.1", "Host: x"]),
+    "a method that nginx refuses": (400, ["TRACE /livez HTTP/1.1", "Host: x"]),
+    "a version that nginx refuses": (400, ["GET /livez HTTP/3.0", "Host: x"]),
+    "a transfer coding that nginx refuses": (400, ["POST /livez HTTP/1.1", "Host: x", "Transfer-Encoding: x"]),
+    "a path that is hidden": (404, ["GET /metrics HTTP/1.1", "Host: x"]),
+    "a path of nginx's own": (404, ["GET /nginx/error HTTP/1.1", "Host: x"]),
+    "a body that is too long": (413, ["POST /livez HTTP/1.1", "Host: x", "Content-Length: 2000000"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_nginx_refuses_comes_in_the_envelope(nginx: Behind, name: str) -> None:
+    status, lines = REFUSED[name]
+    response, body = nginx.send(*lines)
+    assert response.status == status
+    assert_is_its_own(status, response.headers, body)
+
+
+def test_a_request_without_tls_is_refused_at_the_port_for_tls(nginx: Behind) -> None:
+    response, body = nginx.send("GET /livez HTTP/1.1", "Host: x", plain=True)
+    assert response.status == 400
+    assert_is_its_own(400, response.headers, body)
+
+
+def test_the_plain_port_leads_to_tls_with_method_and_body(nginx: Behind) -> None:
+    url, headers = f"http://127.0.0.1:{nginx.plain_port}/api/v1/orders?page=2", {"Host": "shop.example.com:80"}
+    answer = requests.post(url, data=b"{}", headers=headers, allow_redirects=False, timeout=WAIT_SECONDS)
+    assert (answer.status_code, answer.headers["Location"]) == (308, "https://shop.example.com/api/v1/orders?page=2")
+
+
+def test_a_service_that_is_away_or_hangs_is_unavailable(tmp_path: Path) -> None:
+    with closing(socket.socket()) as service:
+        service.bind(("127.0.0.1", 0))
+        nginx = Nginx(tmp_path, f"127.0.0.1:{service.getsockname()[1]}", "proxy_read_timeout 100ms;")
+        try:
+            for listens in (False, True):
+                if listens:
+                    service.listen()
+                for method in ("GET", "POST"):
+                    answer = nginx.request(method, "/api/v1/orders")
+                    assert answer.status_code == 503
+                    assert_is_its_own(503, answer.headers, answer.content)
+        finally:
+            nginx.stop()
+
+
+def test_the_services_own_errors_pass_unchanged(nginx: Behind, simulator: Simulator) -> None:
+    login, english = "/api/v1/auth/wechat", {"Accept-Language": "en"}
+    simulator.fault("errcode", times=9, errcode=-1)  # WeChat is busy
+    for status, method, path, options in (
+        (404, "GET", "/nowhere", {}),
+        (413, "POST", login, {"data": b"x" * 200_000}),
+        (503, "POST", login, {"json": {"code": simulator.code()}}),
+    ):
+        answer = nginx.request(method, path, headers=english, **options)
+        [message] = [code.message.english for code in Code if code.number == status]
+        assert (answer.status_code, answer.json()["message"]) == (status, message)
+        assert ("Retry-After" in answer.headers) == (status == 503)
+        assert answer.headers["Content-Type"] == "application/json"
+
+
+def test_unread_bodies_of_one_client_cost_no_other_one_a_request(nginx: Behind, simulator: Simulator) -> None:
     token = nginx.service.log_in(simulator)
 
     def attack(number: int) -> bool:
         (method, path, size), status = list(UNREAD.items())[number % len(UNREAD)]
         headers = {"Content-Type": "application/json"}
-        answer = requests.request(method, nginx.url + path, data=b"x" * size, headers=headers, timeout=WAIT_SECONDS)
+        answer = nginx.request(method, path, data=b"x" * size, headers=headers)
         assert answer.json()["code"] == status, answer.text
         return True
 
     def order(number: int) -> int:
-        url = f"{nginx.url}/api/v1/orders"
-        return requests.post(url, json=ORDER, headers=bearer(token), timeout=WAIT_SECONDS).status_code
+        return nginx.request("POST", "/api/v1/orders", json=ORDER, headers=bearer(token)).status_code
 
     with ThreadPoolExecutor(8) as attackers, ThreadPoolExecutor(4) as buyers:
         attacks, orders = attackers.map(attack, range(400)), buyers.map(order, range(200))
@@ -91,44 +230,45 @@ def test_unread_bodies_of_one_client_cost_no_other_one_a_request(nginx: Nginx, s
         assert all(attacks)
 
 
-def test_an_etag_that_came_through_gzip_changes_what_it_names(nginx: Nginx, simulator: Simulator) -> None:
+def test_an_etag_that_came_through_gzip_changes_what_it_names(nginx: Behind, simulator: Simulator) -> None:
     token = nginx.service.log_in(simulator)
     made = nginx.service.call("POST", "/orders", token, json={"items": [ITEM] * 20})
-    url, headers = nginx.url + made.headers["Location"], bearer(token)
-    read = requests.get(url, headers={**headers, "Accept-Encoding": "gzip"}, timeout=WAIT_SECONDS)
+    path, headers = made.headers["Location"], bearer(token)
+    read = nginx.request("GET", path, headers={**headers, "Accept-Encoding": "gzip"})
     etag = read.headers["ETag"]
     assert (read.headers["Content-Encoding"], etag[:2]) == ("gzip", "W/")
-    known = requests.get(url, headers={**headers, "If-None-Match": etag}, timeout=WAIT_SECONDS)
+    known = nginx.request("GET", path, headers={**headers, "If-None-Match": etag})
     assert known.status_code == 304
     for language, status in (("en", 200), ("zh", 412)):
         named = {**headers, "If-Match": etag, "Accept-Language": language}
-        changed = requests.put(url, json={"remark": "less sugar"}, headers=named, timeout=WAIT_SECONDS)
+        changed = nginx.request("PUT", path, json={"remark": "less sugar"}, headers=named)
         assert changed.status_code == status, changed.text
 
 
-def test_nginx_hides_the_metrics_however_the_path_is_written(nginx: Nginx) -> None:
+def test_nginx_hides_the_metrics_however_the_path_is_written(nginx: Behind) -> None:
     for path in ("/metrics", "//metrics", "/%6detrics", "/x/../metrics", "/metrics/", "/./metrics"):
         session = requests.Session()
         request = requests.Request("GET", nginx.url).prepare()
         request.url = nginx.url + path
         for name in ("SCRIPT_NAME", "X-Original-URL"):
             request.headers[name] = "/x"
-        assert session.send(request, timeout=WAIT_SECONDS).status_code == 404, path
+        answer = session.send(request, verify=str(nginx.certificate), timeout=WAIT_SECONDS)
+        assert (answer.status_code, answer.json()["code"]) == (404, 404), path
 
 
-def test_the_service_is_where_nginx_says_and_not_where_its_client_says(nginx: Nginx) -> None:
-    spoofed = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example.com", "Host": "shop.example.com"}
-    answer = requests.get(
-        f"{nginx.url}/api/v1/auth/wechat/authorize", headers=spoofed, allow_redirects=False, timeout=WAIT_SECONDS
-    )
-    assert "redirect_uri=http%3A%2F%2Fshop.example.com%2F" in answer.headers["Location"]
-    assert not answer.headers["Set-Cookie"].startswith("__Host-")
+def test_the_service_is_where_nginx_says_and_not_where_its_client_says(nginx: Behind) -> None:
+    spoofed = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example.com", "Host": "shop.example.com"}
+    answer = nginx.request("GET", "/api/v1/auth/wechat/authorize", headers=spoofed, allow_redirects=False)
+    assert "redirect_uri=https%3A%2F%2Fshop.example.com%2F" in answer.headers["Location"]
+    assert answer.headers["Set-Cookie"].startswith("__Host-")
 
 
-def test_clients_of_nginx_are_told_apart_whatever_they_say(nginx: Nginx) -> None:
+def test_clients_of_nginx_are_told_apart_whatever_they_say(nginx: Behind) -> None:
     def logins_left(address: str, **headers: str) -> str:
-        host, port = nginx.url.removeprefix("http://").split(":")
-        client = HTTPConnection(host, int(port), WAIT_SECONDS, source_address=(address, 0))
+        context = ssl.create_default_context(cafile=nginx.certificate)
+        client = HTTPSConnection(
+            "127.0.0.1", nginx.port, timeout=WAIT_SECONDS, source_address=(address, 0), context=context
+        )
         with closing(client):
             client.request("GET", "/api/v1/auth/wechat/authorize", headers=headers)
             return str(client.getresponse().getheader("RateLimit")).split(";")[1]
