@@ -22,8 +22,9 @@ from sqlalchemy.orm import Session
 from errors import ApiError, Code
 from storage import database, failures
 from storage.models import Base, User, now
+from tests.blueprints.callers import ORDER, Caller, data_of
 from tests.databases import Databases, MariaDB
-from tests.harness import PERSON, ROOT, WAIT_SECONDS, migrate
+from tests.harness import PERSON, ROOT, WAIT_SECONDS, Simulator, migrate
 
 
 def test_the_migrations_lead_to_the_schema_of_the_models(app: Flask) -> None:
@@ -162,6 +163,70 @@ def drop_no_index(migration: Path) -> str:
     written = re.sub(r"    op\.drop_index\(.*table_name=\"coupons\"\)\n", "", migration.read_text())
     migration.write_text(written)
     return written
+
+
+NEWER_MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "9999"
+down_revision = "{head}"
+
+
+def upgrade() -> None:
+    op.add_column("users", sa.Column("email_checked_at", sa.DateTime()))
+    op.add_column("orders", sa.Column("is_gift", sa.Boolean(), nullable=False, server_default=sa.false()))
+    op.create_table("coupons", sa.Column("id", sa.Integer(), primary_key=True))
+
+
+def downgrade() -> None:
+    op.drop_table("coupons")
+    op.drop_column("orders", "is_gift")
+    op.drop_column("users", "email_checked_at")
+"""
+
+
+def test_a_release_goes_on_with_a_newer_schema(
+    tmp_path: Path, databases: Databases, make_app: Callable[..., Flask], simulator: Simulator
+) -> None:
+    """As after a roll back of the code alone."""
+    newer, url = tmp_path / "newer", databases.create()
+    newer.mkdir()
+    for name in ("pyproject.toml", *(path.name for path in ROOT.glob("*.py"))):
+        shutil.copy(ROOT / name, newer)
+    for name in ("storage", "telemetry"):
+        shutil.copytree(ROOT / name, newer / name)
+    versions = newer / "storage/migrations/versions"
+    head = max(path.name for path in versions.glob("*.py")).partition("_")[0]
+    (versions / "9999_newer.py").write_text(NEWER_MIGRATION.format(head=head))
+    env = {**os.environ, "DATABASE_URL": url}
+
+    def alembic(cwd: Path, *words: str) -> tuple[bool, str]:
+        command = [sys.executable, "-m", "alembic", *words]
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+        return done.returncode == 0, (done.stdout + done.stderr).strip()
+
+    assert alembic(newer, "upgrade", "head") == (True, "")
+    said = f"The schema is newer, 9999, and compatible with this release, {head}: nothing to do."
+    assert alembic(ROOT, "upgrade", "head") == (True, said)
+    unknown = "FAILED: Can't locate revision identified by '{}'"
+    for words in (["downgrade", head], ["downgrade", "-1"], ["upgrade", head], ["current"]):
+        assert alembic(ROOT, *words) == (False, unknown.format("9999"))
+
+    app = make_app(DATABASE_URL=url)
+    assert app.test_client().get("/readyz").status_code == 200
+    caller = Caller(app, simulator)
+    order = data_of(caller.post("/orders", ORDER), 201)
+    assert data_of(caller.get(f"/orders/{order['id']}"))["items"] == order["items"]
+
+    assert alembic(newer, "downgrade", "-1") == (True, "")
+    assert alembic(ROOT, "upgrade", "head") == (True, "")
+    engine = database.engine_for(url)
+    for revision in ("0001", "abcd", "99990x", "f0f0f0f0f0f0"):
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :it"), {"it": revision})
+        assert alembic(ROOT, "upgrade", "head") == (False, unknown.format(revision))
+    engine.dispose()
 
 
 @pytest.mark.parametrize("url", [None, "nonsense", "postgresql://localhost/x"])
