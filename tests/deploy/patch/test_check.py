@@ -222,6 +222,10 @@ def adds_a_table(tree: Tree) -> None:
     tree.migrate('op.create_table("more", sa.Column("id", sa.Integer, primary_key=True))')
 
 
+def goes_back(tree: Tree) -> None:
+    """Be what was there before another release that has one more revision."""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return Tree(tmp_path_factory.mktemp("base") / "release")
@@ -235,8 +239,15 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 
 
 @pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = Tree(tmp_path_factory.mktemp("newer") / "release")
+    adds_a_table(tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
 def outcomes(
-    base: Tree, broken: Tree, tmp_path_factory: pytest.TempPathFactory
+    base: Tree, broken: Tree, newer: Tree, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[Callable[[Tree], None]], tuple[Tree, Outcome]]]:
     """Check all of them, a few at a time, and return the outcome of each."""
     folder = tmp_path_factory.mktemp("releases")
@@ -244,6 +255,7 @@ def outcomes(
         is_nosy: ["--old", base.folder],
         breaks_the_old_code: ["--old", base.folder],
         adds_a_table: ["--old", broken.folder],
+        goes_back: ["--old", newer.folder],
         hangs_at_import: ["--seconds", "15"],
         eats_memory: ["--memory", "512"],
     }
@@ -309,6 +321,11 @@ def test_a_migration_that_breaks_the_old_code_is_found_by_running_it(outcomes: O
 
 def test_an_old_release_that_is_broken_keeps_no_new_one_away(outcomes: Outcomes) -> None:
     _, outcome = outcomes(adds_a_table)
+    assert outcome.status == 0, outcome.last
+
+
+def test_older_code_serves_a_newer_schema(outcomes: Outcomes) -> None:
+    _, outcome = outcomes(goes_back)
     assert outcome.status == 0, outcome.last
 
 
