@@ -30,6 +30,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import cache_from_source
+from pathlib import Path
 from traceback import TracebackException
 
 import psutil
@@ -191,7 +193,7 @@ class Reloader:
         self.starting: Child | None = None
         self.ending: list[Child] = []
         import_libraries(self.tried)
-        self.try_what_is_saved()
+        self.try_what_is_saved(set())
 
     def start(self) -> None:
         self.starting = Child(partial(serve, self.listener))
@@ -200,9 +202,9 @@ class Reloader:
         """Take in what has been saved, how the newest generation gets on, and which have ended."""
         now = look(self.seen)
         settled, self.seen = now == self.seen, now
-        if settled and changes(self.tried, now):
+        if settled and (changed := changes(self.tried, now)):
             self.tried = now
-            self.try_what_is_saved()
+            self.try_what_is_saved(changed)
         if self.starting and (fault := self.starting.outcome()) is not None:
             self.settle(self.starting, fault)
         self.ending = [child for child in self.ending if child.running()]
@@ -212,10 +214,16 @@ class Reloader:
             if not self.starting:
                 self.start()
 
-    def try_what_is_saved(self) -> None:
+    def try_what_is_saved(self, changed: set[Path]) -> None:
+        """Migrate, if migrations have changed, and begin a generation of the code.
+
+        :param changed: the files that have changed since the last one was begun.
+        """
         if self.starting:
             self.starting.kill()
             self.starting = None
+        for path in changed:  # Python would take what was saved in the same second, with the same length, for the same
+            Path(cache_from_source(str(path))).unlink(missing_ok=True)
         if any(MIGRATIONS in path.parents for path in changes(self.migrated, self.tried)):
             child = Child(migrate, seconds=math.inf)
             while (fault := child.outcome()) is None and not signals:

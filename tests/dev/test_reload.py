@@ -114,6 +114,16 @@ def test_a_save_is_served_by_all_workers_and_on_connections_that_are_kept(
         wait_until(lambda: len(launched.family("dev.reload")) == 4)  # itself, a master and its two workers
 
 
+def test_saves_in_one_second_are_served_one_after_the_other(
+    launch: Launch, clone: Path, environ: dict[str, str]
+) -> None:
+    launched = launch(root=clone, **environ).ready()
+    for version in ("one", "two", "six"):
+        patch_version(clone, version)
+        os.utime(clone / "settings.py", (2_000_000_000, 2_000_000_000))
+        wait_until(lambda: f'"version":"{version}"' in read_version(launched))  # noqa: B023
+
+
 def test_what_means_the_same_restarts_nothing(launch: Launch, clone: Path, environ: dict[str, str]) -> None:
     launched = launch(root=clone, **environ).ready()
     processes = {process.pid for process in launched.family("dev.reload")}
