@@ -39,7 +39,7 @@ TREE = Path(__file__).resolve().parent.parent.parent
 NOT_DEPLOYED = {"var", "dist", "node_modules", "environment", "release.json", "__pycache__"}
 """These stay behind, and so does each name that begins with a dot."""
 DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
-MIGRATION_SECONDS = 600
+CHECK_SECONDS, MIGRATION_SECONDS = 40, 600
 SHOWN = 20
 """How many entries of the history, and files of each, `status` shows."""
 
@@ -109,7 +109,8 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
         if old and content(release) == content(old) and (old / "release.json").exists():
             raise Failed("nothing is different from what runs")
         steps(f"virtual environment {environment(home, release)}")
-        check(home, release, old)
+        check(home, release, *(["--old", str(old)] if old else []))
+        run_in(home, release, "-m", "compileall", "-q", "-x", "environment|tests/|bench/", ".")
         steps("checked")
         run_in(home, release, "-m", "alembic", "upgrade", "head")
         steps("migrated")
@@ -127,6 +128,15 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
 
 
 def rollback(home: Path, by: str) -> int:
+    known = state(home)
+    if known.get("previous") and not known["provisional"]:  # there is no way back past a column that is gone
+        check(
+            home,
+            home / "releases" / known["previous"][0],
+            "--migrations-only",
+            "--old",
+            str(home / "releases" / known["current"]),
+        )
     answer = ask(home, print, do="rollback", by=by)
     if answer is None:
         raise Failed("the service is not running")
@@ -270,10 +280,9 @@ def environment(home: Path, release: Path) -> str:
     return name
 
 
-def check(home: Path, release: Path, old: Path | None) -> None:
+def check(home: Path, release: Path, *options: str) -> None:
     """Let check.py look at a release apart. Raises Failed."""
-    run_in(home, release, "-m", "compileall", "-q", "-x", "environment", ".")
-    run_in(home, release, str(Path(__file__).with_name("check.py")), *(["--old", str(old)] if old else []))
+    run_in(home, release, str(Path(__file__).with_name("check.py")), "--seconds", str(CHECK_SECONDS), *options)
 
 
 def run_in(home: Path, release: Path, *words: str) -> None:
