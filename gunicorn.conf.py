@@ -148,6 +148,8 @@ class Worker(GeventWorker):
     def notify(self):  # type: ignore[no-untyped-def]
         super().notify()  # once a second
         self.publish()
+        with suppress(Exception), gevent.Timeout(1, False):  # what was off stays off, what was on stays on
+            self.wsgi.extensions["switches"].read()
         a_while_ago = time.monotonic() - 1
         for client in [one for one in self.clients if not (self.alive or one.ends_at) and one.since < a_while_ago]:
             # gunicorn would wait for the next request until graceful_timeout. One that is on its way is served: what
@@ -342,6 +344,7 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
         report("ready", worker.wsgi.test_client().get("/readyz").status_code)
         while not os.path.exists(os.environ["SUPERVISOR_GATE"]):  # until that is good enough
             time.sleep(0.005)
+    worker.notify()  # which reads what is switched off, before the first request
 
 
 def worker_exit(server, worker):  # type: ignore[no-untyped-def]

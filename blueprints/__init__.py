@@ -10,7 +10,8 @@ from flask_cors import CORS
 
 from blueprints import auth, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
-from errors import ApiError, Code
+from blueprints.switches import Switches, switch
+from errors import ApiError, Code, Message
 from storage.message_queue import MessageQueue
 
 V1 = "/api/v1"
@@ -18,6 +19,7 @@ ALLOWED = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempo
 ALLOWED += ["X-Request-Timeout"]
 EXPOSED = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "X-Trace-Id"]
 """The headers that pages of CORS_ORIGINS may send and read; no cookies, as they have bearer tokens."""
+SWITCHED_OFF = Message("该功能暂时关闭，请稍后再试", "This function is switched off for now: retry later")
 
 
 def init_app(app: Flask) -> None:
@@ -42,10 +44,15 @@ def init_app(app: Flask) -> None:
     # Client code in the field calls the login without a version.
     app.add_url_rule("/api/auth/wechat", endpoint="login.log_in", methods=["POST"])
 
+    app.extensions["switches"] = Switches(app)
+    app.cli.add_command(switch)
+
 
 def _answer_before_policies() -> tuple[Response, int] | None:
     if "//" in request.environ["PATH_INFO"]:  # a proxy's rules for paths may see another one than werkzeug
         raise ApiError(Code.NOT_FOUND)
     if request.method == "OPTIONS" and request.url_rule:
         return current_app.make_default_options_response(), 204
+    if request.endpoint in current_app.extensions["switches"].off:
+        raise ApiError(Code.UNAVAILABLE, message=SWITCHED_OFF)
     return None

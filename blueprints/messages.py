@@ -32,7 +32,7 @@ blueprint = Blueprint("messages", __name__, description="消息推送 Message pu
 
 @blueprint.route("/messages")
 @blueprint.response(200, {"type": "string"}, content_type="text/plain", description="`echostr` as it came.")
-@blueprint.fails(Code.SIGNATURE_MISMATCH, NOT_FOUND=PUSH_NOT_CONFIGURED)
+@blueprint.fails(Code.SIGNATURE_MISMATCH, Code.UNAVAILABLE, NOT_FOUND=PUSH_NOT_CONFIGURED)
 def verify_url() -> Response:
     """Prove to WeChat that this address is ours"""
     wechat.push.verify(request.args, "signature", now=time.time())

@@ -144,7 +144,7 @@ def _require_metrics_token() -> None:
 
 
 public = AuthPolicy(lambda: None, security=[])
-logins = AuthPolicy(_count_login, security=[], fails=(Code.TOO_MANY_REQUESTS,))
+logins = AuthPolicy(_count_login, security=[], fails=(Code.TOO_MANY_REQUESTS, Code.UNAVAILABLE))
 signed_in = AuthPolicy(
     partial(_require_role, "user", "admin"),
     security=[{"bearer": []}, {"cookie": []}],

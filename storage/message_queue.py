@@ -14,7 +14,6 @@ from typing import Any
 
 from flask import Flask
 from opentelemetry import propagate, trace
-from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -60,8 +59,7 @@ class MessageQueue:
 
     def __init__(self, app: Flask, handle: Callable[[Any], object]) -> None:
         self._app, self._handle = app, handle
-        # Its commands make no spans: they belong to no request.
-        self._redis = Redis(connection_pool=app.extensions["redis"].connection_pool)
+        self._redis = app.extensions["quiet_redis"]
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="messages")
 

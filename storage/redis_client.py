@@ -57,6 +57,7 @@ def init_app(app: Flask) -> None:
         retry=Retry(Failover(), 1, (ResponseError, BusyLoadingError)),
     )
     client = app.extensions["redis"] = Redis(connection_pool=pool)
+    app.extensions["quiet_redis"] = Redis(connection_pool=pool)  # for work that belongs to no request: makes no spans
     app.extensions["shared_reads"] = SharedReads(lambda keys: dict(zip(keys, client.mget(keys), strict=True)))
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 

@@ -56,6 +56,7 @@ MESSAGES = _counter("messages_handled", "Pushed.", ("outcome",), "success", "fai
 # Connections, and places for calls of WeChat; the rate of the seconds of waiting is how many wait.
 POOL_IN_USE = _sum("pool_in_use", "Connections in use.", ("pool",))
 POOL_WAIT_SECONDS = Summary("pool_wait_seconds", "Waits.", ("pool",), namespace="kuaishang", registry=REGISTRY)
+SWITCHED_OFF = _latest("switched_off", "1 while a route is switched off, else 0.", ("method", "route"))
 LINES_DROPPED = _counter("log_lines_dropped", "Log lines lost because the reader of stdout is too slow or gone.")
 DEPENDENCY_UP = _latest("dependency_up", "1 if it responded to the last probe or scrape, else 0.", ("dependency",))
 WORKER_STARTS = _counter("worker_starts", "Worker processes started: at a start, a reload, or for one that died.")

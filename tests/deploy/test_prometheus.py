@@ -68,6 +68,7 @@ def queries() -> dict[str, str]:
 def series() -> dict[str, set[str]]:
     """The labels of each series, by its name."""
     there = {"up": OF_PROMETHEUS, "ALERTS": {"alertname", "alertstate", *OF_PROMETHEUS}}
+    there["ALERTS_FOR_STATE"] = {"alertname", "method", "route", *OF_PROMETHEUS}  # of SwitchedOff
     for metric in (*vars(metrics).values(), *metrics.PROCESS.values()):
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
@@ -113,7 +114,7 @@ def test_a_scrape_has_every_series_that_the_queries_name(
     scraped = scrape()
     samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
     there = {sample.name: {*sample.labels, *OF_PROMETHEUS} for sample in samples}
-    of_rules = {rule.get("record") for rule in RULES} | {"up", "ALERTS"}
+    of_rules = {rule.get("record") for rule in RULES} | {"up", "ALERTS", "ALERTS_FOR_STATE"}
     named = [(name, labels) for query in queries().values() for name, labels in read(query)[0]]
     assert [name for name, labels in named if name not in of_rules and not labels <= there.get(name, set())] == []
 
