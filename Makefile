@@ -16,7 +16,7 @@ override LOGS := $(value LOGS)
 override FROM := $(value FROM)
 export ID LOGS FROM
 
-.PHONY: help run trace patch rollback patch-status test smoke faults bench overload waiting soak lint format requirements openapi clean
+.PHONY: help run trace patch rollback patch-status test smoke faults bench bench-patch overload waiting soak lint format requirements openapi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,6 +64,9 @@ overload: $(INSTALLED) ## twice what a worker can serve, for a minute (ARGS=--se
 
 waiting: $(INSTALLED) ## 2,000 logins at once on a WeChat that takes 3 s, and reads beside them (ARGS=--logins=500)
 	$(VENV)/bin/python -m bench.waiting $(ARGS)
+
+bench-patch: $(INSTALLED) ## the seconds of an emergency and the requests that it costs; writes bench/emergency.md (PEERS=folder)
+	$(VENV)/bin/python -m bench.emergency
 
 soak: $(INSTALLED) ## mixed load for ten minutes, and what grows (ARGS=--minutes=2)
 	$(VENV)/bin/python -m bench.soak $(ARGS)
