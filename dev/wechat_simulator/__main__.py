@@ -26,11 +26,14 @@ def web_app(argument: str) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dev.wechat_simulator", description="WeChat's side of one mini-program, on 127.0.0.1."
+        prog="python -m dev.wechat_simulator", description="WeChat's side of one mini-program."
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--port", type=int, help="the TCP port to listen on")
     where.add_argument("--fd", type=int, help="a listening socket")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the IP address to listen on; it gives away every secret it has"
+    )
     parser.add_argument("--app-id", required=True)
     parser.add_argument("--app-secret", required=True)
     parser.add_argument(
@@ -42,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     push = PushSettings(options.push_token, options.push_aes_key, options.push_url)
     server = make_server(
-        "127.0.0.1",
+        options.host,
         options.port or 0,
         create_simulator(options.app_id, options.app_secret, dict(options.web_app), push),
         threaded=True,
