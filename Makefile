@@ -18,7 +18,7 @@ override LOGS := $(value LOGS)
 override FROM := $(value FROM)
 export ID LOGS FROM
 
-.PHONY: help run image trace patch rollback patch-status test smoke faults bench bench-patch overload waiting soak lint format requirements openapi clean
+.PHONY: help run image trace patch rollback patch-status test smoke faults bench bench-patch overload waiting soak lint format requirements openapi binary bench-binary clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -65,6 +65,12 @@ smoke: $(INSTALLED) ## what a patch must pass, in about ten seconds: style, depl
 faults: $(INSTALLED) ## break everything in turn under load, count what was lost, and write bench/faults.md
 	$(VENV)/bin/python -m tests.faults $(ARGS)
 
+binary: $(INSTALLED) ## build the service as one file, dist/kuaishang, for machines with nothing but glibc
+	$(VENV)/bin/python -m deploy.binary.build $(ARGS)
+
+bench-binary: binary ## size, start and memory of the one file, beside the source tree and a Go program (PEERS=folder)
+	$(VENV)/bin/python -m bench.binary
+
 bench: $(INSTALLED) ## what each kind of request costs, beside a constant response (PEERS=folder adds others, ARGS=--rounds=1)
 	$(VENV)/bin/python -m bench.speed $(ARGS)
 
@@ -99,7 +105,7 @@ openapi: $(INSTALLED) ## write openapi.json from the code
 	$(VENV)/bin/python -m dev.openapi
 
 clean: ## remove the virtual environment, caches, and the data under var/
-	rm -rf $(VENV) var .*_cache .hypothesis
+	rm -rf $(VENV) var dist .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt requirements-dev.txt

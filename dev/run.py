@@ -42,6 +42,9 @@ SIMULATED_ACCOUNT = {
     "WECHAT_WEBSITE_APP_ID": "wxweb0123456789ab",
     "WECHAT_WEBSITE_APP_SECRET": "simulated",
 }
+NAME, TRACE = "make run", "make trace ID=…"
+SERVICE = ["dev.reload", "--fd", "{fd}"]
+"""The module that serves on a listening socket, with its arguments. `kuaishang demo` sets these three otherwise."""
 STOP_SECONDS = 5
 LOG_BYTES, LOG_FILES = 10 * 1024 * 1024, 5
 
@@ -51,7 +54,7 @@ signals: list[int] = []
 
 def fail(line: str) -> SystemExit:
     """An exit with one line on stderr and a status other than 0."""
-    return SystemExit(f"make run: {line}")
+    return SystemExit(f"{NAME}: {line}")
 
 
 def say(words: str) -> None:
@@ -199,7 +202,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
     parts.append(
         Part(
             "the service",
-            ["dev.reload", "--fd", str(door.fileno())],
+            [word.format(fd=door.fileno()) for word in SERVICE],
             env,
             f"{url}/livez",
             inherited=[door.fileno()],
@@ -217,7 +220,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
         pause()
         for name, running, start in watched:
             if not running():
-                say(f"make run: {name} has died; starting it again")
+                say(f"{NAME}: {name} has died; starting it again")
                 start()
 
 
@@ -292,7 +295,7 @@ def lock_folder(var: Path, stack: ExitStack) -> IO[bytes]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise fail(f"{var} is in use by another make run; set REDIS_URL and DATABASE_URL to run beside it") from None
+        raise fail(f"{var} is in use by another {NAME}; set REDIS_URL and DATABASE_URL to run beside it") from None
     return lock
 
 
@@ -366,7 +369,7 @@ def banner(url: str, simulator_url: str | None, redis_url: str, database_url: st
     if simulator_url:
         where["Web login"] = f"{url}/api/v1/auth/wechat/authorize?return_to=/docs"
     where |= {"Redis": without_password(redis_url), "Database": without_password(database_url)}
-    where["Logs"] = f"{log}; make trace ID=… prints all lines of an X-Trace-Id"
+    where["Logs"] = f"{log}; {TRACE} prints all lines of an X-Trace-Id"
     lines = ["", "快上 Kuaishang is up; Ctrl-C stops everything.", ""]
     lines += [f"  {name:10}{place}" for name, place in where.items()]
     if simulator_url:

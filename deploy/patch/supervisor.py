@@ -301,7 +301,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._tasks.add(loop.create_task(self._reload())))
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._tasks.add(loop.create_task(self.reload())))
         self.state.load()
         control = self._home / "control.sock"
         control.unlink(missing_ok=True)
@@ -446,7 +446,7 @@ class Supervisor:
         self.state.save()
         bad.stop()
 
-    async def _reload(self) -> None:
+    async def reload(self) -> None:
         """Start a new generation of the current release. Says in a line if it cannot."""
         if self._busy or self._serving is None:
             log("WARNING", "reload ignored: another one is going on", reason=self._busy)

@@ -1,0 +1,357 @@
+"""The one file on a machine that has nothing but glibc: a chroot that debootstrap makes, without Python.
+
+Not part of `make test`, as it takes some minutes, root and the internet:
+
+    .venv/bin/python -m pytest tests/deploy/one_file.py
+
+BARE_MACHINE names a folder to keep the machine in, for the next time.
+"""
+
+import gzip
+import io
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+import settings
+from deploy.binary import build
+from dev.run import SIMULATED_ACCOUNT, free_port
+from tests.harness import ROOT, WAIT_SECONDS, bearer, until_available, wait_until
+
+ITEM = {"sku": "tea-01", "name": "大红袍", "quantity": 2, "unit_price": 12800}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("built") / "kuaishang"
+    build_to(file)
+    return file
+
+
+def build_to(file: Path, root: Path = ROOT, **env: str) -> None:
+    command = [ROOT / ".venv" / "bin" / "python", "-m", "deploy.binary.build", "--output", file]
+    subprocess.run(command, cwd=root, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"} | env, check=True)
+
+
+class Machine:
+    """A folder with Debian's smallest system, in which commands run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not (root / "bin" / "sh").exists():
+            subprocess.run(
+                ["debootstrap", "--variant=minbase", "bookworm", root], check=True, stdout=subprocess.DEVNULL
+            )
+        assert not list(root.glob("usr/bin/python*"))
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        """Run the file with these words, in a folder with modules that it must not take for its own."""
+        trap = self.root / "trap"
+        trap.mkdir(exist_ok=True)
+        for module in ("service", "settings", "wsgi"):
+            (trap / f"{module}.py").write_text("raise RuntimeError('not ours')")
+        return subprocess.Popen(
+            ["chroot", self.root, "/bin/sh", "-c", 'cd /trap && exec /opt/kuaishang "$@"', "sh", *words],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *words: str, **env: str) -> tuple[int, str]:
+        process = self.start(*words, **env)
+        said, _ = process.communicate(timeout=WAIT_SECONDS)
+        return process.returncode, said
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    root = Path(os.environ.get("BARE_MACHINE") or tmp_path_factory.mktemp("machine"))
+    machine = Machine(root)
+    with ExitStack() as stack:
+        for kind, place in (("proc", "proc"), ("tmpfs", "dev/shm")):
+            (root / place).mkdir(exist_ok=True)
+            subprocess.run(["mount", "-t", kind, kind, root / place], check=True)
+            stack.callback(subprocess.run, ["umount", "--lazy", root / place], check=True)
+        yield machine
+
+
+class Running:
+    """A command of the file, and what it prints."""
+
+    def __init__(self, machine: Machine, *words: str, **env: str) -> None:
+        self.process = machine.start(*words, **env)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        with self.process.stdout:
+            self.lines.extend(line for line in self.process.stdout)
+
+    def printed(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, words: str, count: int = 1) -> None:
+        """Wait until it has printed these words so many times."""
+        deadline = time.monotonic() + 2 * WAIT_SECONDS
+        while self.printed().count(words) < count:
+            assert self.process.poll() is None, self.printed()
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(WAIT_SECONDS) == 0, self.printed()
+        self._reader.join()
+
+
+@pytest.fixture(scope="session")
+def installed(machine: Machine, built: Path) -> Path:
+    """The file in the machine: it is all that is copied."""
+    (machine.root / "opt").mkdir(exist_ok=True)
+    shutil.rmtree(machine.root / "root" / ".cache", ignore_errors=True)
+    return Path(shutil.copy(built, machine.root / "opt" / "kuaishang"))
+
+
+def log_in(url: str, simulator: str) -> dict[str, str]:
+    code = requests.post(f"{simulator}/simulator/codes", timeout=WAIT_SECONDS).json()["code"]
+    answer = until_available(
+        lambda: requests.post(f"{url}/api/v1/auth/wechat", json={"code": code}, timeout=WAIT_SECONDS)
+    )
+    assert answer.status_code == 200, answer.text
+    return bearer(answer.json()["data"]["token"])
+
+
+class Demo:
+    def __init__(self, machine: Machine) -> None:
+        port, simulator_port = free_port("PORT", "0"), free_port("SIMULATOR_PORT", "0")
+        self.url, self.simulator = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{simulator_port}"
+        ports = {"PORT": str(port), "SIMULATOR_PORT": str(simulator_port)}
+        self.running = Running(machine, "demo", "--var", "/root/demo", **ports)
+        self.running.wait_for("Log in")
+        self.redis_url = self.running.printed().partition("Redis ")[2].split()[0]
+        self.secrets = (machine.root / "root" / "demo" / "secrets.env").read_text()
+
+
+@pytest.fixture(scope="session")
+def demo(machine: Machine, installed: Path) -> Iterator[Demo]:
+    demo = Demo(machine)
+    yield demo
+    demo.running.stop()
+
+
+@pytest.fixture
+def env_file(demo: Demo, installed: Path) -> Iterator[Path]:
+    """The file of the settings, beside the one file: the demo's stand-ins, and a database of its own."""
+    lines = {
+        **SIMULATED_ACCOUNT,
+        "WECHAT_API_BASE_URL": demo.simulator,
+        "REDIS_URL": demo.redis_url,
+        "DATABASE_URL": "sqlite:////root/served.db",
+        "HOST": "127.0.0.1",
+        "PORT": str(free_port("PORT", "0")),
+        "DRAIN_SECONDS": "0",
+        "LOG_LEVEL": "WARNING",
+    }
+    file = installed.with_name(".env")
+    file.touch(0o600)
+    file.write_text(demo.secrets + "".join(f"{name}={value}\n" for name, value in lines.items()))
+    yield file
+    file.unlink()
+
+
+def test_two_builds_are_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    """From a copy elsewhere, with another umask, time zone and hash seed."""
+    copy = tmp_path / "elsewhere" / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv", "var", "__pycache__", "dist", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    os.umask(umask := os.umask(0o077))
+    try:
+        os.umask(0o077)
+        build_to(tmp_path / "again", copy, TZ="Asia/Shanghai", PYTHONHASHSEED="7", LC_ALL="C", HOME=str(tmp_path))
+    finally:
+        os.umask(umask)
+    assert differing(built, tmp_path / "again") == []
+
+
+def archive(file: Path) -> tuple[bytes, tarfile.TarFile]:
+    """The program in front, and the archive."""
+    content = file.read_bytes()
+    start = int(content[-64:].split()[1])
+    return content[:start], tarfile.open(fileobj=io.BytesIO(gzip.decompress(content[start:-64])))
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    if one.read_bytes() == other.read_bytes():
+        return []
+    (stub, first), (other_stub, second) = archive(one), archive(other)
+    with first, second:
+        contents = [
+            {entry.name: (entry.mode, entry.isfile() and file.extractfile(entry).read()) for entry in file}  # type: ignore[union-attr]
+            for file in (first, second)
+        ]
+    names = sorted(contents[0].keys() | contents[1].keys())
+    return [
+        *["stub"] * (stub != other_stub),
+        *(name for name in names if contents[0].get(name) != contents[1].get(name)),
+    ]
+
+
+def variant(file: Path, tree: Path, version: str = settings.VERSION, **sources: str) -> bytes:
+    """Return another build, of this version, in which these modules end with this source."""
+    stub, packed = archive(file)
+    with packed:
+        packed.extractall(tree, filter="tar")
+    release = tree / "app" / "release.json"
+    release.write_text(release.read_text().replace(settings.VERSION, version))
+    for module, source in {**sources, "settings": f"VERSION = {version!r}"}.items():
+        path = tree / "app" / f"{module}.py"
+        path.write_text(f"{path.read_text()}\n{source}\n")
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+            compiled.unlink()
+    made = build.seal(stub, build.pack(tree, level=1))
+    shutil.rmtree(tree)
+    return made
+
+
+def test_help_and_licences(machine: Machine, installed: Path) -> None:
+    status, said = machine.run()
+    assert (status, said) == machine.run("--help")
+    assert status == 0
+    assert said.startswith("usage: kuaishang COMMAND")
+    status, said = machine.run("licences")
+    assert status == 0
+    lines = (ROOT / "requirements.in").read_text().splitlines()
+    chosen = [line.partition("[")[0] for line in lines if line and not line.startswith("#")]
+    for name in ("cpython", "redis-server", "zlib1g-dev", *chosen):
+        assert f"\n{name}" in said.lower().replace("_", "-"), name
+
+
+def test_log_in_and_order_in_the_demo(demo: Demo) -> None:
+    token = log_in(demo.url, demo.simulator)
+    order = requests.post(f"{demo.url}/api/v1/orders", json={"items": [ITEM]}, headers=token, timeout=WAIT_SECONDS)
+    assert (order.status_code, order.json()["data"]["total"]) == (201, 25600)
+
+
+def test_check_and_migrate(machine: Machine, installed: Path, env_file: Path) -> None:
+    (machine.root / "root" / "served.db").unlink(missing_ok=True)
+    assert machine.run("check")[0] == 1  # no tables yet
+    assert machine.run("migrate")[0] == 0
+    status, said = machine.run("check")
+    assert (status, said.splitlines()[-1].partition("{")[0]) == (0, "readyz     200 "), said
+    status, said = machine.run("keys", "status")
+    assert (status, said.splitlines()[-1]) == (0, "All is under the first key.")
+    env_file.write_text("")
+    status, said = machine.run("serve")
+    assert status != 0
+    assert "WECHAT_APP_ID: missing" in said
+
+
+class Load:
+    """Users who read and order on connections that they keep."""
+
+    def __init__(self, url: str, tokens: list[dict[str, str]]) -> None:
+        self.url, self.failures, self.versions = url, [], Counter[str]()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._user, args=[token]) for token in tokens]
+        for thread in self._threads:
+            thread.start()
+
+    def _user(self, token: dict[str, str]) -> None:
+        with requests.Session() as session:
+            session.headers.update(token)
+            while not self._stop.is_set():
+                for method, path, body, right in (
+                    ("GET", "/api/v1/users/me", None, 200),
+                    ("POST", "/api/v1/orders", {"items": [ITEM], "remark": "茶" * 100}, 201),
+                    ("GET", "/version", None, 200),
+                ):
+                    try:
+                        answer = session.request(method, f"{self.url}{path}", json=body, timeout=WAIT_SECONDS)
+                        if answer.status_code != right:
+                            self.failures.append(answer.text)
+                        elif path == "/version":
+                            self.versions[answer.json()["data"]["version"]] += 1
+                    except requests.RequestException as error:
+                        self.failures.append(repr(error))
+                    time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def version(url: str) -> Any:
+    return requests.get(f"{url}/version", timeout=WAIT_SECONDS).json()["data"]["version"]
+
+
+def test_a_file_that_replaces_another_serves_and_no_request_fails(
+    machine: Machine, installed: Path, env_file: Path, demo: Demo, built: Path, tmp_path: Path
+) -> None:
+    """And one that cannot serve does not, whatever is wrong with it."""
+    whole = built.read_bytes()
+    wrong_machine = bytearray(whole)
+    struct.pack_into("<H", wrong_machine, 18, 0xF3)  # RISC-V
+    broken = {
+        "half copied": whole[: len(whole) // 2],
+        "damaged": whole[:-5_000_000] + bytes([whole[-5_000_000] ^ 1]) + whole[-4_999_999:],
+        "of another architecture": bytes(wrong_machine),
+        "no program": b"<html>404</html>",
+        "another program": b"#!/bin/sh\necho hello\n",
+        "crashes": variant(built, tmp_path / "tree", wsgi="raise RuntimeError('on purpose')"),
+        "fails": variant(built, tmp_path / "tree", wsgi="app.wsgi_app = None"),
+        "hangs": variant(built, tmp_path / "tree", wsgi="import time; time.sleep(1000)"),
+    }
+    next_one = variant(built, tmp_path / "tree", version="9.9.9")
+
+    def replace(content: bytes) -> None:
+        draft = installed.with_name("kuaishang.new")
+        draft.write_bytes(content)
+        draft.chmod(0o755)
+        draft.replace(installed)
+
+    assert machine.run("migrate")[0] == 0
+    url = f"http://127.0.0.1:{dict(line.split('=', 1) for line in env_file.read_text().splitlines())['PORT']}"
+    serving = Running(machine, "serve", WATCH_SECONDS="3", START_SECONDS="8")
+    try:
+        serving.wait_for('"serving"')
+        load = Load(url, [log_in(url, demo.simulator) for _ in range(4)])
+        try:
+            old = version(url)
+            for what, content in broken.items():
+                replace(content)
+                refused = serving.printed().count("upgrade refused")
+                serving.process.send_signal(signal.SIGHUP)
+                serving.wait_for("upgrade refused", refused + 1)
+                assert version(url) == old, what
+            replace(next_one)
+            serving.process.send_signal(signal.SIGHUP)
+            serving.wait_for("patch: done")
+            assert {version(url) for _ in range(20)} == {"9.9.9"}
+            replace(whole)  # and back
+            serving.process.send_signal(signal.SIGHUP)
+            serving.wait_for("rollback: done")
+            wait_until(lambda: {version(url) for _ in range(20)} == {old})  # the last worker ends its requests
+        finally:
+            load.stop()
+        assert load.failures == []
+        assert load.versions.keys() == {old, "9.9.9"}
+    finally:
+        serving.stop()
