@@ -43,10 +43,13 @@ class Launched(Process):
         self.ready()
 
     def printed(self) -> str:
-        return self.on_stdout() + self.output.with_suffix(".errors").read_text()
+        return self.on_stdout() + self.on_stderr()
 
     def on_stdout(self) -> str:
         return self.output.read_text()
+
+    def on_stderr(self) -> str:
+        return self.output.with_suffix(".errors").read_text()
 
     def kept(self) -> str:
         """The log file."""

@@ -164,7 +164,7 @@ def test_a_launch_ends_if_the_database_cannot_be_migrated(
     for url, reason in (("sqlite:////no/such/folder/x.db", "unable to open"), (unknown, "Can't locate revision")):
         launched = launch(**{**environ, "DATABASE_URL": url})
         assert launched.popen.wait(WAIT_SECONDS) == 1
-        lines = launched.output.with_suffix(".errors").read_text().splitlines()
+        lines = launched.on_stderr().splitlines()
         assert re.fullmatch(rf"make run: the database cannot be migrated: storage/.*\.py:\d+: .*{reason}.*", lines[0])
         assert lines[1:] == ["make run: nothing serves", "make run: the service did not start; see its output above"]
 
