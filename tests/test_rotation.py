@@ -27,7 +27,7 @@ import requests
 from errors import Code
 from tests.blueprints.callers import ORDER
 from tests.databases import Databases
-from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, bearer, migrate, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, bearer, migrate, until_available, wait_until
 from tests.otlp_receiver import OtlpReceiver
 from tests.test_journey import Browser
 
@@ -109,7 +109,7 @@ class Load:
         """Send a request to any instance, and return the data of its response."""
         url = f"{self.deployment.any().url}{path}"
         headers = bearer(token) if token else {}
-        answer = http.request(method, url, headers=headers, timeout=WAIT_SECONDS, allow_redirects=False, **options)
+        answer = until_available(lambda: http.request(method, url, headers=headers, timeout=WAIT_SECONDS, **options))
         assert answer.status_code == status, f"{method} {path}: {answer.status_code} {answer.text[:200]}"
         return answer.json()["data"] if path.startswith("/api") and status < 300 else answer
 
@@ -159,10 +159,12 @@ class Load:
     def until_accepted(self, send: Callable[[str], requests.Response]) -> requests.Response:
         """Send a login again, with the same code, for as long as WeChat does not accept the service's secret."""
         ends = time.monotonic() + WAIT_SECONDS
-        while (answer := send(self.deployment.any().url)).status_code == REFUSED and time.monotonic() < ends:
+        while True:
+            answer = until_available(lambda: send(self.deployment.any().url))
+            if answer.status_code != REFUSED or time.monotonic() > ends:
+                return answer
             self.refused += 1
             time.sleep(THINK_SECONDS)
-        return answer
 
     def scrape(self, http: requests.Session) -> None:
         assert "kuaishang_build_info" in self.call(http, "GET", "/metrics", self.metrics_token).text

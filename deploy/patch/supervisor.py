@@ -343,7 +343,8 @@ class Supervisor:
             raise Refused(f"there is no {folder}")
         generation = Generation(release, command, folder, self._run)
         environ = dict(os.environ)
-        environ.setdefault("METRICS_TOKEN", self._metrics_token())
+        if not read_env(self._home / ".env").get("METRICS_TOKEN"):  # which may hold several
+            environ.setdefault("METRICS_TOKEN", self._metrics_token())
         try:
             await generation.start(self._listener, environ)
         except Refused:

@@ -16,7 +16,7 @@ import psutil
 import requests
 
 from dev.run import free_port
-from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, wait_until
+from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, wait_until
 
 FOLDERS = ("blueprints", "deploy", "dev", "storage", "telemetry", "wechat")
 FILES = ("pyproject.toml", "requirements.txt", "openapi.json")
@@ -110,7 +110,7 @@ class Server:
         return answered.pop() if len(answered) == 1 else None
 
     def metrics(self) -> str:
-        headers = bearer(self.environ["METRICS_TOKEN"])
+        headers = bearer(METRICS_TOKEN)
         return requests.get(f"{self.url}/metrics", headers=headers, timeout=WAIT_SECONDS).text
 
     def masters(self) -> list[psutil.Process]:

@@ -16,9 +16,10 @@ import requests
 from tests.deploy.patch.server import Server
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
-from tests.harness import WAIT_SECONDS, wait_until
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, bearer, wait_until
 
 Change = Callable[[Path], Any]
+NEXT_METRICS_TOKEN = "the-next-metrics-token"
 
 
 class Patched(Stage):
@@ -27,6 +28,7 @@ class Patched(Stage):
     def __init__(self, stack: ExitStack) -> None:
         super().__init__(stack, mariadb=False)
         self.secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
+        self.secrets["METRICS_TOKEN"] = f"{self.environ.pop('METRICS_TOKEN')}, {NEXT_METRICS_TOKEN}"
         environ = {**self.environ, "START_SECONDS": "12", "REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
         self.server = Server(self.folder / "home", environ, **self.secrets)
         self.service = self.server  # type: ignore[assignment]
@@ -239,6 +241,12 @@ def test_a_master_that_dies_is_replaced(server: Server) -> None:
     wait_until(lambda: not master.is_running() and len(server.workers()) >= 2)
     wait_until(lambda: requests.get(f"{server.url}/readyz", timeout=WAIT_SECONDS).ok)
     assert server.serves() == release
+
+
+def test_each_metrics_token_of_the_settings_is_accepted(server: Server) -> None:
+    for token, status in ((METRICS_TOKEN, 200), (NEXT_METRICS_TOKEN, 200), ("another-metrics-token", 401)):
+        answer = requests.get(f"{server.url}/metrics", headers=bearer(token), timeout=WAIT_SECONDS)
+        assert answer.status_code == status
 
 
 def test_a_reload_reads_the_settings_again_and_no_request_fails(stage: Patched, server: Server) -> None:
