@@ -169,7 +169,7 @@ def test_what_fails_too_often_after_the_takeover_is_taken_back(stage: Patched, s
 
 def test_a_worker_that_dies_while_it_is_watched_takes_the_release_back(server: Server) -> None:
     before = server.serves()
-    bad = server.release(add("blueprints/health.py", "    os._exit(1)", '    return {"version"'))
+    bad = server.release(add("blueprints/health.py", "    os._exit(1)", '    return current_app.config["RELEASE"]'))
     with ThreadPoolExecutor(1) as executor:
         asked = executor.submit(server.patch, bad, WAIT_SECONDS)
         wait_until(lambda: json.loads(server.state.read_text())["provisional"] == bad)
