@@ -20,10 +20,10 @@ import secrets
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -218,7 +218,7 @@ if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_fa
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 directories = f"kuaishang-{settings['HOST']}-{settings['INSTANCE']}"  # with the machine: containers share memory
 directory_of_master = f"{worker_tmp_dir}/{directories}-{os.getpid()}-"
-if not os.environ.get(MULTIPROC_DIR, "").startswith(directory_of_master):  # a reload keeps it, a USR2 does not
+if not os.environ.get(MULTIPROC_DIR, "").startswith(directory_of_master):  # a reload keeps it
     os.environ[MULTIPROC_DIR] = directory_of_master + secrets.token_hex(8)
 
 # deploy/patch/supervisor.py holds the port, says how many workers there are, and hears on this pipe what is ready.
@@ -249,14 +249,12 @@ logging.getLogger("gunicorn.error").handlers = [lines]
 
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
-    server.started, server.after = time.time(), "stop"
+    server.started, server.after, server.deaths = time.time(), "stop", 0
     for left in Path(worker_tmp_dir).glob(f"{directories}-*"):
         if not Path("/proc", left.name.split("-")[-2]).exists():  # other masters still count in theirs
             server.after = "crash"
             shutil.rmtree(left, ignore_errors=True)
-    server.handle_hup = lambda: reload_what_serves(server)
-    if settings["DRAIN_SECONDS"]:
-        server.handle_term = lambda: drain(server)
+    server.handle_hup, server.handle_term = lambda: reload_what_serves(server), lambda: drain(server)
     if SUPERVISOR_PIPE:
         server.handle_hup = lambda: os.kill(os.getppid(), signal.SIGHUP)
         server.handle_ttin, server.handle_ttou = lambda: add_worker(server), lambda: retire_worker(server)
@@ -279,28 +277,23 @@ def retire_worker(server):  # type: ignore[no-untyped-def]
     report("retired")
 
 
+# Run with gunicorn's own arguments.
+FIRST_REQUEST = """from gunicorn.app.wsgiapp import WSGIApplication
+assert WSGIApplication().wsgi().test_client().get("/livez").status_code == 200"""
+
+
 def reload_what_serves(server):  # type: ignore[no-untyped-def]
     """Reload what is there now if it loads and serves a request; if not, gunicorn would stop the server."""
-    with tempfile.TemporaryFile("w+") as errors:
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            os.dup2(errors.fileno(), sys.stderr.fileno())
-            try:
-                server.app.reload()
-                os._exit(server.app.wsgi().test_client().get("/livez").status_code != 200)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        failed = os.waitpid(child, 0)[1]
-        errors.seek(0)
-        flag = Path(os.environ[MULTIPROC_DIR], "reload-refused")
-        if failed:
-            flag.touch()
-            server.log.error("reload refused, as what is there now cannot serve: %s", errors.read()[-2000:])
-        else:
-            flag.unlink(missing_ok=True)
-            server.reload()
+    flag = Path(os.environ[MULTIPROC_DIR], "reload-refused")
+    command = [sys.executable, "-c", FIRST_REQUEST, *sys.argv[1:]]
+    try:
+        subprocess.run(command, cwd=server.cfg.chdir, check=True, stderr=subprocess.PIPE, timeout=20)  # noqa: S603
+    except subprocess.SubprocessError as error:
+        flag.touch()
+        server.log.error("reload refused: %s", (error.stderr or b"it hangs").decode(errors="replace")[-2000:])
+    else:
+        flag.unlink(missing_ok=True)
+        server.reload()
 
 
 def pre_fork(server, worker):  # type: ignore[no-untyped-def]
@@ -308,7 +301,7 @@ def pre_fork(server, worker):  # type: ignore[no-untyped-def]
     with suppress(OSError):
         os.mkdir(os.environ[MULTIPROC_DIR], 0o700)
     # Deaths are counted by the next worker that starts: the master itself counts nothing.
-    worker.replaces = vars(server).pop("deaths", 0)
+    worker.replaces, server.deaths = server.deaths, 0
 
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
@@ -356,9 +349,7 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
     # The arbiter retires only workers it has already replaced, so a missing one has died. Before a stop a service
     # manager may signal all processes at once.
     if len(server.WORKERS) < server.num_workers and not Path(os.environ[MULTIPROC_DIR], "stopping").exists():
-        server.deaths = vars(server).get("deaths", 0) + 1
-        if not Path(os.environ[MULTIPROC_DIR], f"counter_{worker.pid}.db").exists():
-            server.deaths += worker.replaces  # it died before it could count them
+        server.deaths += 1
     with suppress(Exception):  # numbers that are lost must not stop the server
         from prometheus_client.multiprocess import mark_process_dead
 
@@ -374,9 +365,7 @@ def on_exit(server):  # type: ignore[no-untyped-def]
 def drain(server):  # type: ignore[no-untyped-def]
     """Go on as before for DRAIN_SECONDS, while /readyz answers 503, and stop then, or at a second SIGTERM."""
     del server.handle_term  # which uncovers gunicorn's own
-    server.maybe_promote_master()  # it looks once a second
-    # Another master serves on the same port: after a USR2, or as the supervisor has replaced this one.
-    if server.reexec_pid or server.master_pid or not server.num_workers:
+    if not (server.num_workers and settings["DRAIN_SECONDS"]):  # it has none if the supervisor has replaced this one
         server.handle_term()  # raises StopIteration: the stop begins now
     with suppress(OSError):  # without a directory /readyz cannot know, and it stops all the same
         Path(os.environ[MULTIPROC_DIR], "stopping").touch()

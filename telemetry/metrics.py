@@ -61,9 +61,7 @@ LINES_DROPPED = _counter("log_lines_dropped", "Log lines lost because the reader
 DEPENDENCY_UP = _latest("dependency_up", "1 if it responded to the last probe or scrape, else 0.", ("dependency",))
 WORKER_STARTS = _counter("worker_starts", "Worker processes started: at a start, a reload, or for one that died.")
 WORKER_DEATHS = _counter("worker_deaths", "Worker processes that died, not those stopped or replaced.")
-RELOAD_REFUSED = _latest(
-    "reload_refused", "1 while what serves is older than what was to be loaded, which cannot serve."
-)
+RELOAD_REFUSED = _latest("reload_refused", "1 while older code serves, as what was to replace it cannot.")
 START_TIME = _latest("start_time_seconds", "When the instance started, after a stop or a crash.", ("after",))
 BUILD = _latest("build_info", "Always 1; name: the instance in logs and traces.", ("version", "name"))
 _process = ProcessCollector(registry=CollectorRegistry())

@@ -29,15 +29,10 @@ PLATFORM_SECONDS = 30
 
 
 def directory_of(service: Service) -> Path:
-    """The directory that its workers share."""
-    return directory_below(psutil.Process(service.process.popen.pid))
-
-
-def directory_below(master: psutil.Process) -> Path:
-    """The same, as soon as a worker of this master has opened a file there."""
+    """The directory that its workers share, as soon as one has opened a file there."""
 
     def opened() -> set[Path]:
-        files = (Path(file.path) for worker in master.children() for file in worker.open_files())
+        files = (Path(file.path) for worker in service.workers() for file in worker.open_files())
         return {file.parent for file in files if file.parent.name.startswith(PREFIX)}
 
     (directory,) = wait_until(opened)
@@ -222,43 +217,6 @@ def test_the_directory_ends_with_the_instance_or_when_the_next_one_starts(start_
     assert not directory.exists()
 
 
-def test_a_new_master_has_a_directory_of_its_own_and_the_old_one_goes_without_a_drain(
-    start_service: StartService,
-) -> None:
-    # PYTHONSAFEPATH, as `python -m gunicorn` begins itself anew as a script.
-    service = start_service(DRAIN_SECONDS="12", WEB_CONCURRENCY="1", PYTHONSAFEPATH="1")
-    wait_for_starts(service, 1)
-    old = service.process.popen
-    directory, olds = directory_of(service), service.workers()
-    old.send_signal(signal.SIGUSR2)
-
-    def second_master() -> psutil.Process | None:
-        masters = [child for child in psutil.Process(old.pid).children() if child.children()]
-        return masters[0] if masters else None
-
-    master = wait_until(second_master)
-    try:
-        new = directory_below(master)
-        assert new != directory
-        assert directory.exists()
-        old.terminate()
-        while old.poll() is None:
-            assert readiness(service)[0] == 200
-        assert old.returncode == 0
-        assert psutil.wait_procs(olds, timeout=WAIT_SECONDS)[1] == []
-        assert not directory.exists()
-        assert new.exists()
-        wait_for_starts(service, 1)
-        master.terminate()  # now it is the only one
-        assert wait_until(lambda: readiness(service) == (503, STOPPING))
-        master.terminate()  # the second signal ends the drain, which takes 12 s
-        master.wait(9)
-        assert not new.exists()
-    finally:
-        for process in (master, *master.children()) if master.is_running() else ():
-            process.kill()
-
-
 def assert_names_at_once(service: Service, *down: str) -> None:
     """Readiness says so at once, however often it is asked at a time, and so does a scrape."""
     errors = {"errors": {name: ["Does not respond."] for name in down}}
@@ -318,6 +276,16 @@ def test_a_stopping_instance_says_so_and_serves_on_until_the_drain_is_over(
         version(service)
 
 
+def test_a_second_signal_ends_the_drain(start_service: StartService) -> None:
+    service = start_service(DRAIN_SECONDS="12", WEB_CONCURRENCY="1")
+    directory = directory_of(service)
+    service.process.popen.terminate()
+    wait_until(lambda: readiness(service) == (503, STOPPING))
+    service.process.popen.terminate()
+    assert service.process.popen.wait(9) == 0
+    assert not directory.exists()
+
+
 def test_a_worker_that_dies_in_the_drain_is_replaced_by_one_that_knows_of_it(start_service: StartService) -> None:
     service = start_service(DRAIN_SECONDS="12", WEB_CONCURRENCY="1")
     wait_for_starts(service, 1)
@@ -342,22 +310,6 @@ def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
     booting.send_signal(signal.SIGTERM)  # it must not wait until it serves
     booting.wait(WAIT_SECONDS)
     wait_until(lambda: answers(f"{service.url}/livez"))
-
-
-def test_deaths_count_also_if_the_next_worker_dies_before_it_can_count_them(start_service: StartService) -> None:
-    service = start_service(WEB_CONCURRENCY="1")
-    wait_for_starts(service, 1)
-    directory = directory_of(service)
-    for _ in range(4):
-        (worker,) = wait_until(service.workers)
-        suspend(worker)
-        if (directory / f"counter_{worker.pid}.db").exists():  # it is about to count them
-            worker.resume()
-            wait_until(lambda: answers(f"{service.url}/livez"))
-        worker.kill()
-        worker.wait(WAIT_SECONDS)
-    wait_until(lambda: answers(f"{service.url}/livez"))
-    assert scrape(service)[WORKER_DEATHS] == 4
 
 
 def test_an_end_because_a_worker_cannot_start_is_a_crash(start_service: StartService, tmp_path: Path) -> None:
