@@ -5,7 +5,6 @@ Redis keeps them. Each worker reads them once a second, beside its requests; whi
 
 import fnmatch
 import time
-from difflib import get_close_matches
 
 import click
 from flask import Flask, current_app
@@ -57,8 +56,7 @@ def switch(action: str, route: str, reason: str, by: str) -> None:
         click.echo("\n".join(f"{name}: off since {off[name]}" for name in sorted(off)) or "Nothing is switched off.")
         return
     if not (names := fnmatch.filter({*routes, *off}, route)):
-        like = get_close_matches(route, routes, 5, 0)
-        raise click.ClickException("\n  ".join(["Under /api there is no such route. Like it:", *like]))
+        raise click.ClickException("\n  ".join(["Under /api there is no such route, but:", *sorted(routes)]))
     facts = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} by {by}: {reason}" if action == "off" else ""
     for name in names:
         switches.redis.hset(KEY, name, facts)  # empty: it is on again

@@ -201,30 +201,29 @@ def test_each_switch_is_an_audit_line(apps: list[Flask], log_lines: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("unknown", "like"),
+    "unknown",
     [
-        ("POST /api/v1/order", CREATE_ORDER),
-        ("post /api/v1/orders", CREATE_ORDER),
-        ("POST /api/v1/orders/", CREATE_ORDER),
-        ("HEAD /api/v1/orders", "GET /api/v1/orders"),
-        ("/api/v1/orders/{order_id}", "PUT /api/v1/orders/{order_id}"),
-        ("PUT /api/v1/orders/{id}", "PUT /api/v1/orders/{order_id}"),
-        ("PUT /api/v1/orders/<id:order_id>", "PUT /api/v1/orders/{order_id}"),
-        ("GET /livez", "GET /api/v1/users"),
-        ("GET /metrics", "GET /api/v1/users"),
-        ("* /readyz", "GET /api/v1/users"),
-        ("", ""),
+        "POST /api/v1/order",
+        "post /api/v1/orders",
+        "POST /api/v1/orders/",
+        "HEAD /api/v1/orders",
+        "/api/v1/orders/{order_id}",
+        "PUT /api/v1/orders/{id}",
+        "PUT /api/v1/orders/<id:order_id>",
+        "GET /livez",
+        "GET /metrics",
+        "* /readyz",
+        "",
     ],
 )
 @pytest.mark.parametrize("action", ["off", "on"])
-def test_an_unknown_route_is_an_error_that_names_those_like_it(
-    apps: list[Flask], redis: Redis, action: str, unknown: str, like: str
+def test_an_unknown_route_is_an_error_that_names_the_known_ones(
+    apps: list[Flask], redis: Redis, action: str, unknown: str
 ) -> None:
     outcome = flask(apps[0], action, unknown)
     first, *names = outcome.output.splitlines()
-    assert (outcome.exit_code, first) == (1, "Error: Under /api there is no such route. Like it:")
-    assert len(names) == 5
-    assert not like or f"  {like}" in names
+    assert (outcome.exit_code, first) == (1, "Error: Under /api there is no such route, but:")
+    assert names == [f"  {name}" for name in sorted(apps[0].extensions["switches"].routes)]
     assert redis.hgetall(switches.KEY) == {}
 
 
