@@ -33,7 +33,6 @@ GATHER_SECONDS = 0.1
 """For how long lines are gathered before they are written: a thread that wakes up takes the GIL from requests."""
 FLUSH_SECONDS = 2
 """How long the end of the process waits for lines to be written."""
-STACK_CHARACTERS = 10_000
 
 logger = logging.getLogger(__name__)
 # Its warnings quote callers' headers, a malformed OTEL_EXPORTER_OTLP_HEADERS, and each retry; giving up is an error.
@@ -90,7 +89,7 @@ class JsonLineFormatter(logging.Formatter):
             line["exceptionMessage"] = scrub(str(shown))  # also if it has none
             # As Python prints it: lines of code as they are, messages redacted.
             stack = "".join(part if part.startswith('  File "') else scrub(part) for part in shown.format())
-            line["stack"] = stack[-STACK_CHARACTERS:]
+            line["stack"] = stack[-10_000:]
         return self.encode(record.levelno, record.name, scrub(record.getMessage()), line, record.created)
 
 

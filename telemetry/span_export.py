@@ -9,6 +9,7 @@ Read against opentelemetry-sdk 1.45.1: BatchSpanProcessor._batch_processor, as o
 import re
 from collections.abc import Sequence
 
+from flask import Flask
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.redis import RedisInstrumentor
@@ -17,8 +18,6 @@ from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
-from redis import Redis
-from sqlalchemy import Engine
 
 from telemetry.fields import SERVICE
 
@@ -34,24 +33,22 @@ _VERBS = re.compile(r"^[A-Z]+(?:[ ._-][A-Z]+)*\b")
 _TABLE = re.compile(r"^[^'\"]*?\b(?:FROM|INTO|UPDATE)\s+`?([a-z_]+)\b")  # not in quotes, which may hold data
 
 
-def provider(endpoint: str, instance: str, version: str) -> TracerProvider:
-    """Make the provider that records spans and sends them in a thread; at the end of the process, the rest of them.
+def start(app: Flask) -> TracerProvider:
+    """Record each command of the app's Redis, each statement of its database, and what is made with the provider.
 
-    :param endpoint: the URL of the collector, without /v1/traces.
-    :param instance: becomes service.instance.id, as `version` service.version, unless OTEL_RESOURCE_ATTRIBUTES has one.
+    Spans are sent in a thread; at the end of the process, the rest of them. INSTANCE and VERSION are
+    service.instance.id and service.version, unless OTEL_RESOURCE_ATTRIBUTES has others.
     """
+    endpoint, instance, version = (app.config[name] for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "INSTANCE", "VERSION"))
     ours = {"service.name": SERVICE, "service.instance.id": instance, "service.version": version}
-    made = TracerProvider(resource=Resource.create({**ours, **OTELResourceDetector().detect().attributes}))
-    made.add_span_processor(_Processor(Exporter(f"{endpoint.rstrip('/')}/v1/traces")))
-    return made
-
-
-def instrument(redis: Redis, engine: Engine, tracers: trace.TracerProvider) -> None:
-    """Make a span of each command of this client, and of each statement of this engine."""
-    RedisInstrumentor.instrument_client(redis, tracers)
+    provider = TracerProvider(resource=Resource.create({**ours, **OTELResourceDetector().detect().attributes}))
+    provider.add_span_processor(_Processor(Exporter(f"{endpoint.rstrip('/')}/v1/traces")))
+    RedisInstrumentor.instrument_client(app.extensions["redis"], provider)
     usage = NoOpMeter("sql").create_up_down_counter("db.client.connections.usage")
     # Not by SQLAlchemyInstrumentor, which refuses SQLAlchemy 2.1 and needs greenlet for async engines.
-    EngineTracer(tracers.get_tracer("opentelemetry.instrumentation.sqlalchemy"), engine, usage)  # type: ignore[no-untyped-call]
+    tracer = provider.get_tracer("opentelemetry.instrumentation.sqlalchemy")
+    EngineTracer(tracer, app.extensions["database"], usage)  # type: ignore[no-untyped-call]
+    return provider
 
 
 class _Processor(BatchSpanProcessor):

@@ -30,12 +30,10 @@ def init_app(app: Flask) -> None:
     """
     global _tracer
     _tracer = trace.NoOpTracer()
-    if endpoint := app.config["OTEL_EXPORTER_OTLP_ENDPOINT"]:
+    if app.config["OTEL_EXPORTER_OTLP_ENDPOINT"]:
         from telemetry import span_export
 
-        provider = span_export.provider(endpoint, app.config["INSTANCE"], app.config["VERSION"])
-        span_export.instrument(app.extensions["redis"], app.extensions["database"], provider)
-        _tracer = provider.get_tracer(SERVICE, app.config["VERSION"])
+        _tracer = span_export.start(app).get_tracer(SERVICE, app.config["VERSION"])
 
 
 def current_ids() -> dict[str, Any]:

@@ -194,8 +194,8 @@ def test_without_spans_the_ids_remain(
     monkeypatch: pytest.MonkeyPatch,
     different: dict[str, str],
 ) -> None:
-    provide, made = span_export.provider, []
-    monkeypatch.setattr(span_export, "provider", lambda *args: made.append(provide(*args)) or made[-1])
+    start, made = span_export.start, []
+    monkeypatch.setattr(span_export, "start", lambda *args: made.append(start(*args)) or made[-1])
     client = make_traced(**different)
     ids = [client.get("/livez").headers["X-Trace-Id"] for _ in range(2)]
     assert all(re.fullmatch("(?!0{32})[0-9a-f]{32}", trace_id) for trace_id in ids)
@@ -428,10 +428,12 @@ def test_spans_of_libraries_lose_all_that_might_be_personal(
     collector: OtlpReceiver, own_databases: Databases, redis_server: RedisServer
 ) -> None:
     personal = PERSON["phone"]
-    provider = span_export.provider(collector.url, "here:8000", "0")
     engine = engine_for(own_databases.create())
     with Redis.from_url(redis_server.url) as client:
-        span_export.instrument(client, engine, provider)
+        app = Flask("service")
+        app.config.update(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, INSTANCE="here:8000", VERSION="0")
+        app.extensions.update(redis=client, database=engine)
+        provider = span_export.start(app)
         client.set(personal, personal)
         client.pipeline().get(personal).rpush(personal, personal).execute(raise_on_error=False)
         with pytest.raises(ResponseError, match=personal):
