@@ -117,9 +117,7 @@ class Settings(Schema):
     # No repetition of something short.
     SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", r"(?!(.+)\1+\Z).{32,}")
     SECRET_KEY_FALLBACKS = _list("Comma-separated, accepted as well: the next one or the last.", ".{32,}")
-    ENCRYPTION_KEYS = _list(
-        "Comma-separated, the first encrypts; each: openssl rand -base64 32", _KEY, b64decode, required=True
-    )
+    ENCRYPTION_KEYS = _list("Comma-separated; first encrypts: openssl rand -base64 32", _KEY, b64decode, required=True)
     ADMIN_OPENIDS = _list("Comma-separated mini-program openids of administrators, while named.", "[A-Za-z0-9_-]+")
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
     SESSION_ABSOLUTE_LIFETIME = _integer(86400, 60, YEAR_SECONDS, "Seconds after which any session ends, 60 or more.")
@@ -137,9 +135,7 @@ class Settings(Schema):
     BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
     DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
     METRICS_TOKEN = _list("Comma-separated bearer tokens of /metrics, 16 or more ASCII characters each.", "[!-~]{16,}")
-    OTEL_EXPORTER_OTLP_ENDPOINT = _optional(
-        "Trace collector: http://collector:4318; other OTEL_ variables apply.", _SITE
-    )
+    OTEL_EXPORTER_OTLP_ENDPOINT = _optional("Trace collector: http://collector:4318; other OTEL_… apply, too.", _SITE)
     LOG_LEVEL = _optional("Minimum: DEBUG, INFO (with requests), WARNING or ERROR.", "DEBUG|INFO|WARNING|ERROR", "INFO")
 
     @validates_schema

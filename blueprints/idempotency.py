@@ -15,7 +15,6 @@ from errors import ApiError, Code
 from storage import database
 from storage.models import IdempotencyKey, User, now
 
-REPLAY_LIFETIME = timedelta(hours=24)
 PARAMETER = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
 PARAMETER["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
 
@@ -49,7 +48,7 @@ def run_once(make_response: Callable[[], Response]) -> Response:
 
 def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:
     connection, mine = database.session.connection(), {"user_id": g.user_id, "key": key}
-    connection.execute(_EXPIRED, {**mine, "until": now() - REPLAY_LIFETIME})
+    connection.execute(_EXPIRED, {**mine, "until": now() - timedelta(hours=24)})
     for known in database.rows(_KNOWN, connection, **mine):
         if known.fingerprint != fingerprint:
             raise ApiError(Code.IDEMPOTENCY_KEY_REUSED)

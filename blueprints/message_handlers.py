@@ -60,31 +60,30 @@ def erase_revoked_data(message: Fields) -> None:
     """
     names = COLUMNS_BY_REVOKE_INFO.get(str(message.get("RevokeInfo")), ())
 
-    def erase() -> None:
-        if names and (user := _locked_user(message)):
-            # The user's own are about orders, which must not be placed twice.
-            ours = IdempotencyKey.about_user_id == user.id, IdempotencyKey.user_id != user.id
-            database.session.execute(delete(IdempotencyKey).where(*ours))
-            for name in names:
-                setattr(user, name, None)
-            fields = {"userId": user.id, "columns": names}
-            database.after_commit(partial(logger.info, "personal data erased", extra=fields))
+    def erase(user: User) -> None:
+        # The user's own are about orders, which must not be placed twice.
+        ours = IdempotencyKey.about_user_id == user.id, IdempotencyKey.user_id != user.id
+        database.session.execute(delete(IdempotencyKey).where(*ours))
+        for name in names:
+            setattr(user, name, None)
+        fields = {"userId": user.id, "columns": names}
+        database.after_commit(partial(logger.info, "personal data erased", extra=fields))
 
-    if "PluginID" not in message:
-        database.in_transaction(erase)
+    if names and "PluginID" not in message:
+        _change_user(message, erase)
 
 
 @on("event", "user_authorization_cancellation")
 def delete_user(message: Fields) -> None:
     """Delete somebody who has cancelled their WeChat account, as they could have done."""
-
-    def delete() -> None:
-        if user := _locked_user(message):
-            users.delete_for_good(user)
-
-    database.in_transaction(delete)
+    _change_user(message, users.delete_for_good)
 
 
-def _locked_user(message: Fields) -> User | None:
-    identity = database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID"))))
-    return database.session.get_one(User, identity.user_id, with_for_update=True) if identity else None
+def _change_user(message: Fields, change: Callable[[User], None]) -> None:
+    """Change the user whom a message is about, locked in a transaction; nothing if there is none."""
+
+    def find_and_change() -> None:
+        if identity := database.session.get(Identity, (wechat.api.app_id, str(message.get("OpenID")))):
+            change(database.session.get_one(User, identity.user_id, with_for_update=True))
+
+    database.in_transaction(find_and_change)

@@ -37,7 +37,6 @@ SQLITE_FREE_BYTES = 1_000_000
 T = TypeVar("T")
 _SCHEMA_PROBE = select(*(select(table).where(false()).exists() for table in Base.metadata.sorted_tables))
 _LOCKED_USER = select(User.__table__).where(User.id == bindparam("id")).with_for_update()
-_WRITE_PROBE = Base.metadata.sorted_tables[0].delete().where(false())
 # Greedy: a value may contain quotes. The last one of a duplicate is the name of a key.
 _QUOTED = re.compile(r"'.*'( for key '[^']*'\Z)|'.*'", re.DOTALL)
 
@@ -63,7 +62,8 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
     :param seconds: how long a statement may take; unlimited by default, as migrations need.
     """
     address = make_url(url)
-    options: dict[str, Any] = {}
+    # hide_parameters: error messages are logged, and parameters are personal data.
+    options: dict[str, Any] = {"poolclass": Pool, "max_overflow": 0, "pool_timeout": 1, "hide_parameters": True}
     if address.get_backend_name() != "sqlite":
         # PyMySQL is the only driver installed, and MariaDB speaks MySQL's protocol.
         address = address.set(drivername="mysql+pymysql")
@@ -71,15 +71,11 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         # Whatever URL and server say: no character is lost, no value is cut off, every table has transactions.
         setup = "SET SESSION sql_mode = 'TRADITIONAL', default_storage_engine = 'InnoDB'"
         options["connect_args"] |= {"charset": "utf8mb4", "init_command": setup}
-        # A read under a lock must see the current row, not a snapshot from the first read of the transaction.
-        options["isolation_level"] = "READ COMMITTED"
-        options["pool_pre_ping"] = True  # so that a server restart causes no error, for a round trip
-        # A name that leads to another server now is followed within a minute; a new connection takes some milliseconds.
-        options["pool_recycle"] = 60
-    # hide_parameters: error messages are logged, and parameters are personal data.
-    engine = create_engine(
-        address, poolclass=Pool, pool_size=pool_size, max_overflow=0, pool_timeout=1, hide_parameters=True, **options
-    )
+        # A read under a lock must see the current row, not a snapshot from the first read of the transaction. For a
+        # round trip, a server's restart causes no error. A name that leads to another server now is followed within a
+        # minute; a new connection takes some milliseconds.
+        options |= {"isolation_level": "READ COMMITTED", "pool_pre_ping": True, "pool_recycle": 60}
+    engine = create_engine(address, pool_size=pool_size, **options)
     event.listen(engine, "handle_error", _handle_error)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", partial(_prepare_sqlite, wait=seconds is None))
@@ -185,7 +181,7 @@ def ping() -> None:
     session.execute(_SCHEMA_PROBE)
     address = session.get_bind().engine.url
     if address.get_backend_name() != "sqlite":
-        in_transaction(lambda: session.execute(_WRITE_PROBE))
+        in_transaction(lambda: session.execute(Base.metadata.sorted_tables[0].delete().where(false())))
     elif not os.access(str(address.database), os.W_OK):  # a write would wait for the only writer
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     elif shutil.disk_usage(str(address.database)).free < SQLITE_FREE_BYTES:

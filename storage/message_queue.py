@@ -48,7 +48,6 @@ redis.call('XADD', KEYS[1], '*', 'sealed', ARGV[3], 'trace', ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('SET', KEYS[2], '', 'EX', ARGV[6])
 return 1"""
-_REMOVE = "redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) redis.call('XDEL', KEYS[1], ARGV[2])"
 
 
 class MessageQueue:
@@ -110,7 +109,7 @@ class MessageQueue:
                 else:
                     logger.error("message dropped", extra={"reason": "Each process died, failed, or has no key."})
                     metrics.MESSAGES.labels("dropped").inc()
-            self._redis.eval(_REMOVE, 1, STREAM, _WORKERS, number)
+            self._redis.pipeline().xack(STREAM, _WORKERS, number).xdel(STREAM, number).execute()
             return True
         return False
 

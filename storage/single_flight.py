@@ -14,8 +14,6 @@ from storage.redis_client import redis
 _CALL_SECONDS = 60
 """How long the call may take unless its request ends before; a second later its process is assumed dead."""
 _RESULT_SECONDS = 5
-_USED_SECONDS = 300
-"""After that WeChat itself rejects a code."""
 
 
 def single_flight(kind: str, code: str, call: Callable[[], Any]) -> Any:
@@ -46,7 +44,7 @@ def single_flight(kind: str, code: str, call: Callable[[], Any]) -> Any:
                 outcome = None, error.api_code.name, error.message
             with redis.pipeline() as pipeline:
                 pipeline.set(key, cipher.encrypt(json.dumps(outcome), key), ex=_RESULT_SECONDS)
-                pipeline.set(f"{key}:used", "", ex=_USED_SECONDS)
+                pipeline.set(f"{key}:used", "", ex=300)  # after that WeChat itself rejects a code
                 pipeline.execute()
             return _result(*outcome)
     with suppress(DecryptionError):  # nothing is kept, or it is encrypted under a key that this process lacks

@@ -7,7 +7,7 @@ from typing import Any
 from wechat.access_token import AccessToken
 from wechat.crypto import session_signature
 from wechat.errcodes import INVALID_TOKEN, NOT_SUBSCRIBED, SESSION_ENDED
-from wechat.transport import Body, Codes, Params, Transport, unexpected_response
+from wechat.transport import Body, Codes, Query, Transport, unexpected_response
 
 
 class Client:
@@ -21,9 +21,7 @@ class Client:
         self.app_id, self._app_secret = app_id, app_secret
         self.transport, self._access_token = transport, access_token
 
-    def call(
-        self, path: str, params: Params | None = None, body: Body = None, *, expected: Codes = (), **options: bool
-    ) -> Any:
+    def call(self, path: str, params: Query = None, body: Body = None, *, expected: Codes = (), **options: bool) -> Any:
         """Call any interface of WeChat that takes an access token.
 
         A mini-program code, a URL link and a customer service message:

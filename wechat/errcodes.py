@@ -39,9 +39,7 @@ ERRCODES = {
 }
 _CODES_AT = {("/wxa/business/getuserphonenumber", 40003): Code.WECHAT_CODE_INVALID}
 """Where an interface means something else: the phone code is another user's."""
-MESSAGES = {
-    61010: Message("请在小程序中重新调用 wx.login，然后再提交", "Call wx.login in the mini-program, then send again")
-}
+MESSAGES = {61010: Message("请在小程序中调用 wx.login 后再提交", "Call wx.login in the mini-program, then send again")}
 """Where the code's own message would mislead."""
 
 

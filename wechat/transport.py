@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 # urllib3 logs whole URLs, even in warnings about headers, and WeChat's URLs contain secrets and tokens.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
-CONNECT_SECONDS = 1
 ANSWER_SECONDS = 5
 """For a try as a whole, from the name server to the end of the body."""
 FAIR_SECONDS = 2
@@ -47,7 +46,7 @@ CONNECTIONS = 100
 MEDIA_TYPES = ("image/", "audio/", "video/", "application/octet-stream")
 BUSY = -1
 
-Params = Mapping[str, str]
+Query = Mapping[str, str] | None
 Body = Mapping[str, Any] | None
 Codes = Collection[int]
 
@@ -87,7 +86,7 @@ class Transport:
     def call(
         self,
         path: str,
-        params: Params,
+        params: Query,
         body: Body = None,
         *,
         expected: Codes = (),
@@ -183,7 +182,7 @@ class Transport:
             level, text = (logging.ERROR, "keeps failing: calls pause") if is_open else (logging.INFO, "responds again")
             logger.log(level, "WeChat %s", text, extra={"interface": path})
 
-    def _exchange(self, path: str, params: Params, body: Body, limit: float) -> tuple[int, str, bytes]:
+    def _exchange(self, path: str, params: Query, body: Body, limit: float) -> tuple[int, str, bytes]:
         """Send a request and read the response.
 
         :param limit: seconds for each part of the response; where there are greenlets the caller's ends all of it.
@@ -193,7 +192,8 @@ class Transport:
         headers = {} if body is None else {"Content-Type": "application/json"}
         method = "GET" if body is None else "POST"
         request = requests.Request(method, self._base_url + path, headers, data=data, params=params).prepare()
-        with self._adapter.send(request, timeout=(CONNECT_SECONDS, limit), **self._options) as response:
+        # A second to connect.
+        with self._adapter.send(request, timeout=(1, limit), **self._options) as response:
             content = response.raw.read(MAXIMUM_ANSWER_BYTES + 1, decode_content=True)
             if len(content) > MAXIMUM_ANSWER_BYTES:
                 raise requests.RequestException

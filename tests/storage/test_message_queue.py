@@ -167,7 +167,7 @@ def test_a_message_that_cannot_be_removed_is_handled_again(
     seen: list[Any] = []
     queue = MessageQueue(app, seen.append)
     with monkeypatch.context() as away:
-        away.setattr(queue._redis, "eval", Mock(side_effect=NoRedis))
+        away.setattr(queue._redis, "pipeline", Mock(side_effect=NoRedis))
         with pytest.raises(NoRedis):
             queue.handle_next()
     let_claims_be_due(redis)
