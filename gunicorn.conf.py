@@ -221,9 +221,6 @@ directory_of_master = f"{worker_tmp_dir}/{directories}-{os.getpid()}-"
 if not os.environ.get(MULTIPROC_DIR, "").startswith(directory_of_master):  # a reload keeps it
     os.environ[MULTIPROC_DIR] = directory_of_master + secrets.token_hex(8)
 
-# deploy/patch/supervisor.py holds the port, says how many workers there are, and hears on this pipe what is ready.
-SUPERVISOR_PIPE = int(os.environ.get("SUPERVISOR_PIPE", 0))
-
 # A file leaves as any other body does, after the head that a Client holds back; sendfile(2) would overtake it.
 sendfile = False
 
@@ -255,26 +252,6 @@ def when_ready(server):  # type: ignore[no-untyped-def]
             server.after = "crash"
             shutil.rmtree(left, ignore_errors=True)
     server.handle_hup, server.handle_term = lambda: reload_what_serves(server), lambda: drain(server)
-    if SUPERVISOR_PIPE:
-        server.handle_hup = lambda: os.kill(os.getppid(), signal.SIGHUP)
-        server.handle_ttin, server.handle_ttou = lambda: add_worker(server), lambda: retire_worker(server)
-        server.app.wsgi()  # once for all workers, which share its memory
-        report("loaded", settings["WEB_CONCURRENCY"], os.environ[MULTIPROC_DIR])
-
-
-def report(*words):  # type: ignore[no-untyped-def]
-    os.write(SUPERVISOR_PIPE, f"{' '.join(map(str, words))}\n".encode())
-
-
-def add_worker(server):  # type: ignore[no-untyped-def]
-    server.num_workers += 1
-    server.spawn_worker()  # at once: gunicorn would wait until those that it has retired have ended
-
-
-def retire_worker(server):  # type: ignore[no-untyped-def]
-    server.num_workers -= 1  # to none, which gunicorn would not
-    server.manage_workers()
-    report("retired")
 
 
 # Run with gunicorn's own arguments.
@@ -308,8 +285,7 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     # Until gunicorn sets a worker's handlers, a signal ends it: the master's, which it has inherited, would ignore it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    if not SUPERVISOR_PIPE:
-        logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
+    logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
     from telemetry import logs, metrics, multiprocess, redaction
 
     multiprocess.place_waiting()
@@ -333,10 +309,6 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     Client.door.start(worker.clients)
     if settings["WECHAT_PUSH_TOKEN"]:
         worker.wsgi.extensions["messages"].start()
-    if SUPERVISOR_PIPE:
-        report("ready", min(worker.wsgi.test_client().get("/readyz").status_code for _ in range(3)))  # it may be busy
-        while not os.path.exists(os.environ["SUPERVISOR_GATE"]):  # until that is good enough
-            time.sleep(0.005)
     worker.notify()  # which reads what is switched off, before the first request
 
 
@@ -357,8 +329,8 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
 
 
 def on_exit(server):  # type: ignore[no-untyped-def]
-    # Because a worker could not start is a crash too, unless the supervisor goes on without it.
-    if SUPERVISOR_PIPE or not isinstance(sys.exc_info()[1], HaltServer):
+    # Because a worker could not start is a crash too.
+    if not isinstance(sys.exc_info()[1], HaltServer):
         shutil.rmtree(os.environ[MULTIPROC_DIR], ignore_errors=True)
 
 

@@ -57,7 +57,7 @@ def gunicorn(words: Sequence[str]) -> None:
     from gunicorn.util import getcwd  # type: ignore[import-untyped]
 
     sys.path.append(getcwd())  # gunicorn would put it first, and a settings.py that happens to be there before ours
-    sys.argv = ["gunicorn", "--config", str(ROOT / "gunicorn.conf.py"), *words]
+    sys.argv = ["gunicorn", "--config", str(ROOT / "deploy" / "patch" / "generation.py"), *words]
     run()
 
 

@@ -105,7 +105,7 @@ class State:
 class Generation:
     """A release that runs: a gunicorn master and so many workers.
 
-    :param command: starts gunicorn without its arguments.
+    :param command: starts gunicorn with `generation.py`, without its other arguments.
     """
 
     def __init__(self, release: str, command: list[str], folder: Path, run: Path) -> None:
@@ -528,7 +528,7 @@ def main() -> None:
     def command_of(release: str) -> tuple[list[str], Path]:
         folder = home / "releases" / release
         python = folder / "environment" / "bin" / "python"  # a link into environments/
-        return [str(python), "-m", "gunicorn"], folder
+        return [str(python), "-m", "gunicorn", "--config", "deploy/patch/generation.py"], folder
 
     asyncio.run(Supervisor(home, listener, command_of).run())
 

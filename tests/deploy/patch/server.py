@@ -101,10 +101,12 @@ class Server:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=2 * WAIT_SECONDS)
 
     def serves(self) -> str:
-        """Return the release that responds. A worker that is retired accepts connections for another second."""
+        """Return the release that responds, once the workers that were retired have ended."""
         return wait_until(self._agreed)
 
     def _agreed(self) -> str | None:
+        if len(self.workers()) > 2:
+            return None
         versions = [requests.get(f"{self.url}/version", timeout=WAIT_SECONDS) for _ in range(10)]
         answered = {version.json()["data"]["commit"] for version in versions}
         return answered.pop() if len(answered) == 1 else None

@@ -1,0 +1,70 @@
+"""gunicorn's configuration of a generation: gunicorn.conf.py, and how it works with supervisor.py.
+
+The supervisor holds the port and says by signals how many workers there are; on a pipe it hears what is ready.
+"""
+
+import logging
+import os
+import runpy
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.server
+
+production = runpy.run_path(str(Path(__file__).resolve().parents[2] / "gunicorn.conf.py"))
+globals().update({name: value for name, value in production.items() if not name.startswith("__")})
+
+
+class Worker(production["Worker"]):  # type: ignore[misc,valid-type]
+    """Leaves new connections to others as soon as it is retired; gunicorn looks once a second."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        gevent.server.StreamServer.max_accept = 0
+
+
+worker_class = Worker
+
+
+def report(*words: Any) -> None:
+    os.write(int(os.environ["SUPERVISOR_PIPE"]), f"{' '.join(map(str, words))}\n".encode())
+
+
+def when_ready(server: Any) -> None:
+    production["when_ready"](server)
+    server.handle_hup = lambda: os.kill(os.getppid(), signal.SIGHUP)
+    server.handle_ttin, server.handle_ttou = lambda: add_worker(server), lambda: retire_worker(server)
+    server.app.wsgi()  # once for all workers, which share its memory
+    report("loaded", production["settings"]["WEB_CONCURRENCY"], os.environ[production["MULTIPROC_DIR"]])
+
+
+def add_worker(server: Any) -> None:
+    server.num_workers += 1
+    server.spawn_worker()  # at once: gunicorn would wait until those that it has retired have ended
+
+
+def retire_worker(server: Any) -> None:
+    server.num_workers -= 1  # to none, which gunicorn would not
+    server.manage_workers()
+    report("retired")
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    production["post_fork"](server, worker)
+    logging.getLogger().removeHandler(production["lines"])  # the service is loaded already, and writes each line itself
+
+
+def post_worker_init(worker: Any) -> None:
+    production["post_worker_init"](worker)
+    report("ready", min(worker.wsgi.test_client().get("/readyz").status_code for _ in range(3)))  # it may be busy
+    while not os.path.exists(os.environ["SUPERVISOR_GATE"]):  # until that is good enough
+        time.sleep(0.005)
+
+
+def on_exit(server: Any) -> None:
+    # Also if a worker could not start, which is no crash: the supervisor goes on without it.
+    shutil.rmtree(os.environ[production["MULTIPROC_DIR"]], ignore_errors=True)
