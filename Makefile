@@ -11,14 +11,14 @@ PYTEST := $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile
 # The envelope, settings, login, default-deny and orders.
 CORE := tests/test_errors.py tests/test_settings.py $(patsubst %,tests/blueprints/test_%.py,api auth orders ownership)
 
-export HOST PORT SIMULATOR_PORT LOG_FORMAT PEERS PEERS_PYTHON
+export HOST PORT SIMULATOR_PORT LOG_FORMAT PATCHES PEERS PEERS_PYTHON
 # Taken literally, so that neither make nor the shell interprets pasted text.
 override ID := $(value ID)
 override LOGS := $(value LOGS)
 override FROM := $(value FROM)
 export ID LOGS FROM
 
-.PHONY: help run image trace patch rollback patch-status test smoke faults bench bench-patch overload waiting soak lint format requirements openapi binary bench-binary clean
+.PHONY: help run image trace patch rollback patch-status test smoke faults bench bench-patch hundred-patches overload waiting soak lint format requirements openapi binary bench-binary clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -82,6 +82,9 @@ waiting: $(INSTALLED) ## 2,000 logins at once on a WeChat that takes 3 s, and re
 
 bench-patch: $(INSTALLED) ## the seconds of an emergency and the requests that it costs; writes bench/emergency.md (PEERS=folder)
 	$(VENV)/bin/python -m bench.emergency
+
+hundred-patches: $(INSTALLED) ## in a row under load, a fifth of them broken: no request may fail (PATCHES=10 for fewer)
+	$(VENV)/bin/python -m pytest --capture=no tests/deploy/patch/hundred_patches.py
 
 soak: $(INSTALLED) ## mixed load for ten minutes, and what grows (ARGS=--minutes=2)
 	$(VENV)/bin/python -m bench.soak $(ARGS)

@@ -90,7 +90,7 @@ class State:
             vars(self).update(json.loads(self.path.read_text()), provisional="")
 
     def save(self) -> None:
-        """Write it in one step, so that a crash leaves the old file or the new one."""
+        """Write it in one step, so that a crash leaves the old file or the new one. `current` leads to the release."""
         draft = self.path.with_suffix(".draft")
         with draft.open("w") as file:
             json.dump({name: value for name, value in asdict(self).items() if name != "path"}, file)
@@ -100,6 +100,10 @@ class State:
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+        link = self.path.with_name("current.draft")
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("releases", self.current))
+        link.rename(self.path.with_name("current"))
 
 
 class Generation:
@@ -303,6 +307,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._tasks.add(loop.create_task(self.reload())))
         self.state.load()
+        self.state.save()
         control = self._home / "control.sock"
         control.unlink(missing_ok=True)
         os.umask(0o077)

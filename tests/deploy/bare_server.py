@@ -230,13 +230,21 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield machine
 
 
+def added_pin() -> str:
+    """Return the lines of a package that the service does not need, as requirements.txt has them."""
+    [pin] = re.findall(r"^iniconfig==.*\n(?: +--hash.*\n)+", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    return str(pin)
+
+
 def download(machine: Machine) -> None:
     """Fetch the wheels while there is a network, from where this machine's pip is configured to look."""
     environ = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or "_proxy" in name.lower()}
     for path in ("/etc/pip.conf", "/root/.config/pip/pip.conf", os.environ.get("PIP_CERT", "")):
         machine.copy(Path(path))
     pip = "/opt/pip/bin/python -m pip download --quiet --dest /opt/wheels"
-    script = f"python3 -m venv /opt/pip\n{pip} --require-hashes -r requirements.txt\n{pip} setuptools wheel\n"
+    (machine.root / "opt/added.txt").write_text(added_pin())
+    wheels = (f"{pip} --require-hashes -r requirements.txt", f"{pip} setuptools wheel", f"{pip} -r /opt/added.txt")
+    script = "\n".join(("python3 -m venv /opt/pip", *wheels, ""))
     machine.run(script, **environ)
 
 
@@ -279,6 +287,27 @@ def test_the_ways_from_then_on_drop_no_request(machine: Machine) -> None:
         metrics = {"url": "http://127.0.0.1:8000/metrics", "headers": bearer("new" * 8)}
         wait_until(lambda: all(requests.get(**metrics, timeout=WAIT_SECONDS).status_code == 200 for _ in range(9)))
     assert set(outcomes) == {200, 201}, outcomes
+
+
+def test_a_patch_of_the_requirements_gets_an_environment_of_its_own(machine: Machine) -> None:
+    [block] = commands("From then on")
+    patch, rollback, _ = block.splitlines()
+    before, environments, tree = commit(), machine.root / HOME / "environments", machine.root / TREE[1:]
+    assert len([*environments.iterdir()]) == 1  # shared by the releases until now
+    for file, lines in (("requirements.txt", added_pin()), ("wsgi.py", "import iniconfig\n")):
+        (tree / file).write_text(f"{(tree / file).read_text()}{lines}")
+    with load(log_in(machine.simulator)) as outcomes:
+        machine.run(patch, WATCH_SECONDS="1", PIP_NO_INDEX="1", PIP_FIND_LINKS="/opt/wheels")
+        assert commit() != before
+        assert len([*environments.iterdir()]) == 2
+        machine.run(rollback)
+        assert commit() == before
+    assert set(outcomes) == {200, 201}, outcomes
+
+
+def test_flask_has_the_settings_of_the_service(machine: Machine) -> None:
+    [block] = commands("The commands of the service")
+    assert machine.run(block).splitlines()[-1] == "Nothing is switched off."
 
 
 def test_a_request_is_found_in_the_journal(machine: Machine) -> None:

@@ -1,6 +1,6 @@
 """A hundred patches in a row under load, twenty of them broken: no request fails, and nothing grows.
 
-Run by `.ci/run`; takes some minutes. The seed is printed, and SEED repeats a run.
+`make hundred-patches`; `.ci/run` makes fewer. The seed is printed, and SEED repeats a run.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.deploy.patch.test_supervisor import BROKEN, Patched, replace_workers
 from tests.faults.load import ITEM, codes, is_right, load
 from tests.harness import wait_until
 
-PATCHES, BAD = int(os.environ.get("PATCHES", 100)), 0.2
+PATCHES, BAD = int(os.environ.get("PATCHES") or 100), 0.2
 BIG_ORDER = [{**ITEM, "name": "茶" * 128}] * 32  # 16 KB
 GROWTH = 1.15
 

@@ -111,6 +111,10 @@ class Server:
         answered = {version.json()["data"]["commit"] for version in versions}
         return answered.pop() if len(answered) == 1 else None
 
+    def current(self) -> str:
+        """Return the release that the link says serves."""
+        return (self.home / "current").resolve().name
+
     def metrics(self) -> str:
         headers = bearer(METRICS_TOKEN)
         return requests.get(f"{self.url}/metrics", headers=headers, timeout=WAIT_SECONDS).text

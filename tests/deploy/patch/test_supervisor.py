@@ -121,7 +121,7 @@ def test_a_good_release_takes_over_and_no_request_fails(stage: Patched, server: 
 
     with load(stage) as running:
         ended = server.patch(release, watch=1)
-        assert server.serves() == release
+        assert server.serves() == server.current() == release
         time.sleep(0.2)
 
     assert (ended["end"], ended["serves"]) == ("done", release)
@@ -208,7 +208,7 @@ def test_rollbacks_lead_to_the_release_before_and_the_one_before_that(server: Se
     for release in others:
         server.patch(release)
     assert [server.ask("rollback")["serves"] for _ in range(2)] == [others[0], first]
-    assert server.serves() == first
+    assert server.serves() == server.current() == first
 
 
 @pytest.mark.parametrize("when", ["starting", "watched"])
