@@ -16,8 +16,6 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values, find_dotenv
-from dotenv.parser import parse_stream
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
@@ -41,6 +39,9 @@ REDIS_PATTERN = (
 _KEY = "[A-Za-z0-9+/]{43}="
 _RATE = "off|[1-9][0-9]{0,8}/(second|minute|hour|day)"
 YEAR_SECONDS = 366 * 86400
+# A line of the file: empty, a comment, or a setting, taken literally. What other readers of such files would expand or
+# cut off must stand in single quotes. deploy/patch/supervisor.py has the same pattern.
+_LINE = r"""\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"\\$]*)"|((?:[^'"\\$#]|(?<!\s)#)*?)))?\s*"""
 
 
 class SettingsError(SystemExit):
@@ -116,7 +117,7 @@ class Settings(Schema):
     )
     # No repetition of something short.
     SECRET_KEY = _required("32 random characters or more: openssl rand -base64 32", r"(?!(.+)\1+\Z).{32,}")
-    SECRET_KEY_FALLBACKS = _list("Comma-separated, accepted as well: the next one or the last.", ".{32,}")
+    SECRET_KEY_FALLBACKS = _list("Comma-separated; these verify signatures too: next or previous SECRET_KEY.", ".{32,}")
     ENCRYPTION_KEYS = _list("Comma-separated; first encrypts: openssl rand -base64 32", _KEY, b64decode, required=True)
     ADMIN_OPENIDS = _list("Comma-separated mini-program openids of administrators, while named.", "[A-Za-z0-9_-]+")
     SESSION_LIFETIME = _integer(3600, 60, YEAR_SECONDS, "Seconds after which an unused session ends, 60 or more.")
@@ -158,25 +159,20 @@ def variables() -> dict[str, str]:
     :raises SettingsError: if the file is malformed, cannot be read, or others than its owner can open it.
     """
     environ = {name: value for name, value in os.environ.items() if value.strip()}
-    if "FLASK_RUN_FROM_CLI" in environ:
-        # Flask's commands have looked for a file by a rule of their own, and put it into os.environ.
-        nearest = dotenv_values(find_dotenv(usecwd=True), encoding="utf-8")
-        environ = {name: value for name, value in environ.items() if value != nearest.get(name)}
     path = Path(environ.get("ENV_FILE") or Path(__file__).with_name(".env"))
     if "ENV_FILE" not in environ and not path.exists():
         return environ
     try:
-        with path.open(encoding="utf-8") as file:
-            lines, status = list(parse_stream(file)), path.stat()
+        lines, status = path.read_text(encoding="utf-8").splitlines(), path.stat()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {getattr(error, 'strerror', 'it is not UTF-8')}") from None
     # PostgreSQL's rule for the file of its key: the group may read what belongs to root.
     if path.is_file() and status.st_mode & (0o037 if status.st_uid == 0 else 0o077):
         raise SettingsError(f"{path} holds secrets, and others can open it: chmod 600, or 640 if it is root's")
-    for wrong in (line.original for line in lines if line.error or (line.key and line.value is None)):
-        number = wrong.line + wrong.string[: -len(wrong.string.lstrip())].count("\n")  # it begins with empty lines
-        raise SettingsError(f"{path}, line {number}: not NAME=value")
-    return {line.key: line.value for line in lines if line.key and line.value} | environ
+    pairs = [re.fullmatch(_LINE, line) for line in lines]
+    if None in pairs:
+        raise SettingsError(f"{path}, line {pairs.index(None) + 1}: not NAME=value, or needs quotes: NAME='value'")
+    return {pair[1]: value for pair in pairs if pair and pair.lastindex and (value := pair[pair.lastindex])} | environ
 
 
 def _release() -> dict[str, str]:
