@@ -7,7 +7,7 @@ SERVICE = "kuaishang"
 """The field `service` of every line, and the `service.name` of every span."""
 
 _BY_TYPE = {
-    "date": "timestamp",  # RFC 3339, UTC
+    "date": "timestamp since",  # RFC 3339, UTC
     "keyword": "level service traceId spanId parentSpanId method route interface type event function columns "
     "exceptionType undeclared instance version logger by",  # route: the template
     "text": "message reason exceptionMessage stack",

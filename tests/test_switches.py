@@ -34,6 +34,16 @@ def statuses(*services: Service) -> set[int]:
     }
 
 
+def audits(service: Service) -> dict[int, list[tuple[str, ...]]]:
+    """The audit lines of each worker."""
+    found: dict[int, list[tuple[str, ...]]] = {}
+    for line in service.log_lines():
+        if line["message"] == "audit":
+            fields = tuple(line[name] for name in ("event", "route", "by", "reason"))
+            found.setdefault(line["pid"], []).append(fields)
+    return found
+
+
 def replace_a_worker(service: Service) -> None:
     before = {worker.pid for worker in service.workers()}
     service.workers()[0].kill()
@@ -41,19 +51,25 @@ def replace_a_worker(service: Service) -> None:
     wait_until(lambda: len(service.workers()) == len(before))
 
 
-def test_when_the_command_has_returned_all_workers_obey(start_service: StartService, own_redis: RedisServer) -> None:
+def test_when_the_command_has_returned_all_workers_have_applied_it(
+    start_service: StartService, own_redis: RedisServer
+) -> None:
     services = [start_service(REDIS_URL=own_redis.url, WEB_CONCURRENCY="2") for _ in range(2)]
     assert statuses(*services) == {401}
     began = time.monotonic()
     assert switch(services[0], "off", f"POST {ORDERS}", "--by", "alice", "--reason", "wrong prices") == ""
     assert time.monotonic() - began > switches.WAIT_SECONDS > 1  # they look once a second
     wait_until(lambda: statuses(*services) == {503})  # later if the machine is busy
+    change = ("route off", f"POST {ORDERS}", "alice", "wrong prices")
+    for service in services:
+        wait_until(lambda: audits(service) == {worker.pid: [change] for worker in service.workers()})  # noqa: B023
     assert switch(services[1], "list").endswith("Z by alice: wrong prices\n")
     metrics = requests.get(f"{services[1].url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS).text
     assert f'kuaishang_switched_off{{method="POST",route="{ORDERS}"}} 1.0\n' in metrics
     assert f'kuaishang_switched_off{{method="GET",route="{ORDERS}"}} 0.0\n' in metrics
     replace_a_worker(services[0])  # a new one knows before its first request
     assert statuses(services[0]) == {503}
+    wait_until(lambda: list(audits(services[0]).values()) == [[change]] * 3)
     services[1].stop()
     services[1].start()
     assert statuses(services[1]) == {503}
@@ -62,8 +78,11 @@ def test_when_the_command_has_returned_all_workers_obey(start_service: StartServ
     assert statuses(*services) == {503}
     assert requests.get(services[0].url + ORDERS, timeout=WAIT_SECONDS).status_code == 401
     own_redis.start()
-    switch(services[1], "on", f"POST {ORDERS}")
+    switch(services[1], "on", f"POST {ORDERS}", "--by", "bob")
     wait_until(lambda: statuses(*services) == {401})
+    lifted = ("route on", f"POST {ORDERS}", "bob", "no reason given")
+    for worker in services[0].workers():
+        wait_until(lambda: audits(services[0])[worker.pid] == [change, lifted])  # noqa: B023
 
 
 def test_a_worker_starts_and_serves_while_redis_hangs(start_service: StartService, own_redis: RedisServer) -> None:
