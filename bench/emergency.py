@@ -65,9 +65,11 @@ def first_answer() -> Row:
         with subprocess.Popen(
             ["make", "run"], cwd=f"{folder}/clone", env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as running:
-            wait_until(lambda: answers(f"http://127.0.0.1:{port}/livez"), 300)
-            seconds = time.monotonic() - began
-            running.terminate()
+            try:
+                wait_until(lambda: answers(f"http://127.0.0.1:{port}/livez"), 300)
+                seconds = time.monotonic() - began
+            finally:
+                running.terminate()
     return Row("clone, `make run`, first answer (nothing cached)", f"{seconds:.1f}")
 
 
@@ -83,24 +85,25 @@ def production(stage: Patched) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder, "tree"))
 
-        def run(step: str, *words: str) -> Row:
+        def run(step: str, status: int, *words: str) -> Row:
             with load(stage) as running:
                 began = time.monotonic()
                 done = server.tool(*words)
                 seconds = time.monotonic() - began
                 time.sleep(2)
+            assert done.returncode == status, done.stdout + done.stderr
             took_over = re.findall(r"([\d.]+) s  (?:starts|serves)", done.stdout)
             inside = f" ({sum(map(float, took_over)):.1f})" if len(took_over) > 1 else ""
             failed = sum(not is_right(outcome) for outcome in running.outcomes)
             return Row(step, f"{seconds:.1f}{inside}", len(running.outcomes), failed)
 
         (tree / "blueprints/orders.py").open("a").write("# patched\n")
-        yield run("`make patch`, live in production", "patch", str(tree), "--watch", "0")
-        yield run("`make rollback`", "rollback")
+        yield run("`make patch`, live in production", 0, "patch", str(tree), "--watch", "0")
+        yield run("`make rollback`", 0, "rollback")
         for what in ("a syntax error", "a crash on each request", "a hang at the start"):
             broken = copy_tree(Path(folder, what))
             BROKEN[what][0](broken)
-            yield run(f"`make patch` with {what}: refused", "patch", str(broken), "--watch", "0")
+            yield run(f"`make patch` with {what}: refused", 1, "patch", str(broken), "--watch", "0")
 
 
 def gin(source: Path) -> Iterator[Row]:
