@@ -62,8 +62,9 @@ class Nginx:
             "listen 443 ": f"listen {self.port} ",
             "/etc/ssl/certs/kuaishang.crt": self.certificate,
             "/etc/ssl/private/kuaishang.key": key,
+            "/var/log/nginx/access.log": f"{folder}/access",
         }.items():
-            assert text.count(shipped) == 1
+            assert shipped in text
             text = text.replace(shipped, str(here))
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
@@ -254,6 +255,21 @@ def test_nginx_hides_the_metrics_however_the_path_is_written(nginx: Behind) -> N
             request.headers[name] = "/x"
         answer = session.send(request, verify=str(nginx.certificate), timeout=WAIT_SECONDS)
         assert (answer.status_code, answer.json()["code"]) == (404, 404), path
+
+
+def test_the_log_has_no_query_string(nginx: Behind) -> None:
+    secret = f"secret-{os.urandom(8).hex()}"
+    plain = f"http://127.0.0.1:{nginx.plain_port}"
+    requests.get(f"{plain}/plain?code={secret}", allow_redirects=False, timeout=WAIT_SECONDS)
+    for path in ("/nowhere", "/metrics", "/api/v1/wechat/messages", "/a%3Fb"):
+        nginx.request("GET", f"{path}?code={secret}", headers={"Referer": f"https://example.com/?code={secret}"})
+    last = nginx.request("GET", f"/livez?signature={secret}").headers["X-Trace-Id"]
+    log = nginx.folder / "access"
+    wait_until(lambda: last in log.read_text())
+    lines = log.read_text().splitlines()[-6:]
+    paths = [re.search(r'"GET (\S*) HTTP/1.1" \d+', line)[1] for line in lines]  # type: ignore[index]
+    assert paths == ["/plain", "/nowhere", "/metrics", "/api/v1/wechat/messages", "/a%3Fb", "/livez"]
+    assert secret not in log.read_text()
 
 
 def test_the_service_is_where_nginx_says_and_not_where_its_client_says(nginx: Behind) -> None:
