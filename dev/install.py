@@ -4,7 +4,7 @@
 
 By uv, which takes a fraction of pip's time. pip installs its wheel first, as it is pinned there, and setuptools, which
 builds what has no wheel: nothing comes in without a hash. If there is no uv for this machine, or it fails, pip installs
-everything. uv asks where pip is configured to ask. Needs the standard library alone.
+everything, with the same setuptools. uv asks where pip is configured to ask. Needs the standard library alone.
 """
 
 import ast
@@ -19,6 +19,7 @@ UV_OF_PIP = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
     "find-links": ("UV_FIND_LINKS", ","),
+    "no-index": ("UV_NO_INDEX", ""),
     "trusted-host": ("UV_INSECURE_HOST", " "),
     "cert": ("SSL_CERT_FILE", ""),
     "proxy": ("ALL_PROXY", ""),
@@ -33,27 +34,31 @@ def main() -> int | str:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     required = ["install", "--quiet", "--require-hashes", *(word for name in files for word in ("-r", name))]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    has_uv = install_uv(pip, files)
+    has_uv = install_tools(pip, files, "uv", "setuptools")
     if not has_uv:  # perhaps for lack of a pip, which the environment itself gets then
         if subprocess.call([python, "-m", "ensurepip"], stdout=subprocess.DEVNULL):
             return "this Python has neither pip nor ensurepip: install python3-pip or python3-venv"
         pip[0], pip[-2:] = python, []
-        has_uv = install_uv(pip, files)
+        has_uv = install_tools(pip, files, "uv", "setuptools")
     if has_uv:
         listed = subprocess.run([*pip, "config", "list"], stdout=subprocess.PIPE, text=True).stdout
         command = [python, "-m", "uv", "pip", *required, "--python", python, "--no-build-isolation"]
         if subprocess.call(command, env={**environment_of_uv(listed), **os.environ}) == 0:
             return 0
     print("uv cannot install here; pip does, which takes longer", file=sys.stderr, flush=True)
+    if install_tools(pip, files, "setuptools"):
+        required.append("--no-build-isolation")
     return subprocess.call([*pip, *required])
 
 
-def install_uv(pip: list[str], files: list[str]) -> bool:
-    """Install the wheels of uv and setuptools that these files pin; return whether that worked."""
+def install_tools(pip: list[str], files: list[str], *names: str) -> bool:
+    """Install the wheels of these packages that the files pin; return whether that worked."""
     lines = "\n".join(Path(name).read_text() for name in files)
-    pinned = "\n".join(re.findall(r"^(?:uv|setuptools)==(?:.*\\\n)*.*$", lines, re.MULTILINE))
+    pinned = re.findall(rf"^(?:{'|'.join(names)})==(?:.*\\\n)*.*$", lines, re.MULTILINE)
+    if len(pinned) < len(names):
+        return False
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write(pinned)
+        file.write("\n".join(pinned))
         file.flush()
         options = ["--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", file.name]
         return subprocess.call([*pip, "install", *options], stderr=subprocess.DEVNULL) == 0

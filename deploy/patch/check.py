@@ -75,8 +75,11 @@ def read_options() -> Options:
     parser.add_argument("--old", type=Path, metavar="DIR", help="the release that serves now")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="the settings to serve with; default: ENV_FILE")
     parser.add_argument("--seconds", type=float, default=20, help="how long all of it may take (default: 20)")
-    parser.add_argument("--memory", type=int, default=1024, metavar="MB", help="for each process (default: 1024)")
-    parser.add_argument("--without-smoke", action="store_true", help="for the brave, where there is no redis-server")
+    limit = os.environ.get("MEMORY_MB", "1024")  # as supervisor.py has it
+    parser.add_argument("--memory", type=int, default=limit, metavar="MB", help="for each process (default: MEMORY_MB)")
+    parser.add_argument(
+        "--without-smoke", action="store_true", help="do not run the release, where there is no redis-server"
+    )
     parser.add_argument("--migrations-only", action="store_true", help="that step alone, as before a rollback")
     options = parser.parse_args(namespace=Options())
     if options.old:

@@ -5,14 +5,18 @@
     python3 patch.py status           what serves, and what was deployed when, by whom, with what in it
 
 `--home` or KUAISHANG_HOME is the folder of the installation, by default /srv/kuaishang. Run it as the user whom the
-service runs as. Needs nothing but Python 3.11; `make patch`, `make rollback` and `make patch-status` call it.
+service runs as. Needs nothing but Python 3.11 (and git for a git ref); `make patch`, `make rollback` and
+`make patch-status` call it.
 
 A patch is copied to `releases/`, checked apart (check.py), migrated, and handed to the supervisor, which starts it
 beside what serves, lets it take over without dropping a request, watches it for `--watch` seconds, and goes back by
 itself if it is worse. Until then a crash or reboot brings back what served before.
 
-Exit status: 0 it serves; 1 refused, nothing has changed; 2 wrong arguments; 3 another patch is going on; 4 it served,
-was worse, and what served before serves again.
+Where the service is not running there is nothing to go back to, and nobody watches: then only the first release is
+taken, or any with `--stopped`.
+
+Exit status: 0 it serves; 1 refused, nothing has changed; 2 wrong arguments; 3 another patch, rollback or reload is
+going on; 4 it served, was worse, and what served before serves again.
 """
 
 import argparse
@@ -22,12 +26,13 @@ import getpass
 import hashlib
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,11 +40,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-TREE = Path(__file__).resolve().parent.parent.parent
+sys.dont_write_bytecode = True  # into the tree
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from deploy.patch.supervisor import KEPT, State
+
+TREE = Path(__file__).resolve().parents[2]
 NOT_DEPLOYED = {"var", "dist", "node_modules", "environment", "release.json", "__pycache__"}
 """These stay behind, and so does each name that begins with a dot."""
 DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
 CHECK_SECONDS, MIGRATION_SECONDS = 40, 600
+UNWATCHED = """\
+the service is not running, or restarts, so nobody would watch this release. Try again when it runs:
+systemctl start kuaishang. If it cannot start with what it has, stop it and add --stopped"""
 SHOWN = 20
 """How many entries of the history, and files of each, `status` shows."""
 
@@ -69,18 +82,24 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default=os.environ.get("FROM") or str(TREE), metavar="FROM")
     parser.add_argument("--home", type=Path, default=os.environ.get("KUAISHANG_HOME") or "/srv/kuaishang")
     parser.add_argument("--watch", type=float, default=os.environ.get("WATCH_SECONDS") or 30, help="seconds")
-    parser.add_argument("--by", default=os.environ.get("SUDO_USER") or getpass.getuser(), help="who deploys it")
+    parser.add_argument("--by", default=os.environ.get("BY") or user(), help="who deploys it; or BY")
+    parser.add_argument("--stopped", action="store_true", help="the service is stopped, and starts with this next")
     asked = parser.parse_args()
     home = asked.home.resolve()
     if asked.what == "status":
         return status(home)
     steps = Steps()
     try:
+        refuse_others(home)
+    except Failed as error:
+        print(f"refused: {error}")
+        sys.exit(REFUSED)
+    try:
         with alone(home, asked.what):
             ended = rollback(home, asked.by) if asked.what == "rollback" else patch(home, asked, steps)
     except BlockingIOError:
-        print("refused: another patch is going on")
-        sys.exit(BUSY)
+        print("busy: another patch is going on")
+        ended = BUSY
     except Failed as error:
         print(f"refused: {error}")
         ended = REFUSED
@@ -88,11 +107,28 @@ def main() -> None:
     sys.exit(ended)
 
 
+def user() -> str:
+    """Return who has logged in, also behind sudo or runuser."""
+    if name := os.environ.get("SUDO_USER"):
+        return name
+    with suppress(OSError):  # there was no login
+        return os.getlogin()
+    return getpass.getuser()
+
+
+def refuse_others(home: Path) -> None:
+    """Raise Failed if another user owns the installation, who could not replace what this one leaves there."""
+    if not home.is_dir():
+        raise Failed(f"there is no folder {home}: create it, or name another one with --home")
+    owner = home.stat().st_uid
+    if owner != os.getuid():
+        name = next((one.pw_name for one in pwd.getpwall() if one.pw_uid == owner), owner)
+        raise Failed(f"{home} belongs to {name}: runuser -u {name} -- …")
+
+
 @contextmanager
 def alone(home: Path, what: str) -> Iterator[None]:
     """Let one patch be made at a time. A rollback may come in the middle of one: it ends it."""
-    if not os.access(home, os.W_OK):
-        raise Failed(f"{home} cannot be written: create it, or run this as the user of the service")
     with (home / "patch.lock").open("w") as lock:
         if what == "patch":
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,17 +143,22 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
     try:
         steps(f"copied to {release}: {described(release)}")
         if old and content(release) == content(old) and (old / "release.json").exists():
-            raise Failed("nothing is different from what runs")
+            raise Failed("identical to the running release")
         steps(f"virtual environment {environment(home, release)}")
         check(home, release, *(["--old", str(old)] if old else []))
         run_in(home, release, "-m", "compileall", "-q", "-x", "environment|tests/|bench/", ".")
         steps("checked")
+        refuse_change(home, current)
         run_in(home, release, "-m", "alembic", "upgrade", "head")
         steps("migrated")
+        refuse_change(home, current)
     except BaseException:
         remove(release)
         raise
     answer = ask(home, steps, do="patch", release=release.name, watch=asked.watch, by=asked.by)
+    if answer is None and current and not asked.stopped:
+        remove(release)
+        raise Failed(UNWATCHED)
     if answer is None:
         remember(home, release.name)
         print("the service is not running; it starts with this release: systemctl start kuaishang")
@@ -125,6 +166,12 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
     if answer["end"] == "done":  # or else its last requests may still need its files
         prune(home)
     return ended(answer)
+
+
+def refuse_change(home: Path, current: str) -> None:
+    """Raise Failed if another release is current by now: whoever goes back wants this patch no more."""
+    if state(home).get("current", "") != current:
+        raise Failed("a rollback was asked for meanwhile")
 
 
 def rollback(home: Path, by: str) -> int:
@@ -147,7 +194,7 @@ def ended(answer: dict[str, Any]) -> int:
     if answer["end"] == "done":
         return DONE
     print(f"{answer['end']}: {answer['why']}")
-    return WENT_BACK if answer["end"] == "went back" else REFUSED
+    return {"went back": WENT_BACK, "busy": BUSY}.get(answer["end"], REFUSED)
 
 
 def status(home: Path) -> None:
@@ -158,8 +205,11 @@ def status(home: Path) -> None:
     for release in known.get("previous", []):
         print(f"before:      {named(home, release)}")
     with suppress(FileNotFoundError):
-        for line in (home / "history.jsonl").read_text().splitlines()[-SHOWN:]:
-            entry = json.loads(line)
+        for line in (home / "history.jsonl").read_text(errors="replace").splitlines()[-SHOWN:]:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the machine crashed while it was written
+                continue
             what = f"{entry['what']} {entry.get('release', '')}".strip()
             print(f"\n{entry['at']} {what} by {entry['by']}: {entry['end']} after {entry['seconds']} s")
             if entry.get("why"):
@@ -181,14 +231,16 @@ def take(home: Path, source: str, by: str, old: Path | None) -> Path:
             clean = git(source, "status", "--porcelain") == ""
             commit = (git(source, "rev-parse", "HEAD") or "") if clean else ""
         elif Path(source).is_file():
-            with tarfile.open(source) as tar:
-                tar.extractall(draft, filter="data")
+            unpack(draft, source)
             unwrap(draft)
         elif commit := git(TREE, "rev-parse", "--verify", "--quiet", f"{source}^{{commit}}") or "":
-            packed = subprocess.run(["git", "-C", str(TREE), "archive", commit], capture_output=True, check=True).stdout
-            subprocess.run(["tar", "-x", "-C", str(draft)], input=packed, check=True)
+            with tempfile.NamedTemporaryFile() as packed:
+                if git(TREE, "archive", f"--output={packed.name}", commit) is None:
+                    raise Failed(f"git cannot archive {commit}")
+                unpack(draft, packed.name)
         else:
             raise Failed(f"{source} is no folder, no .tar.gz and no git ref")
+        refuse_links_out(draft)
         if not (draft / "wsgi.py").is_file():
             raise Failed(f"{source} has no wsgi.py")
         digest, built = content(draft), datetime.now(UTC)
@@ -204,7 +256,7 @@ def take(home: Path, source: str, by: str, old: Path | None) -> Path:
         (draft / "release.json").write_text(json.dumps(facts, indent=1) + "\n")
         release = home / "releases" / f"{built:%Y%m%dT%H%M%S}-{digest[:12]}"
         draft.rename(release)
-    except (OSError, tarfile.TarError) as error:
+    except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise Failed(f"{source} cannot be copied: {error}") from None
     except BaseException:
@@ -217,10 +269,26 @@ def stays(name: str) -> bool:
     return name in NOT_DEPLOYED or name.startswith(".")
 
 
+def unpack(folder: Path, archive: str) -> None:
+    """Unpack an archive. Raises Failed."""
+    # tarfile's filters came with Python 3.11.4, and Debian 12 has 3.11.2. tar itself refuses names that lead out.
+    options = ["--no-same-owner", "--no-same-permissions", "--force-local"]
+    done = subprocess.run(["tar", "-x", *options, "-f", archive, "-C", folder], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Failed(f"{archive} cannot be unpacked: {done.stderr.strip()[-2000:]}")
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise Failed if a link leads out of a release."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise Failed(f"{path.relative_to(folder)} is a link that leads out: {os.readlink(path)}")
+
+
 def unwrap(folder: Path) -> None:
     """Move what is in an archive's only folder one up."""
     inside = list(folder.iterdir())
-    if len(inside) == 1 and inside[0].is_dir():
+    if len(inside) == 1 and inside[0].is_dir() and not inside[0].is_symlink():
         wrapper = inside[0].rename(folder.with_suffix(".wrapper"))
         folder.rmdir()
         wrapper.rename(folder)
@@ -228,8 +296,9 @@ def unwrap(folder: Path) -> None:
 
 def git(folder: str | Path, *words: str) -> str | None:
     """Return what git says; None without git, or outside of a repository."""
+    own = f"safe.directory={Path(folder).resolve()}"  # as another user's it would be refused
     with suppress(OSError):
-        said = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+        said = subprocess.run(["git", "-c", own, "-C", str(folder), *words], capture_output=True, text=True)
         return said.stdout.strip() if said.returncode == 0 else None
     return None
 
@@ -268,13 +337,19 @@ def environment(home: Path, release: Path) -> str:
     folder, complete = home / "environments" / name, home / "environments" / name / "complete"
     if not complete.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        create, install = [sys.executable, "-m", "venv", str(folder)], ["--require-hashes", "-r", "requirements.txt"]
-        for command in (create, pip + install):
-            done = subprocess.run(command, cwd=release, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise Failed(f"the requirements cannot be installed: {done.stderr.strip()[-2000:]}")
+        # As a developer's .venv is made, so that what builds a package comes with a hash, too.
+        tools = re.findall(
+            r"^(?:setuptools|uv)==(?:.*\\\n)*.*\n", (release / "requirements-dev.txt").read_text(), re.MULTILINE
+        )
+        environ = {"UV_CACHE_DIR": str(home / "cache"), "UV_COMPILE_BYTECODE": "1", **os.environ}
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.writelines(tools)
+            file.flush()
+            command = [sys.executable, "dev/install.py", str(folder), file.name, "requirements.txt"]
+            done = subprocess.run(command, cwd=release, env=environ, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Failed(f"the requirements cannot be installed: {done.stderr.strip()[-2000:]}")
         complete.touch()
     (release / "environment").symlink_to(f"../../environments/{name}")
     return name
@@ -325,11 +400,12 @@ def state(home: Path) -> dict[str, Any]:
 
 def remember(home: Path, release: str) -> None:
     """Let the service start with a release."""
-    known = state(home)
-    previous = [known["current"], *known.get("previous", [])] if known.get("current") else []
-    draft = home / "state.draft"
-    draft.write_text(json.dumps({"current": release, "provisional": "", "previous": previous[:4]}))
-    draft.rename(home / "state.json")
+    known = State(home / "state.json")
+    known.load()
+    if known.current:
+        known.previous = [known.current, *known.previous][: KEPT - 1]
+    known.current = release
+    known.save()
 
 
 def about(release: Path) -> dict[str, Any]:

@@ -74,7 +74,15 @@ def test_pip_does_what_uv_cannot(installed: Install, tmp_path: Path) -> None:
     status, commands = installed("-m uv")
     assert status == 0
     assert commands[-1][:3] == (sys.executable, "-m", "pip")
-    assert commands[-1][-4:] == ("--quiet", "--require-hashes", "-r", str(tmp_path / "pins.txt"))
+    rest = ("--quiet", "--require-hashes", "-r", str(tmp_path / "pins.txt"), "--no-build-isolation")
+    assert commands[-1][-5:] == rest
+    assert commands[-2][-1].split() == ["setuptools==2.0", "\\", "--hash=sha256:11", "\\", "--hash=sha256:22"]
+
+
+def test_pip_builds_as_ever_where_no_setuptools_is_pinned(installed: Install, tmp_path: Path) -> None:
+    (tmp_path / "pins.txt").write_text("ruff==1.0 --hash=sha256:00\n")
+    _, commands = installed()
+    assert commands[-1][-2:] == ("-r", str(tmp_path / "pins.txt"))
 
 
 def test_an_environment_gets_its_own_pip_where_the_python_has_none(installed: Install) -> None:
@@ -106,6 +114,7 @@ global.constraint='/constraints.txt'
 global.extra-index-url='\\nhttps://one.example/simple\\nhttps://two.example/simple'
 global.find-links='/wheels /more'
 global.index-url='https://global.example/simple'
+global.no-index='1'
 install.index-url='https://install.example/simple'
 list.index-url='https://list.example/simple'
 """
@@ -116,6 +125,7 @@ list.index-url='https://list.example/simple'
             "UV_DEFAULT_INDEX": "https://install.example/simple",
             "UV_INDEX": "https://one.example/simple https://two.example/simple",
             "UV_FIND_LINKS": "/wheels,/more",
+            "UV_NO_INDEX": "1",
             "SSL_CERT_FILE": "/ca of ours.pem",
         }.items()
     )

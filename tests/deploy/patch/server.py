@@ -19,7 +19,7 @@ from dev.run import free_port
 from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, wait_until
 
 FOLDERS = ("blueprints", "deploy", "dev", "storage", "telemetry", "wechat")
-FILES = ("pyproject.toml", "requirements.txt", "openapi.json")
+FILES = ("pyproject.toml", "requirements.txt", "requirements-dev.txt", "openapi.json")
 
 
 def copy_tree(target: Path) -> Path:

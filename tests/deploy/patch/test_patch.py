@@ -1,7 +1,9 @@
 """`patch.py` as an operator runs it, with a supervisor, under load."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import tarfile
 import time
@@ -9,10 +11,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from deploy.patch import patch
+from storage.database import engine_for
 from tests.deploy.patch.server import Server, copy_tree
+from tests.deploy.patch.test_check import add_migration
 from tests.deploy.patch.test_supervisor import Patched
 from tests.faults.load import codes, is_right, load
 from tests.harness import WAIT_SECONDS, wait_until
@@ -43,12 +50,21 @@ def append(path: Path, line: str) -> None:
     path.write_text(f"{path.read_text()}{line}\n")
 
 
+def hold(tree: Path, until: Path) -> None:
+    """Let a release be imported only when there is this file."""
+    append(tree / "errors.py", f"import os, time\nwhile not os.path.exists({str(until)!r}):\n    time.sleep(0.05)")
+
+
+def releases(server: Server) -> set[str]:
+    return {path.name for path in (server.home / "releases").iterdir()}
+
+
 def test_a_tree_goes_live_under_load_and_back_again(stage: Patched, server: Server, tree: Path) -> None:
     before = server.serves()
     append(tree / "blueprints/orders.py", "# one more line")
 
     with load(stage) as running:
-        done = server.tool("patch", str(tree), "--watch", "1", "--by", "Li Lei")
+        done = server.tool("patch", str(tree), "--watch", "1", BY="Li Lei")
         assert done.returncode == DONE, done.stdout + done.stderr
         after = server.serves()
         status = server.tool("status").stdout
@@ -70,14 +86,14 @@ def test_a_tree_goes_live_under_load_and_back_again(stage: Patched, server: Serv
 
 
 def test_a_tree_that_is_wrong_is_refused_and_says_where(server: Server, tree: Path) -> None:
-    before, releases = server.serves(), {path.name for path in (server.home / "releases").iterdir()}
+    before, kept = server.serves(), releases(server)
     append(tree / "blueprints/orders.py", "def (")
     refused = server.tool("patch", str(tree))
     assert refused.returncode == REFUSED
     assert re.search(r"blueprints/orders\.py\D+\d+", refused.stdout + refused.stderr)
     assert refused.stdout.splitlines()[-1].startswith("serves: ")
     assert server.serves() == before
-    assert {path.name for path in (server.home / "releases").iterdir()} == releases
+    assert releases(server) == kept
 
 
 def test_requirements_that_cannot_be_installed_are_refused(server: Server, tree: Path) -> None:
@@ -97,23 +113,48 @@ def test_an_archive_and_a_git_ref_go_live(server: Server, tree: Path, tmp_path: 
     assert server.tool("patch", str(archive), "--watch", "0").returncode == DONE
     archived = server.serves()
 
-    append(tree / "blueprints/orders.py", "# in git")
-    git = ["git", "-C", str(tree), "-c", "user.name=x", "-c", "user.email=x@example.com"]
-    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "x"]):
-        subprocess.run([*git, *words], check=True)
+    def commit() -> str:
+        append(tree / "blueprints/orders.py", "# in git")
+        git = ["git", "-C", str(tree), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+        for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "x"]):
+            subprocess.run([*git, *words], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout[:12]
+
+    script, is_clean = tree / "deploy/patch/patch.py", commit()
+    anothers = {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}  # as on a server, where root owns the tree
+    folder = server.tool("patch", "--watch", "0", script=script, **anothers)
+    assert folder.returncode == DONE, folder.stdout + folder.stderr
+    assert is_clean in folder.stdout.splitlines()[-1]
+
+    in_git = commit()
     append(tree / "blueprints/orders.py", "def (")  # which is not in the commit
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout[:12]
-    done = server.tool("patch", "HEAD", "--watch", "0", script=tree / "deploy/patch/patch.py")
+    done = server.tool("patch", "HEAD", "--watch", "0", script=script, **anothers)
     assert done.returncode == DONE, done.stdout + done.stderr
-    assert commit in done.stdout.splitlines()[-1]
-    assert server.serves() != archived
+    assert in_git in done.stdout.splitlines()[-1]
+    assert server.serves() not in (archived, is_clean)
+
+
+@pytest.mark.parametrize("name", ["../outside", "kuaishang-0.1.0/link", "kuaishang-0.1.0/storage/link"])
+def test_an_archive_that_would_leave_its_folder_is_refused(
+    server: Server, tree: Path, tmp_path: Path, name: str
+) -> None:
+    kept, archive, member = releases(server), tmp_path / "release.tar.gz", tarfile.TarInfo(name)
+    if name.endswith("link"):
+        member.type, member.linkname = tarfile.SYMTYPE, "../../../.env" if "storage" in name else str(server.home)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tree, "kuaishang-0.1.0")
+        tar.addfile(member)
+    refused = server.tool("patch", str(archive))
+    assert refused.returncode == REFUSED
+    assert ("leads out" if name.endswith("link") else "cannot be unpacked") in refused.stdout
+    assert releases(server) == kept
 
 
 def test_what_runs_already_is_not_deployed_again(server: Server, tree: Path) -> None:
     assert server.tool("patch", str(tree), "--watch", "0").returncode == DONE
     again = server.tool("patch", str(tree), "--watch", "0")
     assert again.returncode == REFUSED
-    assert "nothing is different" in again.stdout
+    assert "identical to the running release" in again.stdout
 
 
 def test_one_patch_at_a_time(server: Server, tree: Path) -> None:
@@ -139,11 +180,38 @@ def test_the_first_release_waits_for_the_service_to_start(stage: Patched, tmp_pa
     done = server.tool("patch", str(tree))
     assert done.returncode == DONE, done.stdout + done.stderr
     assert "systemctl start" in done.stdout
+    first = server.state.read_text()
+    append(tree / "blueprints/orders.py", "# one more line")
+    refused = server.tool("patch", str(tree))
+    assert refused.returncode == REFUSED
+    assert "nobody would watch" in refused.stdout
+    assert server.state.read_text() == first
+    again = server.tool("patch", str(tree), "--stopped")
+    assert again.returncode == DONE, again.stdout + again.stderr
+    state = json.loads(server.state.read_text())
+    assert state["previous"] == [json.loads(first)["current"]]
+    assert server.current() == state["current"]
     try:
         server.start()
-        assert server.serves() in done.stdout
+        assert server.serves() in again.stdout.splitlines()[-1]
     finally:
         server.discard()
+
+
+def test_a_supervisor_that_restarts_lets_no_release_pass_unwatched(server: Server, tree: Path, tmp_path: Path) -> None:
+    before, state, kept = server.serves(), server.state.read_text(), releases(server)
+    hold(tree, tmp_path / "go")
+    with ThreadPoolExecutor(1) as executor:
+        patched = executor.submit(server.tool, "patch", str(tree))
+        wait_until(lambda: releases(server) != kept)
+        server.process.kill()
+        (tmp_path / "go").touch()
+        refused = patched.result()
+    server.start()
+    assert refused.returncode == REFUSED
+    assert "nobody would watch" in refused.stdout
+    assert (server.state.read_text(), server.serves()) == (state, before)
+    assert releases(server) == kept
 
 
 def test_a_folder_that_is_not_ours_is_refused_in_a_line(tmp_path: Path, server: Server) -> None:
@@ -152,8 +220,33 @@ def test_a_folder_that_is_not_ours_is_refused_in_a_line(tmp_path: Path, server: 
     for words in (["patch"], ["rollback"]):
         refused = nowhere.tool(*words)
         assert refused.returncode == REFUSED
-        assert "cannot be written" in refused.stdout
+        assert "there is no folder" in refused.stdout
     assert "nothing" in nowhere.tool("status").stdout
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a folder of another user")
+def test_root_is_told_whose_folder_it_is_and_leaves_nothing_there(server: Server, tmp_path: Path) -> None:
+    anothers = Server.__new__(Server)
+    anothers.home, anothers.environ = tmp_path / "home", server.environ
+    anothers.home.mkdir()
+    shutil.chown(anothers.home, "nobody")
+    for words in (["patch"], ["rollback"]):
+        refused = anothers.tool(*words)
+        assert refused.returncode == REFUSED
+        assert f"{anothers.home} belongs to nobody: runuser -u nobody" in refused.stdout
+    assert list(anothers.home.iterdir()) == []
+
+
+def test_a_line_of_the_history_that_is_cut_off_is_left_out(server: Server) -> None:
+    release = server.release()
+    server.patch(release)
+    with (server.home / "history.jsonl").open("ab") as history:
+        history.write('{"at": "2026-01-01T00:00:00Z", "by": "李'.encode()[:-1])
+    status = server.tool("status")
+    with (server.home / "history.jsonl").open("ab") as history:
+        history.write(b"\n")
+    assert (status.returncode, status.stderr) == (0, "")
+    assert f"patch {release} by the test: done" in status.stdout
 
 
 def test_a_rollback_answers_while_a_patch_is_watched(server: Server, tree: Path) -> None:
@@ -166,3 +259,68 @@ def test_a_rollback_answers_while_a_patch_is_watched(server: Server, tree: Path)
         assert time.monotonic() - began < WAIT_SECONDS / 2
     assert patched.result().returncode == 4
     assert server.serves() == before
+
+
+def test_a_rollback_while_a_patch_is_checked_ends_it(server: Server, tree: Path, tmp_path: Path) -> None:
+    first, second = server.serves(), server.release()
+    server.patch(second)
+    kept = releases(server)
+    hold(tree, tmp_path / "go")
+    with ThreadPoolExecutor(1) as executor:
+        patched = executor.submit(server.tool, "patch", str(tree))
+        wait_until(lambda: releases(server) != kept)
+        assert server.tool("rollback").returncode == DONE
+        (tmp_path / "go").touch()
+        refused = patched.result()
+    assert refused.returncode == REFUSED
+    assert "a rollback was asked for" in refused.stdout
+    assert "migrated" not in refused.stdout
+    assert server.serves() == first
+    assert releases(server) == kept
+
+
+def test_an_environment_is_made_with_hashes_also_of_what_builds(
+    server: Server, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        Path(command[2]).mkdir(parents=True)
+        commands.append([*command[1:3], Path(command[3]).read_text(), *command[4:], options["cwd"]])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(patch.subprocess, "run", run)
+    name = patch.environment(tmp_path, tree)
+    [[script, folder, tools, *rest]] = commands
+    assert (script, folder, rest) == ("dev/install.py", f"{tmp_path}/environments/{name}", ["requirements.txt", tree])
+    assert re.findall(r"^(\w+)==", tools, re.MULTILINE) == ["setuptools", "uv"]
+    assert len(re.findall("--hash=sha256:", tools)) > 2
+    assert "via" not in tools
+
+
+def test_a_migration_that_fails_on_the_real_database_is_refused_and_no_request_fails(
+    stage: Patched, server: Server, tree: Path
+) -> None:
+    engine = engine_for(stage.database_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE taken (id INTEGER)"))  # by hand, so that no check knows of it
+    before = server.serves()
+    half, taken = (f'op.create_table("{name}", sa.Column("id", sa.Integer))' for name in ("half", "taken"))
+    add_migration(tree, f"{half}\n{taken}")
+
+    with load(stage) as running:
+        refused = server.tool("patch", str(tree))
+        serves_on = server.serves()
+        with engine.begin() as connection:  # which SQLite keeps, as MySQL does
+            connection.execute(text("DROP TABLE half"))
+        add_migration(tree, half)
+        done = server.tool("patch", str(tree), "--watch", "0")
+
+    assert refused.returncode == REFUSED
+    assert "alembic failed" in refused.stdout
+    assert "taken already exists" in refused.stderr
+    assert (serves_on, refused.stdout.splitlines()[-1].startswith("serves: ")) == (before, True)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert server.serves() != before
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    assert running.count_orders() == (0, 0)
