@@ -254,20 +254,17 @@ def when_ready(server):  # type: ignore[no-untyped-def]
     server.handle_hup, server.handle_term = lambda: reload_what_serves(server), lambda: drain(server)
 
 
-# Run with gunicorn's own arguments.
-FIRST_REQUEST = """from gunicorn.app.wsgiapp import WSGIApplication
-assert WSGIApplication().wsgi().test_client().get("/livez").status_code == 200"""
-
-
 def reload_what_serves(server):  # type: ignore[no-untyped-def]
-    """Reload what is there now if it loads and serves a request; if not, gunicorn would stop the server."""
+    """Reload what is there now if a worker of it, tried apart, can serve; if not, gunicorn would stop the server."""
     flag = Path(os.environ[MULTIPROC_DIR], "reload-refused")
-    command = [sys.executable, "-c", FIRST_REQUEST, *sys.argv[1:]]
+    command = [sys.executable, "-P", "deploy/patch/trial.py", repr(server.cfg.address), *sys.argv[1:]]
     try:
-        subprocess.run(command, cwd=server.cfg.chdir, check=True, stderr=subprocess.PIPE, timeout=20)  # noqa: S603
-    except subprocess.SubprocessError as error:
-        flag.touch()
-        server.log.error("reload refused: %s", (error.stderr or b"it hangs").decode(errors="replace")[-2000:])
+        subprocess.run(command, cwd=server.cfg.chdir, check=True, stderr=subprocess.PIPE, timeout=60)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        with suppress(OSError):
+            flag.touch()
+        reason = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()[-4000:]
+        server.log.error("reload refused: %s", reason or error)
     else:
         flag.unlink(missing_ok=True)
         server.reload()

@@ -1,6 +1,7 @@
 """SIGHUP to gunicorn's own master: a tree that cannot serve never replaces one that does."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -10,13 +11,33 @@ from pathlib import Path
 
 import pytest
 import requests
-from redis import Redis
 
 from tests.deploy.patch.server import copy_tree
-from tests.deploy.patch.test_supervisor import BROKEN, Change
-from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, Simulator, bearer, wait_until
+from tests.deploy.patch.test_supervisor import BROKEN
+from tests.faults.load import codes, is_right, load
+from tests.faults.stage import Stage
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, bearer, wait_until
 
-HANDS_OVER = ("a syntax error", "a crash at the start", "a crash on each request", "a broken gunicorn.conf.py")
+SAID = {
+    "a syntax error": ("def (", "SyntaxError"),
+    "an import error": ("import nothing_like_it", "ImportError"),
+    "a dependency that is not installed": ("import no_such_package", "ModuleNotFoundError"),
+    "a crash at the start": ("raise RuntimeError", "RuntimeError: at the start"),
+    "an exit at the start": ("raise SystemExit(0)", "SystemExit: 0"),
+    "a sudden end at the start": ("", "it ended with status 0"),
+    "a crash on each request": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "a hang at the start": ("time.sleep(600)", "Hangs: it hangs"),
+    "a hang without end at the start": ("while True: pass", "Hangs: it hangs"),
+    "a hang on each request": ("time.sleep(600)", "Hangs: it hangs"),
+    "too much memory at the start": ("hog = ", "MemoryError"),
+    "a setting that is missing": ("raise SettingsError", "NEW: missing (New.)"),
+    "a broken gunicorn.conf.py": ("workers = 1 / 0", "ZeroDivisionError"),
+    "a gunicorn.conf.py that is no Python": ("def (", "SyntaxError"),
+    "a broken settings.py": ("raise ValueError", "ValueError: broken settings"),
+    "a worker that does not start": ("raise RuntimeError", "RuntimeError: no worker"),
+    "a worker that is not ready": ("", "its /readyz answers 503"),
+}
+"""By what is broken: the line that the log leads to, and what it says."""
 
 
 class InPlace(Service):
@@ -39,40 +60,101 @@ class InPlace(Service):
     def metrics(self) -> str:
         return requests.get(f"{self.url}/metrics", headers=bearer(METRICS_TOKEN), timeout=WAIT_SECONDS).text
 
+    def flag(self) -> Path:
+        """Return the file that says that a reload was refused."""
+        [directory] = Path("/dev/shm").glob(f"kuaishang-*:{self.environ['PORT']}-*")
+        return directory / "reload-refused"
+
+
+class Reloaded(Stage):
+    """The stage of the faults, with a service that is reloaded in place."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__(stack, mariadb=False)
+        environ = {**self.environ, "START_SECONDS": "12", "MEMORY_MB": "512"}
+        environ |= {"REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
+        self.in_place = self.service = InPlace(environ, self.folder)
+
 
 @pytest.fixture(scope="module")
-def shared_service(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[InPlace]:
+def stage() -> Iterator[Reloaded]:
     with ExitStack() as stack:
-        service = InPlace(environ, tmp_path_factory.mktemp("in-place"))
-        stack.callback(service.discard)
-        yield service
+        yield Reloaded(stack)
 
 
 @pytest.fixture
-def service(shared_service: InPlace, redis: Redis, simulator: Simulator) -> InPlace:
-    shared_service.clear_log()
-    return shared_service
+def service(stage: Reloaded) -> InPlace:
+    stage.in_place.clear_log()
+    return stage.in_place
 
 
-@pytest.mark.parametrize("change", [BROKEN[name][0] for name in HANDS_OVER], ids=HANDS_OVER)
-def test_a_reload_of_a_broken_tree_is_refused_in_one_line(service: InPlace, tmp_path: Path, change: Change) -> None:
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_reload_of_a_broken_tree_is_one_line_and_no_request_fails(
+    stage: Reloaded, service: InPlace, tmp_path: Path, name: str
+) -> None:
     workers = {worker.pid for worker in service.workers()}
     whole = shutil.copytree(service.first, tmp_path / "whole")
+    service.flag().unlink(missing_ok=True)
     try:
-        change(service.first)
-        service.reload()
-        wait_until(lambda: "reload refused" in service.log())
-        wait_until(lambda: "kuaishang_reload_refused 1.0" in service.metrics())
-        [line] = [line for line in service.log_lines() if "reload refused" in line["message"]]
+        BROKEN[name][0](service.first)
+        with load(stage) as running:
+            service.reload()
+            wait_until(lambda: "reload refused" in service.log())
+            wait_until(lambda: "kuaishang_reload_refused 1.0" in service.metrics())
+            time.sleep(0.2)
+        broken = {path: path.read_text().splitlines() for path in service.first.rglob("*.py")}
     finally:
         shutil.copytree(whole, service.first, dirs_exist_ok=True)
-    assert line["level"] == "ERROR"
+
+    [line] = [line for line in service.log_lines() if line["level"] in ("ERROR", "CRITICAL")]
+    at, words = SAID[name]
+    assert words in line["message"].partition("\n  File")[0]
+    if at:
+        path, number = re.findall(r"([\w./]+\.py):(\d+): ", line["message"])[0]
+        assert at in broken[service.first / path][int(number) - 1]
     assert service.process.popen.poll() is None
     assert {worker.pid for worker in service.workers()} == workers
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    assert running.count_orders() == (0, 0)
 
+
+def test_a_reload_of_a_good_tree_takes_over_and_no_request_fails(stage: Reloaded, service: InPlace) -> None:
+    workers = {worker.pid for worker in service.workers()}
+    service.flag().touch()
+    with load(stage) as running:
+        service.reload()
+        wait_until(lambda: len(found := {worker.pid for worker in service.workers()}) == 2 and not found & workers)
+        wait_until(lambda: "kuaishang_reload_refused 0.0" in service.metrics())
+    assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
+    assert running.count_orders() == (0, 0)
+    assert [line for line in service.log_lines() if line["level"] in ("WARNING", "ERROR", "CRITICAL")] == []
+
+
+def test_a_reload_while_redis_is_away_is_none_of_the_trees_fault(stage: Reloaded, service: InPlace) -> None:
+    workers = {worker.pid for worker in service.workers()}
+    stage.redis_proxy.refuse()
+    try:
+        wait_until(lambda: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS).status_code == 503)
+        service.reload()
+        wait_until(lambda: len(found := {worker.pid for worker in service.workers()}) == 2 and not found & workers)
+    finally:
+        stage.redis_proxy.listen()
+    assert "reload refused" not in service.log()
+    wait_until(lambda: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS).ok)
+
+
+def test_a_reload_of_nothing_is_refused_even_where_the_metrics_have_no_room(service: InPlace) -> None:
+    workers = {worker.pid for worker in service.workers()}
+    shutil.rmtree(service.flag().parent)
+    service.current.unlink()
+    try:
+        service.reload()
+        wait_until(lambda: "reload refused: [Errno 2] No such file or directory" in service.log())
+    finally:
+        service.current.symlink_to(service.first)
+    assert requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS).ok
     service.reload()
     wait_until(lambda: len(found := {worker.pid for worker in service.workers()}) == 2 and not found & workers)
-    wait_until(lambda: "kuaishang_reload_refused 0.0" in service.metrics())
 
 
 def test_a_release_that_a_link_leads_to_serves_after_a_reload(service: InPlace, tmp_path: Path) -> None:
