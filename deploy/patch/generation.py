@@ -8,7 +8,7 @@ import os
 import runpy
 import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def post_fork(server: Any, worker: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     production["post_worker_init"](worker)
     report("ready", min(worker.wsgi.test_client().get("/readyz").status_code for _ in range(3)))  # it may be busy
-    while not os.path.exists(os.environ["SUPERVISOR_GATE"]):  # until that is good enough
-        time.sleep(0.005)
+    if not os.read(int(os.environ["SUPERVISOR_GATE"]), 1):  # waits until that is good enough
+        sys.exit()
 
 
 def on_exit(server: Any) -> None:

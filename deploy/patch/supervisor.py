@@ -6,9 +6,10 @@ HOME has `.env` with the settings, `releases/` and `environments/`, which `patch
 what serves. Needs nothing but Python 3.11.
 
 A release runs as a *generation*: a gunicorn master that imports it once and forks its workers, which accept from the
-port of this process. Each worker makes a first request to itself before it accepts any, and reports on a pipe. So a new
-generation begins beside the old one, takes over worker by worker, and is ended if it fails; the old one then goes on as
-if nothing had been. After the last step the old master stays, without workers, for a rollback in no time.
+port of this process; see generation.py. Each worker makes a first request to itself, reports on a pipe, and waits at
+a second pipe until it may accept any. So a new generation begins beside the old one, takes over worker by worker, and
+is ended if it fails; the old one then goes on as if nothing had been. The release before waits without workers, for a
+rollback in no time.
 
 `patch.py` asks through `control.sock`: a line of JSON, answered by lines of JSON. SIGHUP starts a new generation of
 the current release, with the settings read again; SIGTERM drains and stops.
@@ -16,22 +17,25 @@ the current release, with the settings read again; SIGTERM drains and stops.
 
 import asyncio
 import ctypes
+import hashlib
 import json
 import os
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 START_SECONDS, STOP_SECONDS = int(os.environ.get("START_SECONDS", 20)), 45
 """How long a release may take to be imported, a worker to be ready; and a generation to stop."""
@@ -40,8 +44,12 @@ MEMORY_BYTES = int(os.environ.get("MEMORY_MB", 1024)) * 1024**2
 KEPT = 5
 """How many releases are kept, the current one included."""
 PR_SET_PDEATHSIG = 1
-OF_SYSTEMD = ("LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET")
-"""Variables that speak to the supervisor alone."""
+PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+"""Of this file as it runs."""
+FEW_REQUESTS = 50
+"""From fewer, nobody knows how long a request takes."""
+SAMPLE_SECONDS, SAMPLES = 15, 5
+"""How often what serves is measured, and how many measurements are kept: what is new is compared with that time."""
 
 Say = Callable[[str], None]
 
@@ -89,14 +97,18 @@ class State:
         if self.path.exists():
             vars(self).update(json.loads(self.path.read_text()), provisional="")
 
-    def save(self) -> None:
-        """Write it in one step, so that a crash leaves the old file or the new one. `current` leads to the release."""
-        draft = self.path.with_suffix(".draft")
+    def save(self, **changes: Any) -> None:
+        """Change it, in one step: a crash or a full disk leaves all as it was. The link `current` leads to the release.
+
+        :raises OSError: if it cannot be written.
+        """
+        draft, known = self.path.with_suffix(".draft"), asdict(self) | changes
         with draft.open("w") as file:
-            json.dump({name: value for name, value in asdict(self).items() if name != "path"}, file)
+            json.dump({name: known[name] for name in ("current", "provisional", "previous")}, file)
             file.flush()
             os.fsync(file.fileno())
         draft.rename(self.path)
+        vars(self).update(changes)
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -110,12 +122,12 @@ class Generation:
     """A release that runs: a gunicorn master and so many workers.
 
     :param command: starts gunicorn with `generation.py`, without its other arguments.
+    :param path: of its private socket.
+    :param token: of its /metrics.
     """
 
-    def __init__(self, release: str, command: list[str], folder: Path, run: Path) -> None:
-        self.release, self._command, self._folder = release, command, folder
-        self.socket = run / f"{time.monotonic_ns()}.sock"
-        self._gate = self.socket.with_suffix(".gate")
+    def __init__(self, release: str, command: list[str], folder: Path, path: Path, token: str) -> None:
+        self.release, self._command, self._folder, self._path, self._token = release, command, folder, path, token
         self.workers = self.wanted = self.respawned = 0
         self.metrics = Path("none")
         self._heard: asyncio.Queue[list[str]] = asyncio.Queue()
@@ -126,43 +138,76 @@ class Generation:
         """Import the release. No worker runs yet.
 
         :raises Refused: if it cannot be imported, or not in time.
+        :raises OSError: if it cannot be started.
         """
-        heard, reports = os.pipe()
-        private = socket.socket(socket.AF_UNIX)
-        private.bind(str(self.socket))
-        private.listen()
-        held = listener.fileno(), private.fileno(), reports
-        environ = {name: value for name, value in environ.items() if name not in OF_SYSTEMD}
-        self.process = await asyncio.create_subprocess_exec(
-            *self._command,
-            *("--workers", "0", "--bind", f"fd://{held[0]}", "--bind", f"fd://{held[1]}", "wsgi:app"),
-            cwd=self._folder,
-            env={**environ, "SUPERVISOR_PIPE": str(reports), "SUPERVISOR_GATE": str(self._gate)},
-            pass_fds=held,
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=_bounded,
-        )
-        os.close(reports)
-        private.close()
-        self._tasks = [asyncio.create_task(self._hear(heard)), asyncio.create_task(self._relay_errors())]
-        self.ended = asyncio.create_task(self.process.wait())
+        with ExitStack() as ours:  # what this process closes once the generation has it
+            heard, reports = os.pipe()
+            ours.callback(os.close, reports)
+            reading = os.fdopen(heard)
+            gate, self._gate = os.pipe()
+            ours.callback(os.close, gate)
+            private = ours.enter_context(socket.socket(socket.AF_UNIX))
+            private.bind(str(self._path))
+            private.listen()
+            held = listener.fileno(), private.fileno(), reports, gate
+            try:
+                self.process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    *("--workers", "0", "--bind", f"fd://{held[0]}", "--bind", f"fd://{held[1]}", "wsgi:app"),
+                    cwd=self._folder,
+                    env={**environ, "SUPERVISOR_PIPE": str(reports), "SUPERVISOR_GATE": str(gate)},
+                    pass_fds=held,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    start_new_session=True,
+                    preexec_fn=_bounded,
+                )
+            except (OSError, ValueError):
+                reading.close()
+                self._clean_up()
+                raise
+        self._relaying = asyncio.create_task(self._relay_errors())
+        self.ended = asyncio.create_task(self._run(reading))
         wanted, metrics = await self._expect("loaded", START_SECONDS)
         self.wanted, self.metrics = int(wanted), Path(metrics)
 
-    async def _hear(self, pipe: int) -> None:
+    async def _run(self, reading: TextIO) -> int:
+        hearing = asyncio.create_task(self._hear(reading))
+        status = await self.process.wait()
+        with suppress(ProcessLookupError):  # a worker that hangs, and would go on without its master
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await asyncio.gather(hearing, self._relaying)
+        self._clean_up()
+        return status
+
+    def _clean_up(self) -> None:
+        self._close_gate()
+        self._path.unlink(missing_ok=True)
+        shutil.rmtree(self.metrics, ignore_errors=True)
+
+    def _close_gate(self) -> None:
+        """Whoever waits there ends."""
+        if self._gate >= 0:
+            os.close(self._gate)
+        self._gate = -1
+
+    async def _hear(self, pipe: TextIO) -> None:
         reader = asyncio.StreamReader()
         reading, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe)
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
         )
         while line := await reader.readline():
             words = line.decode().split()
             if words[0] == self._expected:
                 self._heard.put_nowait(words[1:])
-            else:
-                self.respawned += 1  # gunicorn has replaced a worker that died
+            elif words[0] == "ready":  # gunicorn has replaced a worker that died
+                self.respawned += 1
+                self._let_in()
         reading.close()
+
+    def _let_in(self) -> None:
+        with suppress(OSError):  # the generation is ending
+            os.write(self._gate, b".")
 
     async def _relay_errors(self) -> None:
         while part := await self.process.stderr.read(65536):  # type: ignore[union-attr]
@@ -180,10 +225,8 @@ class Generation:
             return hearing.result()
         hearing.cancel()
         if self.ended.done():
-            await self._tasks[1]  # to the end of what it said
-            raise Refused(
-                f"it ended with status {self.ended.result()}: {self._errors.decode(errors='replace').strip()}"
-            )
+            said = self._errors.decode(errors="replace").strip()
+            raise Refused(f"it ended with status {self.ended.result()}: {said}")
         raise Refused(f"it hangs: not {word} within {seconds} s")
 
     async def add_worker(self, must_be_ready: bool = False) -> None:
@@ -192,16 +235,24 @@ class Generation:
         :param must_be_ready: whether Redis and the database must be up.
         :raises Refused: if it does not start, or the first request that it makes itself fails.
         """
-        [status] = await self._ask(signal.SIGTTIN, "ready")
-        if status not in ("200", "200" if must_be_ready else "503"):
-            raise Refused(f"its /readyz answers {status}")
-        self._gate.touch()  # until then it accepts no connection
+        if not self.workers:  # what those before have counted would look like an increase
+            for counted in self.metrics.glob("*.db"):
+                counted.unlink(missing_ok=True)
         self.workers += 1
+        [status] = await self._ask(signal.SIGTTIN, "ready")
+        if status not in ({"200"} if must_be_ready else {"200", "503"}):
+            raise Refused(f"its /readyz answers {status}")
+        self._let_in()
 
     async def retire_worker(self) -> None:
-        """Let a worker accept no more, and end when its requests are done. Raises Refused if the master is dead."""
-        await self._ask(signal.SIGTTOU, "retired")
+        """Let a worker accept no more, and end when its requests are done. A master that hangs is killed."""
         self.workers -= 1
+        try:
+            await self._ask(signal.SIGTTOU, "retired")
+        except Refused as error:
+            log("WARNING", "a generation is killed", release=self.release, reason=str(error))
+            self.workers = 0
+            self.kill()
 
     async def _ask(self, number: signal.Signals, expected: str) -> list[str]:
         with suppress(ProcessLookupError):
@@ -210,28 +261,27 @@ class Generation:
 
     def stop(self) -> None:
         """Let it end when its requests are done, or after STOP_SECONDS."""
+        self._close_gate()
         with suppress(ProcessLookupError):
             self.process.terminate()
         asyncio.get_running_loop().call_later(STOP_SECONDS, self.kill)
 
     def kill(self) -> None:
-        if self.process.returncode is None:  # otherwise its number may be another's by now
-            os.killpg(self.process.pid, signal.SIGKILL)
-            shutil.rmtree(self.metrics, ignore_errors=True)
-        for path in (self.socket, self._gate):
-            path.unlink(missing_ok=True)
+        with suppress(ProcessLookupError, AttributeError):  # there is no process any more, or yet
+            self.process.kill()
 
-    async def get(self, path: str, token: str = "", seconds: float = 5) -> tuple[int, str]:
+    async def get(self, path: str, seconds: float = 5) -> tuple[int, str]:
         """Ask one of its workers.
 
         :returns: the status and the body; 0 if there is no response in time.
         """
         request = (
-            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self._token}\r\n"
+            "Connection: close\r\n\r\n"
         )
         try:
             async with asyncio.timeout(seconds):
-                reader, writer = await asyncio.open_unix_connection(self.socket)
+                reader, writer = await asyncio.open_unix_connection(self._path)
                 writer.write(request.encode())
                 head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
                 writer.close()
@@ -239,8 +289,10 @@ class Generation:
         except (OSError, TimeoutError, ValueError, IndexError) as error:
             return 0, repr(error)
 
-    async def figures(self, token: str) -> "Figures":
-        return Figures.of((await self.get("/metrics", token))[1])
+    async def figures(self) -> "Figures | None":
+        """Return how it has done since its first worker started; None if it does not say."""
+        status, metrics = await self.get("/metrics")
+        return Figures.of(metrics) if status == 200 else None
 
 
 def _bounded() -> None:
@@ -251,7 +303,7 @@ def _bounded() -> None:
 
 @dataclass
 class Figures:
-    """How a generation has done since its start, probes aside."""
+    """How a generation has done, probes aside."""
 
     requests: float = 0
     errors: float = 0
@@ -270,13 +322,16 @@ class Figures:
                 figures.seconds += float(value)
         return figures
 
+    def since(self, before: "Figures") -> "Figures":
+        return Figures(*(getattr(self, name) - getattr(before, name) for name in ("requests", "errors", "seconds")))
+
     def worse_than(self, old: "Figures") -> str:
         """Say in what it is worse; nothing if it is not, or if too little is known."""
         share, old_share = self.errors / max(self.requests, 1), old.errors / max(old.requests, 1)
         if self.errors >= 5 and share > 2 * old_share + 0.01:
             return f"{share:.1%} of {self.requests:.0f} requests failed with 5xx, before {old_share:.1%}"
         mean, old_mean = self.seconds / max(self.requests, 1), old.seconds / max(old.requests, 1)
-        if self.requests >= 50 and mean > 3 * old_mean + 0.05:
+        if min(self.requests, old.requests) >= FEW_REQUESTS and mean > 3 * old_mean + 0.05:
             return f"a request takes {mean * 1000:.0f} ms, before {old_mean * 1000:.0f} ms"
         return ""
 
@@ -292,184 +347,246 @@ class Supervisor:
     ) -> None:
         self._home, self._listener, self._command_of = home, listener, command_of
         self.state = State(home / "state.json")
-        self._run = Path(tempfile.mkdtemp(prefix="kuaishang-"))
+        self._generations: set[Generation] = set()
+        self._numbers = count()
         self._serving: Generation | None = None
         self._paused: Generation | None = None
+        self._samples: deque[Figures] = deque(maxlen=SAMPLES)
+        self._turn = asyncio.Lock()
+        """Held by whatever changes what serves."""
         self._busy = ""
+        """What was asked for, and is going on or waits for its turn: one at a time."""
+        self._starting: asyncio.Task[None] | None = None
+        self._reload_waits = False
         self._give_up: asyncio.Event | None = None
-        self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serve until SIGTERM."""
-        loop = asyncio.get_running_loop()
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._tasks.add(loop.create_task(self.reload())))
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._begin_task(self.reload()))
+        os.umask(0o077)
         self.state.load()
         self.state.save()
+        shutil.rmtree(self._home / "run", ignore_errors=True)
+        (self._home / "run").mkdir()
         control = self._home / "control.sock"
         control.unlink(missing_ok=True)
-        os.umask(0o077)
         server = await asyncio.start_unix_server(self._answer, control)
-        stopping = asyncio.create_task(self._stop.wait())
-        while not self._stop.is_set():
-            if self._serving is None or (self._serving.ended.done() and not self._busy):
-                await self._begin()
-                continue
-            await asyncio.wait({stopping, self._serving.ended}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-            self._tasks = {task for task in self._tasks if not task.done()}
+        for work in (self._keep_serving(), self._measure()):
+            self._begin_task(work)
+        await stop.wait()
         server.close()
-        for generation in filter(None, (self._serving, self._paused)):
+        for task in self._tasks:
+            task.cancel()
+        for generation in self._generations:
             generation.stop()
-        ends = [generation.ended for generation in (self._serving, self._paused) if generation]
-        if ends:
+        if ends := [generation.ended for generation in self._generations]:
             await asyncio.wait(ends, timeout=STOP_SECONDS)
-        shutil.rmtree(self._run)
 
-    async def _begin(self) -> None:
-        """Start the current release when nothing serves: at the start, or after a crash."""
+    def _begin_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _keep_serving(self) -> None:
+        """Start the current release whenever nothing serves: at the start, or after a crash."""
+        while True:
+            async with self._turn:
+                if self._alive() is None and not self._busy:
+                    self._starting = self._begin_task(self._start_current())
+                    await asyncio.wait({self._starting})
+            await asyncio.sleep(0.5)
+
+    async def _measure(self) -> None:
+        while True:
+            if (alive := self._alive()) and not self._busy and (figures := await alive.figures()):
+                self._samples.append(figures)
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _alive(self) -> Generation | None:
+        return None if self._serving is None or self._serving.ended.done() else self._serving
+
+    async def _start_current(self) -> None:
+        if self._serving:
+            log("ERROR", "the release that served has died", status=self._serving.ended.result())
+            self._serving = None
         try:
-            if self._serving:
-                log("ERROR", "the release that served has died", status=self._serving.ended.result())
-            self._serving = await self._started(self.state.current)
-            while self._serving.workers < self._serving.wanted:
-                await self._serving.add_worker()
-            log("INFO", "serving", release=self.state.current)
-            notify_systemd("READY=1")
+            await self._take_over(await self._started(self.state.current))
         except Refused as error:
             log("ERROR", "the current release does not start", release=self.state.current, reason=str(error))
-            await asyncio.sleep(1)
+            return
+        log("INFO", "serving", release=self.state.current)
+        await self._keep_the_one_before()
 
     async def _started(self, release: str) -> Generation:
         """Start a generation without workers. Raises Refused."""
-        command, folder = self._command_of(release)
-        if not folder.is_dir():
-            raise Refused(f"there is no {folder}")
-        generation = Generation(release, command, folder, self._run)
-        environ = dict(os.environ)
-        if not read_env(self._home / ".env").get("METRICS_TOKEN"):  # which may hold several
-            environ.setdefault("METRICS_TOKEN", self._metrics_token())
+        if not release:
+            raise Refused("there is no release yet; patch.py brings the first one")
+        generation = None
         try:
+            command, folder = self._command_of(release)
+            environ = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+            given = environ.get("METRICS_TOKEN") or read_env(self._home / ".env").get("METRICS_TOKEN", "")
+            token = given.partition(",")[0].strip()
+            if not token:
+                token = environ["METRICS_TOKEN"] = secrets.token_hex()  # which nobody else knows
+            path = self._home / "run" / f"{next(self._numbers)}.sock"
+            generation = Generation(release, command, folder, path, token)
             await generation.start(self._listener, environ)
-        except Refused:
-            generation.kill()
+        except (OSError, ValueError) as error:
+            raise Refused(f"it cannot be started: {error!r}") from error
+        except BaseException:  # also if it need not be started any more
+            if generation:
+                generation.kill()
             raise
+        self._generations.add(generation)
+        generation.ended.add_done_callback(lambda ended: self._generations.discard(generation))
         return generation
 
-    def _metrics_token(self) -> str:
-        """Return the token of the settings, or one that nobody knows if there is none."""
-        given = os.environ.get("METRICS_TOKEN") or read_env(self._home / ".env").get("METRICS_TOKEN")
-        return given.partition(",")[0] if given else self._run.name * 2
-
-    async def _replace(self, old: Generation, new: Generation) -> None:
-        """Take over worker by worker; or else let the old one go on. Raises Refused."""
+    async def _take_over(self, new: Generation, must_be_ready: bool = False) -> None:
+        """Let a generation take over worker by worker; if it cannot, the old one goes on. Raises Refused."""
+        old = self._alive()
         try:
-            was_ready = (await old.get("/readyz"))[0] != 503
             for _ in range(new.wanted):
-                await new.add_worker(must_be_ready=was_ready)
-                if old.workers > 1:
+                await new.add_worker(must_be_ready)
+                if old and old.workers > 1:
                     await old.retire_worker()
-            while old.workers:
+            while old and old.workers:
                 await old.retire_worker()
+        except asyncio.CancelledError:  # nothing serves, and something else is asked for
+            new.kill()
+            raise
         except Refused:
-            await self._restore(old, new)
+            await self._give_back(old, new)
             raise
         self._serving = new
+        self._samples.clear()
+        notify_systemd("READY=1")
 
-    async def _restore(self, old: Generation, new: Generation) -> None:
-        """Give the port back to the old generation and end the new one."""
+    async def _give_back(self, old: Generation | None, new: Generation) -> None:
+        """Let the old generation go on, and end the new one."""
         self._serving = old
-        with suppress(Refused):  # if it has died, `run` starts it again
-            while old.workers < old.wanted:
+        with suppress(Refused):  # if it has died, it is started again
+            while old and old.workers < old.wanted:
                 await old.add_worker()
-        with suppress(Refused):
-            while new.workers:
-                await new.retire_worker()
+        while new.workers:
+            await new.retire_worker()
         new.stop()
 
-    async def _watch(self, old: Figures, new: Generation, seconds: float, give_up: asyncio.Event) -> None:
-        """Watch what has taken over. Raises WentBack if it is worse than what was before."""
+    async def _keep_the_one_before(self) -> None:
+        """Keep the release before without workers, with the settings as they are: a rollback takes no time."""
+        release = next(iter(self.state.previous), "")
+        if self._paused and (self._paused.release != release or self._paused.ended.done()):
+            self._paused.stop()
+            self._paused = None
+        if release and not self._paused:
+            try:
+                self._paused = await self._started(release)
+            except Refused as error:
+                log("WARNING", "the release before does not start", release=release, reason=str(error))
+
+    async def _watch(self, old: Figures | None, new: Generation, seconds: float, give_up: asyncio.Event) -> None:
+        """Watch what has taken over. Raises WentBack if it is worse than what was before, or is given up."""
         failures, ends = 0, time.monotonic() + seconds
-        was_ready = (await new.get("/readyz"))[0] != 503
-        while time.monotonic() < ends:
+        was_ready = (await new.get("/readyz"))[0] == 200
+        while time.monotonic() < ends and not give_up.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(give_up.wait(), 0.5)
-                raise WentBack("a rollback was asked for")
             status, body = await new.get("/readyz")
-            failures = 0 if status == 200 or not was_ready else failures + 1
+            figures = await new.figures()
+            failures = failures + 1 if (status != 200 and was_ready) or figures is None else 0
             if failures == 3:
-                raise WentBack(
-                    f"/readyz answers {status}: {body[:300]}" if status else f"/readyz does not answer: {body}"
-                )
+                raise WentBack(f"/readyz answers {status}: {body[:300]}" if status != 200 else "no /metrics")
             if new.ended.done() or new.respawned:
                 raise WentBack("its processes die")
-            if reason := (await new.figures(self._metrics_token())).worse_than(old):
+            if reason := figures and figures.worse_than(old or Figures()):
                 raise WentBack(reason)
+        if give_up.is_set():
+            raise WentBack("a rollback was asked for")
 
     async def _patch(self, release: str, watch_seconds: float, say: Say) -> None:
         """Let a release serve. Raises Refused; then what served before serves again."""
-        old = self._serving
-        if old is None:
-            raise Refused("nothing serves yet")
-        self._give_up = asyncio.Event()
-        self.state.provisional = release
-        self.state.save()
+        old, self._give_up = self._alive(), asyncio.Event()
         try:
+            self.state.save(provisional=release)
             new = await self._started(release)
-            say("starts beside the running one")
-            figures = await old.figures(self._metrics_token())
-            await self._replace(old, new)
+            say("starts beside the running one" if old else "starts; nothing has served")
+            before = await self._recent_figures(old) if old else None
+            await self._take_over(new, must_be_ready=old is not None and (await old.get("/readyz", 1))[0] == 200)
             say(f"serves, with {new.workers} workers; no request was dropped")
             try:
-                await self._watch(figures, new, watch_seconds, self._give_up)
-            except WentBack:
-                await self._restore(old, new)
+                if old:
+                    await self._watch(before, new, watch_seconds, self._give_up)
+                kept = [one for one in (self.state.current, *self.state.previous) if one not in ("", release)]
+                self.state.save(current=release, provisional="", previous=kept[: KEPT - 1])
+            except (WentBack, OSError):
+                if old:
+                    await self._give_back(old, new)
                 raise
         finally:
             self._give_up = None
-            self.state.provisional = ""
-            self.state.save()
-        if release != self.state.current:
-            kept = [one for one in (self.state.current, *self.state.previous) if one != release]
-            self.state.current, self.state.previous = release, kept[: KEPT - 1]
-            self.state.save()
+            if self.state.provisional:
+                self.state.provisional = ""
+                with suppress(OSError):  # after a crash it counts for nothing
+                    self.state.save()
         if self._paused:
             self._paused.stop()
         self._paused = old
 
+    async def _recent_figures(self, old: Generation) -> Figures | None:
+        """Return how it has done in the last minute."""
+        now = await old.figures()
+        return now.since(self._samples[0]) if now and self._samples else now
+
     async def _rollback(self) -> None:
         """Go back to what served before. Raises Refused."""
-        if not self.state.previous or self._serving is None:
+        if not self.state.previous:
             raise Refused("no earlier release is kept")
-        bad, release = self._serving, self.state.previous[0]
-        if self._paused and self._paused.release == release and not self._paused.ended.done():
-            back, self._paused = self._paused, None
-        else:
-            back = await self._started(release)
-        await self._replace(bad, back)
+        bad, release = self._alive(), self.state.previous[0]
+        await self._keep_the_one_before()
+        back, self._paused = self._paused, None
+        if back is None:
+            raise Refused(f"{release} does not start")
+        await self._take_over(back)
+        if bad:
+            bad.stop()
         self.state.current, self.state.previous = release, self.state.previous[1:]
-        self.state.save()
-        bad.stop()
+        try:
+            self.state.save()
+        except OSError as error:
+            log("ERROR", "state.json cannot be written: a restart brings back the release before", reason=str(error))
 
     async def reload(self) -> None:
-        """Start a new generation of the current release. Says in a line if it cannot."""
-        if self._busy or self._serving is None:
-            log("WARNING", "reload ignored: another one is going on", reason=self._busy)
+        """Start a new generation of the current release, when nothing else is going on. Says in a line if it cannot."""
+        if self._reload_waits:
             return
-        self._busy, old = "a reload", self._serving
-        flag = old.metrics / "reload-refused"
+        self._reload_waits = True
+        async with self._turn:
+            self._reload_waits = False
+            if old := self._alive():  # or else it is being started, with the settings as they are
+                self._busy = "a reload"
+                await self._reload(old)
+                self._busy = ""
+                await self._keep_the_one_before()
+
+    async def _reload(self, old: Generation) -> None:
         try:
             new = await self._started(self.state.current)
-            await self._replace(old, new)
-            old.stop()
-            log("INFO", "reloaded", release=self.state.current)
+            await self._take_over(new, must_be_ready=(await old.get("/readyz", 1))[0] == 200)
         except Refused as error:
             with suppress(OSError):
-                flag.touch()
+                (old.metrics / "reload-refused").touch()
             log("ERROR", "reload refused: what is there now cannot serve", reason=str(error))
-        finally:
-            self._busy = ""
+            return
+        log("INFO", "reloaded", release=self.state.current)
+        old.stop()
+        if self._paused:  # with the settings of before it could not read what is written from now on
+            self._paused.stop()
+            self._paused = None
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Do what `patch.py` asks for, and say how it ended."""
@@ -478,35 +595,53 @@ class Supervisor:
             if not writer.is_closing():
                 writer.write(f"{json.dumps(words)}\n".encode())
 
-        def say(words: str) -> None:
-            tell(step=words)
-
-        asked, began = json.loads(await reader.readline()), time.monotonic()
-        what, by = asked["do"], asked["by"]
-        entry = {"at": now(), "what": what, "by": by, "from": self.state.current, "release": asked.get("release", "")}
         try:
+            asked = json.loads(await reader.readline())
+            what, by = asked["do"], asked["by"]
+            if what == "status":
+                return tell(end="done", busy=self._busy, program=PROGRAM)
             if what == "rollback" and self._give_up:  # in the middle of a patch, which then goes back by itself
                 self._give_up.set()
                 while self._busy:
                     await asyncio.sleep(0.01)
                 return tell(end="done")
+            if what == "patch":
+                work = self._patch(asked["release"], asked["watch"], lambda words: tell(step=words))
+            elif what == "rollback":
+                work = self._rollback()
+            else:
+                return tell(end="refused", why=f"this supervisor.py knows no {what}")
             if self._busy:
-                return tell(end="refused", why=f"one at a time: {self._busy} is going on")
+                work.close()
+                return tell(end="busy", why=f"one at a time: {self._busy} is going on")
             self._busy = f"a {what} by {by}"
-            try:
-                await (self._patch(asked["release"], asked["watch"], say) if what == "patch" else self._rollback())
-                entry |= {"end": "done", "why": ""}
-            except Refused as error:
-                entry |= {"end": "went back" if isinstance(error, WentBack) else "refused", "why": str(error)}
-            finally:
-                self._busy = ""
-            entry |= {"serves": self.state.current, "seconds": round(time.monotonic() - began, 2)}
-            log("INFO" if entry["end"] == "done" else "ERROR", f"{what}: {entry['end']}", **entry)
-            with (self._home / "history.jsonl").open("a") as history:
-                history.write(json.dumps(entry) + "\n")
-            tell(**entry)
+            if self._starting and self._alive() is None:
+                self._starting.cancel()
+            async with self._turn:
+                tell(**await self._done(work, what, by, asked.get("release", "")))
+                writer.close()
+                await self._keep_the_one_before()
+        except (ValueError, LookupError, TypeError) as error:
+            tell(end="refused", why=f"not understood: {error!r}")
         finally:
             writer.close()
+
+    async def _done(self, work: Coroutine[Any, Any, None], what: str, by: str, release: str) -> dict[str, Any]:
+        """Do it, and write into the history how it ended."""
+        began = time.monotonic()
+        entry: dict[str, Any] = {"at": now(), "what": what, "by": by, "from": self.state.current, "release": release}
+        try:
+            await work
+            entry |= {"end": "done", "why": ""}
+        except (Refused, OSError) as error:
+            entry |= {"end": "went back" if isinstance(error, WentBack) else "refused", "why": str(error)}
+        finally:
+            self._busy = ""
+        entry |= {"serves": self.state.current, "seconds": round(time.monotonic() - began, 2)}
+        log("INFO" if entry["end"] == "done" else "ERROR", f"{what}: {entry['end']}", **entry)
+        with suppress(OSError), (self._home / "history.jsonl").open("a") as history:
+            history.write(json.dumps(entry) + "\n")
+        return entry
 
 
 def notify_systemd(words: str) -> None:
@@ -517,9 +652,6 @@ def notify_systemd(words: str) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port: the one that systemd holds for us (sd_listen_fds(3)), or our own."""
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        return socket.socket(fileno=3)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import requests
 
+from deploy.patch.supervisor import Figures
 from dev.run import free_port
 from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, wait_until
 
@@ -118,6 +119,13 @@ class Server:
     def metrics(self) -> str:
         headers = bearer(METRICS_TOKEN)
         return requests.get(f"{self.url}/metrics", headers=headers, timeout=WAIT_SECONDS).text
+
+    def counted(self) -> Figures:
+        return Figures.of(self.metrics())
+
+    def said(self, message: str) -> int:
+        """Return how often the supervisor has said it."""
+        return sum(line["message"] == message for line in self.lines())
 
     def masters(self) -> list[psutil.Process]:
         return psutil.Process(self.process.popen.pid).children()

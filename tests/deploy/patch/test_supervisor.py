@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import requests
 
+from deploy.patch.supervisor import Figures, read_env
 from tests.deploy.patch.server import Server
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
@@ -198,9 +200,124 @@ def test_a_second_patch_is_refused_while_one_is_going_on(server: Server) -> None
         asked = executor.submit(server.patch, one, 3)
         wait_until(lambda: json.loads(server.state.read_text())["provisional"] == one)
         refused = server.patch(other)
-    assert refused["end"] == "refused"
+    assert refused["end"] == "busy"
     assert "one at a time" in refused["why"]
     assert asked.result()["serves"] == one
+
+
+def test_a_reload_during_a_patch_comes_after_it(server: Server) -> None:
+    release = server.release()
+    reloads = server.said("reloaded")
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, release, 2)
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"] == release)
+        server.process.popen.send_signal(signal.SIGHUP)
+        assert asked.result()["end"] == "done"
+    wait_until(lambda: server.said("reloaded") == reloads + 1)
+    assert server.serves() == release
+
+
+def test_what_is_not_understood_changes_nothing(server: Server) -> None:
+    before, state = server.serves(), server.state.read_text()
+    for what, words in (("promote", {}), ("patch", {}), ("patch", {"release": ["?"], "watch": 0})):
+        assert server.ask(what, **words)["end"] == "refused"
+    with socket.socket(socket.AF_UNIX) as control:
+        control.connect(str(server.home / "control.sock"))
+        control.sendall(b"rubbish\n")
+        assert json.loads(control.makefile().readline())["end"] == "refused"
+    assert server.ask("status")["busy"] == ""
+    assert (server.serves(), server.state.read_text()) == (before, state)
+
+
+def test_a_rollback_before_the_takeover_ends_a_patch_that_is_not_watched(server: Server) -> None:
+    before, release = server.serves(), server.release(add("wsgi.py", "import time; time.sleep(2)"))
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, release)
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"] == release)
+        assert server.ask("rollback")["end"] == "done"
+    assert asked.result()["end"] == "went back"
+    assert server.serves() == before
+
+
+def test_a_patch_whose_state_cannot_be_written_is_refused(server: Server) -> None:
+    before, release = server.serves(), server.release()
+    draft = server.home / "state.draft"
+    draft.mkdir()
+    refused = server.patch(release)
+    draft.rmdir()
+    assert (refused["end"], refused["serves"]) == ("refused", before)
+    assert server.serves() == before
+    server.patch(release)
+    assert server.ask("rollback")["serves"] == server.serves() == before
+
+
+@pytest.mark.parametrize("cure", ["patch", "rollback"])
+def test_when_nothing_serves_a_patch_and_a_rollback_help(server: Server, cure: str) -> None:
+    good, bad, better = server.serves(), server.release(), server.release()
+    server.patch(bad)
+    add("wsgi.py", "import time; time.sleep(600)")(server.home / "releases" / bad)
+    deaths = server.said("the release that served has died")
+    for master in server.masters():
+        master.kill()
+    wait_until(lambda: server.said("the release that served has died") > deaths)
+    done = server.patch(better) if cure == "patch" else server.ask("rollback")
+    assert done["end"] == "done", done["why"]
+    assert server.serves() == (better if cure == "patch" else good)
+    wait_until(lambda: len(server.masters()) == (1 if cure == "patch" else 2))  # the bad one cannot wait for a rollback
+
+
+def test_a_master_that_hangs_is_replaced_by_a_patch(server: Server) -> None:
+    release = server.release()
+    master = next(master for master in server.masters() if master.children())
+    master.suspend()
+    assert server.patch(release)["end"] == "done"
+    assert server.serves() == release
+    assert not master.is_running()
+
+
+def test_what_gets_slow_or_not_ready_after_the_takeover_is_taken_back(stage: Patched, server: Server) -> None:
+    before = server.serves()
+    worse = {
+        "a request takes": add("wsgi.py", EACH_REQUEST.format("import time; time.sleep(0.3)"), CREATED),
+        "/readyz answers 503": add(
+            "blueprints/health.py",
+            "    calls = current_app.extensions.setdefault('calls', [])\n    calls.append(1)\n"
+            "    if len(calls) > 9:\n        raise ApiError(Code.UNAVAILABLE)",
+            "    is_stopping",
+        ),
+    }
+    with load(stage):
+        for reason, change in worse.items():
+            ended = server.patch(server.release(change), watch=WAIT_SECONDS)
+            assert (ended["end"], ended["serves"]) == ("went back", before)
+            assert reason in ended["why"]
+    assert server.serves() == before
+
+
+def test_a_rollback_has_the_settings_of_the_last_reload(server: Server) -> None:
+    before, given = server.serves(), read_env(server.home / ".env")
+    server.patch(server.release())
+    server.write_settings(**given | {"METRICS_TOKEN": "after-the-rotation"})
+    reloads = server.said("reloaded")
+    server.process.popen.send_signal(signal.SIGHUP)
+    wait_until(lambda: server.said("reloaded") == reloads + 1)
+    assert server.ask("rollback")["end"] == "done"
+    assert server.serves() == before
+    answer = requests.get(f"{server.url}/metrics", headers=bearer("after-the-rotation"), timeout=WAIT_SECONDS)
+    assert answer.status_code == 200
+    server.write_settings(**given)
+    server.process.popen.send_signal(signal.SIGHUP)
+    wait_until(lambda: server.said("reloaded") == reloads + 2)
+
+
+def test_a_rollback_does_not_bring_back_what_was_counted_before(server: Server) -> None:
+    for _ in range(100):
+        requests.get(f"{server.url}/nowhere", timeout=WAIT_SECONDS)
+    assert server.counted().requests >= 100
+    server.patch(server.release())
+    server.ask("rollback")
+    server.serves()
+    assert server.counted().requests < 100
 
 
 def test_rollbacks_lead_to_the_release_before_and_the_one_before_that(server: Server) -> None:
@@ -209,6 +326,8 @@ def test_rollbacks_lead_to_the_release_before_and_the_one_before_that(server: Se
         server.patch(release)
     assert [server.ask("rollback")["serves"] for _ in range(2)] == [others[0], first]
     assert server.serves() == server.current() == first
+    if json.loads(server.state.read_text())["previous"]:
+        wait_until(lambda: len(server.masters()) == 2)  # the one before waits for the next rollback
 
 
 @pytest.mark.parametrize("when", ["starting", "watched"])
@@ -250,7 +369,7 @@ def test_each_metrics_token_of_the_settings_is_accepted(server: Server) -> None:
 
 
 def test_a_reload_reads_the_settings_again_and_no_request_fails(stage: Patched, server: Server) -> None:
-    given = dict(line.split("=", 1) for line in (server.home / ".env").read_text().splitlines())
+    given = read_env(server.home / ".env")
     with load(stage) as running:
         server.write_settings(**given, WEB_CONCURRENCY="3")
         server.process.popen.send_signal(signal.SIGHUP)
@@ -264,7 +383,7 @@ def test_a_reload_reads_the_settings_again_and_no_request_fails(stage: Patched, 
 
 
 def test_a_reload_of_what_cannot_serve_is_one_line_and_a_metric(stage: Patched, server: Server) -> None:
-    given = dict(line.split("=", 1) for line in (server.home / ".env").read_text().splitlines())
+    given = read_env(server.home / ".env")
     with load(stage) as running:
         server.write_settings(**given | {"SECRET_KEY": "short"})
         master = next(master for master in server.masters() if master.children())
