@@ -88,7 +88,7 @@ class OneFile(Supervisor):
         reader, writer = await asyncio.open_unix_connection(self._control)
         writer.write(f"{json.dumps({**what, 'by': 'SIGHUP'})}\n".encode())
         answer = json.loads((await reader.read()).splitlines()[-1])
-        if "at" not in answer and answer["end"] == "refused":  # or else it is logged
+        if "at" not in answer and answer["end"] != "done":  # or else it is logged
             log("ERROR", "upgrade refused, the old file serves on", reason=answer["why"])
         writer.close()
 

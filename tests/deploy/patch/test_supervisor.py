@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from deploy.patch.supervisor import Figures, read_env
+from deploy.patch.supervisor import read_env
 from tests.deploy.patch.server import Server
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
