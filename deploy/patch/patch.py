@@ -46,6 +46,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from deploy.patch.supervisor import KEPT, State
 
 TREE = Path(__file__).resolve().parents[2]
+SUPERVISOR = "deploy/patch/supervisor.py"
 NOT_DEPLOYED = {"var", "dist", "node_modules", "environment", "release.json", "__pycache__"}
 """These stay behind, and so does each name that begins with a dot."""
 DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
@@ -53,6 +54,9 @@ CHECK_SECONDS, MIGRATION_SECONDS = 40, 600
 UNWATCHED = """\
 the service is not running, or restarts, so nobody would watch this release. Try again when it runs:
 systemctl start kuaishang. If it cannot start with what it has, stop it and add --stopped"""
+ANOTHER_SUPERVISOR = f"""\
+This release has another supervisor.py than the one that runs. When a second without service does no harm, as root:
+cp {{home}}/current/{SUPERVISOR} {{home}}/ && systemctl restart kuaishang"""
 SHOWN = 20
 """How many entries of the history, and files of each, `status` shows."""
 
@@ -139,6 +143,12 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
     current = state(home).get("current", "")
     old = home / "releases" / current if current else None
     print(f"runs:   {named(home, current)}")
+    supervisor = doing(home, asked.by)
+    if supervisor and supervisor.get("busy"):
+        return ended({"end": "busy", "why": f"{supervisor['busy']} is going on"})
+    may_begin = asked.stopped or not current  # with this release, when the service starts
+    if supervisor is None and not may_begin:
+        raise Failed(UNWATCHED)
     release = take(home, asked.source, asked.by, old)
     try:
         steps(f"copied to {release}: {described(release)}")
@@ -156,7 +166,7 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
         remove(release)
         raise
     answer = ask(home, steps, do="patch", release=release.name, watch=asked.watch, by=asked.by)
-    if answer is None and current and not asked.stopped:
+    if answer is None and not may_begin:
         remove(release)
         raise Failed(UNWATCHED)
     if answer is None:
@@ -165,6 +175,9 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
         return DONE
     if answer["end"] == "done":  # or else its last requests may still need its files
         prune(home)
+        ours = hashlib.sha256((release / SUPERVISOR).read_bytes()).hexdigest()
+        if supervisor is not None and supervisor.get("program") != ours:
+            print(ANOTHER_SUPERVISOR.format(home=home))
     return ended(answer)
 
 
@@ -369,6 +382,14 @@ def run_in(home: Path, release: Path, *words: str) -> None:
             raise Failed(f"{Path(words[words[0] == '-m']).name} failed; see above")
     except subprocess.TimeoutExpired:
         raise Failed(f"no end within {MIGRATION_SECONDS} s") from None
+
+
+def doing(home: Path, by: str) -> dict[str, Any] | None:
+    """Ask the supervisor what is going on, and which file it runs; None if it is not running."""
+    with suppress(FileNotFoundError):
+        if '"status"' not in (home / "supervisor.py").read_text():
+            return {}  # an older one would take the question for a rollback
+    return ask(home, print, do="status", by=by)
 
 
 def ask(home: Path, say: Any, **words: Any) -> dict[str, Any] | None:

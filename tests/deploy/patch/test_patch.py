@@ -22,7 +22,7 @@ from tests.deploy.patch.server import Server, copy_tree
 from tests.deploy.patch.test_check import add_migration
 from tests.deploy.patch.test_supervisor import Patched
 from tests.faults.load import codes, is_right, load
-from tests.harness import WAIT_SECONDS, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 DONE, REFUSED, BUSY = 0, 1, 3
 
@@ -79,6 +79,7 @@ def test_a_tree_goes_live_under_load_and_back_again(stage: Patched, server: Serv
     assert lines[-1].startswith("serves: ")
     assert after in lines[-1]
     assert after != before
+    assert "another supervisor.py" not in done.stdout
     assert "by Li Lei: done" in status
     assert "  blueprints/orders.py +2 -0" in status.splitlines()
     assert back.returncode == DONE, back.stdout + back.stderr
@@ -163,6 +164,34 @@ def test_one_patch_at_a_time(server: Server, tree: Path) -> None:
         wait_until(lambda: json.loads(server.state.read_text())["provisional"])
         assert server.tool("patch", str(tree)).returncode == BUSY
     assert first.result().returncode == DONE
+
+
+def test_a_supervisor_that_is_busy_is_asked_before_anything_is_done(server: Server, tree: Path) -> None:
+    other, kept = server.release(), releases(server)
+    with ThreadPoolExecutor(1) as executor:
+        first = executor.submit(server.patch, other, 3)  # without the lock of patch.py
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"])
+        busy = server.tool("patch", str(tree))
+    assert busy.returncode == BUSY, busy.stdout + busy.stderr
+    assert "busy: a patch by the test is going on" in busy.stdout
+    assert "copied" not in busy.stdout
+    assert releases(server) >= kept
+    assert first.result()["end"] == "done"
+
+
+def test_another_supervisor_in_a_release_is_announced(server: Server, tree: Path) -> None:
+    append(tree / patch.SUPERVISOR, "# a new one")
+    done = server.tool("patch", str(tree), "--watch", "0")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert f"cp {server.home}/current/{patch.SUPERVISOR} {server.home}/ && systemctl restart" in done.stdout
+
+
+def test_an_older_supervisor_is_not_asked_what_it_takes_for_a_rollback(tmp_path: Path) -> None:
+    assert patch.doing(tmp_path, "the test") is None
+    shutil.copy(ROOT / patch.SUPERVISOR, tmp_path)
+    assert patch.doing(tmp_path, "the test") is None
+    (tmp_path / "supervisor.py").write_text("# it knows one word, and takes any other for a rollback")
+    assert patch.doing(tmp_path, "the test") == {}
 
 
 def test_five_releases_are_kept(server: Server, tree: Path) -> None:
