@@ -12,8 +12,7 @@ A patch is copied to `releases/`, checked apart (check.py), migrated, and handed
 beside what serves, lets it take over without dropping a request, watches it for `--watch` seconds, and goes back by
 itself if it is worse. Until then a crash or reboot brings back what served before.
 
-Where the service is not running there is nothing to go back to, and nobody watches: then only the first release is
-taken, or any with `--stopped`.
+While the service is not running nobody watches, so then only the first release is taken.
 
 Exit status: 0 it serves; 1 refused, nothing has changed; 2 wrong arguments; 3 another patch, rollback or reload is
 going on; 4 it served, was worse, and what served before serves again.
@@ -43,7 +42,7 @@ from typing import Any
 sys.dont_write_bytecode = True  # into the tree
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from deploy.patch.supervisor import KEPT, State
+from deploy.patch.supervisor import State
 
 TREE = Path(__file__).resolve().parents[2]
 SUPERVISOR = "deploy/patch/supervisor.py"
@@ -52,8 +51,8 @@ NOT_DEPLOYED = {"var", "dist", "node_modules", "environment", "release.json", "_
 DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
 CHECK_SECONDS, MIGRATION_SECONDS = 40, 600
 UNWATCHED = """\
-the service is not running, or restarts, so nobody would watch this release. Try again when it runs:
-systemctl start kuaishang. If it cannot start with what it has, stop it and add --stopped"""
+the service is not running, or restarts, so nobody would watch this release. Start it (systemctl start kuaishang),
+even if it cannot serve with what it has, and try again"""
 ANOTHER_SUPERVISOR = f"""\
 This release has another supervisor.py than the one that runs. When a second without service does no harm, as root:
 cp {{home}}/current/{SUPERVISOR} {{home}}/ && systemctl restart kuaishang"""
@@ -87,7 +86,6 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=os.environ.get("KUAISHANG_HOME") or "/srv/kuaishang")
     parser.add_argument("--watch", type=float, default=os.environ.get("WATCH_SECONDS") or 30, help="seconds")
     parser.add_argument("--by", default=os.environ.get("BY") or user(), help="who deploys it; or BY")
-    parser.add_argument("--stopped", action="store_true", help="the service is stopped, and starts with this next")
     asked = parser.parse_args()
     home = asked.home.resolve()
     if asked.what == "status":
@@ -146,8 +144,7 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
     supervisor = doing(home, asked.by)
     if supervisor and supervisor.get("busy"):
         return ended({"end": "busy", "why": f"{supervisor['busy']} is going on"})
-    may_begin = asked.stopped or not current  # with this release, when the service starts
-    if supervisor is None and not may_begin:
+    if supervisor is None and current:
         raise Failed(UNWATCHED)
     release = take(home, asked.source, asked.by, old)
     try:
@@ -166,11 +163,11 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
         remove(release)
         raise
     answer = ask(home, steps, do="patch", release=release.name, watch=asked.watch, by=asked.by)
-    if answer is None and not may_begin:
+    if answer is None and current:
         remove(release)
         raise Failed(UNWATCHED)
     if answer is None:
-        remember(home, release.name)
+        State(home / "state.json", release.name).save()
         print("the service is not running; it starts with this release: systemctl start kuaishang")
         return DONE
     if answer["end"] == "done":  # or else its last requests may still need its files
@@ -417,16 +414,6 @@ def state(home: Path) -> dict[str, Any]:
     with suppress(FileNotFoundError):
         return dict(json.loads((home / "state.json").read_text()))
     return {}
-
-
-def remember(home: Path, release: str) -> None:
-    """Let the service start with a release."""
-    known = State(home / "state.json")
-    known.load()
-    if known.current:
-        known.previous = [known.current, *known.previous][: KEPT - 1]
-    known.current = release
-    known.save()
 
 
 def about(release: Path) -> dict[str, Any]:
