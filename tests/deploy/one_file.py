@@ -9,17 +9,20 @@ BARE_MACHINE names a folder to keep the machine in, for the next time.
 
 import gzip
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import tarfile
+import textwrap
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from deploy.binary import build
 from dev.run import SIMULATED_ACCOUNT, free_port
 from tests.harness import ROOT, WAIT_SECONDS, bearer, until_available, wait_until
 
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 ITEM = {"sku": "tea-01", "name": "大红袍", "quantity": 2, "unit_price": 12800}
 
 
@@ -44,6 +48,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_to(file: Path, root: Path = ROOT, **env: str) -> None:
     command = [ROOT / ".venv" / "bin" / "python", "-m", "deploy.binary.build", "--output", file]
     subprocess.run(command, cwd=root, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"} | env, check=True)
+
+
+ENVIRON = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
 
 class Machine:
@@ -64,8 +71,8 @@ class Machine:
         for module in ("service", "settings", "wsgi"):
             (trap / f"{module}.py").write_text("raise RuntimeError('not ours')")
         return subprocess.Popen(
-            ["chroot", self.root, "/bin/sh", "-c", 'cd /trap && exec /opt/kuaishang "$@"', "sh", *words],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **env},
+            ["chroot", self.root, "/bin/sh", "-c", 'cd /trap && exec /opt/kuaishang/kuaishang "$@"', "sh", *words],
+            env={**ENVIRON, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -76,6 +83,18 @@ class Machine:
         process = self.start(*words, **env)
         said, _ = process.communicate(timeout=WAIT_SECONDS)
         return process.returncode, said
+
+    def shell(self, folder: str, script: str) -> tuple[int, str]:
+        """Run lines in a folder, and stop at the first one that fails."""
+        done = subprocess.run(
+            ["chroot", self.root, "/bin/sh", "-euc", f"cd {folder}\n{script}"],
+            env=ENVIRON,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=2 * WAIT_SECONDS,
+        )
+        return done.returncode, done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -124,16 +143,19 @@ class Running:
 @pytest.fixture(scope="session")
 def installed(machine: Machine, built: Path) -> Path:
     """The file in the machine: it is all that is copied."""
-    (machine.root / "opt").mkdir(exist_ok=True)
-    shutil.rmtree(machine.root / "root" / ".cache", ignore_errors=True)
-    return Path(shutil.copy(built, machine.root / "opt" / "kuaishang"))
+    folder = machine.root / "opt" / "kuaishang"
+    for old in (folder, machine.root / "root" / ".cache", machine.root / "root" / "demo"):
+        shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir()
+    return Path(shutil.copy(built, folder / "kuaishang"))
 
 
 def log_in(url: str, simulator: str) -> dict[str, str]:
-    code = requests.post(f"{simulator}/simulator/codes", timeout=WAIT_SECONDS).json()["code"]
-    answer = until_available(
-        lambda: requests.post(f"{url}/api/v1/auth/wechat", json={"code": code}, timeout=WAIT_SECONDS)
-    )
+    def attempt() -> requests.Response:
+        code = requests.post(f"{simulator}/simulator/codes", timeout=WAIT_SECONDS).json()["code"]
+        return requests.post(f"{url}/api/v1/auth/wechat", json={"code": code}, timeout=WAIT_SECONDS)
+
+    answer = until_available(attempt)  # with another code each time: the service may have used the one before
     assert answer.status_code == 200, answer.text
     return bearer(answer.json()["data"]["token"])
 
@@ -219,7 +241,7 @@ def variant(file: Path, tree: Path, version: str = settings.VERSION, **sources: 
         packed.extractall(tree, filter="tar")
     release = tree / "app" / "release.json"
     release.write_text(release.read_text().replace(settings.VERSION, version))
-    for module, source in {**sources, "settings": f"VERSION = {version!r}"}.items():
+    for module, source in {**sources, "settings": f"VERSION = {version!r}\n{sources.get('settings', '')}"}.items():
         path = tree / "app" / f"{module}.py"
         path.write_text(f"{path.read_text()}\n{source}\n")
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
@@ -242,20 +264,84 @@ def test_help_and_licences(machine: Machine, installed: Path) -> None:
         assert f"\n{name}" in said.lower().replace("_", "-"), name
 
 
+def test_each_library_of_the_system_has_its_licence_inside(machine: Machine, installed: Path, built: Path) -> None:
+    line = re.escape("=" * 100)
+    parts = re.split(rf"^{line}\n(.+)\n{line}\n", machine.run("licences")[1], flags=re.MULTILINE)[1:]
+    texts = dict(zip(parts[::2], parts[1::2], strict=True))
+    _, packed = archive(built)
+    with packed:
+        names = [re.fullmatch(r"lib/(lib.+?)[\d.]*\.so.*", name) for name in packed.getnames()]
+    libraries = {name[1] for name in names if name}
+    assert {"libssl", "libcrypto", "libffi", "libsqlite", "libz"} <= libraries, libraries
+    packages = {"libcrypto": "libssl", "libgcc_s": "libgcc-s", "libpython": "CPython", "libz": "zlib1g"}
+    for library in libraries:
+        found = [text for name, text in texts.items() if name.startswith(packages.get(library, library))]
+        assert found, library
+        assert min(map(len, found)) > 200, library
+
+
 def test_log_in_and_order_in_the_demo(demo: Demo) -> None:
     token = log_in(demo.url, demo.simulator)
     order = requests.post(f"{demo.url}/api/v1/orders", json={"items": [ITEM]}, headers=token, timeout=WAIT_SECONDS)
     assert (order.status_code, order.json()["data"]["total"]) == (201, 25600)
 
 
-def test_check_and_migrate(machine: Machine, installed: Path, env_file: Path) -> None:
+def printed(readme: Path) -> list[list[str]]:
+    """Return the commands that a README prints for the one file, by blocks, without their comments."""
+    (section,) = re.findall(r"^### (?:One file|单个文件)\n(.*?)^### ", readme.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"(?:^    .+\n)+", section, re.MULTILINE)
+    return [[line.partition("  #")[0].strip() for line in textwrap.dedent(block).splitlines()] for block in blocks]
+
+
+def test_the_printed_lines_lead_from_an_empty_database_to_a_service(
+    machine: Machine, installed: Path, env_file: Path, built: Path
+) -> None:
+    first, server, upgrade = printed(READMES[0])
+    assert printed(READMES[1]) == [first, server, upgrade]
     (machine.root / "root" / "served.db").unlink(missing_ok=True)
     assert machine.run("check")[0] == 1  # no tables yet
-    assert machine.run("migrate")[0] == 0
-    status, said = machine.run("check")
+    assert [first[0], first[1], first[3]] == ["make binary", "./kuaishang demo", "./kuaishang serve"]
+    status, said = machine.shell("/opt/kuaishang", first[2])
     assert (status, said.splitlines()[-1].partition("{")[0]) == (0, "readyz     200 "), said
+    shutil.copy(built, installed.with_name("kuaishang.new"))
+    *lines, reload = upgrade
+    status, said = machine.shell("/opt/kuaishang", "\n".join(lines))
+    assert (status, reload) == (0, "systemctl reload kuaishang"), said
+    assert not installed.with_name("kuaishang.new").exists()
+
+    copy = machine.root / "root" / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    unit = Path("deploy", "binary", "kuaishang.service")
+    for path, content in ((Path("dist", "kuaishang"), built), (unit, ROOT / unit), (Path(".env"), env_file)):
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(content, copy / path)
+    (copy / ".env").write_text((copy / ".env").read_text() + "DATABASE_URL=sqlite:////tmp/unit.db\n")
+    (machine.root / "tmp" / "unit.db").unlink(missing_ok=True)
+    *lines, enable = server
+    status, said = machine.shell("/root/copy", "\n".join(lines))
+    assert (status, enable) == (0, "systemctl enable --now kuaishang"), said
+    assert (machine.root / "tmp" / "unit.db").stat().st_uid == env_file.stat().st_uid != 0
+    assert (machine.root / "etc" / "systemd" / "system" / "kuaishang.service").read_text() == (ROOT / unit).read_text()
+
+
+def test_keys_users_and_switch(machine: Machine, installed: Path, env_file: Path) -> None:
+    (machine.root / "root" / "served.db").unlink(missing_ok=True)
+    assert machine.run("migrate")[0] == 0
     status, said = machine.run("keys", "status")
     assert (status, said.splitlines()[-1]) == (0, "All is under the first key.")
+    status, said = machine.run("users", "list")
+    assert (status, [json.loads(line)["role"] for line in said.splitlines() if line.startswith("{")]) == (0, []), said
+    status, said = machine.run("users", "block", "12345")
+    assert (status, said.splitlines()[-1]) == (1, "Error: There is no user 12345.")
+    assert machine.run("switch", "off", "POST /api/v1/orders", "--reason", "a test")[0] == 0
+    status, said = machine.run("switch", "list")
+    assert (status, "POST /api/v1/orders: off since" in said, "a test" in said) == (0, True, True), said
+    assert machine.run("switch", "on", "POST /api/v1/orders")[0] == 0
+    status, said = machine.run("switch", "list")
+    assert (status, said.splitlines()[-1]) == (0, "Nothing is switched off.")
+
+
+def test_serve_without_settings_lists_them(machine: Machine, installed: Path, env_file: Path) -> None:
     env_file.write_text("")
     status, said = machine.run("serve")
     assert status != 0
@@ -301,6 +387,27 @@ def version(url: str) -> Any:
     return requests.get(f"{url}/version", timeout=WAIT_SECONDS).json()["data"]["version"]
 
 
+def replace(installed: Path, content: bytes) -> None:
+    draft = installed.with_name("kuaishang.new")
+    draft.write_bytes(content)
+    draft.chmod(0o755)
+    draft.replace(installed)
+
+
+def url_of(env_file: Path) -> str:
+    return f"http://127.0.0.1:{dict(line.split('=', 1) for line in env_file.read_text().splitlines())['PORT']}"
+
+
+@pytest.fixture
+def first_start(machine: Machine, installed: Path, built: Path, env_file: Path) -> None:
+    """As if nothing had served yet."""
+    replace(installed, built.read_bytes())
+    for kept in (machine.root / "root" / ".cache" / "kuaishang").glob("served-*"):
+        shutil.rmtree(kept)
+    assert machine.run("migrate")[0] == 0
+
+
+@pytest.mark.usefixtures("first_start")
 def test_a_file_that_replaces_another_serves_and_no_request_fails(
     machine: Machine, installed: Path, env_file: Path, demo: Demo, built: Path, tmp_path: Path
 ) -> None:
@@ -319,15 +426,7 @@ def test_a_file_that_replaces_another_serves_and_no_request_fails(
         "hangs": variant(built, tmp_path / "tree", wsgi="import time; time.sleep(1000)"),
     }
     next_one = variant(built, tmp_path / "tree", version="9.9.9")
-
-    def replace(content: bytes) -> None:
-        draft = installed.with_name("kuaishang.new")
-        draft.write_bytes(content)
-        draft.chmod(0o755)
-        draft.replace(installed)
-
-    assert machine.run("migrate")[0] == 0
-    url = f"http://127.0.0.1:{dict(line.split('=', 1) for line in env_file.read_text().splitlines())['PORT']}"
+    url = url_of(env_file)
     serving = Running(machine, "serve", WATCH_SECONDS="3", START_SECONDS="8")
     try:
         serving.wait_for('"serving"')
@@ -335,16 +434,16 @@ def test_a_file_that_replaces_another_serves_and_no_request_fails(
         try:
             old = version(url)
             for what, content in broken.items():
-                replace(content)
+                replace(installed, content)
                 refused = serving.printed().count("upgrade refused")
                 serving.process.send_signal(signal.SIGHUP)
                 serving.wait_for("upgrade refused", refused + 1)
                 assert version(url) == old, what
-            replace(next_one)
+            replace(installed, next_one)
             serving.process.send_signal(signal.SIGHUP)
             serving.wait_for("patch: done")
             assert {version(url) for _ in range(20)} == {"9.9.9"}
-            replace(whole)  # and back
+            replace(installed, whole)  # and back
             serving.process.send_signal(signal.SIGHUP)
             serving.wait_for("rollback: done")
             wait_until(lambda: {version(url) for _ in range(20)} == {old})  # the last worker ends its requests
@@ -354,3 +453,62 @@ def test_a_file_that_replaces_another_serves_and_no_request_fails(
         assert load.versions.keys() == {old, "9.9.9"}
     finally:
         serving.stop()
+
+
+@pytest.mark.usefixtures("first_start")
+def test_a_start_after_a_refusal_serves_the_last_file_that_proved_itself(
+    machine: Machine, installed: Path, env_file: Path, demo: Demo, built: Path, tmp_path: Path
+) -> None:
+    whole, url = built.read_bytes(), url_of(env_file)
+    crashes = variant(built, tmp_path / "tree", wsgi="raise RuntimeError('on purpose')")
+    # Not where it is checked; then it would be refused.
+    dies = variant(
+        built,
+        tmp_path / "tree",
+        version="6.6.6",
+        wsgi="import os, gevent\n'SUPERVISOR_PIPE' in os.environ and gevent.spawn_later(3, os._exit, 1)",
+    )
+    asks = variant(
+        built,
+        tmp_path / "tree",
+        version="7.7.7",
+        settings="raise SettingsError('a setting is missing')",
+    )
+    next_one = variant(built, tmp_path / "tree", version="9.9.9")
+
+    @contextmanager
+    def started() -> Iterator[Running]:
+        serving = Running(machine, "serve", WATCH_SECONDS="4", START_SECONDS="8")
+        try:
+            serving.wait_for('"serving"')
+            yield serving
+        finally:
+            serving.stop()
+
+    fallback = "serving the last file that proved itself, not the one at the path"
+    with started() as serving:
+        old = version(url)
+        replace(installed, whole[: len(whole) // 2])
+        serving.process.send_signal(signal.SIGHUP)
+        serving.wait_for("upgrade refused")
+    for content in (whole[: len(whole) // 2], crashes, asks):
+        replace(installed, content)
+        with started() as serving:
+            assert version(url) == old
+            assert fallback in serving.printed()
+
+    replace(installed, next_one)
+    with started() as serving:  # which was replaced while nothing served, so on purpose
+        assert version(url) == "9.9.9"
+        assert fallback not in serving.printed()
+        (home,) = (machine.root / "root" / ".cache" / "kuaishang").glob("served-*")
+        wait_until(lambda: not (home / "unproved").exists())
+    with started() as serving:
+        assert version(url) == "9.9.9"
+        replace(installed, dies)
+        serving.process.send_signal(signal.SIGHUP)
+        serving.wait_for('"patch: ')  # it went back, or was refused if that took longer
+        wait_until(lambda: {version(url) for _ in range(20)} == {"9.9.9"})
+    with started() as serving:
+        assert version(url) == "9.9.9"
+        assert "was tried before" in serving.printed()

@@ -1,15 +1,29 @@
-"""The first part of the one file: what it unpacks, where, how often, and what it refuses. Here it is a small one."""
+"""The one file: what its first part unpacks, where, how often, and what it refuses; what `serve` starts; what goes in.
 
+Here it is a small one; tests/deploy/one_file.py has the real one.
+"""
+
+import asyncio
+import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
-from collections.abc import Callable
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from deploy.binary import build
+from deploy.binary import build, upgrades
+from deploy.patch.supervisor import Refused
+from dev.redis_server import CARRIED
+from tests.harness import ROOT
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cc") and Path("/usr/include/zlib.h").exists()), reason="needs gcc and zlib1g-dev"
@@ -209,3 +223,276 @@ def test_a_start_that_cannot_unpack_says_so_and_leaves_nothing(make: Made, cache
     assert done.returncode == 1
     assert re.fullmatch(r"kuaishang: cannot write lib/\S+: File too large\n", done.stderr)
     assert trees(cache) == []
+
+
+def put_copy(file: Path, called: Path, cache: Path) -> None:
+    """Put a file where `serve` keeps the last one that proved itself, of those at a path."""
+    place = cache / f"served-{zlib.crc32(os.fsencode(called)):08x}" / "releases" / "last"
+    place.mkdir(parents=True)
+    cache.chmod(0o700)
+    shutil.copy(file, place / "kuaishang")
+    (place.parents[1] / "current").symlink_to("releases/last")
+
+
+@pytest.mark.parametrize("call", ["absolute", "./one"])
+def test_serve_of_a_damaged_file_starts_the_copy_of_the_last_one(make: Made, cache: Path, call: str) -> None:
+    file, last = make("one"), make("two")
+    put_copy(last, file, cache)
+    os.truncate(file, file.stat().st_size // 2)
+    done = subprocess.run(
+        [file if call == "absolute" else call, "serve"],
+        env=environ(cache),
+        cwd=file.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert "is damaged or not complete" in done.stderr
+    assert done.stdout.splitlines()[1] == "two"
+    assert done.stdout.splitlines()[2].split()[1] == str(file)  # what it looks at for an upgrade
+    assert start(file, cache, "check").returncode == 1
+
+
+def test_serve_of_a_damaged_file_with_a_damaged_copy_ends(make: Made, cache: Path) -> None:
+    file = make("one")
+    os.truncate(file, file.stat().st_size // 2)
+    assert start(file, cache, "serve").returncode == 1
+    put_copy(file, file, cache)
+    assert start(file, cache, "serve").returncode == 1
+
+
+def test_another_build_leaves_the_copies(make: Made, cache: Path) -> None:
+    first, second = make("one"), make("two")
+    put_copy(first, first, cache)
+    start(first, cache)
+    start(second, cache)
+    assert len([tree for tree in trees(cache) if tree.name.startswith("served-")]) == 1
+    assert len(trees(cache)) == 2
+
+
+FILE = """#!/bin/sh
+case $1 in
+--version) echo '{{"id": "{name}"}}' ;;
+smoke) echo "$@" >>{asked}; echo refused: on purpose; exit {smoke} ;;
+*) exit 1 ;;
+esac
+"""
+
+
+class Starts:
+    """Starts of `kuaishang serve` one after the other, without gunicorn."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.home, self.asked = folder / "kuaishang", folder / "cache" / "served", folder / "asked"
+        self.home.mkdir(parents=True)
+
+    def put(self, name: str, smoke: int = 0) -> None:
+        self.file.write_text(FILE.format(name=name, asked=self.asked, smoke=smoke))
+        self.file.chmod(0o755)
+
+    def start(self) -> upgrades.OneFile:
+        return upgrades.OneFile(self.file, self.home, "127.0.0.1", 0)
+
+    def serves(self) -> str:
+        return self.start().state.current
+
+    def prove(self) -> None:
+        (self.home / "unproved").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starts]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setattr(upgrades, "listen", lambda host, port: listener)
+        yield Starts(tmp_path)
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    return [line for line in lines if line["level"] == "ERROR"]
+
+
+def test_a_start_serves_the_file(starts: Starts, capsys: pytest.CaptureFixture[str]) -> None:
+    starts.put("one")
+    assert [starts.serves() for _ in range(2)] == ["one", "one"]
+    assert not starts.asked.exists()
+    assert errors(capsys) == []
+
+
+def test_without_a_copy_a_refused_file_does_not_start(starts: Starts) -> None:
+    starts.file.write_text("<html>404</html>")
+    with pytest.raises(Refused):
+        starts.start()
+
+
+def test_a_file_put_there_between_two_starts_is_checked_and_serves(
+    starts: Starts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts.put("one")
+    starts.start()
+    starts.put("two")
+    assert starts.serves() == "two"
+    assert starts.asked.read_text().split() == ["smoke", "--old", str(starts.home.parent / "one" / "app")]
+    starts.prove()
+    assert starts.serves() == "two"
+    starts.put("one")  # and back
+    assert starts.serves() == "one"
+    assert errors(capsys) == []
+
+
+@pytest.mark.parametrize("wrong", ["refused by the check", "no program", "gone"])
+def test_a_refused_file_at_a_start_leaves_the_last_one(
+    starts: Starts, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    starts.put("one")
+    starts.start()
+    starts.put("two", smoke=1)
+    if wrong == "no program":
+        starts.file.write_text("<html>404</html>")
+    elif wrong == "gone":
+        starts.file.unlink()
+    assert [starts.serves() for _ in range(2)] == ["one", "one"]
+    line, _ = errors(capsys)
+    assert line["message"] == "serving the last file that proved itself, not the one at the path"
+    assert Path(line["copy"]).read_text() == FILE.format(name="one", asked=starts.asked, smoke=0)
+
+
+def test_a_file_that_was_taken_back_does_not_start(starts: Starts, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor one that was being watched when the machine stopped."""
+    starts.put("one")
+    running = starts.start()
+    starts.put("two")
+    assert running.take() == "two"  # at SIGHUP
+    assert [starts.serves() for _ in range(2)] == ["one", "one"]
+    assert "was tried before" in errors(capsys)[0]["reason"]
+    starts.put("three")
+    assert starts.serves() == "three"
+
+
+def test_a_file_that_ended_before_it_had_proved_itself_does_not_start_again(
+    starts: Starts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts.put("one")
+    starts.start()
+    starts.put("two")
+    assert [starts.serves() for _ in range(3)] == ["two", "one", "one"]
+    assert "was tried before" in errors(capsys)[0]["reason"]
+
+
+@pytest.fixture
+def same_umask() -> Iterator[None]:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    yield
+    os.umask(umask)  # the supervisor changes it
+
+
+@pytest.mark.usefixtures("same_umask")
+def test_a_file_that_does_not_start_gives_way_to_the_last_one(
+    starts: Starts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts.put("one")
+    starts.start()
+    starts.put("two")
+    served = starts.start()
+    assert served.state.current == "two"
+
+    async def run() -> None:
+        running = asyncio.create_task(served.run())
+        async with asyncio.timeout(30):
+            while served.state.current == "two":
+                await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+
+    asyncio.run(run())
+    assert any("does not start" in line.get("reason", "") for line in errors(capsys))
+    assert starts.serves() == "one"
+
+
+@pytest.mark.parametrize(
+    ("environment", "file", "address"),
+    [
+        ({"HOST": "", "PORT": " "}, "HOST=127.0.0.1\nPORT=8123\n", ("127.0.0.1", 8123)),
+        ({"PORT": ""}, "PORT=\n", ("0.0.0.0", 8000)),
+        ({"PORT": "8124"}, "PORT=8123\n", ("0.0.0.0", 8124)),
+    ],
+)
+def test_an_empty_variable_counts_as_not_set(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    file: str,
+    address: tuple[str, int],
+) -> None:
+    given: list[tuple[str, int]] = []
+
+    def refuse(file: Path, home: Path, host: str, port: int) -> None:
+        given.append((host, port))
+        raise Refused("enough")
+
+    for name in ("HOST", "PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".env").write_text(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENV_FILE", ".env")
+    monkeypatch.setattr(upgrades, "OneFile", refuse)
+    with pytest.raises(SystemExit, match="enough"):
+        upgrades.serve(tmp_path / "kuaishang", tmp_path)
+    assert given == [address]
+
+
+def test_two_processes_of_a_file_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    homes: list[Path] = []
+
+    def nested(file: Path, home: Path, host: str, port: int) -> None:
+        homes.append(home)
+        if len(homes) == 1:
+            with pytest.raises(SystemExit, match="enough"):
+                upgrades.serve(file, tmp_path)
+        raise Refused("enough")
+
+    monkeypatch.setattr(upgrades, "OneFile", nested)
+    with pytest.raises(SystemExit, match="enough"):
+        upgrades.serve(tmp_path / "kuaishang", tmp_path)
+    assert [home.name.partition("-")[0] for home in homes] == ["served", "serve"]
+    assert list(tmp_path.iterdir()) == homes[:1]
+
+
+def test_the_sources_are_all_that_the_service_imports() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--", ":(glob)*.py", "blueprints", "dev", "storage", "telemetry", "wechat"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    inside = {str(path) for path in build.sources()}
+    assert set(listed) - inside == {"storage/migrations/script.py.mako"}  # of which a new migration is made
+    assert {"pyproject.toml", "requirements.txt", "deploy/binary/kuaishang.py", "deploy/patch/check.py"} <= inside
+    assert not {"openapi.json", "deploy/docker/healthcheck.py"} & inside
+
+
+@pytest.mark.parametrize("package", CARRIED)
+def test_the_redis_server_of_either_wheel_goes_in_with_its_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    program = tmp_path / package / CARRIED[package].replace("*", "linux-x86_64")
+    program.parent.mkdir(parents=True)
+    program.touch()
+    there = SimpleNamespace(origin=str(tmp_path / package / "__init__.py"))
+    monkeypatch.setattr(build.util, "find_spec", lambda name: there if name == package else None)
+    assert build.redis_server() == program
+    assert (build.HERE / "licences" / f"{program.name}.txt").is_file()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    unit = (build.HERE / "kuaishang.service").read_text()
+    assert "\nExecStart=/opt/kuaishang/kuaishang serve\n" in unit
+    copy = tmp_path / "kuaishang.service"
+    copy.write_text(unit.replace("/opt/kuaishang/kuaishang", "/bin/true"))  # which exists
+    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
