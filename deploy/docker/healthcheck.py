@@ -1,6 +1,7 @@
 """Exits with 0 if the service in this container responds to /livez, otherwise with another status and the reason.
 
-For HEALTHCHECK: it needs neither a shell nor curl, and little time to start.
+For HEALTHCHECK: it needs neither a shell nor curl, and little time to start. HOST and PORT come from the environment
+alone, not from a file of settings.
 """
 
 import os
