@@ -133,6 +133,7 @@ class Generation:
         self._heard: asyncio.Queue[list[str]] = asyncio.Queue()
         self._expected = ""
         self._errors = b""
+        self._gate = -1
 
     async def start(self, listener: socket.socket, environ: dict[str, str]) -> None:
         """Import the release. No worker runs yet.
@@ -144,13 +145,13 @@ class Generation:
             heard, reports = os.pipe()
             ours.callback(os.close, reports)
             reading = os.fdopen(heard)
-            gate, self._gate = os.pipe()
-            ours.callback(os.close, gate)
-            private = ours.enter_context(socket.socket(socket.AF_UNIX))
-            private.bind(str(self._path))
-            private.listen()
-            held = listener.fileno(), private.fileno(), reports, gate
             try:
+                gate, self._gate = os.pipe()
+                ours.callback(os.close, gate)
+                private = ours.enter_context(socket.socket(socket.AF_UNIX))
+                private.bind(str(self._path))
+                private.listen()
+                held = listener.fileno(), private.fileno(), reports, gate
                 self.process = await asyncio.create_subprocess_exec(
                     *self._command,
                     *("--workers", "0", "--bind", f"fd://{held[0]}", "--bind", f"fd://{held[1]}", "wsgi:app"),
@@ -176,7 +177,9 @@ class Generation:
         status = await self.process.wait()
         with suppress(ProcessLookupError):  # a worker that hangs, and would go on without its master
             os.killpg(self.process.pid, signal.SIGKILL)
-        await asyncio.gather(hearing, self._relaying)
+        await asyncio.wait({hearing, self._relaying}, timeout=1)  # somebody else may have the pipes, too
+        hearing.cancel()
+        self._relaying.cancel()
         self._clean_up()
         return status
 
@@ -196,14 +199,16 @@ class Generation:
         reading, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), pipe
         )
-        while line := await reader.readline():
-            words = line.decode().split()
-            if words[0] == self._expected:
-                self._heard.put_nowait(words[1:])
-            elif words[0] == "ready":  # gunicorn has replaced a worker that died
-                self.respawned += 1
-                self._let_in()
-        reading.close()
+        try:
+            while line := await reader.readline():
+                word, *more = line.decode(errors="replace").split() or [""]
+                if word and word == self._expected:
+                    self._heard.put_nowait(more)
+                elif word == "ready":  # gunicorn has replaced a worker that died
+                    self.respawned += 1
+                    self._let_in()
+        finally:
+            reading.close()
 
     def _let_in(self) -> None:
         with suppress(OSError):  # the generation is ending
@@ -253,6 +258,7 @@ class Generation:
             log("WARNING", "a generation is killed", release=self.release, reason=str(error))
             self.workers = 0
             self.kill()
+            await asyncio.wait({self.ended}, timeout=5)
 
     async def _ask(self, number: signal.Signals, expected: str) -> list[str]:
         with suppress(ProcessLookupError):
@@ -460,7 +466,7 @@ class Supervisor:
         except asyncio.CancelledError:  # nothing serves, and something else is asked for
             new.kill()
             raise
-        except Refused:
+        except Exception:
             await self._give_back(old, new)
             raise
         self._serving = new
@@ -523,7 +529,7 @@ class Supervisor:
                     await self._watch(before, new, watch_seconds, self._give_up)
                 kept = [one for one in (self.state.current, *self.state.previous) if one not in ("", release)]
                 self.state.save(current=release, provisional="", previous=kept[: KEPT - 1])
-            except (WentBack, OSError):
+            except Exception:
                 if old:
                     await self._give_back(old, new)
                 raise
@@ -577,7 +583,7 @@ class Supervisor:
         try:
             new = await self._started(self.state.current)
             await self._take_over(new, must_be_ready=(await old.get("/readyz", 1))[0] == 200)
-        except Refused as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, the old one goes on
             with suppress(OSError):
                 (old.metrics / "reload-refused").touch()
             log("ERROR", "reload refused: what is there now cannot serve", reason=str(error))
@@ -633,8 +639,9 @@ class Supervisor:
         try:
             await work
             entry |= {"end": "done", "why": ""}
-        except (Refused, OSError) as error:
-            entry |= {"end": "went back" if isinstance(error, WentBack) else "refused", "why": str(error)}
+        except Exception as error:  # noqa: BLE001  whoever asked is told
+            why = str(error) if isinstance(error, Refused) else repr(error)
+            entry |= {"end": "went back" if isinstance(error, WentBack) else "refused", "why": why}
         finally:
             self._busy = ""
         entry |= {"serves": self.state.current, "seconds": round(time.monotonic() - began, 2)}
