@@ -328,7 +328,6 @@ def test_a_line_of_the_file_is_literal_or_named_without_its_value(write_file: Wr
         assert read == {"BEFORE": "1", **expected, "AFTER": "2"}
 
 
-@pytest.mark.xfail(reason="read_env has another pattern yet")
 @pytest.mark.parametrize("line", LINES)
 def test_the_supervisor_reads_a_line_in_the_same_way(write_file: WriteFile, line: str) -> None:
     """It reads PORT and METRICS_TOKEN; a line that settings.py refuses gives it nothing."""

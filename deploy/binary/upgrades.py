@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from deploy.patch.supervisor import Refused, State, Supervisor, listen, log, read_env
+from deploy.patch.supervisor import Refused, State, Supervisor, listen, log, read_settings
 
 CHECK_SECONDS = 60
 """How long a new file may take to be unpacked, and to be checked."""
@@ -208,8 +208,7 @@ def serve(file: Path, cache: Path) -> None:
         Path(home, ".env").unlink(missing_ok=True)
         if "ENV_FILE" in os.environ:
             Path(home, ".env").symlink_to(Path(os.environ["ENV_FILE"]).absolute())
-        given = {name: value for name, value in os.environ.items() if value.strip()}
-        settings = {**read_env(Path(home, ".env")), **given}
+        settings = read_settings(Path(home, ".env"))
         try:
             supervisor = OneFile(file, home, settings.get("HOST") or "0.0.0.0", int(settings.get("PORT") or "8000"))
         except Refused as error:

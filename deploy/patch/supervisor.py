@@ -43,6 +43,8 @@ MEMORY_BYTES = int(os.environ.get("MEMORY_MB", 1024)) * 1024**2
 """What a process of a release may have; one that wants more gets a MemoryError, and the machine stays alive."""
 KEPT = 5
 """How many releases are kept, the current one included."""
+LINE = r"""\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"\\$]*)"|((?:[^'"\\$#]|(?<!\s)#)*?)))?\s*"""
+"""A line of .env, as settings.py has it."""
 PR_SET_PDEATHSIG = 1
 PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """Of this file as it runs."""
@@ -74,10 +76,15 @@ def now() -> str:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """Read NAME=value lines; quotes around a value and lines that begin with # are dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    pairs = (re.fullmatch(r"\s*(?:export\s+)?([A-Z_]+)\s*=\s*(['\"]?)(.*?)\2\s*", line) for line in lines)
-    return {pair[1]: pair[3] for pair in pairs if pair}
+    """Read the lines that settings.py reads, by its pattern; it refuses all others."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    pairs = [re.fullmatch(LINE, line) for line in lines]
+    return {pair[1]: value for pair in pairs if pair and pair.lastindex and (value := pair[pair.lastindex])}
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """Read those of a file, unless the environment has them, too; empty ones do not count."""
+    return {**read_env(path), **{name: value for name, value in os.environ.items() if value.strip()}}
 
 
 @dataclass
@@ -436,8 +443,7 @@ class Supervisor:
         try:
             command, folder = self._command_of(release)
             environ = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-            given = environ.get("METRICS_TOKEN") or read_env(self._home / ".env").get("METRICS_TOKEN", "")
-            token = given.partition(",")[0].strip()
+            token = read_settings(self._home / ".env").get("METRICS_TOKEN", "").partition(",")[0].strip()
             if not token:
                 token = environ["METRICS_TOKEN"] = secrets.token_hex()  # which nobody else knows
             path = self._home / "run" / f"{next(self._numbers)}.sock"
@@ -666,7 +672,7 @@ def listen(host: str, port: int) -> socket.socket:
 def main() -> None:
     home = Path(sys.argv[1]).resolve()
     os.environ.setdefault("ENV_FILE", str(home / ".env"))
-    settings = {**read_env(home / ".env"), **os.environ}
+    settings = read_settings(home / ".env")
     listener = listen(settings.get("HOST", "0.0.0.0"), int(settings.get("PORT", "8000")))
 
     def command_of(release: str) -> tuple[list[str], Path]:

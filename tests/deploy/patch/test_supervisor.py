@@ -343,7 +343,7 @@ def test_a_crash_before_a_release_has_proved_itself_brings_back_the_one_before(s
         if when == "watched":
             wait_until(lambda: server.serves() == new)
         server.process.kill()
-    assert "end" not in asked.result()
+    assert "end" not in asked.result(), asked.result().get("why")
     server.start()
     assert server.serves() == before
 
