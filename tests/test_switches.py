@@ -54,7 +54,8 @@ def replace_a_worker(service: Service) -> None:
 def test_when_the_command_has_returned_all_workers_have_applied_it(
     start_service: StartService, own_redis: RedisServer
 ) -> None:
-    services = [start_service(REDIS_URL=own_redis.url, WEB_CONCURRENCY="2") for _ in range(2)]
+    patient = f"{own_redis.url}?socket_timeout=10&socket_connect_timeout=10"  # on a busy machine
+    services = [start_service(REDIS_URL=patient, WEB_CONCURRENCY="2") for _ in range(2)]
     assert statuses(*services) == {401}
     began = time.monotonic()
     assert switch(services[0], "off", f"POST {ORDERS}", "--by", "alice", "--reason", "wrong prices") == ""
