@@ -119,6 +119,11 @@ class Worker(GeventWorker):
     def timeout_ctx(self):  # type: ignore[no-untyped-def]
         return nullcontext()  # a Client has its own
 
+    def run(self):  # type: ignore[no-untyped-def]
+        if settings["WECHAT_PUSH_TOKEN"]:
+            self.wsgi.extensions["messages"].start()  # not before it may serve, which can be refused until here
+        super().run()
+
     def handle(self, listener, client, addr):  # type: ignore[no-untyped-def]
         client = Client(client.family, client.type, client.proto, client.detach())
         client.since = time.monotonic()
@@ -257,10 +262,11 @@ def when_ready(server):  # type: ignore[no-untyped-def]
 def reload_what_serves(server):  # type: ignore[no-untyped-def]
     """Reload what is there now if a worker of it, tried apart, can serve; if not, gunicorn would stop the server."""
     flag = Path(os.environ[MULTIPROC_DIR], "reload-refused")
-    command = [sys.executable, "-P", "deploy/patch/trial.py", repr(server.cfg.address), *sys.argv[1:]]
+    command = [sys.executable, "-m", "deploy.patch.trial", repr(server.LISTENERS[0].getsockname())]
     try:
-        subprocess.run(command, cwd=server.cfg.chdir, check=True, stderr=subprocess.PIPE, timeout=60)  # noqa: S603
-    except (OSError, subprocess.SubprocessError) as error:
+        seconds = 3 * int(os.environ.get("START_SECONDS", 20))  # if it does not keep to its own limits, which are less
+        subprocess.run(command, cwd=server.cfg.chdir, check=True, stderr=subprocess.PIPE, timeout=seconds)  # noqa: S603
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         with suppress(OSError):
             flag.touch()
         reason = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()[-4000:]
@@ -304,8 +310,6 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     worker.log.error_log.handlers, worker.log.error_log.propagate = [], True
     Client.door = worker.wsgi.extensions["door"]
     Client.door.start(worker.clients)
-    if settings["WECHAT_PUSH_TOKEN"]:
-        worker.wsgi.extensions["messages"].start()
     worker.notify()  # which reads what is switched off, before the first request
 
 

@@ -2,7 +2,9 @@
 
 import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from gunicorn.util import parse_address
@@ -62,3 +64,18 @@ def test_load_balancers_close_idle_connections_first(configured: dict[str, Any])
 
 def test_nothing_listens_beside_the_port(configured: dict[str, Any]) -> None:
     assert configured["control_socket_disable"] is True
+
+
+@pytest.mark.parametrize(("seconds", "reason"), [("1", "timed out"), ("soon", "invalid literal")])
+def test_a_trial_that_keeps_to_no_limit_is_ended_and_refuses_the_reload(
+    configure: Callable[..., dict[str, Any]], tmp_path: Path, seconds: str, reason: str
+) -> None:
+    trial = tmp_path / "deploy" / "patch" / "trial.py"
+    trial.parent.mkdir(parents=True)
+    trial.write_text("import time; time.sleep(60)")
+    server = MagicMock()
+    server.cfg.chdir, server.LISTENERS[0].getsockname.return_value = tmp_path, ("127.0.0.1", 1)
+    configure(START_SECONDS=seconds)["reload_what_serves"](server)
+    ((said, why), _) = server.log.error.call_args
+    assert reason in said % why
+    server.reload.assert_not_called()

@@ -18,26 +18,19 @@ from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
 from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, bearer, wait_until
 
-SAID = {
-    "a syntax error": ("def (", "SyntaxError"),
-    "an import error": ("import nothing_like_it", "ImportError"),
-    "a dependency that is not installed": ("import no_such_package", "ModuleNotFoundError"),
-    "a crash at the start": ("raise RuntimeError", "RuntimeError: at the start"),
-    "an exit at the start": ("raise SystemExit(0)", "SystemExit: 0"),
-    "a sudden end at the start": ("", "it ended with status 0"),
-    "a crash on each request": ("1 / 0", "ZeroDivisionError: division by zero"),
-    "a hang at the start": ("time.sleep(600)", "Hangs: it hangs"),
-    "a hang without end at the start": ("while True: pass", "Hangs: it hangs"),
-    "a hang on each request": ("time.sleep(600)", "Hangs: it hangs"),
-    "too much memory at the start": ("hog = ", "MemoryError"),
-    "a setting that is missing": ("raise SettingsError", "NEW: missing (New.)"),
-    "a broken gunicorn.conf.py": ("workers = 1 / 0", "ZeroDivisionError"),
-    "a gunicorn.conf.py that is no Python": ("def (", "SyntaxError"),
-    "a broken settings.py": ("raise ValueError", "ValueError: broken settings"),
-    "a worker that does not start": ("raise RuntimeError", "RuntimeError: no worker"),
-    "a worker that is not ready": ("", "its /readyz answers 503"),
+AT = {
+    "a syntax error": "def (",
+    "an import error": "import nothing_like_it",
+    "a dependency that is not installed": "import no_such_package",
+    "a crash at the start": "raise RuntimeError",
+    "a crash on each request": "1 / 0",
+    "too much memory at the start": "hog = ",
+    "a broken gunicorn.conf.py": "workers = 1 / 0",
+    "a gunicorn.conf.py that is no Python": "def (",
+    "a broken settings.py": "raise ValueError",
+    "a worker that does not start": "raise RuntimeError",
 }
-"""By what is broken: the line that the log leads to, and what it says."""
+"""By what is broken: the line that the log leads to, if there is one."""
 
 
 class InPlace(Service):
@@ -107,11 +100,10 @@ def test_a_reload_of_a_broken_tree_is_one_line_and_no_request_fails(
         shutil.copytree(whole, service.first, dirs_exist_ok=True)
 
     [line] = [line for line in service.log_lines() if line["level"] in ("ERROR", "CRITICAL")]
-    at, words = SAID[name]
-    assert words in line["message"].partition("\n  File")[0]
-    if at:
-        path, number = re.findall(r"([\w./]+\.py):(\d+): ", line["message"])[0]
-        assert at in broken[service.first / path][int(number) - 1]
+    assert BROKEN[name][1] in line["message"]
+    if name in AT:
+        path, number = re.findall(r'File "(.+)", line (\d+)', line["message"])[-1]
+        assert AT[name] in broken[Path(path).resolve()][int(number) - 1]
     assert service.process.popen.poll() is None
     assert {worker.pid for worker in service.workers()} == workers
     assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)

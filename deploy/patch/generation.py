@@ -9,6 +9,7 @@ import runpy
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import gevent.server
 
 production = runpy.run_path(str(Path(__file__).resolve().parents[2] / "gunicorn.conf.py"))
 globals().update({name: value for name, value in production.items() if not name.startswith("__")})
+if directory := os.environ.get("TRIAL_METRICS"):  # of trial.py, which is no instance of the service
+    os.environ[production["MULTIPROC_DIR"]] = directory
 
 
 class Worker(production["Worker"]):  # type: ignore[misc,valid-type]
@@ -38,7 +41,11 @@ def when_ready(server: Any) -> None:
     production["when_ready"](server)
     server.handle_hup = lambda: os.kill(os.getppid(), signal.SIGHUP)
     server.handle_ttin, server.handle_ttou = lambda: add_worker(server), lambda: retire_worker(server)
-    server.app.wsgi()  # once for all workers, which share its memory
+    try:
+        server.app.wsgi()  # once for all workers, which share its memory
+    except RuntimeError:
+        traceback.print_exc()  # gunicorn would print the message alone
+        sys.exit(1)
     report("loaded", production["settings"]["WEB_CONCURRENCY"], os.environ[production["MULTIPROC_DIR"]])
 
 

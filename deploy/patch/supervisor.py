@@ -181,7 +181,8 @@ class Generation:
 
     async def _run(self, reading: TextIO) -> int:
         hearing = asyncio.create_task(self._hear(reading))
-        status = await self.process.wait()
+        while (status := self.process.returncode) is None:
+            await asyncio.sleep(0.1)  # wait() would also wait for all that it has started, until they close stderr
         with suppress(ProcessLookupError):  # a worker that hangs, and would go on without its master
             os.killpg(self.process.pid, signal.SIGKILL)
         await asyncio.wait({hearing, self._relaying}, timeout=1)  # somebody else may have the pipes, too
@@ -241,10 +242,11 @@ class Generation:
             raise Refused(f"it ended with status {self.ended.result()}: {said}")
         raise Refused(f"it hangs: not {word} within {seconds} s")
 
-    async def add_worker(self, must_be_ready: bool = False) -> None:
+    async def add_worker(self, must_be_ready: bool = False, may_serve: bool = True) -> None:
         """Start a worker and wait until it serves.
 
         :param must_be_ready: whether Redis and the database must be up.
+        :param may_serve: whether it may accept connections, or only has to show that it could.
         :raises Refused: if it does not start, or the first request that it makes itself fails.
         """
         if not self.workers:  # what those before have counted would look like an increase
@@ -254,7 +256,8 @@ class Generation:
         [status] = await self._ask(signal.SIGTTIN, "ready")
         if status not in ({"200"} if must_be_ready else {"200", "503"}):
             raise Refused(f"its /readyz answers {status}")
-        self._let_in()
+        if may_serve:
+            self._let_in()
 
     async def retire_worker(self) -> None:
         """Let a worker accept no more, and end when its requests are done. A master that hangs is killed."""
