@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from tests.harness import PUSH_TOKEN, WAIT_SECONDS
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return copy_tree(tmp_path / "tree")
+def tree() -> Iterator[Path]:
+    """The path of a socket in it must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield copy_tree(Path(folder, "tree"))
 
 
 def try_out(tree: Path, environ: dict[str, str], serving: Any = ("127.0.0.1", 1)) -> subprocess.CompletedProcess[str]:
