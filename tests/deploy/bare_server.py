@@ -77,6 +77,7 @@ class Machine:
             assert debootstrap, "debootstrap is not installed"  # nobody runs this file by the way: nothing is skipped
             command = [debootstrap, "--variant=minbase", f"--include={INCLUDED}", "bookworm", str(root)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        root.chmod(0o755)  # pytest made it for its owner alone
         enter = 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"'
         self._within = ["unshare", "--mount", "sh", "-ec", enter, str(root)]
         self._stack = stack

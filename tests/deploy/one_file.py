@@ -62,6 +62,7 @@ class Machine:
             subprocess.run(
                 ["debootstrap", "--variant=minbase", "bookworm", root], check=True, stdout=subprocess.DEVNULL
             )
+        root.chmod(0o755)  # pytest made it for its owner alone
         assert not list(root.glob("usr/bin/python*"))
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
