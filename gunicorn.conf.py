@@ -323,6 +323,8 @@ def child_exit(server, worker):  # type: ignore[no-untyped-def]
     # manager may signal all processes at once.
     if len(server.WORKERS) < server.num_workers and not Path(os.environ[MULTIPROC_DIR], "stopping").exists():
         server.deaths += 1
+        if not Path(os.environ[MULTIPROC_DIR], f"counter_{worker.pid}.db").exists():
+            server.deaths += worker.replaces  # it died before it could count them
     with suppress(Exception):  # numbers that are lost must not stop the server
         from prometheus_client.multiprocess import mark_process_dead
 

@@ -312,6 +312,22 @@ def test_a_booting_worker_obeys_a_signal(start_service: StartService) -> None:
     wait_until(lambda: answers(f"{service.url}/livez"))
 
 
+def test_deaths_count_also_if_the_next_worker_dies_before_it_can_count_them(start_service: StartService) -> None:
+    service = start_service(WEB_CONCURRENCY="1")
+    wait_for_starts(service, 1)
+    directory = directory_of(service)
+    for _ in range(4):
+        (worker,) = wait_until(service.workers)
+        suspend(worker)
+        if (directory / f"counter_{worker.pid}.db").exists():  # it is about to count them
+            worker.resume()
+            wait_until(lambda: answers(f"{service.url}/livez"))
+        worker.kill()
+        worker.wait(WAIT_SECONDS)
+    wait_until(lambda: answers(f"{service.url}/livez"))
+    assert scrape(service)[WORKER_DEATHS] == 4
+
+
 def test_an_end_because_a_worker_cannot_start_is_a_crash(start_service: StartService, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     service = start_service("tests.apps.breakable", WEB_CONCURRENCY="1", BROKEN_IF=str(broken))
