@@ -141,7 +141,7 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
     current = state(home).get("current", "")
     old = home / "releases" / current if current else None
     print(f"runs:   {named(home, current)}")
-    supervisor = doing(home, asked.by)
+    supervisor = ask(home, print, do="status", by=asked.by)
     if supervisor and supervisor.get("busy"):
         return ended({"end": "busy", "why": f"{supervisor['busy']} is going on"})
     if supervisor is None and current:
@@ -379,14 +379,6 @@ def run_in(home: Path, release: Path, *words: str) -> None:
             raise Failed(f"{Path(words[words[0] == '-m']).name} failed; see above")
     except subprocess.TimeoutExpired:
         raise Failed(f"no end within {MIGRATION_SECONDS} s") from None
-
-
-def doing(home: Path, by: str) -> dict[str, Any] | None:
-    """Ask the supervisor what is going on, and which file it runs; None if it is not running."""
-    with suppress(FileNotFoundError):
-        if '"status"' not in (home / "supervisor.py").read_text():
-            return {}  # an older one would take the question for a rollback
-    return ask(home, print, do="status", by=by)
 
 
 def ask(home: Path, say: Any, **words: Any) -> dict[str, Any] | None:

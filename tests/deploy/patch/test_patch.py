@@ -22,7 +22,7 @@ from tests.deploy.patch.server import Server, copy_tree
 from tests.deploy.patch.test_check import add_migration
 from tests.deploy.patch.test_supervisor import Patched
 from tests.faults.load import codes, is_right, load
-from tests.harness import ROOT, WAIT_SECONDS, wait_until
+from tests.harness import WAIT_SECONDS, wait_until
 
 DONE, REFUSED, BUSY = 0, 1, 3
 
@@ -184,14 +184,6 @@ def test_another_supervisor_in_a_release_is_announced(server: Server, tree: Path
     done = server.tool("patch", str(tree), "--watch", "0")
     assert done.returncode == DONE, done.stdout + done.stderr
     assert f"cp {server.home}/current/{patch.SUPERVISOR} {server.home}/ && systemctl restart" in done.stdout
-
-
-def test_an_older_supervisor_is_not_asked_what_it_takes_for_a_rollback(tmp_path: Path) -> None:
-    assert patch.doing(tmp_path, "the test") is None
-    shutil.copy(ROOT / patch.SUPERVISOR, tmp_path)
-    assert patch.doing(tmp_path, "the test") is None
-    (tmp_path / "supervisor.py").write_text("# it knows one word, and takes any other for a rollback")
-    assert patch.doing(tmp_path, "the test") == {}
 
 
 def test_five_releases_are_kept(server: Server, tree: Path) -> None:
