@@ -20,12 +20,12 @@ import secrets
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import gevent.server
 import gevent.socket
@@ -249,6 +249,10 @@ lines.setFormatter(MsgspecFormatter(columns, rename_fields=renamed, defaults=fir
 logging.getLogger("gunicorn.error").handlers = [lines]
 
 
+# By which it is told to stop.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
 def when_ready(server):  # type: ignore[no-untyped-def]
     # Once, and only when the port is ours: neither a reload nor a start that fails comes here.
     server.started, server.after, server.deaths = time.time(), "stop", 0
@@ -262,15 +266,20 @@ def when_ready(server):  # type: ignore[no-untyped-def]
 def reload_what_serves(server):  # type: ignore[no-untyped-def]
     """Reload what is there now if a worker of it, tried apart, can serve; if not, gunicorn would stop the server."""
     flag = Path(os.environ[MULTIPROC_DIR], "reload-refused")
-    command = [sys.executable, "-m", "deploy.patch.trial", repr(server.LISTENERS[0].getsockname())]
+    command = [sys.executable, "-m", "deploy.patch.trial", repr(server.LISTENERS[0].getsockname()), bind]
     try:
         seconds = 3 * int(os.environ.get("START_SECONDS", 20))  # if it does not keep to its own limits, which are less
-        subprocess.run(command, cwd=server.cfg.chdir, check=True, stderr=subprocess.PIPE, timeout=seconds)  # noqa: S603
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        trial = Popen(command, cwd=server.cfg.chdir, stderr=PIPE, preexec_fn=lambda: signal.alarm(seconds))  # noqa: S603
+        for number in STOPS:  # which do not wait for it
+            signal.signal(number, lambda number, frame: trial.kill() or server.signal(number, frame))
+        said = trial.communicate()[1].decode(errors="replace").strip()[-4000:]
+        reason = trial.returncode and (said or f"it ended with status {trial.returncode}")
+    except (OSError, ValueError) as error:
+        reason = error
+    if reason:
         with suppress(OSError):
             flag.touch()
-        reason = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()[-4000:]
-        server.log.error("reload refused: %s", reason or error)
+        server.log.error("reload refused: %s", reason)
     else:
         flag.unlink(missing_ok=True)
         server.reload()
@@ -286,7 +295,7 @@ def pre_fork(server, worker):  # type: ignore[no-untyped-def]
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
     # Until gunicorn sets a worker's handlers, a signal ends it: the master's, which it has inherited, would ignore it.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_DFL)
     logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
     from telemetry import logs, metrics, multiprocess, redaction

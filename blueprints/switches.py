@@ -68,6 +68,8 @@ def switch(action: str, route: str, reason: str, by: str) -> None:
             return
         if not (names := fnmatch.filter({*switches.routes, *off}, route)):
             raise click.ClickException("\n  ".join(["No such route. Known routes:", *sorted(switches.routes)]))
+        endpoints = {switches.routes[name].endpoint for name in names if name in switches.routes}
+        names += [name for name, rule in switches.routes.items() if rule.endpoint in endpoints]  # at all addresses
         change = json.dumps({"event": f"route {action}", "since": now, "by": by, "reason": reason})
         switches.redis.hset(KEY, mapping=dict.fromkeys(names, change))
         switches.read()

@@ -68,8 +68,9 @@ def engine_for(url: str, pool_size: int = 1, seconds: int | None = None) -> Engi
         # PyMySQL is the only driver installed, and MariaDB speaks MySQL's protocol.
         address = address.set(drivername="mysql+pymysql")
         options["connect_args"] = {"connect_timeout": 1, "read_timeout": seconds, "write_timeout": seconds}
-        # Whatever URL and server say: no character is lost, no value is cut off, every table has transactions.
-        setup = "SET SESSION sql_mode = 'TRADITIONAL', default_storage_engine = 'InnoDB'"
+        # Whatever URL and server say: no character is lost, no value is cut off, every table has transactions. And a
+        # migration waits a second for a table that somebody uses, as everybody else then waits behind it.
+        setup = f"SET sql_mode = 'TRADITIONAL', default_storage_engine = 'InnoDB', lock_wait_timeout = {seconds or 1}"
         options["connect_args"] |= {"charset": "utf8mb4", "init_command": setup}
         # A read under a lock must see the current row, not a snapshot from the first read of the transaction. For a
         # round trip, a server's restart causes no error. A name that leads to another server now is followed within a

@@ -66,7 +66,7 @@ def test_nothing_listens_beside_the_port(configured: dict[str, Any]) -> None:
     assert configured["control_socket_disable"] is True
 
 
-@pytest.mark.parametrize(("seconds", "reason"), [("1", "timed out"), ("soon", "invalid literal")])
+@pytest.mark.parametrize(("seconds", "reason"), [("1", "status -14"), ("soon", "invalid literal")])
 def test_a_trial_that_keeps_to_no_limit_is_ended_and_refuses_the_reload(
     configure: Callable[..., dict[str, Any]], tmp_path: Path, seconds: str, reason: str
 ) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
+from dev.run import free_port
 from tests.deploy.patch.server import copy_tree
-from tests.deploy.patch.test_supervisor import BROKEN
+from tests.deploy.patch.test_supervisor import BROKEN, add
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
 from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, bearer, wait_until
@@ -64,8 +66,7 @@ class Reloaded(Stage):
 
     def __init__(self, stack: ExitStack) -> None:
         super().__init__(stack, mariadb=False)
-        environ = {**self.environ, "START_SECONDS": "12", "MEMORY_MB": "512"}
-        environ |= {"REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
+        environ = {**self.patient(), "START_SECONDS": "12", "MEMORY_MB": "512"}
         self.in_place = self.service = InPlace(environ, self.folder)
 
 
@@ -133,6 +134,24 @@ def test_a_reload_while_redis_is_away_is_none_of_the_trees_fault(stage: Reloaded
         stage.redis_proxy.listen()
     assert "reload refused" not in service.log()
     wait_until(lambda: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS).ok)
+
+
+def test_a_stop_does_not_wait_for_a_trial(stage: Reloaded, tmp_path: Path) -> None:
+    environ = {**stage.in_place.environ, "PORT": str(free_port("PORT", "0")), "START_SECONDS": "600"}
+    service = InPlace(environ, tmp_path)
+    try:
+        add("wsgi.py", "import time; time.sleep(600)")(service.first)
+        master = psutil.Process(service.process.popen.pid)
+        others = {child.pid for child in master.children()}
+        service.reload()
+        trial = wait_until(
+            lambda: [child for child in master.children() if child.pid not in others and child.children()]
+        )
+        service.process.popen.terminate()
+        assert service.process.popen.wait(WAIT_SECONDS) == 0
+        assert psutil.wait_procs(trial, WAIT_SECONDS)[1] == []
+    finally:
+        service.discard()
 
 
 def test_a_reload_of_nothing_is_refused_even_where_the_metrics_have_no_room(service: InPlace) -> None:

@@ -73,6 +73,10 @@ def test_when_the_command_has_returned_all_workers_have_applied_it(
     wait_until(lambda: list(audits(services[0]).values()) == [[change]] * 3)
     services[1].stop()
     services[1].start()
+    # Both of its workers, or the second one might start when Redis is away.
+    wait_until(
+        lambda: len(workers := services[1].workers()) == 2 and audits(services[1]).keys() >= {w.pid for w in workers}
+    )
     assert statuses(services[1]) == {503}
     own_redis.stop()
     wait_until(lambda: requests.get(f"{services[0].url}/readyz", timeout=WAIT_SECONDS).status_code == 503)

@@ -13,12 +13,12 @@ FILE = Path(os.environ["KUAISHANG_FILE"])
 """The file, by the path by which it was called."""
 
 HELP = """\
-usage: kuaishang COMMAND
+usage: kuaishang [COMMAND]
 
   demo [--var FOLDER]   try it, with stand-ins for WeChat, Redis and MySQL; keeps its data in ./kuaishang-demo
   migrate               bring the schema of the database up to date
   check                 whether it runs here, the settings are complete, and Redis and the database are as they must be
-  serve                 serve; after the file is replaced, SIGHUP switches to the new file without losing a request
+  serve                 serve, as without a command; SIGHUP switches to a new file at this path, and loses no request
   keys, users, switch   `keys status`, `users list`, ...: what `flask` does in a source tree; `users --help`
   trace ID [FILE ...]   print all lines of a trace from log files, the failing ones first
   licences              the licences of all that is inside
@@ -49,7 +49,7 @@ def serve(words: Sequence[str]) -> None:
         sys.exit()
     complete = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     if not complete and proved(FILE, TREE.parent) in ("", TREE.name):  # another one may do with what there is
-        sys.exit(1)
+        raise SystemExit("`kuaishang demo` needs no settings; `kuaishang --help` lists all commands.")
     serve(FILE, TREE.parent)
 
 
@@ -131,7 +131,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 
 def main() -> None:
-    command, *words = sys.argv[1:] or ["--help"]
+    command, *words = sys.argv[1:] or ["serve"]
     sys.path.insert(0, str(ROOT))
     if FILE.with_name(".env").exists() and command != "demo":
         os.environ.setdefault("ENV_FILE", str(FILE.with_name(".env")))

@@ -192,7 +192,7 @@ int main(int argc, char **argv)
         snprintf(path, sizeof path, "%s", getenv(CALLED));
     unsetenv(CALLED);
     off_t start = check(file, given, id);
-    if (start == 0 && (copy || argc < 2 || strcmp(argv[1], "serve")))
+    if (start == 0 && (copy || (argc > 1 && strcmp(argv[1], "serve"))))
         exit(1);
     int folder = find_cache();
     if (start == 0) {

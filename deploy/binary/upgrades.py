@@ -18,8 +18,8 @@ from typing import Any
 
 from deploy.patch.supervisor import Refused, State, Supervisor, listen, log, read_settings
 
-CHECK_SECONDS = 60
-"""How long a new file may take to be unpacked, and to be checked."""
+CHECK_SECONDS, MIGRATION_SECONDS = 60, 600
+"""How long a new file may take to be unpacked, and to be checked; and to migrate the database."""
 WATCH_SECONDS = int(os.environ.get("WATCH_SECONDS") or 30)
 """For how long a new file must do as well as the one before."""
 
@@ -35,7 +35,7 @@ class OneFile(Supervisor):
         self._file, self._cache = file, home.parent
         self._releases, self._control = home / "releases", home / "control.sock"
         self._unproved = home / "unproved"
-        self._taking = asyncio.Lock()
+        self._taking, self._take_waits = asyncio.Lock(), False
         self._choose()
 
     def _copy(self, release: str) -> Path:
@@ -68,7 +68,9 @@ class OneFile(Supervisor):
         if state.current and release != state.current:
             self._unproved.write_text(release)
             state.previous = [state.current, *(one for one in state.previous if one != release)]
-        state.save(current=release)
+        state.current = release
+        with suppress(OSError):  # what serves is known also if the disk is full
+            state.save()
 
     def _log_fallback(self, reason: str) -> None:
         copy = str(self._copy(self.state.current))
@@ -79,30 +81,32 @@ class OneFile(Supervisor):
         return self._unproved.exists() and self._unproved.read_text() == self.state.current
 
     def take(self) -> str:
-        """Copy the file as it is now, check and unpack the copy, and return its id.
+        """Copy the file as it is now, unpack and check the copy, let it migrate the database, and return its id.
 
         :raises Refused: if it is not complete, does not run here, or should not serve.
         """
         draft = self._releases / "draft"
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
         try:
+            draft.mkdir(parents=True)
             return self._admit(draft)
+        except OSError as error:
+            raise Refused(f"{self._file} cannot be copied: {error}") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _admit(self, draft: Path) -> str:
-        try:
-            copy = Path(shutil.copy(self._file, draft / "kuaishang"))
-        except OSError as error:
-            raise Refused(f"{self._file} cannot be read: {error}") from None
+        copy = Path(shutil.copy(self._file, draft / "kuaishang"))
         try:
             release: str = json.loads(self._output_of(copy, "--version"))["id"]
         except (ValueError, LookupError, TypeError):
             raise Refused(f"{self._file} is another program") from None
-        if not self._copy(release).exists():
-            if self.state.current:
-                self._output_of(copy, "smoke", *self._beside())
+        is_known, current = self._copy(release).exists(), self.state.current
+        if current not in ("", release):
+            self._output_of(copy, "smoke", *["--migrations-only"] * is_known, *self._beside())
+        if not is_known:
+            if current:
+                self._output_of(copy, "migrate", seconds=MIGRATION_SECONDS)
             with copy.open("rb") as file:
                 os.fsync(file.fileno())  # after a power cut the name must not be there without the content
             draft.rename(self._releases / release)
@@ -116,9 +120,9 @@ class OneFile(Supervisor):
             return ["--old", str(self._cache / current / "app")]
         return []
 
-    def _output_of(self, copy: Path, *words: str) -> str:
+    def _output_of(self, copy: Path, *words: str, seconds: float = CHECK_SECONDS) -> str:
         try:
-            ran = subprocess.run([copy, *words], capture_output=True, text=True, timeout=CHECK_SECONDS)
+            ran = subprocess.run([copy, *words], capture_output=True, text=True, timeout=seconds)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Refused(f"{self._file} does not run: {error}") from None
         if ran.returncode:
@@ -149,12 +153,15 @@ class OneFile(Supervisor):
 
     async def reload(self) -> None:
         """Switch to the file at the path; if it is the one that serves, to the settings as they are now."""
+        if self._take_waits:
+            return
+        self._take_waits = True
         try:
             async with self._taking:
+                self._take_waits = False
                 release = await asyncio.to_thread(self.take)
         except Refused as error:
-            copy = str(self._copy(self.state.current))
-            log("ERROR", "upgrade refused, the old file serves on", reason=str(error), copy=copy)
+            self._refuse(str(error))
             return
         state = self.state
         # The one before is back at the path. It waits for that, and takes over in no time.
@@ -173,9 +180,14 @@ class OneFile(Supervisor):
         reader, writer = await asyncio.open_unix_connection(self._control)
         writer.write(f"{json.dumps({**what, 'by': 'SIGHUP'})}\n".encode())
         answer = json.loads((await reader.read()).splitlines()[-1])
-        if "at" not in answer and answer["end"] != "done":  # or else it is logged
-            log("ERROR", "upgrade refused, the old file serves on", reason=answer["why"])
+        if answer["end"] != "done":
+            self._refuse(answer["why"])
         writer.close()
+
+    def _refuse(self, reason: str) -> None:
+        self._flag_refusal()
+        copy = str(self._copy(self.state.current))
+        log("ERROR", "upgrade refused, the old file serves on", reason=reason, copy=copy)
 
 
 def home_of(file: Path, cache: Path) -> Path:

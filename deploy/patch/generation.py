@@ -46,7 +46,9 @@ def when_ready(server: Any) -> None:
     except RuntimeError:
         traceback.print_exc()  # gunicorn would print the message alone
         sys.exit(1)
-    report("loaded", production["settings"]["WEB_CONCURRENCY"], os.environ[production["MULTIPROC_DIR"]])
+    settings = production["settings"]
+    names = production["bind"], settings["INSTANCE"], settings["VERSION"]
+    report("loaded", settings["WEB_CONCURRENCY"], os.environ[production["MULTIPROC_DIR"]], *names)
 
 
 def add_worker(server: Any) -> None:

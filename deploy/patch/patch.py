@@ -15,7 +15,7 @@ itself if it is worse. Until then a crash or reboot brings back what served befo
 While the service is not running nobody watches, so then only the first release is taken.
 
 Exit status: 0 it serves; 1 refused, nothing has changed; 2 wrong arguments; 3 another patch, rollback or reload is
-going on; 4 it served, was worse, and what served before serves again.
+going on; 4 it served, was worse, and what served before serves again; 130 interrupted.
 """
 
 import argparse
@@ -42,26 +42,31 @@ from typing import Any
 sys.dont_write_bytecode = True  # into the tree
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from deploy.patch.supervisor import State
+from deploy.patch.supervisor import State, read_env
 
 TREE = Path(__file__).resolve().parents[2]
 SUPERVISOR = "deploy/patch/supervisor.py"
 NOT_DEPLOYED = {"var", "dist", "node_modules", "environment", "release.json", "__pycache__"}
 """These stay behind, and so does each name that begins with a dot."""
-DONE, REFUSED, BUSY, WENT_BACK = 0, 1, 3, 4
-CHECK_SECONDS, MIGRATION_SECONDS = 40, 600
+DONE, REFUSED, BUSY, WENT_BACK, INTERRUPTED = 0, 1, 3, 4, 130
+CHECK_SECONDS, MIGRATION_SECONDS, INSTALL_SECONDS = 40, 600, 600
 UNWATCHED = """\
-the service is not running, or restarts, so nobody would watch this release. Start it (systemctl start kuaishang),
-even if it cannot serve with what it has, and try again"""
+the service is not running, or restarts, so nobody would watch this release. Start it, even if it cannot
+serve with what it has (systemctl start --no-block kuaishang), and try again"""
 ANOTHER_SUPERVISOR = f"""\
 This release has another supervisor.py than the one that runs. When a second without service does no harm, as root:
 cp {{home}}/current/{SUPERVISOR} {{home}}/ && systemctl restart kuaishang"""
+GOES_ON = "interrupted, but the supervisor goes on: `status` says what came of it, and `rollback` ends it"
 SHOWN = 20
 """How many entries of the history, and files of each, `status` shows."""
 
 
 class Failed(Exception):
     """Why nothing has changed."""
+
+
+class Interrupted(Exception):
+    """Nobody waits for the supervisor any more."""
 
 
 class Steps:
@@ -88,12 +93,12 @@ def main() -> None:
     parser.add_argument("--by", default=os.environ.get("BY") or user(), help="who deploys it; or BY")
     asked = parser.parse_args()
     home = asked.home.resolve()
-    if asked.what == "status":
-        return status(home)
     steps = Steps()
     try:
+        if asked.what == "status":
+            return status(home)
         refuse_others(home)
-    except Failed as error:
+    except (Failed, OSError) as error:
         print(f"refused: {error}")
         sys.exit(REFUSED)
     try:
@@ -102,9 +107,15 @@ def main() -> None:
     except BlockingIOError:
         print("busy: another patch is going on")
         ended = BUSY
-    except Failed as error:
-        print(f"refused: {error}")
+    except (Failed, OSError, ValueError, RuntimeError) as error:  # it may be a strange tree
+        print(f"refused: {error if isinstance(error, Failed) else repr(error)}")
         ended = REFUSED
+    except KeyboardInterrupt:
+        print("interrupted: what serves has not changed")
+        ended = INTERRUPTED
+    except Interrupted:
+        print(GOES_ON)
+        ended = INTERRUPTED
     print(f"serves: {named(home, state(home).get('current', ''))}; {steps.seconds():.1f} s in all")
     sys.exit(ended)
 
@@ -139,20 +150,22 @@ def alone(home: Path, what: str) -> Iterator[None]:
 
 def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
     current = state(home).get("current", "")
-    old = home / "releases" / current if current else None
+    old = home / "releases" / current
     print(f"runs:   {named(home, current)}")
     supervisor = ask(home, print, do="status", by=asked.by)
     if supervisor and supervisor.get("busy"):
         return ended({"end": "busy", "why": f"{supervisor['busy']} is going on"})
     if supervisor is None and current:
         raise Failed(UNWATCHED)
+    if not (current and old.is_dir()):
+        old = None
     release = take(home, asked.source, asked.by, old)
     try:
         steps(f"copied to {release}: {described(release)}")
-        if old and content(release) == content(old) and (old / "release.json").exists():
+        if old and supervisor and supervisor.get("serves") and content(release) == content(old):
             raise Failed("identical to the running release")
         steps(f"virtual environment {environment(home, release)}")
-        check(home, release, *(["--old", str(old)] if old else []))
+        check(home, release, *beside(old))
         run_in(home, release, "-m", "compileall", "-q", "-x", "environment|tests/|bench/", ".")
         steps("checked")
         refuse_change(home, current)
@@ -185,15 +198,12 @@ def refuse_change(home: Path, current: str) -> None:
 
 
 def rollback(home: Path, by: str) -> int:
-    known = state(home)
-    if known.get("previous") and not known["provisional"]:  # there is no way back past a column that is gone
-        check(
-            home,
-            home / "releases" / known["previous"][0],
-            "--migrations-only",
-            "--old",
-            str(home / "releases" / known["current"]),
-        )
+    known = State(home / "state.json")
+    known.load()
+    if (before := known.kept()) and not state(home)["provisional"]:  # there is no way back past a column that is gone
+        folder = home / "releases"
+        newest = max(folder.glob("*/storage/migrations/versions/[0-9]*.py"), key=lambda path: path.name, default=None)
+        check(home, folder / before[0], "--migrations-only", *beside(newest and newest.parents[3]))
     answer = ask(home, print, do="rollback", by=by)
     if answer is None:
         raise Failed("the service is not running")
@@ -220,7 +230,7 @@ def status(home: Path) -> None:
                 entry = json.loads(line)
             except ValueError:  # the machine crashed while it was written
                 continue
-            what = f"{entry['what']} {entry.get('release', '')}".strip()
+            what = f"{entry['what']} {entry.get('release') or 'to ' + entry['serves']}"
             print(f"\n{entry['at']} {what} by {entry['by']}: {entry['end']} after {entry['seconds']} s")
             if entry.get("why"):
                 print(f"  {entry['why']}")
@@ -236,10 +246,10 @@ def take(home: Path, source: str, by: str, old: Path | None) -> Path:
     draft.mkdir(parents=True)
     commit = ""
     try:
-        if Path(source).is_dir():
+        if Path(source, "wsgi.py").is_file():
             shutil.copytree(source, draft, dirs_exist_ok=True, ignore=lambda _, names: set(filter(stays, names)))
-            clean = git(source, "status", "--porcelain") == ""
-            commit = (git(source, "rev-parse", "HEAD") or "") if clean else ""
+            is_clean = git(source, "status", "--porcelain") == git(source, "rev-parse", "--show-prefix") == ""
+            commit = (git(source, "rev-parse", "HEAD") or "") if is_clean else ""
         elif Path(source).is_file():
             unpack(draft, source)
             unwrap(draft)
@@ -249,7 +259,7 @@ def take(home: Path, source: str, by: str, old: Path | None) -> Path:
                     raise Failed(f"git cannot archive {commit}")
                 unpack(draft, packed.name)
         else:
-            raise Failed(f"{source} is no folder, no .tar.gz and no git ref")
+            raise Failed(f"{source} is no folder with a wsgi.py, no .tar.gz and no git ref")
         refuse_links_out(draft)
         if not (draft / "wsgi.py").is_file():
             raise Failed(f"{source} has no wsgi.py")
@@ -352,14 +362,25 @@ def environment(home: Path, release: Path) -> str:
             r"^(?:setuptools|uv)==(?:.*\\\n)*.*\n", (release / "requirements-dev.txt").read_text(), re.MULTILINE
         )
         environ = {"UV_CACHE_DIR": str(home / "cache"), "UV_COMPILE_BYTECODE": "1", **os.environ}
+        print("          installing the requirements, which are others", flush=True)
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             file.writelines(tools)
             file.flush()
             command = [sys.executable, "dev/install.py", str(folder), file.name, "requirements.txt"]
-            done = subprocess.run(command, cwd=release, env=environ, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise Failed(f"the requirements cannot be installed: {done.stderr.strip()[-2000:]}")
+            try:
+                subprocess.run(
+                    command,
+                    cwd=release,
+                    env=environ,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                    timeout=INSTALL_SECONDS,
+                )
+            except subprocess.SubprocessError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                why = (getattr(error, "stderr", None) or str(error)).strip()[-2000:]
+                raise Failed(f"the requirements cannot be installed: {why}") from None
         complete.touch()
     (release / "environment").symlink_to(f"../../environments/{name}")
     return name
@@ -370,10 +391,17 @@ def check(home: Path, release: Path, *options: str) -> None:
     run_in(home, release, str(Path(__file__).with_name("check.py")), "--seconds", str(CHECK_SECONDS), *options)
 
 
+def beside(old: Path | None) -> list[str]:
+    """Return the option of check.py for the release that the new one must be safe beside."""
+    return ["--old", str(old)] if old else []
+
+
 def run_in(home: Path, release: Path, *words: str) -> None:
-    """Run Python in a release, with its settings. Raises Failed."""
+    """Run Python in a release, with its settings; those of the file, also if a shell has others. Raises Failed."""
     command = [str(release / "environment" / "bin" / "python"), *words]
-    environ = {**os.environ, "ENV_FILE": str(home / ".env")}
+    in_file = read_env(home / ".env")
+    environ = {name: value for name, value in os.environ.items() if name not in in_file}
+    environ["ENV_FILE"] = str(home / ".env")
     try:
         if subprocess.run(command, cwd=release, env=environ, timeout=MIGRATION_SECONDS).returncode:
             raise Failed(f"{Path(words[words[0] == '-m']).name} failed; see above")
@@ -393,10 +421,13 @@ def ask(home: Path, say: Any, **words: Any) -> dict[str, Any] | None:
             return None
         control.sendall(f"{json.dumps(words)}\n".encode())
         answer: dict[str, Any] = {}
-        for line in control.makefile():
-            answer = json.loads(line)
-            if "step" in answer:
-                say(answer["step"])
+        try:
+            for line in control.makefile():
+                answer = json.loads(line)
+                if "step" in answer:
+                    say(answer["step"])
+        except KeyboardInterrupt:
+            raise Interrupted from None
         if "end" not in answer:
             raise Failed("the supervisor has ended; see its log")
         return answer
@@ -426,15 +457,15 @@ def named(home: Path, release: str) -> str:
 
 def prune(home: Path) -> None:
     """Remove releases that no rollback leads to, and environments that no release uses."""
-    known = state(home)
+    known, folder = state(home), home / "releases"
     kept = {known.get("current"), known.get("provisional"), *known.get("previous", [])}
-    for release in (home / "releases").iterdir():
+    for release in folder.iterdir():
         if release.name not in kept:
             remove(release)
-    used = {os.readlink(release / "environment").rpartition("/")[2] for release in (home / "releases").iterdir()}
-    for folder in (home / "environments").iterdir():
-        if folder.name not in used:
-            shutil.rmtree(folder)
+    used = {os.readlink(link).rpartition("/")[2] for link in folder.glob("*/environment") if link.is_symlink()}
+    for environment in (home / "environments").iterdir():
+        if environment.name not in used:
+            remove(environment)
 
 
 def remove(release: Path) -> None:

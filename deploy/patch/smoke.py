@@ -272,4 +272,4 @@ def redis_server() -> str:
         wheel = importlib.util.find_spec(package)
         for path in Path(wheel.origin or "").parent.glob(place) if wheel else ():
             return str(path)
-    raise Refused("no redis-server: `apt-get install redis-server` (its service may stay off), or --without-smoke")
+    raise Refused("no redis-server: `apt-get install redis-server` (its service may stay off)")

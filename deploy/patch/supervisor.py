@@ -45,6 +45,7 @@ KEPT = 5
 """How many releases are kept, the current one included."""
 LINE = r"""\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"\\$]*)"|((?:[^'"\\$#]|(?<!\s)#)*?)))?\s*"""
 """A line of .env, as settings.py has it."""
+ANOTHER_ADDRESS = "HOST and PORT change at a restart only"
 PR_SET_PDEATHSIG = 1
 PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """Of this file as it runs."""
@@ -52,6 +53,9 @@ FEW_REQUESTS = 50
 """From fewer, nobody knows how long a request takes."""
 SAMPLE_SECONDS, SAMPLES = 15, 5
 """How often what serves is measured, and how many measurements are kept: what is new is compared with that time."""
+
+WHAT_SERVES: dict[str, str | None] = {"instance": None, "version": None}
+"""In each line of the log."""
 
 Say = Callable[[str], None]
 
@@ -67,8 +71,9 @@ class WentBack(Refused):
 def log(level: str, message: str, **fields: Any) -> None:
     """Write a line with the fields of the service's own lines."""
     line = {"timestamp": now(), "level": level, "service": "kuaishang", "traceId": None, "message": message, **fields}
+    line |= {"logger": "supervisor", "pid": os.getpid(), **WHAT_SERVES}
     with suppress(OSError):  # nobody reads it
-        print(json.dumps({**line, "logger": "supervisor", "pid": os.getpid()}, ensure_ascii=False), flush=True)
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def now() -> str:
@@ -104,6 +109,10 @@ class State:
         if self.path.exists():
             vars(self).update(json.loads(self.path.read_text()), provisional="")
 
+    def kept(self) -> list[str]:
+        """Return those of `previous` that are still there."""
+        return [one for one in self.previous if self.path.with_name("releases").joinpath(one).exists()]
+
     def save(self, **changes: Any) -> None:
         """Change it, in one step: a crash or a full disk leaves all as it was. The link `current` leads to the release.
 
@@ -136,7 +145,7 @@ class Generation:
     def __init__(self, release: str, command: list[str], folder: Path, path: Path, token: str) -> None:
         self.release, self._command, self._folder, self._path, self._token = release, command, folder, path, token
         self.workers = self.wanted = self.respawned = 0
-        self.metrics = Path("none")
+        self.metrics, self.address = Path("none"), ""
         self._heard: asyncio.Queue[list[str]] = asyncio.Queue()
         self._expected = ""
         self._errors = b""
@@ -176,8 +185,9 @@ class Generation:
                 raise
         self._relaying = asyncio.create_task(self._relay_errors())
         self.ended = asyncio.create_task(self._run(reading))
-        wanted, metrics = await self._expect("loaded", START_SECONDS)
+        wanted, metrics, self.address, *names = await self._expect("loaded", START_SECONDS)
         self.wanted, self.metrics = int(wanted), Path(metrics)
+        self.names = dict(zip(WHAT_SERVES, names, strict=True))
 
     async def _run(self, reading: TextIO) -> int:
         hearing = asyncio.create_task(self._hear(reading))
@@ -305,6 +315,9 @@ class Generation:
         except (OSError, TimeoutError, ValueError, IndexError) as error:
             return 0, repr(error)
 
+    async def is_ready(self) -> bool:
+        return (await self.get("/readyz"))[0] == 200
+
     async def figures(self) -> "Figures | None":
         """Return how it has done since its first worker started; None if it does not say."""
         status, metrics = await self.get("/metrics")
@@ -319,7 +332,7 @@ def _bounded() -> None:
 
 @dataclass
 class Figures:
-    """How a generation has done, probes aside."""
+    """How a generation has done, but for probes and what an operator has switched off."""
 
     requests: float = 0
     errors: float = 0
@@ -328,8 +341,11 @@ class Figures:
     @classmethod
     def of(cls, metrics: str) -> "Figures":
         figures = cls()
-        for name, labels, value in re.findall(r"^kuaishang_(\w+)\{(.*)\} (\S+)$", metrics, re.MULTILINE):
-            if re.search(r'route="/(livez|readyz|version|metrics)"', labels):
+        series = re.findall(r"^kuaishang_(\w+)\{(.*)\} (\S+)$", metrics, re.MULTILINE)
+        off = {labels for name, labels, value in series if name == "switched_off" and float(value)}
+        for name, labels, value in series:
+            is_switched_off = 'status="503"' in labels and any(route in labels for route in off)
+            if is_switched_off or re.search(r'route="/(livez|readyz|version|metrics)"', labels):
                 continue
             if name == "http_requests_total":
                 figures.requests += float(value)
@@ -344,7 +360,7 @@ class Figures:
     def worse_than(self, old: "Figures") -> str:
         """Say in what it is worse; nothing if it is not, or if too little is known."""
         share, old_share = self.errors / max(self.requests, 1), old.errors / max(old.requests, 1)
-        if self.errors >= 5 and share > 2 * old_share + 0.01:
+        if self.errors >= (2 if share > 0.5 else 5) and share > 2 * old_share + 0.01:
             return f"{share:.1%} of {self.requests:.0f} requests failed with 5xx, before {old_share:.1%}"
         mean, old_mean = self.seconds / max(self.requests, 1), old.seconds / max(old.requests, 1)
         if min(self.requests, old.requests) >= FEW_REQUESTS and mean > 3 * old_mean + 0.05:
@@ -365,6 +381,7 @@ class Supervisor:
         self.state = State(home / "state.json")
         self._generations: set[Generation] = set()
         self._numbers = count()
+        self._address = ""
         self._serving: Generation | None = None
         self._paused: Generation | None = None
         self._samples: deque[Figures] = deque(maxlen=SAMPLES)
@@ -385,9 +402,11 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, lambda: self._begin_task(self.reload()))
         os.umask(0o077)
         self.state.load()
-        self.state.save()
-        shutil.rmtree(self._home / "run", ignore_errors=True)
-        (self._home / "run").mkdir()
+        with suppress(OSError):  # what serves is known also if the disk is full
+            self.state.save()
+        (self._home / "run").mkdir(exist_ok=True)
+        for left in (self._home / "run").iterdir():
+            left.unlink()
         control = self._home / "control.sock"
         control.unlink(missing_ok=True)
         server = await asyncio.start_unix_server(self._answer, control)
@@ -452,6 +471,9 @@ class Supervisor:
             path = self._home / "run" / f"{next(self._numbers)}.sock"
             generation = Generation(release, command, folder, path, token)
             await generation.start(self._listener, environ)
+            self._address = self._address or generation.address
+            if generation.address != self._address:
+                raise Refused(ANOTHER_ADDRESS)
         except (OSError, ValueError) as error:
             raise Refused(f"it cannot be started: {error!r}") from error
         except BaseException:  # also if it need not be started any more
@@ -462,9 +484,14 @@ class Supervisor:
         generation.ended.add_done_callback(lambda ended: self._generations.discard(generation))
         return generation
 
-    async def _take_over(self, new: Generation, must_be_ready: bool = False) -> None:
-        """Let a generation take over worker by worker; if it cannot, the old one goes on. Raises Refused."""
+    async def _take_over(self, new: Generation) -> bool:
+        """Let a generation take over worker by worker; if it cannot, the old one goes on.
+
+        :returns: whether the old one was ready; then the new one had to be, too.
+        :raises Refused: if it cannot.
+        """
         old = self._alive()
+        must_be_ready = old is not None and await old.is_ready()
         try:
             for _ in range(new.wanted):
                 await new.add_worker(must_be_ready)
@@ -479,12 +506,16 @@ class Supervisor:
             await self._give_back(old, new)
             raise
         self._serving = new
+        WHAT_SERVES.update(new.names)
         self._samples.clear()
         notify_systemd("READY=1")
+        return must_be_ready
 
     async def _give_back(self, old: Generation | None, new: Generation) -> None:
         """Let the old generation go on, and end the new one."""
         self._serving = old
+        if old:
+            WHAT_SERVES.update(old.names)
         with suppress(Refused):  # if it has died, it is started again
             while old and old.workers < old.wanted:
                 await old.add_worker()
@@ -494,7 +525,7 @@ class Supervisor:
 
     async def _keep_the_one_before(self) -> None:
         """Keep the release before without workers, with the settings as they are: a rollback takes no time."""
-        release = next(iter(self.state.previous), "")
+        release = next(iter(self.state.kept()), "")
         if self._paused and (self._paused.release != release or self._paused.ended.done()):
             self._paused.stop()
             self._paused = None
@@ -504,15 +535,16 @@ class Supervisor:
             except Refused as error:
                 log("WARNING", "the release before does not start", release=release, reason=str(error))
 
-    async def _watch(self, old: Figures | None, new: Generation, seconds: float, give_up: asyncio.Event) -> None:
+    async def _watch(
+        self, old: Figures | None, was_ready: bool, new: Generation, seconds: float, give_up: asyncio.Event
+    ) -> None:
         """Watch what has taken over. Raises WentBack if it is worse than what was before, or is given up."""
         failures, ends = 0, time.monotonic() + seconds
-        was_ready = (await new.get("/readyz"))[0] == 200
-        while time.monotonic() < ends and not give_up.is_set():
+        while (time.monotonic() < ends or failures) and not give_up.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(give_up.wait(), 0.5)
             status, body = await new.get("/readyz")
-            figures = await new.figures()
+            figures = await new.figures() if status else None
             failures = failures + 1 if (status != 200 and was_ready) or figures is None else 0
             if failures == 3:
                 raise WentBack(f"/readyz answers {status}: {body[:300]}" if status != 200 else "no /metrics")
@@ -531,11 +563,11 @@ class Supervisor:
             new = await self._started(release)
             say("starts beside the running one" if old else "starts; nothing has served")
             before = await self._recent_figures(old) if old else None
-            await self._take_over(new, must_be_ready=old is not None and (await old.get("/readyz", 1))[0] == 200)
+            was_ready = await self._take_over(new)
             say(f"serves, with {new.workers} workers; no request was dropped")
             try:
                 if old:
-                    await self._watch(before, new, watch_seconds, self._give_up)
+                    await self._watch(before, was_ready, new, watch_seconds, self._give_up)
                 kept = [one for one in (self.state.current, *self.state.previous) if one not in ("", release)]
                 self.state.save(current=release, provisional="", previous=kept[: KEPT - 1])
             except Exception:
@@ -559,9 +591,9 @@ class Supervisor:
 
     async def _rollback(self) -> None:
         """Go back to what served before. Raises Refused."""
-        if not self.state.previous:
+        if not (kept := self.state.kept()):
             raise Refused("no earlier release is kept")
-        bad, release = self._alive(), self.state.previous[0]
+        bad, release = self._alive(), kept[0]
         await self._keep_the_one_before()
         back, self._paused = self._paused, None
         if back is None:
@@ -569,7 +601,7 @@ class Supervisor:
         await self._take_over(back)
         if bad:
             bad.stop()
-        self.state.current, self.state.previous = release, self.state.previous[1:]
+        self.state.current, self.state.previous = release, kept[1:]
         try:
             self.state.save()
         except OSError as error:
@@ -583,18 +615,17 @@ class Supervisor:
         async with self._turn:
             self._reload_waits = False
             if old := self._alive():  # or else it is being started, with the settings as they are
-                self._busy = "a reload"
+                waiting, self._busy = self._busy, "a reload"
                 await self._reload(old)
-                self._busy = ""
+                self._busy = waiting
                 await self._keep_the_one_before()
 
     async def _reload(self, old: Generation) -> None:
         try:
             new = await self._started(self.state.current)
-            await self._take_over(new, must_be_ready=(await old.get("/readyz", 1))[0] == 200)
+            await self._take_over(new)
         except Exception as error:  # noqa: BLE001  whatever it is, the old one goes on
-            with suppress(OSError):
-                (old.metrics / "reload-refused").touch()
+            self._flag_refusal()
             log("ERROR", "reload refused: what is there now cannot serve", reason=str(error))
             return
         log("INFO", "reloaded", release=self.state.current)
@@ -602,6 +633,12 @@ class Supervisor:
         if self._paused:  # with the settings of before it could not read what is written from now on
             self._paused.stop()
             self._paused = None
+
+    def _flag_refusal(self) -> None:
+        """Raise the alarm that older code serves; what takes over from it has none."""
+        with suppress(OSError):
+            if alive := self._alive():
+                (alive.metrics / "reload-refused").touch()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Do what `patch.py` asks for, and say how it ended."""
@@ -614,8 +651,10 @@ class Supervisor:
             asked = json.loads(await reader.readline())
             what, by = asked["do"], asked["by"]
             if what == "status":
-                return tell(end="done", busy=self._busy, program=PROGRAM)
-            if what == "rollback" and self._give_up:  # in the middle of a patch, which then goes back by itself
+                return tell(end="done", busy=self._busy, serves=self._alive() is not None, program=PROGRAM)
+            if (
+                what == "rollback" and self._give_up and self._alive()
+            ):  # in the middle of a patch, which then goes back by itself
                 self._give_up.set()
                 while self._busy:
                     await asyncio.sleep(0.01)

@@ -1,13 +1,14 @@
 """Start a worker of the code in this folder, apart from those that serve, and let it make a first request to itself.
 
-    python -m deploy.patch.trial ADDRESS
+    python -m deploy.patch.trial ADDRESS BIND
 
 gunicorn.conf.py runs this before a reload, as gunicorn stops the server if a new worker does not start. The worker is
 one of supervisor.py, which ends before it may serve. The exit status is 0 if it could; else stderr says what is wrong,
 with the stack if there is one.
 
-ADDRESS is that of what serves: if Redis or the database is away, the new worker need not be ready either. The trial
-accepts no connection, counts in no metric, and takes no message that was pushed.
+ADDRESS is that of what serves: if Redis or the database is away, the new worker need not be ready either. BIND is what
+its gunicorn.conf.py says of it, and the new one must say, too: gunicorn would stop the server if it cannot listen
+elsewhere. The trial accepts no connection, counts in no metric, and takes no message that was pushed.
 """
 
 import ast
@@ -21,7 +22,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
-from deploy.patch.supervisor import Generation, Refused
+from deploy.patch.supervisor import ANOTHER_ADDRESS, Generation, Refused
 
 COMMAND = [sys.executable, "-m", "gunicorn", "--config", "deploy/patch/generation.py"]
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
@@ -41,7 +42,7 @@ async def is_ready(address: Any) -> bool:
     return False
 
 
-async def try_out(folder: Path, address: Any) -> None:
+async def try_out(folder: Path, address: Any, bind: str) -> None:
     """Start a worker, with its sockets and metrics in a folder, and end it. Raises Refused if it cannot serve."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_MASTER)}
     environ["TRIAL_METRICS"] = str(folder / "metrics")
@@ -51,6 +52,8 @@ async def try_out(folder: Path, address: Any) -> None:
         listener.listen()
         try:
             await generation.start(listener, environ)
+            if generation.address != bind:
+                raise Refused(ANOTHER_ADDRESS)
             await generation.add_worker(await is_ready(address), may_serve=False)
         finally:
             generation.kill()
@@ -73,7 +76,7 @@ def main() -> None:
         with output.open("w") as file, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             os.dup2(file.fileno(), 1)  # what the worker logs is no part of the log
             try:
-                asyncio.run(try_out(Path(name), ast.literal_eval(sys.argv[1])))
+                asyncio.run(try_out(Path(name), ast.literal_eval(sys.argv[1]), sys.argv[2]))
             except Refused as error:
                 sys.exit(f"{error}\n{last_stack(output)}".strip())
 

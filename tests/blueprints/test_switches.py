@@ -157,6 +157,14 @@ def test_both_addresses_of_the_login_are_off(apps: list[Flask], simulator: Simul
     assert log_in(apps[0], simulator, "o-new").status_code == 200
 
 
+def test_the_login_is_on_again_among_all_that_is_off(apps: list[Flask], simulator: Simulator) -> None:
+    switch(apps, "off", "* /api/*")
+    switch(apps, "on", "POST /api/v1/auth/wechat")
+    old = apps[0].test_client().post("/api/auth/wechat", json={"code": simulator.code()})
+    assert (log_in(apps[0], simulator, "o-new").status_code, old.status_code) == (200, 200)
+    assert is_off(apps[0].test_client().get("/api/v1/users/me"))
+
+
 def test_a_pushed_message_can_be_refused(apps: list[Flask]) -> None:
     query = {"timestamp": "1", "nonce": "2", "signature": push_signature(PUSH_TOKEN, "1", "2")}
     switch(apps, "off", "POST /api/v1/wechat/messages")

@@ -273,6 +273,7 @@ FILE = """#!/bin/sh
 case $1 in
 --version) echo '{{"id": "{name}"}}' ;;
 smoke) echo "$@" >>{asked}; echo refused: on purpose; exit {smoke} ;;
+migrate) echo "$@" >>{asked} ;;
 *) exit 1 ;;
 esac
 """
@@ -332,11 +333,14 @@ def test_a_file_put_there_between_two_starts_is_checked_and_serves(
     starts.start()
     starts.put("two")
     assert starts.serves() == "two"
-    assert starts.asked.read_text().split() == ["smoke", "--old", str(starts.home.parent / "one" / "app")]
+    asked = [f"smoke --old {starts.home.parent}/one/app", "migrate"]  # not before the check
+    assert starts.asked.read_text().splitlines() == asked
     starts.prove()
     assert starts.serves() == "two"
     starts.put("one")  # and back
     assert starts.serves() == "one"
+    asked += [f"smoke --migrations-only --old {starts.home.parent}/two/app"]
+    assert starts.asked.read_text().splitlines() == asked
     assert errors(capsys) == []
 
 

@@ -72,6 +72,11 @@ class Stage:
         stack.callback(self._discard)
         self._serves: object = None
 
+    def patient(self) -> dict[str, str]:
+        """Return the settings for a test that reloads or patches: a busy machine is no fault there."""
+        redis_url = f"{self.environ['REDIS_URL']}?socket_timeout=5&socket_connect_timeout=5"
+        return {**self.environ, "REDIS_URL": redis_url, "REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
+
     def _create(self) -> str:
         url = self.database.create()
         migrate(url)

@@ -451,6 +451,25 @@ def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(app: Flask)
         assert database.session.scalars(select(User.nickname).where(User.openid == "o-crowd")).all() == ["first"]
 
 
+@pytest.mark.only_on("mariadb")
+def test_a_migration_gives_way_to_who_uses_a_table(databases: Databases) -> None:
+    url = databases.create()
+    migrate(url)
+    service, migration = database.engine_for(url, pool_size=2, seconds=WAIT_SECONDS), database.engine_for(url)
+    read = text("SELECT count(*) FROM orders")
+    with service.connect() as backup, ThreadPoolExecutor(1) as pool:
+        backup.execute(read)  # and its transaction goes on
+        with migration.connect() as connection:
+            altering = pool.submit(connection.execute, text("ALTER TABLE orders ADD COLUMN note VARCHAR(9)"))
+            with service.connect() as other:
+                assert other.scalar(read) == 0
+            with pytest.raises(OperationalError, match="Lock wait timeout exceeded"):
+                altering.result(WAIT_SECONDS)
+        assert backup.in_transaction()
+    service.dispose()
+    migration.dispose()
+
+
 @pytest.mark.only_on("sqlite")
 def test_writers_of_one_process_wait_for_each_other(app: Flask) -> None:
     def write(number: int) -> int:

@@ -1,5 +1,7 @@
 """A hundred patches in a row under load, twenty of them broken: no request fails, and nothing grows.
 
+Some come through patch.py; most are given to the supervisor as they are, as the checks would refuse the broken ones.
+
 `make hundred-patches`; `.ci/run` makes fewer. The seed is printed, and SEED repeats a run.
 """
 
@@ -10,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 
-from tests.deploy.patch.server import Server
+from tests.deploy.patch.server import Server, copy_tree
 from tests.deploy.patch.test_supervisor import BROKEN, Patched, replace_workers
 from tests.faults.load import ITEM, codes, is_right, load
 from tests.harness import wait_until
@@ -31,7 +34,9 @@ def stage() -> Iterator[Patched]:
         yield Patched(stack)
 
 
-def test_a_hundred_patches_cost_no_request(stage: Patched) -> None:
+def test_a_hundred_patches_cost_no_request(stage: Patched, tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    orders = (tree / "blueprints/orders.py").read_text()
     seed = os.environ.get("SEED") or str(random.SystemRandom().randrange(10**6))
     print(f"SEED={seed}")
     chosen, server = random.Random(seed), stage.server
@@ -45,6 +50,11 @@ def test_a_hundred_patches_cost_no_request(stage: Patched) -> None:
                 ended = server.patch(server.release(BROKEN[what][0]))
                 assert ended["end"] == "refused", (what, ended)
                 assert server.state.read_text() == current
+            elif number % 5 == 4:  # as an operator does, with all checks
+                (tree / "blueprints/orders.py").write_text(f"{orders}# {number}\n")
+                done = server.tool("patch", str(tree), "--watch", "1")
+                assert done.returncode == 0, done.stdout + done.stderr
+                release = server.serves()
             else:
                 release = server.release()
                 assert server.patch(release)["end"] == "done"

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from tests.deploy.patch.server import Server, copy_tree
 from tests.deploy.patch.test_check import add_migration
 from tests.deploy.patch.test_supervisor import Patched
 from tests.faults.load import codes, is_right, load
-from tests.harness import WAIT_SECONDS, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 DONE, REFUSED, BUSY = 0, 1, 3
 
@@ -81,6 +83,7 @@ def test_a_tree_goes_live_under_load_and_back_again(stage: Patched, server: Serv
     assert after != before
     assert "another supervisor.py" not in done.stdout
     assert "by Li Lei: done" in status
+    assert f"rollback to {before} by" in server.tool("status").stdout
     assert "  blueprints/orders.py +2 -0" in status.splitlines()
     assert back.returncode == DONE, back.stdout + back.stderr
     assert server.serves() == before
@@ -294,6 +297,86 @@ def test_a_rollback_while_a_patch_is_checked_ends_it(server: Server, tree: Path,
     assert "migrated" not in refused.stdout
     assert server.serves() == first
     assert releases(server) == kept
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("settings.py", "# 设置".encode("gbk")), ("requirements.txt", None), ("environment", b"")],
+    ids=["GBK", "no requirements", "an environment"],
+)
+def test_a_strange_tree_is_refused_in_a_line(
+    server: Server, tree: Path, tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    before, kept, archive = server.serves(), releases(server), tmp_path / "release.tar.gz"
+    (tree / file).unlink(missing_ok=True)
+    if content is not None:
+        (tree / file).write_bytes(content)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tree, "kuaishang")
+    refused = server.tool("patch", str(archive))
+    assert (refused.returncode, refused.stderr) == (REFUSED, "")
+    assert refused.stdout.splitlines()[-2].startswith("refused: ")
+    assert before in refused.stdout.splitlines()[-1]
+    assert (server.serves(), releases(server)) == (before, kept)
+
+
+def test_a_damaged_home_can_be_patched_and_a_stray_file_stays(server: Server, tree: Path) -> None:
+    before, stray = server.serves(), server.home / "releases" / "backup.tar.gz"
+    stray.touch()
+    shutil.rmtree(server.home / "releases" / before)
+    done = server.tool("patch", str(tree), "--watch", "0")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert server.serves() in done.stdout.splitlines()[-1]
+    stray.unlink()
+
+
+def test_what_was_handed_over_goes_on_without_whoever_asked(server: Server, tree: Path, tmp_path: Path) -> None:
+    hold(tree, tmp_path / "go")
+    (tmp_path / "go").touch()
+    command = [sys.executable, str(ROOT / "deploy/patch/patch.py"), "patch", str(tree), "--home", str(server.home)]
+    asked = subprocess.Popen([*command, "--watch", "3"], env=server.environ, stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: json.loads(server.state.read_text())["provisional"])
+    asked.send_signal(signal.SIGINT)
+    said, _ = asked.communicate(timeout=WAIT_SECONDS)
+    assert asked.returncode == 130
+    assert "interrupted, but the supervisor goes on" in said
+    release = wait_until(
+        lambda: not (state := json.loads(server.state.read_text()))["provisional"] and state["current"]
+    )
+    assert server.serves() in release
+
+
+def test_the_settings_of_the_file_count_not_those_of_a_shell(server: Server, tree: Path) -> None:
+    done = server.tool("patch", str(tree), "--watch", "0", SECRET_KEY="short")
+    assert done.returncode == DONE, done.stdout + done.stderr
+
+
+def test_no_commit_is_named_for_what_is_not_in_it(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "releases").mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    (tmp_path / ".gitignore").write_text("*\n")
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "x"]):
+        subprocess.run([*git, *words], check=True)
+    release = patch.take(tmp_path, str(tree), "x", None)
+    assert patch.about(release)["commit"] == patch.content(tree)[:12]
+
+
+def test_a_second_rollback_does_not_lead_past_a_column_that_is_gone(stage: Patched, tmp_path: Path, tree: Path) -> None:
+    home, with_column, without = (tmp_path / "home", *map(copy_tree, (tmp_path / "with", tmp_path / "without")))
+    server = Server(home, stage.server.environ, released=False, **stage.secrets)
+    for folder, version in ((with_column, "0.1.0"), (without, "0.2.0"), (tree, "0.3.0")):
+        settings = (folder / "settings.py").read_text()
+        (folder / "settings.py").write_text(settings.replace('VERSION = "0.1.0"', f'VERSION = "{version}"'))
+    add_migration(tree, 'op.drop_column("orders", "remark")', OLD_CODE_LEFT_IN="0.2.0")
+    shutil.copytree(with_column, home / "releases" / "one")
+    shutil.copytree(tree, home / "releases" / "refused")  # it has migrated, and did not start
+    shutil.copytree(without, home / "releases" / "two")
+    for name in ("one", "two"):
+        (home / "releases" / name / "environment").symlink_to(Path(sys.prefix))
+    server.state.write_text(json.dumps({"current": "two", "provisional": "", "previous": ["one"]}))
+    refused = server.tool("rollback")
+    assert refused.returncode == REFUSED
+    assert "drop_column" in refused.stdout
 
 
 def test_an_environment_is_made_with_hashes_also_of_what_builds(

@@ -1,6 +1,7 @@
 """The supervisor, given releases that no check has looked at: whatever is in them, no request fails."""
 
 import json
+import shutil
 import signal
 import socket
 import time
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from deploy.patch.supervisor import read_env
+from deploy.patch.supervisor import Figures, read_env
 from tests.deploy.patch.server import Server
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
@@ -31,7 +32,7 @@ class Patched(Stage):
         super().__init__(stack, mariadb=False)
         self.secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
         self.secrets["METRICS_TOKEN"] = f"{self.environ.pop('METRICS_TOKEN')}, {NEXT_METRICS_TOKEN}"
-        environ = {**self.environ, "START_SECONDS": "12", "REQUEST_SECONDS": "10", "HEAD_SECONDS": "10"}
+        environ = {**self.patient(), "START_SECONDS": "12"}
         self.server = Server(self.folder / "home", environ, **self.secrets)
         self.service = self.server  # type: ignore[assignment]
 
@@ -89,6 +90,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         add("gunicorn.conf.py", "def post_worker_init(worker):\n    raise RuntimeError('no worker')"),
         "ended",
     ),
+    "another address": (add("gunicorn.conf.py", "bind = '[127.0.0.1]:1'"), "change at a restart only"),
     "a worker that is not ready": (
         add(
             "blueprints/health.py", '    raise ApiError(Code.UNAVAILABLE, errors={"redis": ["no"]})', "    is_stopping"
@@ -127,6 +129,9 @@ def test_a_good_release_takes_over_and_no_request_fails(stage: Patched, server: 
         time.sleep(0.2)
 
     assert (ended["end"], ended["serves"]) == ("done", release)
+    [said] = [line for line in server.lines() if line.get("release") == release and line["message"] == "patch: done"]
+    assert said["version"] == f"0.1.0+{release}"
+    assert said["instance"].endswith(f":{server.port}")
     assert [outcome for outcome in running.outcomes if not is_right(outcome)] == [], codes(running.outcomes)
     assert running.count_orders() == (0, 0)
     assert server.process.popen.pid == pid
@@ -285,7 +290,7 @@ def test_what_gets_slow_or_not_ready_after_the_takeover_is_taken_back(stage: Pat
         "/readyz answers 503": add(
             "blueprints/health.py",
             "    calls = current_app.extensions.setdefault('calls', [])\n    calls.append(1)\n"
-            "    if len(calls) > 9:\n        raise ApiError(Code.UNAVAILABLE)",
+            "    if len(calls) > 3:\n        raise ApiError(Code.UNAVAILABLE)",
             "    is_stopping",
         ),
     }
@@ -295,6 +300,60 @@ def test_what_gets_slow_or_not_ready_after_the_takeover_is_taken_back(stage: Pat
             assert (ended["end"], ended["serves"]) == ("went back", before)
             assert reason in ended["why"]
     assert server.serves() == before
+
+
+def test_what_hangs_at_the_end_of_the_watch_is_taken_back(server: Server) -> None:
+    before = server.serves()
+    hang = "app.calls = []\n" + EACH_REQUEST.format("app.calls.append(1); len(app.calls) > 4 and time.sleep(600)")
+    ended = server.patch(server.release(add("wsgi.py", f"import time\n{hang}", CREATED)), watch=1)
+    assert (ended["end"], ended["serves"]) == ("went back", before)
+    assert server.serves() == before
+
+
+def test_what_an_operator_has_switched_off_takes_no_release_back(stage: Patched, server: Server) -> None:
+    url, release = f"{server.url}/api/v1/users/me", server.release()
+    with stage.redis_client() as redis, ThreadPoolExecutor(1) as executor:
+        off = {"event": "route off", "since": "2026-01-01T00:00:00Z", "by": "the test", "reason": ""}
+        redis.hset("switches", "GET /api/v1/users/{user_id}", json.dumps(off))
+        try:
+            wait_until(lambda: requests.get(url, timeout=WAIT_SECONDS).status_code == 503)
+            asked = executor.submit(server.patch, release, 3)
+            while not asked.done():
+                requests.get(url, timeout=WAIT_SECONDS)
+            assert asked.result()["end"] == "done", asked.result()["why"]
+            assert server.counted().requests < 5
+        finally:
+            redis.delete("switches")
+    wait_until(lambda: requests.get(url, timeout=WAIT_SECONDS).status_code == 401)
+
+
+@pytest.mark.parametrize(
+    ("errors", "requests", "worse"), [(1, 1, False), (2, 2, True), (4, 10, False), (5, 100, True), (5, 10000, False)]
+)
+def test_of_few_requests_most_must_fail(errors: int, requests: int, worse: bool) -> None:
+    assert bool(Figures(requests, errors).worse_than(Figures(1000))) == worse
+
+
+def test_no_rollback_to_what_is_not_ready_any_more(server: Server, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    lines = f"    if os.path.exists({str(flag)!r}):\n        raise ApiError(Code.UNAVAILABLE)"  # as without a column
+    before, release = server.release(add("blueprints/health.py", lines, "    is_stopping")), server.release()
+    server.patch(before)
+    server.patch(release)
+    flag.touch()
+    refused = server.ask("rollback")
+    assert (refused["end"], refused["why"]) == ("refused", "its /readyz answers 503")
+    assert server.serves() == server.current() == release
+    flag.unlink()
+    assert server.ask("rollback")["serves"] == server.serves() == before
+
+
+def test_a_rollback_passes_by_a_release_that_is_gone(server: Server) -> None:
+    before, lost, release = server.serves(), server.release(), server.release()
+    server.patch(lost)
+    server.patch(release)
+    shutil.rmtree(server.home / "releases" / lost)
+    assert server.ask("rollback")["serves"] == server.serves() == before
 
 
 def test_a_rollback_has_the_settings_of_the_last_reload(server: Server) -> None:
@@ -354,6 +413,33 @@ def test_a_release_that_has_proved_itself_serves_after_a_crash(server: Server) -
     server.process.kill()
     server.start()
     assert server.serves() == release
+
+
+def test_a_full_disk_keeps_nothing_from_starting(server: Server) -> None:
+    before, draft = server.serves(), server.home / "state.draft"
+    server.process.kill()
+    draft.mkdir()  # as little can be written there as on a full disk
+    server.start()
+    draft.rmdir()
+    assert server.serves() == before
+
+
+def test_a_rollback_ends_no_patch_where_nothing_serves(
+    stage: Patched, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    server = Server(tmp_path / "home", stage.server.environ | {"START_SECONDS": "600"}, **stage.secrets)
+    request.addfinalizer(server.discard)
+    slow = server.release(add("wsgi.py", "import time; time.sleep(3)"))
+    add("wsgi.py", "raise SystemExit")(server.home / "releases" / server.serves())
+    for master in server.masters():
+        master.kill()
+    wait_until(lambda: server.said("the current release does not start"))
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(server.patch, slow)
+        wait_until(lambda: json.loads(server.state.read_text())["provisional"] == slow)
+        assert server.ask("rollback")["end"] == "busy"
+    assert asked.result()["end"] == "done", asked.result()["why"]
+    assert server.serves() == slow
 
 
 def test_a_master_that_dies_is_replaced(server: Server) -> None:

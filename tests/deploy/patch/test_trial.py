@@ -28,7 +28,8 @@ def tree() -> Iterator[Path]:
 
 
 def try_out(tree: Path, environ: dict[str, str], serving: Any = ("127.0.0.1", 1)) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deploy.patch.trial", repr(serving)]
+    bind = f"[{environ.get('HOST', '0.0.0.0')}]:{environ.get('PORT', 8000)}"
+    command = [sys.executable, "-m", "deploy.patch.trial", repr(serving), bind]
     of_the_master = {"PROMETHEUS_MULTIPROC_DIR": f"{tree}/none", "GUNICORN_PID": "1", "GUNICORN_FD": "3"}
     env = {"ENV_FILE": os.devnull, **environ, "PATH": os.environ["PATH"], **of_the_master}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=WAIT_SECONDS)
