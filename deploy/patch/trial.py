@@ -56,6 +56,8 @@ async def try_out(folder: Path, address: Any, bind: str) -> None:
                 raise Refused(ANOTHER_ADDRESS)
             await generation.add_worker(await is_ready(address), may_serve=False)
         finally:
+            generation.stop()  # which lets it write what it has logged
+            await asyncio.wait({generation.ended}, timeout=1)
             generation.kill()
             await asyncio.wait({generation.ended}, timeout=5)
 
