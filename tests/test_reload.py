@@ -48,6 +48,11 @@ class InPlace(Service):
         environ = {**self.environ, "PWD": str(self.current)}
         self.process = Process(["gunicorn", "wsgi:app"], environ, self.output, root=self.current)
         self.process.wait_for(f"{self.url}/livez")
+        wait_until(self.has_begun)  # before a test breaks the tree
+
+    def has_begun(self) -> bool:
+        workers = {str(worker.pid) for worker in self.workers()}
+        return len(workers) == 2 and workers <= {*re.findall(r'pid="(\d+)"', self.metrics())}
 
     def reload(self) -> None:
         self.process.popen.send_signal(signal.SIGHUP)
@@ -134,6 +139,21 @@ def test_a_reload_while_redis_is_away_is_none_of_the_trees_fault(stage: Reloaded
         stage.redis_proxy.listen()
     assert "reload refused" not in service.log()
     wait_until(lambda: requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS).ok)
+
+
+def test_a_worker_that_dies_while_the_tree_is_broken_takes_no_other_one_with_it(service: InPlace) -> None:
+    worker, other = service.workers()
+    orders = (service.first / "blueprints/orders.py").read_text()
+    BROKEN["a syntax error"][0](service.first)
+    try:
+        worker.kill()
+        wait_until(lambda: service.log().count("SyntaxError") > 1)
+        assert service.process.popen.poll() is None
+        assert requests.get(f"{service.url}/readyz", timeout=WAIT_SECONDS).ok
+    finally:
+        (service.first / "blueprints/orders.py").write_text(orders)
+    wait_until(service.has_begun)
+    assert other in service.workers()
 
 
 def test_a_stop_does_not_wait_for_a_trial(stage: Reloaded, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def retire_worker(server: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     production["post_fork"](server, worker)
+    worker.booted = False  # if it cannot start, this generation ends
     logging.getLogger().removeHandler(production["lines"])  # the service is loaded already, and writes each line itself
 
 

@@ -334,7 +334,13 @@ def test_what_was_handed_over_goes_on_without_whoever_asked(server: Server, tree
     hold(tree, tmp_path / "go")
     (tmp_path / "go").touch()
     command = [sys.executable, str(ROOT / "deploy/patch/patch.py"), "patch", str(tree), "--home", str(server.home)]
-    asked = subprocess.Popen([*command, "--watch", "3"], env=server.environ, stdout=subprocess.PIPE, text=True)
+    asked = subprocess.Popen(
+        [*command, "--watch", "3"],
+        env=server.environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell in the background ignores
+    )
     wait_until(lambda: json.loads(server.state.read_text())["provisional"])
     asked.send_signal(signal.SIGINT)
     said, _ = asked.communicate(timeout=WAIT_SECONDS)
