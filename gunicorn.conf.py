@@ -297,8 +297,8 @@ def post_fork(server, worker):  # type: ignore[no-untyped-def]
     # Until gunicorn sets a worker's handlers, a signal ends it: the master's, which it has inherited, would ignore it.
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)
-    # A successor that cannot start, as the tree is broken by now, must not make gunicorn stop the server.
-    worker.booted, worker.wsgi = worker.age > server.num_workers, None
+    # One that cannot start beside others, as the tree is broken by now, must not make gunicorn stop the server.
+    worker.booted, worker.wsgi = bool(server.WORKERS), None
     logging.getLogger().addHandler(lines)  # until the service is loaded: there may be no room for metrics
     from telemetry import logs, metrics, multiprocess, redaction
 
