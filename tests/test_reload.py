@@ -71,7 +71,7 @@ class Reloaded(Stage):
 
     def __init__(self, stack: ExitStack) -> None:
         super().__init__(stack, mariadb=False)
-        environ = {**self.patient(), "START_SECONDS": "12", "MEMORY_MB": "512"}
+        environ = {**self.patient(), "START_SECONDS": "20", "MEMORY_MB": "512"}
         self.in_place = self.service = InPlace(environ, self.folder)
 
 

@@ -32,7 +32,7 @@ class Patched(Stage):
         super().__init__(stack, mariadb=False)
         self.secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
         self.secrets["METRICS_TOKEN"] = f"{self.environ.pop('METRICS_TOKEN')}, {NEXT_METRICS_TOKEN}"
-        environ = {**self.patient(), "START_SECONDS": "12"}
+        environ = {**self.patient(), "START_SECONDS": "20"}
         self.server = Server(self.folder / "home", environ, **self.secrets)
         self.service = self.server  # type: ignore[assignment]
 
