@@ -286,7 +286,7 @@ def test_a_master_that_hangs_is_replaced_by_a_patch(server: Server) -> None:
 def test_what_gets_slow_or_not_ready_after_the_takeover_is_taken_back(stage: Patched, server: Server) -> None:
     before = server.serves()
     worse = {
-        "a request takes": add("wsgi.py", EACH_REQUEST.format("import time; time.sleep(0.3)"), CREATED),
+        "a request takes": add("wsgi.py", EACH_REQUEST.format("import time; time.sleep(1.5)"), CREATED),
         "/readyz answers 503": add(
             "blueprints/health.py",
             "    calls = current_app.extensions.setdefault('calls', [])\n    calls.append(1)\n"
