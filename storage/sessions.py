@@ -197,6 +197,6 @@ def revoke_sessions(user_id: int) -> None:
     """
     index = _index_key(user_id)
     store_ids = redis.zrange(index, 0, -1)
-    redis.delete(wechat_session_keys.redis_key(user_id), *store_ids)
+    pipeline: Any = redis.pipeline().delete(wechat_session_keys.redis_key(user_id), *store_ids)
     # Only the sessions that were read: a concurrent login keeps its session and its entry. ZREM wants one at least.
-    redis.zrem(index, "", *store_ids)
+    pipeline.zrem(index, "", *store_ids).execute()
