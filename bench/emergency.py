@@ -20,8 +20,8 @@ from typing import NamedTuple
 import requests
 
 from dev.run import free_port
-from tests.deploy.patch.server import copy_tree
-from tests.deploy.patch.test_supervisor import BROKEN, Patched
+from tests.deploy.patch.broken import BROKEN
+from tests.deploy.patch.server import Patched, copy_tree
 from tests.faults.load import is_right, load
 from tests.harness import ROOT, answers, wait_until
 

@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from dev.run import free_port
+from tests.deploy.patch.broken import BROKEN, add
 from tests.deploy.patch.server import copy_tree
-from tests.deploy.patch.test_supervisor import BROKEN, add
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
 from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, bearer, wait_until

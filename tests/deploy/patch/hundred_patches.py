@@ -10,28 +10,19 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import pytest
 
-from tests.deploy.patch.server import Server, copy_tree
-from tests.deploy.patch.test_supervisor import BROKEN, Patched, replace_workers
+from tests.deploy.patch.broken import BROKEN
+from tests.deploy.patch.server import Patched, Server, copy_tree, replace_workers
 from tests.faults.load import ITEM, codes, is_right, load
 from tests.harness import wait_until
 
 PATCHES, BAD = int(os.environ.get("PATCHES") or 100), 0.2
 BIG_ORDER = [{**ITEM, "name": "茶" * 128}] * 32  # 16 KB
 GROWTH = 1.15
-
-
-@pytest.fixture
-def stage() -> Iterator[Patched]:
-    with ExitStack() as stack:
-        yield Patched(stack)
 
 
 def test_a_hundred_patches_cost_no_request(stage: Patched, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import requests
 
 from deploy.patch.supervisor import Figures
 from dev.run import free_port
+from tests.faults.stage import Stage
 from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, wait_until
 
+NEXT_METRICS_TOKEN = "the-next-metrics-token"
 FOLDERS = ("blueprints", "deploy", "dev", "storage", "telemetry", "wechat")
 FILES = ("pyproject.toml", "requirements.txt", "requirements-dev.txt", "openapi.json")
 
@@ -146,3 +148,23 @@ class Server:
         self.process.kill()
         for left in Path("/dev/shm").glob(f"kuaishang-*:{self.port}-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+class Patched(Stage):
+    """The stage of the faults, with a supervisor in the place of the service."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__(stack, mariadb=False)
+        self.secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
+        self.secrets["METRICS_TOKEN"] = f"{self.environ.pop('METRICS_TOKEN')}, {NEXT_METRICS_TOKEN}"
+        environ = {**self.patient(), "START_SECONDS": "20"}
+        self.server = Server(self.folder / "home", environ, **self.secrets)
+        self.service = self.server  # type: ignore[assignment]
+
+
+def replace_workers(server: Server) -> None:
+    wait_until(lambda: len(server.workers()) == 2)
+    for worker in server.workers():
+        worker.kill()
+        psutil.wait_procs([worker])
+        wait_until(lambda: len(server.workers()) == 2)

@@ -9,9 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,12 @@ from sqlalchemy import text
 
 from deploy.patch import patch
 from storage.database import engine_for
-from tests.deploy.patch.server import Server, copy_tree
+from tests.deploy.patch.server import Patched, Server, copy_tree
 from tests.deploy.patch.test_check import add_migration
-from tests.deploy.patch.test_supervisor import Patched
 from tests.faults.load import codes, is_right, load
 from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 DONE, REFUSED, BUSY = 0, 1, 3
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Patched]:
-    with ExitStack() as stack:
-        yield Patched(stack)
-
-
-@pytest.fixture
-def server(stage: Patched) -> Server:
-    return stage.server
 
 
 @pytest.fixture

@@ -5,99 +5,18 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import requests
 
 from deploy.patch.supervisor import Figures, read_env
-from tests.deploy.patch.server import Server
+from tests.deploy.patch.broken import BROKEN, CREATED, EACH_REQUEST, Change, add
+from tests.deploy.patch.server import NEXT_METRICS_TOKEN, Patched, Server, replace_workers
 from tests.faults.load import codes, is_right, load
-from tests.faults.stage import Stage
 from tests.harness import METRICS_TOKEN, WAIT_SECONDS, bearer, wait_until
-
-Change = Callable[[Path], Any]
-NEXT_METRICS_TOKEN = "the-next-metrics-token"
-
-
-class Patched(Stage):
-    """The stage of the faults, with a supervisor in the place of the service."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        super().__init__(stack, mariadb=False)
-        self.secrets = {name: self.environ.pop(name) for name in ("SECRET_KEY", "ENCRYPTION_KEYS", "WECHAT_APP_SECRET")}
-        self.secrets["METRICS_TOKEN"] = f"{self.environ.pop('METRICS_TOKEN')}, {NEXT_METRICS_TOKEN}"
-        environ = {**self.patient(), "START_SECONDS": "20"}
-        self.server = Server(self.folder / "home", environ, **self.secrets)
-        self.service = self.server  # type: ignore[assignment]
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Patched]:
-    with ExitStack() as stack:
-        yield Patched(stack)
-
-
-@pytest.fixture
-def server(stage: Patched) -> Server:
-    if stage.server.process.popen.poll() is not None:  # an earlier test has killed it
-        stage.server.start()
-    return stage.server
-
-
-def add(file: str, text: str, before: str = "") -> Change:
-    """Return a change that adds lines to the end of a file, or before a line."""
-
-    def change(tree: Path) -> None:
-        lines = (tree / file).read_text()
-        assert before in lines
-        changed = lines.replace(before, f"{text}\n{before}", 1) if before else f"{lines}\n{text}\n"
-        (tree / file).write_text(changed)
-
-    return change
-
-
-EACH_REQUEST = "@app.before_request\ndef fail():\n    {}\n"
-CREATED = "gc.collect()"
-BROKEN: dict[str, tuple[Change, str]] = {
-    "a syntax error": (add("blueprints/orders.py", "def ("), "SyntaxError"),
-    "an import error": (add("blueprints/orders.py", "from errors import nothing_like_it"), "nothing_like_it"),
-    "a dependency that is not installed": (add("blueprints/orders.py", "import no_such_package"), "no_such_package"),
-    "a crash at the start": (
-        add("service.py", "    raise RuntimeError('at the start')", "    return app"),
-        "at the start",
-    ),
-    "an exit at the start": (add("wsgi.py", "raise SystemExit(0)"), "ended"),
-    "a sudden end at the start": (add("wsgi.py", "import os; os._exit(0)"), "ended"),
-    "a crash on each request": (add("wsgi.py", EACH_REQUEST.format("1 / 0"), CREATED), "500"),
-    "a hang at the start": (add("wsgi.py", "import time; time.sleep(600)"), "hangs"),
-    "a hang without end at the start": (add("wsgi.py", "while True: pass"), "hangs"),
-    "a hang on each request": (
-        add("wsgi.py", EACH_REQUEST.format("import time; time.sleep(600)"), CREATED),
-        "hangs",
-    ),
-    "too much memory at the start": (add("wsgi.py", "hog = [bytearray(2**20) for _ in range(2**20)]"), "ended"),
-    "a setting that is missing": (add("settings.py", '    NEW = _required("New.")', "    WECHAT_APP_ID ="), "NEW"),
-    "a broken gunicorn.conf.py": (add("gunicorn.conf.py", "workers = 1 / 0"), "ZeroDivisionError"),
-    "a gunicorn.conf.py that is no Python": (add("gunicorn.conf.py", "def ("), "SyntaxError"),
-    "a broken settings.py": (add("settings.py", "raise ValueError('broken settings')"), "broken settings"),
-    "a worker that does not start": (
-        add("gunicorn.conf.py", "def post_worker_init(worker):\n    raise RuntimeError('no worker')"),
-        "ended",
-    ),
-    "another address": (add("gunicorn.conf.py", "bind = '[127.0.0.1]:1'"), "change at a restart only"),
-    "a worker that is not ready": (
-        add(
-            "blueprints/health.py", '    raise ApiError(Code.UNAVAILABLE, errors={"redis": ["no"]})', "    is_stopping"
-        ),
-        "503",
-    ),
-}
 
 
 @pytest.mark.parametrize(("change", "reason"), BROKEN.values(), ids=BROKEN)
@@ -147,14 +66,6 @@ def test_a_worker_that_dies_after_a_patch_or_a_rollback_is_replaced_by_one_of_th
     assert server.ask("rollback")["serves"] == before
     replace_workers(server)
     assert server.serves() == before
-
-
-def replace_workers(server: Server) -> None:
-    wait_until(lambda: len(server.workers()) == 2)
-    for worker in server.workers():
-        worker.kill()
-        psutil.wait_procs([worker])
-        wait_until(lambda: len(server.workers()) == 2)
 
 
 def test_what_fails_too_often_after_the_takeover_is_taken_back(stage: Patched, server: Server) -> None:

@@ -15,8 +15,8 @@ import pytest
 from redis import Redis
 
 from dev.redis_server import RedisServer
+from tests.deploy.patch.broken import CREATED, EACH_REQUEST, add
 from tests.deploy.patch.server import copy_tree
-from tests.deploy.patch.test_supervisor import CREATED, EACH_REQUEST, add
 from tests.harness import PUSH_TOKEN, WAIT_SECONDS
 
 
