@@ -41,7 +41,7 @@ trace: ## print all lines of a trace, the failing span first (ID=… from X-Trac
 patch: ## put this tree live without dropping a request, and go back if it is worse (FROM=folder, .tar.gz or git ref)
 	@$(PYTHON) deploy/patch/patch.py patch
 
-rollback: ## go back to the release before within a second; again for the one before that
+rollback: ## go back to the release before within a second; again, in some seconds, for the one before that
 	@$(PYTHON) deploy/patch/patch.py rollback
 
 patch-status: ## what serves, and what was deployed when, by whom, with what in it

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 UV_OF_PIP = {
@@ -53,8 +54,7 @@ def main() -> int | str:
 
 def install_tools(pip: list[str], files: list[str], *names: str) -> bool:
     """Install the wheels of these packages that the files pin; return whether that worked."""
-    lines = "\n".join(Path(name).read_text() for name in files)
-    pinned = re.findall(rf"^(?:{'|'.join(names)})==(?:.*\\\n)*.*$", lines, re.MULTILINE)
+    pinned = pins_of(files, *names)
     if len(pinned) < len(names):
         return False
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -62,6 +62,12 @@ def install_tools(pip: list[str], files: list[str], *names: str) -> bool:
         file.flush()
         options = ["--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", file.name]
         return subprocess.call([*pip, "install", *options], stderr=subprocess.DEVNULL) == 0
+
+
+def pins_of(files: Iterable[str | Path], *names: str) -> list[str]:
+    """Return the lines, with their hashes, that pin these packages."""
+    lines = "\n".join(Path(name).read_text() for name in files)
+    return re.findall(rf"^(?:{'|'.join(names)})==(?:.*\\\n)*.*$", lines, re.MULTILINE)
 
 
 def environment_of_uv(listed: str) -> dict[str, str]:

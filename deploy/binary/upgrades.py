@@ -51,6 +51,7 @@ class OneFile(Supervisor):
         """
         state = self.state
         state.load()
+        state.provisional = ""  # it has not proved itself
         if self._is_unproved():  # it ended too soon
             state.current = state.previous.pop(0)
         if not self._copy(state.current).exists():

@@ -1,7 +1,7 @@
 """Patches a running service, goes back, and says what was deployed.
 
     python3 patch.py patch [FROM]     FROM: a folder, a .tar.gz, or a git ref of this repository; default: this tree
-    python3 patch.py rollback         back to the release before, within a second; again for the one before that
+    python3 patch.py rollback         back to the release before, within a second; again, in some, for the one before
     python3 patch.py status           what serves, and what was deployed when, by whom, with what in it
 
 `--home` or KUAISHANG_HOME is the folder of the installation, by default /srv/kuaishang. Run it as the user whom the
@@ -43,6 +43,7 @@ sys.dont_write_bytecode = True  # into the tree
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from deploy.patch.supervisor import State, read_env
+from dev.install import pins_of
 
 TREE = Path(__file__).resolve().parents[2]
 SUPERVISOR = "deploy/patch/supervisor.py"
@@ -116,7 +117,7 @@ def main() -> None:
     except Interrupted:
         print(GOES_ON)
         ended = INTERRUPTED
-    print(f"serves: {named(home, state(home).get('current', ''))}; {steps.seconds():.1f} s in all")
+    print(f"serves: {named(home, state(home).current)}; {steps.seconds():.1f} s in all")
     sys.exit(ended)
 
 
@@ -149,16 +150,15 @@ def alone(home: Path, what: str) -> Iterator[None]:
 
 
 def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
-    current = state(home).get("current", "")
-    old = home / "releases" / current
+    current = state(home).current
     print(f"runs:   {named(home, current)}")
     supervisor = ask(home, print, do="status", by=asked.by)
     if supervisor and supervisor.get("busy"):
         return ended({"end": "busy", "why": f"{supervisor['busy']} is going on"})
     if supervisor is None and current:
         raise Failed(UNWATCHED)
-    if not (current and old.is_dir()):
-        old = None
+    before = home / "releases" / current
+    old = before if current and before.is_dir() else None
     release = take(home, asked.source, asked.by, old)
     try:
         steps(f"copied to {release}: {described(release)}")
@@ -193,14 +193,13 @@ def patch(home: Path, asked: argparse.Namespace, steps: Steps) -> int:
 
 def refuse_change(home: Path, current: str) -> None:
     """Raise Failed if another release is current by now: whoever goes back wants this patch no more."""
-    if state(home).get("current", "") != current:
+    if state(home).current != current:
         raise Failed("a rollback was asked for meanwhile")
 
 
 def rollback(home: Path, by: str) -> int:
-    known = State(home / "state.json")
-    known.load()
-    if (before := known.kept()) and not state(home)["provisional"]:  # there is no way back past a column that is gone
+    known = state(home)
+    if (before := known.kept()) and not known.provisional:  # there is no way back past a column that is gone
         folder = home / "releases"
         newest = max(folder.glob("*/storage/migrations/versions/[0-9]*.py"), key=lambda path: path.name, default=None)
         check(home, folder / before[0], "--migrations-only", *beside(newest and newest.parents[3]))
@@ -219,10 +218,10 @@ def ended(answer: dict[str, Any]) -> int:
 
 def status(home: Path) -> None:
     known = state(home)
-    print(f"serves:      {named(home, known.get('current', ''))}")
-    if known.get("provisional"):
-        print(f"on its way:  {named(home, known['provisional'])}")
-    for release in known.get("previous", []):
+    print(f"serves:      {named(home, known.current)}")
+    if known.provisional:
+        print(f"on its way:  {named(home, known.provisional)}")
+    for release in known.previous:
         print(f"before:      {named(home, release)}")
     with suppress(FileNotFoundError):
         for line in (home / "history.jsonl").read_text(errors="replace").splitlines()[-SHOWN:]:
@@ -358,13 +357,11 @@ def environment(home: Path, release: Path) -> str:
     if not complete.exists():
         shutil.rmtree(folder, ignore_errors=True)
         # As a developer's .venv is made, so that what builds a package comes with a hash, too.
-        tools = re.findall(
-            r"^(?:setuptools|uv)==(?:.*\\\n)*.*\n", (release / "requirements-dev.txt").read_text(), re.MULTILINE
-        )
+        tools = pins_of([release / "requirements-dev.txt"], "setuptools", "uv")
         environ = {"UV_CACHE_DIR": str(home / "cache"), "UV_COMPILE_BYTECODE": "1", **os.environ}
         print("          installing the requirements, which are others", flush=True)
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.writelines(tools)
+            file.write("\n".join(tools))
             file.flush()
             command = [sys.executable, "dev/install.py", str(folder), file.name, "requirements.txt"]
             try:
@@ -433,10 +430,10 @@ def ask(home: Path, say: Any, **words: Any) -> dict[str, Any] | None:
         return answer
 
 
-def state(home: Path) -> dict[str, Any]:
-    with suppress(FileNotFoundError):
-        return dict(json.loads((home / "state.json").read_text()))
-    return {}
+def state(home: Path) -> State:
+    known = State(home / "state.json")
+    known.load()
+    return known
 
 
 def about(release: Path) -> dict[str, Any]:
@@ -458,7 +455,7 @@ def named(home: Path, release: str) -> str:
 def prune(home: Path) -> None:
     """Remove releases that no rollback leads to, and environments that no release uses."""
     known, folder = state(home), home / "releases"
-    kept = {known.get("current"), known.get("provisional"), *known.get("previous", [])}
+    kept = {known.current, known.provisional, *known.previous}
     for release in folder.iterdir():
         if release.name not in kept:
             remove(release)

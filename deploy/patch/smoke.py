@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.patch.programs import Refused, Workshop
+from deploy.patch.supervisor import read_env
 
 REQUEST_SECONDS = 2
 """In which each request gets its response, once the release has started."""
@@ -123,7 +124,12 @@ class Service:
         self._python = sys.executable if folder == Path.cwd() else its_own
         with workshop.listen() as listener:
             self._port = listener.getsockname()[1]
-            self._environ = {**environ, **_made_up_settings(folder), "HOST": "127.0.0.1", "PORT": str(self._port)}
+            self._environ = {
+                **environ,
+                **read_env(folder / "deploy/patch/smoke.env"),
+                "HOST": "127.0.0.1",
+                "PORT": str(self._port),
+            }
             command = [self._python, "-m", "gunicorn", "wsgi:app", "--bind", f"fd://{listener.fileno()}"]
             self._program = workshop.start(name, command, folder, self._environ, [listener.fileno()])
 
@@ -242,14 +248,6 @@ def _private_environ(folder: Path) -> dict[str, str]:
         "DRAIN_SECONDS": "0",
         "LOG_LEVEL": "INFO",  # with gunicorn's line for each worker
     }
-
-
-def _made_up_settings(release: Path) -> dict[str, str]:
-    """Return what deploy/patch/smoke.env of a release says of settings that are not known here."""
-    path = release / "deploy/patch/smoke.env"
-    lines = path.read_text().splitlines() if path.exists() else []
-    pairs = [line.partition("=") for line in lines if "=" in line and not line.startswith("#")]
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _identity(release: Path) -> dict[str, str]:

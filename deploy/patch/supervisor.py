@@ -107,7 +107,7 @@ class State:
 
     def load(self) -> None:
         if self.path.exists():
-            vars(self).update(json.loads(self.path.read_text()), provisional="")
+            vars(self).update(json.loads(self.path.read_text()))
 
     def kept(self) -> list[str]:
         """Return those of `previous` that are still there."""
@@ -402,6 +402,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, lambda: self._begin_task(self.reload()))
         os.umask(0o077)
         self.state.load()
+        self.state.provisional = ""  # it has not proved itself
         with suppress(OSError):  # what serves is known also if the disk is full
             self.state.save()
         (self._home / "run").mkdir(exist_ok=True)
