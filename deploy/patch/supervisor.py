@@ -653,9 +653,8 @@ class Supervisor:
             what, by = asked["do"], asked["by"]
             if what == "status":
                 return tell(end="done", busy=self._busy, serves=self._alive() is not None, program=PROGRAM)
-            if (
-                what == "rollback" and self._give_up and self._alive()
-            ):  # in the middle of a patch, which then goes back by itself
+            # In the middle of a patch, which then goes back by itself.
+            if what == "rollback" and self._give_up and self._alive():
                 self._give_up.set()
                 while self._busy:
                     await asyncio.sleep(0.01)

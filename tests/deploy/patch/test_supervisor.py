@@ -316,6 +316,7 @@ def test_a_crash_before_a_release_has_proved_itself_brings_back_the_one_before(s
     assert "end" not in asked.result(), asked.result().get("why")
     server.start()
     assert server.serves() == before
+    assert json.loads(server.state.read_text())["provisional"] == ""
 
 
 def test_a_release_that_has_proved_itself_serves_after_a_crash(server: Server) -> None:
