@@ -17,6 +17,8 @@ from tests.harness import APP_ID, migrate
 SERVER_CORE, LOAD_CORE = "0", "1"
 WIDE_LIMITS = dict.fromkeys(("LOGIN_RATE", "APP_LOGIN_RATE", "SESSION_RATE"), "10000000/minute")
 """Counted, but never reached: the load is that of one client and a few sessions."""
+GO = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode"}
+"""By which go finds the libraries of Debian's packages."""
 
 
 def pinned(core: str) -> list[str]:

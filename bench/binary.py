@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from bench import environment
+from bench import GO, environment
 from dev.redis_server import executable
 from dev.run import free_port
 from tests.harness import ROOT, WAIT_SECONDS
@@ -58,8 +58,11 @@ def gin(folder: Path) -> Path | None:
     if not (source.exists() and shutil.which("go")):
         print("Without the Go program: PEERS names no folder with gin_peer/main.go, or go is not installed.")
         return None
-    go = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "GOCACHE": str(folder / "go")}
-    subprocess.run(["go", "build", "-o", folder / "gin_peer", source], env={**os.environ, **go}, check=True)
+    subprocess.run(
+        ["go", "build", "-o", folder / "gin_peer", source],
+        env={**os.environ, **GO, "GOCACHE": str(folder / "go")},
+        check=True,
+    )
     return folder / "gin_peer"
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import requests
 
+from bench import GO
 from dev.run import free_port
 from tests.deploy.patch.broken import BROKEN
 from tests.deploy.patch.server import Patched, copy_tree
@@ -34,7 +35,6 @@ of the command, without the watch that follows; in brackets, those after the che
 | step | seconds | requests | failed |
 |---|---|---|---|
 """
-GO = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode"}
 
 
 class Row(NamedTuple):
