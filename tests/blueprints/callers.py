@@ -70,9 +70,13 @@ class Caller:
     def me(self) -> dict[str, Any]:
         return data_of(self.get("/users/me"))
 
+    def create(self, path: str, body: Any) -> Any:
+        """Create something in a list, and return it."""
+        return data_of(self.post(path, body), 201)
+
     def order(self, **different: Any) -> dict[str, Any]:
         """Create an order, and return it."""
-        return data_of(self.post("/orders", {**ORDER, **different}), 201)
+        return self.create("/orders", {**ORDER, **different})
 
 
 ITEM = {"sku": "tea-1", "name": "龙井茶", "quantity": 2, "unit_price": 1250}
@@ -82,7 +86,11 @@ ORDER = {"remark": "少糖", "items": [ITEM, {"sku": "cup", "name": "杯子", "q
 def ids_of(caller: Caller) -> dict[str, Any]:
     """For each argument of a route the id of a row that belongs to this user; a new argument has its line here."""
     order = caller.order()
-    return {"user_id": caller.id, "order_id": order["id"], "item_id": order["items"][0]["id"]}
+    return {
+        "user_id": caller.id,
+        "order_id": order["id"],
+        "item_id": order["items"][0]["id"],
+    }
 
 
 def bodies(simulator: Simulator, openid: str) -> dict[str, Any]:

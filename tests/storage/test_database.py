@@ -105,10 +105,10 @@ def test_a_new_migration_is_empty_and_states_the_rule(tmp_path: Path) -> None:
 
 MORE_MODELS = """
 
-class Coupon(Versioned, Base):
-    __tablename__ = "coupons"
+class Voucher(Versioned, Base):
+    __tablename__ = "vouchers"
     __table_args__ = (
-        Index("uq_coupons_code", "code", unique=True),
+        Index("uq_vouchers_code", "code", unique=True),
         {"sqlite_autoincrement": True, "mysql_charset": "utf8mb4"},
     )
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
@@ -160,7 +160,7 @@ def test_a_generated_migration_runs_up_and_down_and_needs_no_model(tmp_path: Pat
 
 def drop_no_index(migration: Path) -> str:
     """Take out what drops the indexes of a table that is dropped, as env.py says; return the rest."""
-    written = re.sub(r"    op\.drop_index\(.*table_name=\"coupons\"\)\n", "", migration.read_text())
+    written = re.sub(r"    op\.drop_index\(.*table_name=\"vouchers\"\)\n", "", migration.read_text())
     migration.write_text(written)
     return written
 
@@ -176,11 +176,11 @@ down_revision = "{head}"
 def upgrade() -> None:
     op.add_column("users", sa.Column("email_checked_at", sa.DateTime()))
     op.add_column("orders", sa.Column("is_gift", sa.Boolean(), nullable=False, server_default=sa.false()))
-    op.create_table("coupons", sa.Column("id", sa.Integer(), primary_key=True))
+    op.create_table("vouchers", sa.Column("id", sa.Integer(), primary_key=True))
 
 
 def downgrade() -> None:
-    op.drop_table("coupons")
+    op.drop_table("vouchers")
     op.drop_column("orders", "is_gift")
     op.drop_column("users", "email_checked_at")
 """
