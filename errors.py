@@ -44,7 +44,7 @@ class Message(NamedTuple):
 class Code(Enum):
     """The business codes: number, HTTP status, message in Chinese and in English.
 
-    Tests compare the OpenAPI document and the tables in both READMEs with this one.
+    Tests compare the OpenAPI document and the tables in docs/*/codes.md with this one.
     """
 
     SUCCESS = 200, 200, "操作成功", "Success"

@@ -1,4 +1,4 @@
-"""Secrets change while the service runs, as the READMEs say: edit the file of settings, HUP the master, lose nothing.
+"""Secrets change while the service runs, as docs/en/production.md says: edit the file, HUP the master, lose nothing.
 
 Two instances share Redis, the database and the file, and one of them reloads while the other still has the settings
 of before. Clients send each request to either of them.

@@ -18,7 +18,6 @@ import sqlite3
 import struct
 import subprocess
 import tarfile
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -33,9 +32,9 @@ import requests
 import settings
 from deploy.binary import build
 from dev.run import SIMULATED_ACCOUNT, free_port
+from tests.docs.pages import blocks, page
 from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, bearer, until_available, wait_until
 
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 ITEM = {"sku": "tea-01", "name": "大红袍", "quantity": 2, "unit_price": 12800}
 
 
@@ -288,18 +287,17 @@ def test_log_in_and_order_in_the_demo(demo: Demo) -> None:
     assert (order.status_code, order.json()["data"]["total"]) == (201, 25600)
 
 
-def printed(readme: Path) -> list[list[str]]:
-    """Return the commands that a README prints for the one file, by blocks, without their comments."""
-    (section,) = re.findall(r"^### (?:One file|单个文件)\n(.*?)^### ", readme.read_text(), re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"(?:^    .+\n)+", section, re.MULTILINE)
-    return [[line.partition("  #")[0].strip() for line in textwrap.dedent(block).splitlines()] for block in blocks]
+def printed(language: str) -> list[list[str]]:
+    """Return the commands of a page about the one file, by blocks, without their comments."""
+    found = blocks(page(language, "one-file.md"))
+    return [[line.partition("  #")[0].strip() for line in block.text.splitlines()] for block in found]
 
 
 def test_the_printed_lines_lead_from_an_empty_database_to_a_service(
     machine: Machine, installed: Path, env_file: Path, built: Path
 ) -> None:
-    first, server, upgrade = printed(READMES[0])
-    assert printed(READMES[1]) == [first, server, upgrade]
+    first, server, upgrade = printed("en")
+    assert printed("zh") == [first, server, upgrade]
     (machine.root / "root" / "served.db").unlink(missing_ok=True)
     assert machine.run("check")[0] == 1  # no tables yet
     assert [first[0], first[1], first[3]] == ["make binary", "./kuaishang demo", "./kuaishang serve"]
