@@ -6,7 +6,9 @@ import pytest
 from marshmallow import missing
 
 import settings
+from dev import wechat_simulator
 from dev.run import login_to_paste
+from dev.wechat_simulator import create_simulator
 from errors import Code
 from settings import Settings
 from tests.docs.pages import LANGUAGES, READMES, blocks, page, table
@@ -60,6 +62,22 @@ def test_the_map_names_every_module_and_no_other(language: str) -> None:
     named = set(re.findall(r"\b[\w.]+\.py\b", house.text))
     there = {path.name for part in ("*.py", "*/*.py") for path in ROOT.glob(part) if path.parent.name != "tests"}
     assert named - {"test_service.py"} == there
+
+
+@LANGUAGE
+def test_the_simulators_table_names_every_control(language: str) -> None:
+    rules = [rule for rule in create_simulator("wx0", "secret").url_map.iter_rules() if "/simulator" in rule.rule]
+    served = {(method, rule.rule.partition("<")[0]) for rule in rules for method in rule.methods or ()}
+    rows = table(page(language, "simulator.md"), {"en": "control", "zh": "接口"}[language])
+    written = {tuple(row[0].strip("`").partition("{")[0].split(" ")): row[1] for row in rows}
+    assert written.keys() == {one for one in served if one[0] not in ("HEAD", "OPTIONS")}
+    described = re.findall(
+        r"^    (POST|GET|DELETE) (/[a-z_/]+)(.*(?:\n     .*)*)", wechat_simulator.__doc__, re.MULTILINE
+    )
+    for method, path, text in described:
+        fields = re.findall(r"`(\w+)`", written[method, path])
+        body = text.partition("->")[0]
+        assert set(re.findall(r'"(\w+)"\?', body)) <= set(fields) <= set(re.findall(r'"(\w+)"', body)), path
 
 
 def test_the_changelog_has_a_section_for_the_version() -> None:
