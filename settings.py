@@ -19,7 +19,7 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 VERSION = "0.1.0"
-SOURCES = "*.py", "requirements.txt", "blueprints/*", "storage/**/*.py", "telemetry/*.py", "wechat/*.py"
+SOURCES = "*.py", "openapi*", "requirements.txt", "blueprints/*", "storage/**/*.py", "telemetry/*.py", "wechat/*.py"
 """The files that make a tree what it is, where no release.json names it."""
 _ORIGIN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 # Of the options that the drivers know, the URLs take those that are known to work. A message must not quote a password.
@@ -135,6 +135,7 @@ class Settings(Schema):
     HEAD_SECONDS = _integer(10, 1, 300, "Seconds that a client has to send the headers, from the first byte.")
     BODY_SECONDS = _integer(8, 1, 300, "Seconds that a client has to send a body, and to take each part of a response.")
     DRAIN_SECONDS = _integer(3, 0, 12, "Seconds that a stopping service still serves while /readyz is 503, 0 to 12.")
+    DOCS = _switch("Whether /docs, the page to try the API on, is served.")
     METRICS_TOKEN = _list("Comma-separated bearer tokens of /metrics, 16 or more ASCII characters each.", "[!-~]{16,}")
     OTEL_EXPORTER_OTLP_ENDPOINT = _optional("Trace collector: http://collector:4318; other OTEL_… apply, too.", _SITE)
     LOG_LEVEL = _optional("Minimum: DEBUG, INFO (with requests), WARNING or ERROR.", "DEBUG|INFO|WARNING|ERROR", "INFO")

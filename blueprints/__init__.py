@@ -8,7 +8,7 @@ compared (api); `database_session` and `after_commit` (database).
 from flask import Flask, Response, current_app, request
 from flask_cors import CORS
 
-from blueprints import auth, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
+from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
 from blueprints.api import Api
 from blueprints.switches import Switches, switch
 from errors import ApiError, Code, Message
@@ -27,7 +27,10 @@ def init_app(app: Flask) -> None:
     app.after_request(policies.report_rate_limit)
     if origins := app.config["CORS_ORIGINS"]:
         CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
-    api = Api(app)  # with /openapi.json and /docs, for everybody
+    app.register_blueprint(docs.documents)  # for everybody, as is the page
+    if app.config["DOCS"]:
+        app.register_blueprint(docs.page)
+    api = Api(app)
     api.register_blueprint(health.blueprint, auth=policies.public)
     api.register_blueprint(health.scraped, auth=policies.scrapers)
     api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)

@@ -247,10 +247,7 @@ class Api(flask_smorest.Api):
     def __init__(self, app: Flask) -> None:
         app.url_map.converters.update(CONVERTERS)
         app.config.update(docs.CONFIG, API_VERSION=app.config["RELEASE"]["version"], MAX_CONTENT_LENGTH=SMALL_BODY)
-        app.register_blueprint(docs.assets)
         super().__init__(app)
-        make: Any = cache(app.view_functions["api-docs.openapi_json"])  # which takes 6 ms, whoever asks
-        app.view_functions["api-docs.openapi_json"] = lambda: Response(make().data, content_type="application/json")
         for converter in CONVERTERS.values():
             self.register_converter(converter, lambda converter: converter.openapi)
 

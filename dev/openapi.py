@@ -1,6 +1,7 @@
-"""Writes openapi.json from the code: `make openapi`. A test compares the file with the served document."""
+"""Writes openapi.json from the code: `make openapi`. A test compares the file with it."""
 
 import base64
+import json
 from pathlib import Path
 
 from service import create_app
@@ -8,8 +9,8 @@ from service import create_app
 PATH = Path(__file__).resolve().parent.parent / "openapi.json"
 
 
-def main() -> None:
-    # The document needs no connection, so any well-formed settings do.
+def document() -> str:
+    # It needs no connection, so any well-formed settings do.
     app = create_app(
         {
             "WECHAT_APP_ID": "wx0123456789abcdef",
@@ -20,7 +21,12 @@ def main() -> None:
             "ENCRYPTION_KEYS": base64.b64encode(bytes(32)).decode(),
         }
     )
-    PATH.write_text(app.test_client().get("/openapi.json").text + "\n")
+    made = app.extensions["flask-smorest"]["apis"][""]["ext_obj"].spec.to_dict()
+    return json.dumps(made, ensure_ascii=False, indent=2) + "\n"
+
+
+def main() -> None:
+    PATH.write_text(document())
 
 
 if __name__ == "__main__":

@@ -197,6 +197,7 @@ def environ(redis_server: RedisServer, shared_simulator: Simulator, databases: D
         "SECRET_KEY": secrets.token_hex(32),
         "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
         "DRAIN_SECONDS": "0",  # there is no load balancer to notice a stop
+        "DOCS": "1",
         "METRICS_TOKEN": METRICS_TOKEN,
         **dict.fromkeys(("LOGIN_RATE", "APP_LOGIN_RATE", "SESSION_RATE"), "off"),  # all tests are one client
         "LOG_LEVEL": "DEBUG",  # for `journal`

@@ -154,6 +154,7 @@ MALFORMED = {
     "WECHAT_PUSH_TOKEN": ["has space", "x" * 33, "tok\nen"],
     "WECHAT_PUSH_AES_KEY": ["x" * 42, "x" * 44, "x" * 42 + "=", "x" * 42 + "é", "x" * 20 + "\n" + "x" * 22],
     "WECHAT_CONTENT_CHECK": ["perhaps"],
+    "DOCS": ["perhaps"],
     "TRUST_WXCLOUD_HEADERS": ["perhaps"],
 }
 
@@ -393,7 +394,7 @@ def test_the_file_is_by_default_beside_the_code_and_may_be_missing(
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the service, without what does not run."""
-    for name in ("requirements.txt", *(path.name for path in ROOT.glob("*.py"))):
+    for name in ("requirements.txt", "openapi.json", *(path.name for path in ROOT.glob("*.py"))):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("blueprints", "storage", "telemetry", "wechat"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -428,7 +429,7 @@ def test_without_that_file_the_code_names_the_version(tree: Path) -> None:
         (tree / name).write_text(f"{(tree / name).read_text()}\n")
         assert named(tree)["VERSION"] not in seen
         seen.add(named(tree)["VERSION"])
-    for name in ("requirements.txt", "wechat/crypto.py", "telemetry/logs.py", "gunicorn.conf.py"):
+    for name in ("requirements.txt", "openapi.json", "wechat/crypto.py", "telemetry/logs.py", "gunicorn.conf.py"):
         (tree / name).unlink()
         assert named(tree)["VERSION"] not in seen
         seen.add(named(tree)["VERSION"])

@@ -22,7 +22,7 @@ from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, wa
 
 NEXT_METRICS_TOKEN = "the-next-metrics-token"
 FOLDERS = ("blueprints", "deploy", "dev", "storage", "telemetry", "wechat")
-FILES = ("pyproject.toml", "requirements.txt", "requirements-dev.txt", "openapi.json")
+FILES = ("pyproject.toml", "requirements.txt", "requirements-dev.txt", "openapi.json", "openapi.en.json")
 
 
 def copy_tree(target: Path) -> Path:
