@@ -122,7 +122,7 @@ def serve(listener: int, pipe: int) -> None:
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(START_SECONDS)  # until it is ready to fork workers
     os.environ["READY_PIPE"] = str(pipe)
-    sys.argv = ["gunicorn", "wsgi:app", "--config", "python:dev.generation", "--bind", f"fd://{listener}"]
+    sys.argv = ["gunicorn", "dev.wsgi:app", "--config", "python:dev.generation", "--bind", f"fd://{listener}"]
     run()
 
 

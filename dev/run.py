@@ -195,6 +195,7 @@ def launch(var: Path, env: dict[str, str], stack: ExitStack) -> None:
         simulator_url = env["WECHAT_API_BASE_URL"]
     for name, value in kept_secrets(var).items():
         env.setdefault(name, value)
+    env.setdefault("DOCS", "1")
     env.setdefault("DRAIN_SECONDS", "0")  # there is no load balancer to notice the stop
 
     path = var / "log" / f"{port}.jsonl"
@@ -328,7 +329,7 @@ def simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> Part:
     url = f"http://{LOCALHOST}:{listener.getsockname()[1]}"
     if "WECHAT_PUSH_TOKEN" not in env:  # a configured token without a key means plain messages
         env.update(WECHAT_PUSH_TOKEN="simulated", WECHAT_PUSH_AES_KEY="simulated".ljust(43, "A"))
-    env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url)
+    env.update(SIMULATED_ACCOUNT, WECHAT_API_BASE_URL=url, WECHAT_OPEN_BASE_URL=url, SIMULATOR_URL=url)
     return Part(
         "the WeChat simulator",
         ["dev.wechat_simulator", "--fd", str(listener.fileno())]

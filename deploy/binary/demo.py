@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-SERVE = ["gunicorn", "wsgi:app", "--log-level", "warning", "--graceful-timeout", "1", "--bind"]
+SERVE = ["gunicorn", "dev.wsgi:app", "--log-level", "warning", "--graceful-timeout", "1", "--bind"]
 
 
 def main() -> None:
