@@ -39,7 +39,7 @@ class JsonParser(FlaskParser):
         req.max_content_length = getattr(schema, "MAXIMUM_BYTES", SMALL_BODY)
         body = read_body(req)
         try:  # undecoded, json takes UTF-16 and lone surrogates too
-            document = json.loads(body.decode(), object_pairs_hook=_object) if body else {}
+            document = json.loads(body.decode(), object_pairs_hook=_object, parse_float=_number)
             if b"\\u" in body:
                 json.dumps(document, ensure_ascii=False).encode()  # no database stores half a surrogate pair
         except (ValueError, RecursionError):
@@ -49,6 +49,11 @@ class JsonParser(FlaskParser):
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **kwargs: Any) -> NoReturn:
         (errors,) = error.normalized_messages().values()  # of the one location that was parsed
         raise ApiError(Code.INVALID_INPUT, errors=errors)
+
+
+def _number(text: str) -> float:
+    """Read 3.0 and 3e0 as the integers that they are, in JSON Schema too."""
+    return int(number) if (number := float(text)).is_integer() else number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

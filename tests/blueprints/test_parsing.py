@@ -140,6 +140,28 @@ def test_an_object_with_too_many_fields_or_one_of_them_twice_is_400(alice: Calle
         assert answer.get_json()["data"]["errors"] == {"body": [TOO_LONG]}
 
 
+def test_no_body_is_400_wherever_the_document_requires_one(app: Flask, simulator: Simulator) -> None:
+    admin = Caller(app, simulator, role="admin")
+    ids = ids_of(admin)
+    for operation in operations_with_a_body(admin.client):
+        method, path = operation.format(**ids).split()
+        answer = admin.client.open(path, method=method, headers={**admin.headers, "If-Match": "*"})
+        assert invalid_fields(answer) == {"body"}, operation
+
+
+def test_a_number_without_a_fraction_is_an_integer(alice: Caller) -> None:
+    headers = {**alice.headers, "Content-Type": "application/json"}
+
+    def order(quantity: str) -> Any:
+        text = json.dumps({"items": [ITEM]}).replace('"quantity": 2', f'"quantity": {quantity}')
+        return alice.client.post(f"{API}/orders", data=text, headers=headers)
+
+    for quantity in ("3.0", "3e0", "0.3e1"):
+        assert data_of(order(quantity), 201)["items"][0]["quantity"] == 3
+    for quantity in ("3.5", "3e-1", "1e999", "1e300", "NaN", "-Infinity", '"3"', "true"):
+        assert invalid_fields(order(quantity)) == {"items"}
+
+
 def test_the_first_errors_of_a_list_are_named_in_full(alice: Caller) -> None:
     answer = alice.post("/orders", {"items": [ITEM, {"sku": "", "quantity": 0}]})
     wrong = answer.get_json()["data"]["errors"]["items"]["1"]
