@@ -128,7 +128,7 @@ def test_every_route_of_the_api_can_be_switched_off_and_documents_it(apps: list[
     there = [(method, path) for method, path in operations(app) if path.startswith("/api/")]
     assert len(there) > len(documented)  # with HEAD
     for method, path in there:
-        sent = path.format(user_id="me", order_id=1, item_id=1)
+        sent = re.sub(r"{\w+}", "1", path.replace("{user_id}", "me"))
         answer = app.test_client().open(sent, method=method, headers=alice.headers)
         assert (answer.status_code, answer.headers["Retry-After"] in "12345") == (503, True), (method, path)
         if method != "HEAD" and not path.endswith(("/authorize", "/callback")):
