@@ -18,7 +18,7 @@ override LOGS := $(value LOGS)
 override FROM := $(value FROM)
 export ID LOGS FROM
 
-.PHONY: help run image trace patch rollback patch-status test smoke faults bench bench-patch hundred-patches overload waiting soak lint format requirements openapi binary bench-binary clean
+.PHONY: help run image trace patch rollback patch-status test smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements openapi binary bench-binary clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,9 +56,10 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
 	exit $$failed
 
-smoke: $(INSTALLED) ## what a patch must pass, in about ten seconds: style, deploy/patch/check.py, core tests (ARGS="--old=DIR")
+smoke: $(INSTALLED) ## what a patch must pass, in about ten seconds: style, contract, deploy/patch/check.py, core tests (ARGS="--old=DIR")
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --quiet --check .
+	$(VENV)/bin/python -m dev.compatibility
 	$(VENV)/bin/python deploy/patch/check.py $(ARGS)
 	$(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile -k "not slow" $(CORE)
 
@@ -106,6 +107,12 @@ requirements: $(INSTALLED) ## compile requirements*.in to pinned, hashed require
 
 openapi: $(INSTALLED) ## write openapi.json from the code
 	$(VENV)/bin/python -m dev.openapi
+
+compatible: $(INSTALLED) ## fail if openapi.json breaks clients of the last release, unless CHANGELOG.md names the break
+	@$(VENV)/bin/python -m dev.compatibility
+
+release: compatible ## keep openapi.json as what clients of this release rely on: dev/openapi.released.json
+	cp openapi.json dev/openapi.released.json
 
 clean: ## remove the virtual environment, caches, and the data under var/
 	rm -rf $(VENV) var dist .*_cache .hypothesis

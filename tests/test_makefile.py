@@ -37,7 +37,7 @@ def test_make_test_runs_both_halves(tmp_path: Path, sqlite: int, mariadb: int, p
     assert (done.returncode == 0) == passes
 
 
-@pytest.mark.parametrize("failing", ["", "ruff check", "ruff format", "check.py", "pytest"])
+@pytest.mark.parametrize("failing", ["", "ruff check", "ruff format", "dev.compatibility", "check.py", "pytest"])
 def test_make_smoke_passes_what_passes_each_check(tmp_path: Path, failing: str) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("python", "ruff"):
