@@ -16,9 +16,12 @@ export HOST PORT SIMULATOR_PORT LOG_FORMAT PATCHES PEERS PEERS_PYTHON
 override ID := $(value ID)
 override LOGS := $(value LOGS)
 override FROM := $(value FROM)
-export ID LOGS FROM
+override NAME := $(value NAME)
+override ONE := $(value ONE)
+override ZH := $(value ZH)
+export ID LOGS FROM NAME ONE ZH
 
-.PHONY: help run image trace patch rollback patch-status test smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements openapi binary bench-binary clean
+.PHONY: help run image trace patch rollback patch-status test smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -104,6 +107,12 @@ requirements: $(INSTALLED) ## compile requirements*.in to pinned, hashed require
 	  $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(ARGS) \
 	    --custom-compile-command "make requirements" --output-file $$name.txt $$name.in || exit 1; \
 	done
+
+resource: $(INSTALLED) ## write a resource of your own: NAME=coupons (ONE=coupon ZH=优惠券 if you like); see docs/en/resource.md
+	@$(VENV)/bin/python -m dev.resource
+
+migration: $(INSTALLED) ## write the next migration from what storage/models.py has changed (NAME=coupons_have_a_price)
+	@$(VENV)/bin/python -m dev.migration
 
 openapi: $(INSTALLED) ## write openapi.json from the code
 	$(VENV)/bin/python -m dev.openapi

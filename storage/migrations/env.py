@@ -17,10 +17,10 @@ is the first release whose code does without what goes. It must be the one that 
 the release with the drop is a later one. So raise VERSION in settings.py with both. From then on there is no way back
 to a release before 0.2.0. A revision that has run somewhere is never changed: add another.
 
-`alembic revision --autogenerate --rev-id 0009 -m "what it is"` begins one, with the database at the last revision. It
-writes the types that columns have in the database, as a migration must not change with the code. It cannot write a
-foreign key of a table that exists, which SQLite does not add. Where it drops a table, take out the lines that drop its
-indexes before: MariaDB refuses them, and drops them with the table.
+`make migration NAME=what_it_is` begins one with what storage/models.py has changed. It writes the types that columns
+have in the database, as a migration must not change with the code. It cannot write a foreign key of a table that
+exists, which SQLite does not add. Where it drops a table, it leaves out what drops its indexes before: MariaDB refuses
+that, and drops them with the table.
 """
 
 from alembic import context

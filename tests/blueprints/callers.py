@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from marshmallow import Schema
 from werkzeug.test import TestResponse
 
 from blueprints import auth
@@ -77,6 +78,11 @@ class Caller:
     def order(self, **different: Any) -> dict[str, Any]:
         """Create an order, and return it."""
         return self.create("/orders", {**ORDER, **different})
+
+
+def examples(schema: type[Schema]) -> dict[str, Any]:
+    """The examples of the fields that a client sets."""
+    return {name: field.metadata["example"] for name, field in schema().fields.items() if not field.dump_only}
 
 
 ITEM = {"sku": "tea-1", "name": "龙井茶", "quantity": 2, "unit_price": 1250}
