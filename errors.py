@@ -42,35 +42,72 @@ class Message(NamedTuple):
 
 
 class Code(Enum):
-    """The business codes: number, HTTP status, message in Chinese and in English.
+    """The business codes: number, HTTP status, message in Chinese and in English; below, what a client should do.
 
-    Tests compare the OpenAPI document and the tables in docs/*/codes.md with this one.
+    openapi.json and the documents for people say the same.
     """
 
     SUCCESS = 200, 200, "操作成功", "Success"
+    """使用 data。 | Use data."""
     INVALID_INPUT = 400, 400, "请求参数有误，详见 data.errors", "Invalid input; data.errors names the fields"
+    """不要重试；按 data.errors 修正输入，或在对应的表单项旁显示。 |
+    Do not retry. Correct the fields of data.errors, or show each problem beside its form field."""
     UNAUTHORIZED = 401, 401, "未登录或登录已过期，请重新登录", "Not logged in, or the session has expired: log in again"
+    """调用 wx.login 重新登录一次，再把请求发送一次。 |
+    Call wx.login, log in again once, then repeat the request once."""
     FORBIDDEN = 403, 403, "没有权限", "Forbidden"
+    """不要重试；显示 message。 | Do not retry. Show the message."""
     NOT_FOUND = 404, 404, "资源不存在", "Not found"
+    """不要重试；告知内容不存在，并刷新列表。 | Do not retry. Say that it does not exist, and refresh the list."""
     METHOD_NOT_ALLOWED = 405, 405, "不支持该请求方法，见 Allow 响应头", "Method not allowed; see the Allow header"
+    """修正客户端代码：方法或地址写错了。 | Correct the client: the method or the path is wrong."""
     CONFLICT = 409, 409, "与资源的当前状态冲突，请刷新后再试", "Conflicts with the resource as it is now: read it again"
+    """重新读取资源，显示 message，由用户决定。 | Read the resource again and show the message; the user decides."""
     PRECONDITION_FAILED = 412, 412, "资源已被修改，请重新获取", "The resource has changed: read it again"
+    """重新读取，在新版本上再改，用新的 version 作 If-Match。 |
+    Read it again, apply the change to what it is now, and send its new version as If-Match."""
     PAYLOAD_TOO_LARGE = 413, 413, "请求体过大", "The request body is too large"
+    """不要重试；缩短内容，或分几次发送。 | Do not retry. Send less, or in several requests."""
     UNSUPPORTED_MEDIA_TYPE = 415, 415, "Content-Type 必须是 application/json", "Content-Type must be application/json"
+    """修正客户端代码：以 application/json 发送 JSON。 | Correct the client: send JSON as application/json."""
     PRECONDITION_REQUIRED = 428, 428, "没有有效的 If-Match 请求头：请填 version", "No valid If-Match: send the version"
+    """先读取资源，把其 version 加引号作为 If-Match。 |
+    Read the resource first, and send its version, quoted, as If-Match."""
     TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
+    """等 Retry-After 秒后再试，并减少请求。 |
+    Wait for the seconds of Retry-After, then retry; send fewer requests."""
     WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Code invalid or expired: call wx.login"
+    """重新调用 wx.login（手机号：请用户再点按钮），用新的 code 再试一次。 |
+    Call wx.login again (for a phone number: ask for another tap), and retry once with the new code."""
     WECHAT_CODE_USED = 461, 400, "code 已被使用，请重新调用 wx.login", "Code already used: call wx.login again"
+    """同 460：每个 code 只能用一次。 | As with 460: a code works once."""
     WECHAT_HIGH_RISK_USER = 462, 403, "微信判定该用户为高风险用户", "WeChat classifies this user as high-risk"
+    """不要重试；显示 message，用户可联系微信。 | Do not retry. Show the message; the user may contact WeChat."""
     SESSION_KEY_STALE = 463, 409, "数据已过时，请重新点按钮获取再提交", "Stale data: tap the button again, then send"
+    """静默登录一次，请用户再点一次按钮，提交新数据。 |
+    Log in silently, ask for another tap on the button, and send the new data."""
     SIGNATURE_MISMATCH = 464, 400, "签名或水印不符，请重新获取数据", "Bad signature or watermark: get the data again"
+    """不要重发同样的数据；请用户再点一次按钮，提交新数据。 |
+    Do not send the same data again: ask for another tap on the button, and send the new data."""
     IDEMPOTENCY_KEY_REUSED = 465, 409, "该 key 已用于另一请求，请更换", "Idempotency-Key of another request: change it"
+    """修正客户端代码：每个新操作用新的 Idempotency-Key。 |
+    Correct the client: each new operation needs a new Idempotency-Key."""
     CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查，请修改", "Rejected by WeChat's content check: change it"
+    """请用户修改文字后再提交。 | Ask the user to change the text, then send it again."""
     INTERNAL_ERROR = 500, 500, "服务器内部错误，反馈时请附 X-Trace-Id", "Internal error: report it with X-Trace-Id"
+    """不要自动重试；致歉，并显示 X-Trace-Id 供反馈。 |
+    Do not retry by itself. Apologise, and show X-Trace-Id for a report."""
     UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "Unexpected response from WeChat"
+    """稍后再试一次；仍失败则附 X-Trace-Id 反馈。 |
+    Retry once, later. If it still fails, report it with X-Trace-Id."""
     UNAVAILABLE = 503, 503, "服务暂时不可用，请稍后再试", "Temporarily unavailable: retry later"
+    """等 Retry-After 秒后重试读取和带 Idempotency-Key 的写入，次数有限。 |
+    Wait for the seconds of Retry-After, then retry reads and writes with an Idempotency-Key, a few times."""
     UPSTREAM_TIMEOUT = 504, 504, "微信响应超时，请稍后再试", "WeChat did not respond in time: retry later"
+    """稍后重试；写入须带同一 Idempotency-Key。 | Retry later; a write only with the same Idempotency-Key."""
     WECHAT_REFUSED = 520, 502, "微信拒绝了本服务的凭据，须运维处理", "WeChat rejects this service: an operator must act"
+    """不要重试；告知暂时无法登录，并通知运维。 |
+    Do not retry. Say that the service is not available, and tell the operator."""
 
     def __init__(self, number: int, status: int, chinese: str, english: str) -> None:
         self.number = number

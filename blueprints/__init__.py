@@ -5,11 +5,14 @@ the headers about it (policies); `row`, what the view returned (api); `version_c
 compared (api); `database_session` and `after_commit` (database).
 """
 
+from functools import partial
+
 from flask import Flask, Response, current_app, request
 from flask_cors import CORS
 
 from blueprints import auth, docs, health, messages, orders, personal_data, policies, users, web_login, wechat_profile
-from blueprints.api import Api
+from blueprints.api import register
+from blueprints.parsing import CONVERTERS, SMALL_BODY
 from blueprints.switches import Switches, switch
 from errors import ApiError, Code, Message
 from storage.message_queue import MessageQueue
@@ -27,21 +30,23 @@ def init_app(app: Flask) -> None:
     app.after_request(policies.report_rate_limit)
     if origins := app.config["CORS_ORIGINS"]:
         CORS(app, origins=origins, allow_headers=ALLOWED, expose_headers=EXPOSED, always_send=False, max_age=600)
+    app.url_map.converters.update(CONVERTERS)
+    app.config["MAX_CONTENT_LENGTH"] = SMALL_BODY
     app.register_blueprint(docs.documents)  # for everybody, as is the page
     if app.config["DOCS"]:
         app.register_blueprint(docs.page)
-    api = Api(app)
-    api.register_blueprint(health.blueprint, auth=policies.public)
-    api.register_blueprint(health.scraped, auth=policies.scrapers)
-    api.register_blueprint(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)
-    api.register_blueprint(auth.blueprint, url_prefix=f"{V1}/auth", auth=policies.session_holders)
-    api.register_blueprint(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=policies.logins)
-    api.register_blueprint(users.administration, url_prefix=f"{V1}/users", auth=policies.administrators)
-    api.register_blueprint(users.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
-    api.register_blueprint(wechat_profile.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
-    api.register_blueprint(personal_data.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
-    api.register_blueprint(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
-    api.register_blueprint(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
+    mount = partial(register, app)
+    mount(auth.login, url_prefix=f"{V1}/auth", auth=policies.logins)
+    mount(auth.blueprint, url_prefix=f"{V1}/auth", auth=policies.session_holders)
+    mount(web_login.blueprint, url_prefix=f"{V1}/auth/wechat", auth=policies.logins)
+    mount(users.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
+    mount(wechat_profile.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
+    mount(personal_data.blueprint, url_prefix=f"{V1}/users", auth=policies.signed_in)
+    mount(users.administration, url_prefix=f"{V1}/users", auth=policies.administrators)
+    mount(orders.blueprint, url_prefix=f"{V1}/orders", auth=policies.signed_in)
+    mount(messages.blueprint, url_prefix=f"{V1}/wechat", auth=policies.public)  # signed by WeChat
+    mount(health.blueprint, auth=policies.public)
+    mount(health.scraped, auth=policies.scrapers)
     app.extensions["messages"] = MessageQueue(app, messages.handle)  # gunicorn.conf.py starts it
 
     # Client code in the field calls the login without a version.

@@ -1,49 +1,35 @@
-"""flask-smorest's Api and Blueprint, with our envelope and ETags around what they respond and document.
+"""A group of routes, with our envelope and ETags around what they return; what it notes is what openapi.json says.
 
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13).
-
-Two private hooks of flask-smorest 0.47 are overridden, as nothing public serves: `_prepare_etag_doc`, which completes
-the documents of an operation, and `_register_pagination_header`.
 """
 
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
-import flask_smorest
+import flask
 from flask import Flask, Response, g, request
 from marshmallow import Schema, fields
 
-from blueprints import docs, idempotency
-from blueprints.parsing import CONVERTERS, SMALL_BODY, JsonParser
-from errors import HEADERS, ApiError, Code, Message, envelope, language
+from blueprints import idempotency
+from blueprints.parsing import JsonParser
+from errors import ApiError, Code, Message, envelope, language
 from storage import database, sessions
 from storage.models import Versioned
 
-TRACE_ID_HEADER: dict[str, Any] = {"X-Trace-Id": {"schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}}
-TRACE_ID_HEADER["X-Trace-Id"]["description"] = "Finds this request in the logs."
 
-VERSION = fields.Integer(dump_only=True, required=True, metadata={"description": "For If-Match, in quotes."})
+def shown(example: Any, text: Message | None = None) -> dict[str, Any]:
+    """Make the metadata of a field, which the documents show."""
+    return {"example": example} | ({"description": text} if text else {})
+
+
+VERSION_TEXT = Message("用作 If-Match，须加引号", "For If-Match, in quotes")
+VERSION = fields.Integer(dump_only=True, required=True, metadata=shown(1, VERSION_TEXT))
 """The field of every schema of a versioned row."""
 
-DOCUMENTED_HEADERS = {201: ["ETag", "Location"], 302: ["Location"], 429: ["RateLimit", "RateLimit-Policy"]}
-"""Of the responses of a status, beside the trace id and `errors.HEADERS`."""
-IF_MATCH = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}, "example": '"7"'}
-IF_MATCH["description"] = "The `version` that was read, quoted, or its ETag: 412 if it has changed since."
+TIME = {"example": "2026-11-26T08:00:00Z"}
 
 Convert = Callable[[Any], Any]
-
-
-class ErrorDetails(Schema):
-    errors = fields.Dict(keys=fields.String(), values=fields.Raw(), metadata={"description": "Problems by field."})
-
-
-class ErrorEnvelope(Schema):
-    """The body of every error. For documentation; `errors.envelope` makes it."""
-
-    code = fields.Integer(required=True, metadata={"enum": [code.number for code in Code if code is not Code.SUCCESS]})
-    message = fields.String(required=True)
-    data = fields.Nested(ErrorDetails, required=True, allow_none=True)
 
 
 class AuthPolicy(NamedTuple):
@@ -65,26 +51,45 @@ class PreparedResponse(Response):
         return self.headers if is_prepared else super().get_wsgi_headers(environ)
 
 
-class Blueprint(flask_smorest.Blueprint):
+class Blueprint(flask.Blueprint):
     """A group of routes whose successes respond in the envelope."""
 
-    ARGUMENTS_PARSER = JsonParser()
-    error_content: dict[str, Any] = {"application/json": {"schema": ErrorEnvelope}}  # noqa: RUF012  of the documents
     cache_control = "private, no-cache"
     """Of a success, if the group demands a session."""
+    error_type = "application/json"
+    """Of the documents: the content type of an error."""
     auth: AuthPolicy
 
-    def arguments(self, schema: Any, **options: Any) -> Any:
-        """Pass what was sent, loaded by one instance of the schema: webargs would make one for each request."""
-        return super().arguments(schema() if isinstance(schema, type) else schema, **options)
+    def __init__(self, name: str, import_name: str, *, title: Message, **options: Any) -> None:
+        """Make a group. The documents show its title."""
+        super().__init__(name, import_name, **options)
+        self.title = title
 
     def route(self, rule: str, **options: Any) -> Any:
         """Make a route as Flask does; one that names something by its id may find nothing."""
         decorate = super().route(rule, **options)
         return lambda view: decorate(self.fails(Code.NOT_FOUND)(view) if "<" in rule else view)
 
+    @staticmethod
+    def arguments(schema: Any, *, location: str = "json", example: dict[str, Any] | None = None) -> Any:
+        """Pass what was sent to the view, loaded by the schema.
+
+        :param location: `json` or `query`.
+        :param example: replaces the examples of these fields in the documents.
+        """
+        schema = schema() if isinstance(schema, type) else schema  # once: webargs would make one for each request
+        decorate = JsonParser().use_args(schema, location=location)
+        return lambda view: documented(decorate(view), **{location: schema, f"{location}_example": example})
+
     def response(
-        self, status_code: int, schema: Any = None, *, transaction: bool = True, if_match: bool = True, **kwargs: Any
+        self,
+        status_code: int,
+        schema: Any = None,
+        *,
+        transaction: bool = True,
+        if_match: bool = True,
+        etag: bool = True,
+        **documents: Any,
     ) -> Callable[..., Any]:
         """Respond in the envelope, with an ETag: the version of the row that the view returns, or a hash of the body.
 
@@ -92,34 +97,32 @@ class Blueprint(flask_smorest.Blueprint):
         another one. A POST takes an Idempotency-Key; with 201 it responds with the Location of the row, which is its id
         below the list's. A PUT or DELETE must call `require_match`.
 
+        :param schema: of `data`; or, of a view that makes a response which is not JSON, its OpenAPI schema as a dict.
         :param transaction: False for a view that stores nothing in the database or begins its own transactions; its
             POST takes no Idempotency-Key.
         :param if_match: False for a PUT or DELETE of something without a version.
         :param etag: False for a GET that streams its response.
+        :param documents: `content_type` and `description` of a response that is not JSON; `example`, which replaces the
+            examples of these fields.
         """
-        has_etag = kwargs.pop("etag", True)
-        # A view that responds with something other than JSON documents it in OpenAPI's own terms.
-        document = super().response(status_code, schema if isinstance(schema, dict) else _enveloped(schema), **kwargs)
         dump = dumper(schema()) if isinstance(schema, type) else None
+        documents |= {"status": status_code, "schema": schema, "transaction": transaction, "if_match": if_match}
 
-        def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
-            documented = document(view)  # flask-smorest's wrapper, of which nothing but the documents is used
-
+        def decorate(view: Callable[..., Any]) -> Any:
             def make_response(method: str, *args: Any, **arguments: Any) -> Response:
                 row = g.row = view(*args, **arguments)
                 if if_match and method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                return self._respond(row, dump, status_code, has_etag and method in sessions.SAFE_METHODS)
+                return self._respond(row, dump, status_code, etag and method in sessions.SAFE_METHODS)
 
-            @wraps(documented)
+            @wraps(view)
             def wrapper(*args: Any, **arguments: Any) -> Response:
                 if (method := request.method) in sessions.SAFE_METHODS or not transaction:
                     return make_response(method, *args, **arguments)
                 run = idempotency.run_once if method == "POST" else database.in_transaction
                 return run(partial(make_response, method, *args, **arguments))
 
-            wrapper._apidoc.update(transaction=transaction, if_match=if_match, has_etag=has_etag)  # type: ignore[attr-defined]
-            return wrapper
+            return documented(wrapper, etag=etag, **documents)
 
         return decorate
 
@@ -147,57 +150,19 @@ class Blueprint(flask_smorest.Blueprint):
         return response
 
     @staticmethod
-    def fails(*codes: Code, **messages: Message) -> Callable[..., Any]:
+    def fails(*codes: Code, **messages: Message) -> Any:
         """Document codes with which an operation can fail, beyond those of its policy, its body and its transaction.
 
         :param messages: by the names of further codes their messages here, which are not the codes' own.
         """
         texts = {code: code.message for code in codes} | {Code[name]: text for name, text in messages.items()}
-
-        def decorate(view: Any) -> Any:
-            documents = vars(view).setdefault("_apidoc", {}).setdefault("fails", {})
-            documents.update({code: text.english for code, text in texts.items()})
-            return view
-
-        return decorate
-
-    def _prepare_etag_doc(self, doc: Any, doc_info: Any, *, method: str, **kwargs: Any) -> Any:
-        """Document our ETags, not flask-smorest's, and the headers and failures of an operation."""
-        doc["security"] = self.auth.security
-        codes, responses, headers = [*self.auth.fails], doc["responses"], {**DOCUMENTED_HEADERS}
-        if "arguments" in doc_info:
-            codes += [Code.INVALID_INPUT]
-        if "requestBody" in doc:
-            body = doc["requestBody"]["content"]["application/json"]["schema"]
-            codes += [Code.PAYLOAD_TOO_LARGE]
-            codes += [] if getattr(body, "ANY_CONTENT_TYPE", False) else [Code.UNSUPPORTED_MEDIA_TYPE]
-            doc["requestBody"].setdefault("description", f"At most {getattr(body, 'MAXIMUM_BYTES', SMALL_BODY)} bytes.")
-        if method == "post" and doc_info.get("transaction"):
-            doc.setdefault("parameters", []).append(idempotency.PARAMETER)
-            codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED, Code.CONFLICT]
-        if method in ("put", "delete") and doc_info.get("if_match"):
-            doc.setdefault("parameters", []).append(IF_MATCH)
-            codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONFLICT]
-        if method in ("get", "put") and doc_info.get("has_etag") and self.auth.security:
-            headers |= {200: ["ETag"], 304: ["ETag"]}
-            responses |= {304: {"description": "Not modified."}} if method == "get" else {}
-        texts = {code: code.message.english for code in codes} | doc_info.get("fails", {})
-        for status in sorted({code.status for code in texts}):
-            lines = [f"{code.number}: {texts[code]}" for code in Code if code in texts and code.status == status]
-            responses[status] = {"description": "; ".join(lines), "content": self.error_content}
-        for status in responses.keys() - {"default"}:
-            names = [*HEADERS.get(status, ()), *headers.get(status, ())]
-            responses[status]["headers"] = {name: {"schema": {"type": "string"}} for name in names} | TRACE_ID_HEADER
-        return doc
+        return lambda view: documented(view, fails=vars(view).get("documents", {}).get("fails", {}) | texts)
 
 
-@cache
-def _enveloped(schema: type[Schema] | None) -> type[Schema]:
-    """Describe the envelope around a schema; one class for each, as OpenAPI names it after the class."""
-    data = fields.Nested(schema, required=True) if schema else fields.Dict(required=True, metadata={"maxProperties": 0})
-    code = fields.Integer(required=True, metadata={"enum": [Code.SUCCESS.number]})
-    name = f"{schema.__name__.removesuffix('Schema') if schema else 'Empty'}Envelope"
-    return Schema.from_dict({"code": code, "message": fields.String(required=True), "data": data}, name=name)
+def documented(view: Any, **documents: Any) -> Any:
+    """Note on a view what dev/openapi.py says of it."""
+    view.documents = {**vars(view).get("documents", {}), **documents}
+    return view
 
 
 def require_match(row: Versioned) -> None:
@@ -239,23 +204,8 @@ def _converter(name: str, field: fields.Field[Any]) -> Convert | None:
     return partial(field._serialize, attr=name, obj=None)  # what a field's own class overrides
 
 
-class Api(flask_smorest.Api):
-    """Registers blueprints, each with the policy that says who may call it."""
-
-    ERROR_SCHEMA = ErrorEnvelope
-
-    def __init__(self, app: Flask) -> None:
-        app.url_map.converters.update(CONVERTERS)
-        app.config.update(docs.CONFIG, API_VERSION=app.config["RELEASE"]["version"], MAX_CONTENT_LENGTH=SMALL_BODY)
-        super().__init__(app)
-        for converter in CONVERTERS.values():
-            self.register_converter(converter, lambda converter: converter.openapi)
-
-    def _register_pagination_header(self) -> None:
-        """A list names its page in the envelope, not in a header."""
-
-    def register_blueprint(self, blp: Blueprint, *, auth: AuthPolicy, **options: Any) -> None:
-        """Mount a group of routes. Without a policy it cannot be mounted."""
-        blp.auth = auth
-        super().register_blueprint(blp, **options)
-        self._app.before_request_funcs.setdefault(blp.name, []).insert(0, auth.check)  # before its own hooks
+def register(app: Flask, group: Blueprint, *, auth: AuthPolicy, **options: Any) -> None:
+    """Mount a group of routes, with the policy that says who may call it. Without one it cannot be mounted."""
+    group.auth = auth
+    app.register_blueprint(group, **options)
+    app.before_request_funcs.setdefault(group.name, []).insert(0, auth.check)  # before its own hooks

@@ -7,33 +7,38 @@ from flask import current_app, g, session
 from marshmallow import Schema, fields
 
 import wechat
-from blueprints.api import Blueprint
+from blueprints.api import Blueprint, shown
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
 from blueprints.web_login import check_authorization
-from errors import Code
+from errors import Code, Message
 from storage import identities, sessions, wechat_session_keys
 from storage.single_flight import single_flight
 
-login = Blueprint("login", __name__, description="登录 Log in")
-blueprint = Blueprint("sessions", __name__, description="登录状态 The session one is logged in with")
+login = Blueprint("login", __name__, title=Message("登录", "Log in"))
+blueprint = Blueprint("sessions", __name__, title=Message("会话", "Sessions"))
+
+CODE = Message("wx.login 返回的 code", "The code of wx.login")
+TOKEN = Message("请放入 `Authorization: Bearer …`", "Send it as `Authorization: Bearer …`")
+EXPIRES_IN = Message("单位：秒；使用会使其延长", "In seconds; each use may extend it")
+VALID = Message("为 false 时，先登录再提交加密数据", "If false, log in before you send encrypted data")
 
 
 class WechatCodeSchema(Schema):
     ANY_CONTENT_TYPE = True  # a browser's fetch sends text/plain
 
-    code = fields.String(required=True, validate=WECHAT_CODE_RULE)
+    code = fields.String(required=True, validate=WECHAT_CODE_RULE, metadata=shown("0a3Bx", CODE))
 
 
 class LoginSchema(Schema):
-    token = fields.String(required=True, metadata={"description": "Send it as `Authorization: Bearer …`."})
-    expires_in = fields.Integer(required=True, metadata={"description": "Seconds; each use may extend it."})
+    token = fields.String(required=True, metadata=shown("Vb2pZ0sXw8yJ4uTqLr9cNf7hEo1kGd6m", TOKEN))
+    expires_in = fields.Integer(required=True, metadata=shown(604800, EXPIRES_IN))
     user = fields.Nested(UserSchema, required=True)
 
 
 class WechatSessionSchema(Schema):
-    valid = fields.Boolean(required=True, metadata={"description": "If false, log in before you send encrypted data."})
+    valid = fields.Boolean(required=True, metadata=shown(True, VALID))
 
 
 @login.route("/wechat", methods=["POST"])
@@ -42,7 +47,10 @@ class WechatSessionSchema(Schema):
 @login.fails(Code.WECHAT_CODE_INVALID, Code.WECHAT_CODE_USED, Code.WECHAT_HIGH_RISK_USER)
 @login.fails(*wechat.FAILS, FORBIDDEN=identities.BLOCKED)
 def log_in(body: dict[str, str]) -> dict[str, Any]:
-    """Log in with the code of wx.login
+    """用 wx.login 的 code 登录 | Log in with the code of wx.login
+
+    code 五分钟内有效，只能用一次。五秒内重复提交同一 code 返回同样的结果，因为首次响应可能丢失。
+    `wx.request` 不保存 cookie，所以 token 在响应体中；本站页面还会得到 cookie。
 
     A code works once, for five minutes. Within five seconds a request with the same code gets the same response, as the
     first one may have been lost. The token comes in the body for `wx.request`, which keeps no cookies; a page of this
@@ -70,7 +78,9 @@ def _redeem(code: str) -> str:
 @blueprint.response(200, WechatSessionSchema)
 @blueprint.fails(*wechat.FAILS)
 def get_wechat_session() -> dict[str, bool]:
-    """Ask WeChat whether the session_key is still valid
+    """查询微信 session_key 是否仍有效 | Ask WeChat whether the session_key is still valid
+
+    网页登录的用户：查询网页授权是否仍有效。
 
     For a user who logged in on the web: whether the web-app authorization is still valid.
     """
@@ -85,13 +95,13 @@ def get_wechat_session() -> dict[str, bool]:
 @blueprint.route("/session", methods=["DELETE"])
 @blueprint.response(200, transaction=False, if_match=False)
 def log_out() -> None:
-    """Log out"""
+    """退出登录 | Log out"""
     session.clear()
 
 
 @blueprint.route("/sessions", methods=["DELETE"])
 @blueprint.response(200, transaction=False, if_match=False)
 def log_out_everywhere() -> None:
-    """Log out on every device"""
+    """在所有设备上退出登录 | Log out on every device"""
     sessions.revoke_sessions(g.user_id)
     session.clear()

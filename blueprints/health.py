@@ -8,7 +8,7 @@ from marshmallow import Schema, fields
 from prometheus_client.exposition import choose_encoder
 
 import wechat
-from blueprints.api import Blueprint
+from blueprints.api import TIME, Blueprint, shown
 from blueprints.policies import METRICS_TOKEN_WRONG
 from concurrency import in_parallel
 from errors import ApiError, Code, Message
@@ -18,8 +18,12 @@ from telemetry import metrics, multiprocess
 CHECK_SECONDS = 0.7
 """How long Redis and the database may take; with everything around it, a probe takes less than a second."""
 
-blueprint = Blueprint("health", __name__, description="探针 Probes")
-scraped = Blueprint("metrics", __name__, description="指标 Metrics")
+blueprint = Blueprint("health", __name__, title=Message("探针", "Probes"))
+scraped = Blueprint("metrics", __name__, title=Message("指标", "Metrics"))
+
+METRICS_SCHEMA = {"type": "string", "examples": ['kuaishang_dependency_up{dependency="redis"} 1.0']}
+PROMETHEUS_TEXT = Message("Prometheus 文本格式", "In Prometheus's text format")
+COMMIT = Message("git 的提交，或代码的哈希；12 位十六进制", "Of git, or a hash of the code; 12 hex digits")
 
 
 def failing_dependencies() -> dict[str, list[str]]:
@@ -38,31 +42,40 @@ def failing_dependencies() -> dict[str, list[str]]:
 
 
 class ReadinessSchema(Schema):
-    redis = fields.String(required=True)
-    database = fields.String(required=True)
-    wechat = fields.String(required=True)
+    redis = fields.String(required=True, metadata={"enum": ["up"], "example": "up"})
+    database = fields.String(required=True, metadata={"enum": ["up"], "example": "up"})
+    wechat = fields.String(required=True, metadata={"enum": ["up", "down"], "example": "up"})
 
 
 class VersionSchema(Schema):
-    version = fields.String(required=True)
-    commit = fields.String(required=True, metadata={"description": "Of git, or a hash of the code; 12 hex digits."})
-    built = fields.String(required=True, metadata={"format": "date-time"})
-    started = fields.String(required=True, metadata={"format": "date-time"})
+    version = fields.String(required=True, metadata=shown("1.0.0"))
+    commit = fields.String(required=True, metadata=shown("1c556002af70", COMMIT))
+    built = fields.String(required=True, metadata={"format": "date-time", **TIME})
+    started = fields.String(required=True, metadata={"format": "date-time", **TIME})
 
 
 @blueprint.route("/livez")
 @blueprint.response(200)
-def live() -> None:
-    """Whether the process responds; no dependency is checked"""
+def check_liveness() -> None:
+    """进程是否响应 | Whether the process responds
+
+    不检查任何依赖。
+
+    No dependency is checked.
+    """
 
 
 @blueprint.route("/readyz")
 @blueprint.response(200, ReadinessSchema)
 @blueprint.fails(Code.UNAVAILABLE)
-def ready() -> dict[str, str]:
-    """Whether Redis and the database take writes; `data.errors` says which does not and why, or that it is stopping
+def check_readiness() -> dict[str, str]:
+    """能否服务：Redis 和数据库可写 | Whether it can serve: Redis and the database take writes
 
-    `wechat` is `down` while this worker pauses calls that kept failing, which is no reason to be unready.
+    `data.errors` 说明哪一个不可写及原因，或实例正在停止。
+    `wechat` 为 `down` 表示该进程暂停了一再失败的微信调用，仍可服务。
+
+    `data.errors` says which does not and why, or that the instance is stopping. `wechat` is `down` while this worker
+    pauses calls that kept failing, which is no reason to be unready.
     """
     # Announced by gunicorn.conf.py.
     is_stopping = os.path.exists(f"{os.environ.get(multiprocess.MULTIPROC_DIR)}/stopping")
@@ -74,18 +87,20 @@ def ready() -> dict[str, str]:
 
 @blueprint.route("/version")
 @blueprint.response(200, VersionSchema)
-def version() -> dict[str, Any]:
-    """The version that is running, and since when this process does"""
+def get_version() -> dict[str, Any]:
+    """运行中的版本 | The version that is running, and since when this process does"""
     return current_app.config["RELEASE"]  # type: ignore[no-any-return]
 
 
 @scraped.route("/metrics")
-@scraped.response(200, {"type": "string"}, content_type="text/plain", description="In Prometheus's text format.")
+@scraped.response(200, METRICS_SCHEMA, content_type="text/plain", description=PROMETHEUS_TEXT)
 @scraped.fails(UNAUTHORIZED=METRICS_TOKEN_WRONG, NOT_FOUND=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
-def scrape() -> Response:
-    """Metrics of all workers together, with Redis and the database checked
+def get_metrics() -> Response:
+    """指标 | Metrics of all workers together
 
-    In OpenMetrics where `Accept` prefers it.
+    `Accept` 要求时为 OpenMetrics 格式。Redis 和数据库会被检查一次。
+
+    With Redis and the database checked. In OpenMetrics where `Accept` prefers it.
     """
     failing_dependencies()
     metrics.publish()

@@ -15,8 +15,7 @@ from errors import ApiError, Code
 from storage import database
 from storage.models import IdempotencyKey, User, now
 
-PARAMETER = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
-PARAMETER["description"] = "Unique, chosen by the client. Within 24 hours it returns the first response again."
+KEY_PATTERN = "[!-~]{1,255}"
 
 
 _MINE = IdempotencyKey.user_id == bindparam("user_id")
@@ -37,7 +36,7 @@ def run_once(make_response: Callable[[], Response]) -> Response:
     """
     if (key := request.headers.get("Idempotency-Key")) is None:
         return database.in_transaction(make_response)
-    if not re.fullmatch(r"[!-~]{1,255}", key):
+    if not re.fullmatch(KEY_PATTERN, key):
         raise ApiError(Code.INVALID_INPUT, errors={"Idempotency-Key": ["Must be 1 to 255 characters from ! to ~."]})
     content = read_body(request)  # before the transaction
     with suppress(ValueError, RecursionError):  # the view rejects what is malformed

@@ -11,7 +11,7 @@ import wechat
 from blueprints import message_handlers
 from blueprints.api import Blueprint
 from blueprints.parsing import read_body
-from errors import Code, is_temporary
+from errors import Code, Message, is_temporary
 from telemetry import metrics, traces
 from wechat.message_push import MAXIMUM_AGE_SECONDS, PUSH_NOT_CONFIGURED, PushMessage, refused
 
@@ -27,24 +27,30 @@ HANDLERS_SECONDS = 120
 REMEMBER_SECONDS = 2 * MAXIMUM_AGE_SECONDS
 """Longer than a message is accepted, also one from a clock that is ahead of ours."""
 
-blueprint = Blueprint("messages", __name__, description="消息推送 Message push")
+ECHO = Message("原样返回 `echostr`", "`echostr` as it came")
+blueprint = Blueprint("messages", __name__, title=Message("消息推送", "Message push"))
 
 
 @blueprint.route("/messages")
-@blueprint.response(200, {"type": "string"}, content_type="text/plain", description="`echostr` as it came.")
+@blueprint.response(
+    200, {"type": "string", "examples": ["5838479218127813673"]}, content_type="text/plain", description=ECHO
+)
 @blueprint.fails(Code.SIGNATURE_MISMATCH, Code.UNAVAILABLE, NOT_FOUND=PUSH_NOT_CONFIGURED)
-def verify_url() -> Response:
-    """Prove to WeChat that this address is ours"""
+def verify_message_url() -> Response:
+    """向微信证明此地址属于我们 | Prove to WeChat that this address is ours"""
     wechat.push.verify(request.args, "signature", now=time.time())
     return _text(request.args.get("echostr", ""))
 
 
 @blueprint.route("/messages", methods=["POST"])
-@blueprint.response(200, {"type": "string"}, transaction=False, content_type="text/plain")
+@blueprint.response(200, {"type": "string", "examples": ["success"]}, transaction=False, content_type="text/plain")
 @blueprint.fails(Code.INVALID_INPUT, Code.SIGNATURE_MISMATCH, Code.PAYLOAD_TOO_LARGE, Code.UNAVAILABLE)
 @blueprint.fails(NOT_FOUND=PUSH_NOT_CONFIGURED)
-def receive() -> Response:
-    """Receive a message from WeChat
+def receive_message() -> Response:
+    """接收微信推送的消息 | Receive a message from WeChat
+
+    消息的处理函数在响应之外运行。重发的消息会再次得到响应，但只处理一次。
+    查询参数、请求体（JSON 或 XML，最大 64 KiB）和对某些消息的回复见微信文档。
 
     Its handlers run beside the response. A message that is sent again gets a response again, and is handled once. The
     query, the body, JSON or XML of at most 64 KiB, and the reply to some are as WeChat's documentation says.

@@ -11,7 +11,7 @@ from flask import request
 from marshmallow import Schema, fields, validate
 from sqlalchemy.orm import joinedload
 
-from blueprints.api import VERSION, Blueprint, require_match
+from blueprints.api import TIME, VERSION, Blueprint, require_match, shown
 from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.parsing import MAXIMUM_ID, MAXIMUM_LENGTH
 from blueprints.policies import current_user
@@ -34,20 +34,24 @@ OWNER_STATUSES = ("pending", "cancelled", "completed")
 """What the buyer may set, as far as the table allows; an administrator or the service itself sets the others."""
 
 NOT_THE_BUYERS = Message("此状态由管理员或支付回调设定", "This status is set by an administrator or the payment")
-FEN = {"description": "Fen."}
-BUYER = {"description": "null if the user has been deleted."}
+FEN = Message("单位：分", "In fen")
+BUYER = Message("用户已注销时为 null", "null if the user has been deleted")
+FOR_ADMINISTRATORS = Message("仅限管理员", "For administrators")
+TRANSITIONS = Message(f"可变为：{_TRANSITIONS}", f"What may follow: {_TRANSITIONS}")
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
 
-blueprint = Blueprint("orders", __name__, description="订单 Orders")
+blueprint = Blueprint("orders", __name__, title=Message("订单", "Orders"))
 
 
 class ItemSchema(Schema):
-    id = fields.Integer(dump_only=True, required=True)
-    sku = fields.String(required=True, validate=[validate.Length(1, 64), NO_NUL])
-    name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL])
-    quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999))
-    unit_price = fields.Integer(required=True, strict=True, validate=validate.Range(0, 10**9), metadata=FEN)
-    subtotal = fields.Integer(dump_only=True, required=True, metadata=FEN)
+    id = fields.Integer(dump_only=True, required=True, metadata=shown(1))
+    sku = fields.String(required=True, validate=[validate.Length(1, 64), NO_NUL], metadata=shown("tea-1"))
+    name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL], metadata=shown("龙井茶"))
+    quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999), metadata=shown(2))
+    unit_price = fields.Integer(
+        required=True, strict=True, validate=validate.Range(0, 10**9), metadata=shown(1250, FEN)
+    )
+    subtotal = fields.Integer(dump_only=True, required=True, metadata=shown(2500, FEN))
 
 
 ShownItemSchema = ItemSchema.from_dict({"version": VERSION}, name="ShownItemSchema")
@@ -59,14 +63,18 @@ ItemChangeSchema = ItemSchema.from_dict({}, name="ItemChangeSchema")
 class OrderSchema(Schema):
     MAXIMUM_BYTES = 128 * 1024  # 100 items in Chinese, escaped
 
-    id = fields.Integer(dump_only=True, required=True)
-    user_id = fields.Integer(dump_only=True, required=True, allow_none=True, metadata=BUYER)
-    status = fields.String(dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS)})
-    remark = fields.String(load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL])
-    total = fields.Integer(dump_only=True, required=True, metadata=FEN)
+    id = fields.Integer(dump_only=True, required=True, metadata=shown(1))
+    user_id = fields.Integer(dump_only=True, required=True, allow_none=True, metadata=shown(1, BUYER))
+    status = fields.String(
+        dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS), "example": "pending"}
+    )
+    remark = fields.String(
+        load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata=shown("少糖")
+    )
+    total = fields.Integer(dump_only=True, required=True, metadata=shown(2500, FEN))
     items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
-    created_at = fields.DateTime(dump_only=True, required=True)
-    updated_at = fields.DateTime(dump_only=True, required=True)
+    created_at = fields.DateTime(dump_only=True, required=True, metadata=TIME)
+    updated_at = fields.DateTime(dump_only=True, required=True, metadata=TIME)
     version = VERSION
 
 
@@ -76,22 +84,25 @@ class OrderSummarySchema(OrderSchema):
 
 
 class OrderChangeSchema(Schema):
-    remark = fields.String(allow_none=True, validate=[validate.Length(max=500), NO_NUL])
-    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata={"description": _TRANSITIONS})
+    remark = fields.String(allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata=shown("少糖，放门口"))
+    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata=shown("cancelled", TRANSITIONS))
 
 
 class OrderListSchema(ListSchema):
-    user_id = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"description": "For administrators."})
-    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)))
+    user_id = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata=shown(1, FOR_ADMINISTRATORS))
+    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata=shown("pending"))
 
 
 @blueprint.route("")
 @blueprint.arguments(OrderListSchema, location="query")
 @blueprint.response(200, page_schema(OrderSummarySchema))
 def list_orders(query: dict[str, Any]) -> dict[str, Any]:
-    """List your orders, without their items; an administrator lists those of all users
+    """列出自己的订单 | List your orders
 
-    `GET /orders/{id}` shows the items. Orders are counted up to 10,000.
+    不含明细，明细见 `GET /orders/{order_id}`。管理员可列出所有用户的订单。总数最多计到 10,000。
+
+    Without their items, which `GET /orders/{order_id}` shows. An administrator lists those of all users. Orders are
+    counted up to 10,000.
     """
     me = current_user()
     if me.role != "admin" and query.setdefault("user_id", me.id) != me.id:
@@ -104,7 +115,12 @@ def list_orders(query: dict[str, Any]) -> dict[str, Any]:
 @blueprint.arguments(OrderSchema)
 @blueprint.response(201, OrderSchema)
 def create_order(body: dict[str, Any]) -> Order:
-    """Create an order"""
+    """创建订单 | Create an order
+
+    总额由服务端计算。
+
+    The service computes the total.
+    """
     items = [fill_item(OrderItem(), item) for item in body["items"]]
     order = Order(user_id=current_user().id, remark=body["remark"], items=items)
     order.sum_up()
@@ -115,16 +131,22 @@ def create_order(body: dict[str, Any]) -> Order:
 @blueprint.route("/<id:order_id>")
 @blueprint.response(200, OrderSchema)
 def get_order(order_id: int) -> Order:
-    """Read an order"""
+    """查看订单 | Read an order"""
     return load_order(order_id)
 
 
 @blueprint.route("/<id:order_id>", methods=["PUT"])
 @blueprint.arguments(OrderChangeSchema)
-@blueprint.response(200, OrderSchema)
+@blueprint.response(200, OrderSchema, example={"remark": "少糖，放门口", "status": "cancelled", "version": 2})
 @blueprint.fails(FORBIDDEN=NOT_THE_BUYERS)
-def put_order(body: dict[str, Any], order_id: int) -> Order:
-    """Change the remark or the status"""
+def update_order(body: dict[str, Any], order_id: int) -> Order:
+    """修改订单的备注或状态 | Change the remark or the status of an order
+
+    未给出的字段保持不变。买家可以取消 `pending` 或 `paid` 订单，并完成 `shipped` 订单；其他状态由管理员或支付回调设定。
+
+    Missing fields stay as they are. The buyer may cancel a `pending` or `paid` order and complete a `shipped` one; the
+    other statuses are set by an administrator or by the payment.
+    """
     order = load_order(order_id)
     status = body.get("status", order.status)
     if status not in (order.status, *OWNER_STATUSES) and current_user().role != "admin":
@@ -137,15 +159,20 @@ def put_order(body: dict[str, Any], order_id: int) -> Order:
 @blueprint.route("/<id:order_id>", methods=["DELETE"])
 @blueprint.response(200)
 def delete_order(order_id: int) -> None:
-    """Delete a pending order; orders past pending are kept for accounting"""
+    """删除 pending 订单 | Delete a pending order
+
+    其他状态的订单为账目保留，返回 409。
+
+    Orders past pending are kept for accounting: 409.
+    """
     database.session.delete(load_order(order_id, pending=True))
 
 
 @blueprint.route("/<id:order_id>/items")
 @blueprint.arguments(ListSchema(only=["page", "page_size"]), location="query")
 @blueprint.response(200, page_schema(ShownItemSchema))
-def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
-    """List the items of an order"""
+def list_order_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
+    """列出订单的明细 | List the items of an order"""
     items = load_order(order_id).items
     first = (query["page"] - 1) * query["page_size"]
     return {"items": items[first : first + query["page_size"]], **query, "total": len(items)}
@@ -153,9 +180,9 @@ def list_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 
 @blueprint.route("/<id:order_id>/items", methods=["POST"])
 @blueprint.arguments(ItemSchema)
-@blueprint.response(201, ShownItemSchema)
-def create_item(body: dict[str, Any], order_id: int) -> OrderItem:
-    """Add an item to a pending order"""
+@blueprint.response(201, ShownItemSchema, example={"id": 2, "version": 2})
+def create_order_item(body: dict[str, Any], order_id: int) -> OrderItem:
+    """为 pending 订单添加明细 | Add an item to a pending order"""
     order = load_order(order_id, pending=True)
     if len(order.items) >= MAXIMUM_ITEMS:
         raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))
@@ -167,16 +194,21 @@ def create_item(body: dict[str, Any], order_id: int) -> OrderItem:
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>")
 @blueprint.response(200, ShownItemSchema)
-def get_item(order_id: int, item_id: int) -> OrderItem:
-    """Read an item of an order"""
+def get_order_item(order_id: int, item_id: int) -> OrderItem:
+    """查看订单的一项明细 | Read an item of an order"""
     return load_item(order_id, item_id)
 
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["PUT"])
-@blueprint.arguments(ItemChangeSchema(partial=True))  # missing fields stay as they are
-@blueprint.response(200, ShownItemSchema)
-def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
-    """Change an item of a pending order"""
+@blueprint.arguments(ItemChangeSchema(partial=True), example={"quantity": 3})  # missing fields stay as they are
+@blueprint.response(200, ShownItemSchema, example={"quantity": 3, "subtotal": 3750, "version": 2})
+def update_order_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
+    """修改 pending 订单的明细 | Change an item of a pending order
+
+    未给出的字段保持不变。
+
+    Missing fields stay as they are.
+    """
     item = fill_item(load_item(order_id, item_id, pending=True), body)
     item.order.sum_up()
     return item
@@ -184,8 +216,13 @@ def put_item(body: dict[str, Any], order_id: int, item_id: int) -> OrderItem:
 
 @blueprint.route("/<id:order_id>/items/<id:item_id>", methods=["DELETE"])
 @blueprint.response(200)
-def delete_item(order_id: int, item_id: int) -> None:
-    """Remove an item from a pending order, but not the last one"""
+def delete_order_item(order_id: int, item_id: int) -> None:
+    """删除 pending 订单的一项明细 | Remove an item from a pending order
+
+    最后一项不能删除，返回 409：请改为删除订单。
+
+    Not the last one, which is a 409: delete the order instead.
+    """
     item = load_item(order_id, item_id, pending=True)
     order = item.order
     if len(order.items) == 1:

@@ -1,13 +1,14 @@
 """What comes in: JSON bodies, ids in URLs, codes of WeChat."""
 
 import json
+import re
 from typing import Any, NoReturn
 
 from flask import Request
 from marshmallow import Schema, ValidationError, fields, validate
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
-from werkzeug.routing import BaseConverter, IntegerConverter
+from werkzeug.routing import BaseConverter, IntegerConverter, Rule
 
 from errors import ApiError, Code
 
@@ -87,14 +88,19 @@ class IdConverter(IntegerConverter):
     """An id in a URL: of at most 18 digits, which fits the database; anything else is not found."""
 
     regex = r"[1-9][0-9]{0,17}"
-    openapi = {"type": "integer", "format": "int64", "minimum": 1, "maximum": 10**18 - 1}  # noqa: RUF012
+    openapi = {"type": "integer", "format": "int64", "minimum": 1, "maximum": 10**18 - 1, "examples": [1]}  # noqa: RUF012
 
 
 class UserIdConverter(BaseConverter):
     """The id of a user in a URL, or `me`."""
 
     regex = f"me|{IdConverter.regex}"
-    openapi = {"type": "string", "pattern": f"^({regex})$"}  # noqa: RUF012
+    openapi = {"type": "string", "pattern": f"^({regex})$", "examples": ["me"]}  # noqa: RUF012
+
+
+def openapi_path(rule: Rule) -> str:
+    """Return the path of a route as OpenAPI writes it, such as `/api/v1/orders/{order_id}`."""
+    return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
 
 
 CONVERTERS = {"id": IdConverter, "user": UserIdConverter}

@@ -8,11 +8,11 @@ from typing import Any
 from flask import Response, current_app, json
 from marshmallow import Schema, fields
 
-from blueprints.api import VERSION, Blueprint
+from blueprints.api import TIME, VERSION, Blueprint, shown
 from blueprints.orders import OrderSchema
-from blueprints.users import NICKNAME_RULE, Masked, UserSchema, audit, load_user, matches
+from blueprints.users import NICKNAME_RULE, PHONE, Masked, UserSchema, audit, load_user, matches
 from concurrency import context_for, room
-from errors import Code, envelope
+from errors import Code, Message, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
 from storage.models import PERSONAL_FIELDS, User
@@ -23,21 +23,28 @@ EXPORT_WEIGHT = 4
 _read = room(EXPORT_WEIGHT, seconds=30)(next)
 """Waits longer than a request would, as the response is on its way."""
 
-blueprint = Blueprint("personal_data", __name__, description="个人信息 Personal data")
+blueprint = Blueprint("personal_data", __name__, title=Message("个人信息", "Personal data"))
 blueprint.cache_control = "no-store"
+
+EXAMPLES = {"phone": PHONE, "real_name": "王小明", "id_card": "11010519491231002X", "email": "xiaoming@example.com"}
+EXAMPLES["bank_card"] = "6222020200112230"
+ID_CARD_RULE = matches("[0-9]{17}[0-9Xx]", "Must be 18 digits, or 17 and an X.")
+EMAIL_RULE = matches("[!-~]{3,254}", "Must be at most 254 ASCII characters.")
+BANK_CARD_RULE = matches("[0-9]{12,19}", "Must be 12 to 19 digits.")
 
 
 class MaskedPersonalDataSchema(Schema):
-    phone = Masked(mask_phone)
-    real_name = Masked(mask_name)
-    id_card = Masked(mask_id_card)
-    email = Masked(mask_email)
-    bank_card = Masked(mask_bank_card)
+    phone = Masked(mask_phone, EXAMPLES["phone"])
+    real_name = Masked(mask_name, EXAMPLES["real_name"])
+    id_card = Masked(mask_id_card, EXAMPLES["id_card"])
+    email = Masked(mask_email, EXAMPLES["email"])
+    bank_card = Masked(mask_bank_card, EXAMPLES["bank_card"])
     version = VERSION
 
 
 PersonalDataSchema = Schema.from_dict(
-    {name: fields.String(required=True, allow_none=True) for name in PERSONAL_FIELDS}, name="PersonalDataSchema"
+    {name: fields.String(required=True, allow_none=True, metadata=shown(EXAMPLES[name])) for name in PERSONAL_FIELDS},
+    name="PersonalDataSchema",
 )
 FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name="FullPersonalDataSchema")
 
@@ -45,23 +52,23 @@ FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name
 class PersonalDataChangeSchema(Schema):
     """Missing fields stay as they are, null erases; a phone number comes from WeChat alone."""
 
-    real_name = fields.String(allow_none=True, validate=NICKNAME_RULE)
-    id_card = fields.String(allow_none=True, validate=matches("[0-9]{17}[0-9Xx]", "Must be 18 digits, or 17 and an X."))
-    email = fields.Email(allow_none=True, validate=matches("[!-~]{3,254}", "Must be at most 254 ASCII characters."))
-    bank_card = fields.String(allow_none=True, validate=matches("[0-9]{12,19}", "Must be 12 to 19 digits."))
+    real_name = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata=shown(EXAMPLES["real_name"]))
+    id_card = fields.String(allow_none=True, validate=ID_CARD_RULE, metadata=shown(EXAMPLES["id_card"]))
+    email = fields.Email(allow_none=True, validate=EMAIL_RULE, metadata=shown(EXAMPLES["email"]))
+    bank_card = fields.String(allow_none=True, validate=BANK_CARD_RULE, metadata=shown(EXAMPLES["bank_card"]))
 
 
 class IdentitySchema(Schema):
-    app_id = fields.String(required=True)
-    openid = fields.String(required=True)
-    created_at = fields.DateTime(required=True)
+    app_id = fields.String(required=True, metadata=shown("wx0123456789abcdef"))
+    openid = fields.String(required=True, metadata=shown("oGZUI0egBJY1zhBYw2KhdUfwVJJE"))
+    created_at = fields.DateTime(required=True, metadata=TIME)
 
 
 class ExportSchema(Schema):
     """The lists are those that storage/ownership.py names."""
 
     user = fields.Nested(UserSchema, required=True)
-    unionid = fields.String(required=True, allow_none=True)
+    unionid = fields.String(required=True, allow_none=True, metadata=shown(None))
     personal_data = fields.Nested(PersonalDataSchema, required=True)
     identities = fields.List(fields.Nested(IdentitySchema), required=True)
     orders = fields.List(fields.Nested(OrderSchema), required=True)
@@ -70,15 +77,20 @@ class ExportSchema(Schema):
 @blueprint.route("/<user:user_id>/personal-data")
 @blueprint.response(200, MaskedPersonalDataSchema)
 def get_personal_data(user_id: str) -> User:
-    """Read personal data, masked"""
+    """查看个人信息（已脱敏） | Read personal data, masked"""
     return load_user(user_id)
 
 
 @blueprint.route("/<user:user_id>/personal-data", methods=["PUT"])
 @blueprint.arguments(PersonalDataChangeSchema)
 @blueprint.response(200, MaskedPersonalDataSchema)
-def put_personal_data(body: dict[str, Any], user_id: str) -> User:
-    """Change personal data"""
+def update_personal_data(body: dict[str, Any], user_id: str) -> User:
+    """修改个人信息 | Change personal data
+
+    未给出的字段保持不变，null 表示删除。手机号只能来自微信。
+
+    Missing fields stay as they are, null erases. A phone number comes from WeChat alone.
+    """
     user = load_user(user_id)
     for name, value in body.items():
         setattr(user, name, value)
@@ -89,7 +101,12 @@ def put_personal_data(body: dict[str, Any], user_id: str) -> User:
 @blueprint.route("/<user:user_id>/personal-data/full")
 @blueprint.response(200, FullPersonalDataSchema)
 def get_full_personal_data(user_id: str) -> User:
-    """Read personal data in full, which is logged"""
+    """查看完整的个人信息 | Read personal data in full
+
+    每次查看都会记入日志。
+
+    Each time is logged.
+    """
     user = load_user(user_id)
     audit("personal data read in full", user.id)
     return user
@@ -97,11 +114,14 @@ def get_full_personal_data(user_id: str) -> User:
 
 @blueprint.route("/me/export")
 @blueprint.response(200, ExportSchema, etag=False)
-def export() -> Response:
-    """Export everything that is stored about you, in full, which is logged
+def export_personal_data() -> Response:
+    """导出关于自己的全部数据 | Export everything that is stored about you
 
-    The lists are read and sent in parts: each order is shown as it was at one moment, and what is added or changed
-    during the export may be missing. A response that breaks off is not valid JSON.
+    完整数据，每次导出都会记入日志。列表分段读取和发送：每个订单是某一时刻的样子，
+    导出期间新增或修改的内容可能缺失。中断的响应不是合法的 JSON。
+
+    In full, and each time is logged. The lists are read and sent in parts: each order is shown as it was at one moment,
+    and what is added or changed during the export may be missing. A response that breaks off is not valid JSON.
     """
     with room(EXPORT_WEIGHT):
         user = load_user("me")

@@ -11,9 +11,9 @@ import time
 import click
 from flask import Flask, current_app
 from flask.cli import with_appcontext
-from flask_smorest.spec.plugins import FlaskPlugin
 from redis.exceptions import RedisError
 
+from blueprints.parsing import openapi_path
 from storage.failures import kind
 from telemetry import metrics
 
@@ -28,8 +28,8 @@ class Switches:
         self.redis, self.off, self._logger = app.extensions["quiet_redis"], set[str](), app.logger
         self._found: dict[str, dict[str, str]] = {}
         rules = [rule for rule in app.url_map.iter_rules() if rule.rule.startswith("/api/")]
-        name = FlaskPlugin.flaskpath2openapi
-        self.routes = {name(f"{verb} {rule}"): rule for rule in rules for verb in rule.methods - {"HEAD", "OPTIONS"}}  # type: ignore[operator]
+        each = [(verb, rule) for rule in rules for verb in (rule.methods or set()) - {"HEAD", "OPTIONS"}]
+        self.routes = {f"{verb} {openapi_path(rule)}": rule for verb, rule in each}
 
     def read(self, quiet: bool = False) -> dict[str, dict[str, str]]:
         """Read what is off, and refuse it from now on. Unless `quiet`, log what is not as it was at the last call.

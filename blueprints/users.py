@@ -11,7 +11,7 @@ from marshmallow import Schema, fields, validate
 from sqlalchemy import and_, select
 
 import wechat
-from blueprints.api import VERSION, Blueprint, require_match
+from blueprints.api import TIME, VERSION, Blueprint, require_match, shown
 from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from errors import ApiError, Code, Message, conflict
@@ -19,19 +19,28 @@ from storage import database, identities, ownership, sessions
 from storage.masks import mask_phone
 from storage.models import Identity, User
 
+PHONE, AVATAR = "13800138000", "https://example.com/avatar.png"
+"""Of examples."""
+MASKED = Message("已脱敏", "Masked")
+FOR_ADMINISTRATORS = Message("仅限管理员", "For administrators")
+BLOCKS = Message("仅限管理员；为 true 时其请求得到 403", "For administrators; if true, their requests are a 403")
+NULL_REMOVES = Message("null 表示删除", "null removes it")
+WHOLE_NUMBER = Message("与完整号码匹配", "Matches the whole number")
+MINI_PROGRAM_OPENID = Message("该用户在小程序中的 openid", "The user's openid in the mini-program")
 MINI_PROGRAM_LOGIN_REQUIRED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
-blueprint = Blueprint("users", __name__, description="用户 Users")
+blueprint = Blueprint("users", __name__, title=Message("用户", "Users"))
 blueprint.cli.help = "List users, block them, and make them administrators."
-administration = Blueprint("administration", __name__, description="用户管理 Users, for administrators")
+administration = Blueprint("administration", __name__, title=Message("用户管理（管理员）", "Users, for administrators"))
 USER_ID = click.argument("user_id", type=int)
 
 
 class Masked(fields.String):
     """A field that shows an attribute of a user through a mask."""
 
-    def __init__(self, mask: Callable[[str], str]) -> None:
-        super().__init__(dump_only=True, required=True, allow_none=True, metadata={"description": "Masked."})
+    def __init__(self, mask: Callable[[str], str], example: str) -> None:
+        metadata = {"description": MASKED, "example": mask(example)}
+        super().__init__(dump_only=True, required=True, allow_none=True, metadata=metadata)
         self.mask = mask
 
     def _serialize(self, value: str | None, *args: Any, **kwargs: Any) -> str | None:
@@ -39,13 +48,13 @@ class Masked(fields.String):
 
 
 class UserSchema(Schema):
-    id = fields.Integer(required=True)
-    nickname = fields.String(required=True, allow_none=True)
-    avatar_url = fields.String(required=True, allow_none=True)
-    phone = Masked(mask_phone)
-    role = fields.String(required=True, metadata={"enum": ["user", "admin"]})
-    created_at = fields.DateTime(required=True)
-    updated_at = fields.DateTime(required=True)
+    id = fields.Integer(required=True, metadata=shown(1))
+    nickname = fields.String(required=True, allow_none=True, metadata=shown("小明"))
+    avatar_url = fields.String(required=True, allow_none=True, metadata=shown(AVATAR))
+    phone = Masked(mask_phone, PHONE)
+    role = fields.String(required=True, metadata={"enum": ["user", "admin"], "example": "user"})
+    created_at = fields.DateTime(required=True, metadata=TIME)
+    updated_at = fields.DateTime(required=True, metadata=TIME)
     version = VERSION
 
 
@@ -62,31 +71,37 @@ PHONE_RULE = matches(r"\+?[0-9]{5,20}", "Must be digits, with + and country code
 class TypedProfileSchema(Schema):
     """What users may change about themselves."""
 
-    nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata={"description": "null removes it."})
-    avatar_url = fields.Url(allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512))
+    nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata=shown("小明", NULL_REMOVES))
+    avatar_url = fields.Url(
+        allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512), metadata=shown(AVATAR)
+    )
 
 
 class UserChangeSchema(TypedProfileSchema):
-    role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata={"description": "For administrators."})
-    blocked = fields.Boolean(truthy={True}, falsy={False}, metadata={"description": "For administrators: 403."})
+    role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata=shown("user", FOR_ADMINISTRATORS))
+    blocked = fields.Boolean(truthy={True}, falsy={False}, metadata=shown(False, BLOCKS))
 
 
 class NewUserSchema(UserChangeSchema):
     class Meta:
         exclude = ("blocked",)
 
-    openid = fields.String(required=True, validate=OPENID_RULE)
+    openid = fields.String(
+        required=True, validate=OPENID_RULE, metadata=shown("oGZUI0egBJY1zhBYw2KhdUfwVJJE", MINI_PROGRAM_OPENID)
+    )
 
 
 class UserSearchSchema(ListSchema):
-    phone = fields.String(required=True, validate=PHONE_RULE, metadata={"description": "Matches the whole number."})
+    phone = fields.String(required=True, validate=PHONE_RULE, metadata=shown(PHONE, WHOLE_NUMBER))
 
 
 @administration.route("")
 @administration.arguments(ListSchema, location="query")
 @administration.response(200, page_schema(UserSchema))
 def list_users(query: dict[str, Any]) -> dict[str, Any]:
-    """List all users, for administrators
+    """列出所有用户（管理员） | List all users, for administrators
+
+    总数最多计到 10,000。
 
     They are counted up to 10,000.
     """
@@ -97,7 +112,9 @@ def list_users(query: dict[str, Any]) -> dict[str, Any]:
 @administration.arguments(UserSearchSchema)
 @administration.response(200, page_schema(UserSchema), transaction=False)
 def search_users(body: dict[str, Any]) -> dict[str, Any]:
-    """Find users by phone number, for administrators
+    """按手机号查找用户（管理员） | Find users by phone number, for administrators
+
+    不保存任何内容的 POST：放在 URL 里的号码会留在代理的日志中。
 
     A POST that stores nothing: a number in a URL would stay in the logs of proxies.
     """
@@ -108,10 +125,7 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 @administration.arguments(NewUserSchema)
 @administration.response(201, UserSchema)
 def create_user(body: dict[str, Any]) -> User:
-    """Create a user before the first login, for administrators
-
-    `openid` is the user's in the mini-program.
-    """
+    """在首次登录前创建用户（管理员） | Create a user before the first login, for administrators"""
     openid, app_id = body["openid"], wechat.api.app_id
     identities.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
@@ -127,7 +141,12 @@ def create_user(body: dict[str, Any]) -> User:
 @blueprint.route("/<user:user_id>")
 @blueprint.response(200, UserSchema)
 def get_user(user_id: str) -> User:
-    """Read a user: yourself, or any user for administrators"""
+    """查看用户 | Read a user
+
+    `me` 是自己；管理员可查看任何用户。
+
+    `me` is yourself; administrators read any user.
+    """
     return load_user(user_id)
 
 
@@ -135,8 +154,13 @@ def get_user(user_id: str) -> User:
 @blueprint.arguments(UserChangeSchema)
 @blueprint.response(200, UserSchema, transaction=False)
 @blueprint.fails(Code.CONTENT_REFUSED, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
-def put_user(body: dict[str, Any], user_id: str) -> User:
-    """Change a user; only administrators change a role or block a user"""
+def update_user(body: dict[str, Any], user_id: str) -> User:
+    """修改用户 | Change a user
+
+    未给出的字段保持不变。只有管理员能修改角色或封禁用户。
+
+    Missing fields stay as they are. Only administrators change a role or block a user.
+    """
     reserved = body.keys() - TypedProfileSchema().fields.keys()
     if reserved and current_user().role != "admin":
         raise ApiError(Code.INVALID_INPUT, errors={name: ["Only administrators can set this."] for name in reserved})
@@ -160,7 +184,9 @@ def put_user(body: dict[str, Any], user_id: str) -> User:
 @blueprint.route("/<user:user_id>", methods=["DELETE"])
 @blueprint.response(200)
 def delete_user(user_id: str) -> None:
-    """Delete a user for good
+    """注销用户 | Delete a user for good
+
+    立即清除全部个人信息并结束全部会话。订单保留，但不再含有个人和备注。
 
     Erases all personal data at once and ends all sessions. Orders are kept without the person and without remarks.
     """

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from werkzeug import Response as BaseResponse
 
 import wechat
-from blueprints.api import Blueprint
+from blueprints.api import Blueprint, shown
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, set_current_user
 from blueprints.users import TypedProfileSchema, matches
@@ -32,34 +32,36 @@ DECLINED = Message("用户未同意授权", "The user did not consent")
 SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "A snapshot user cannot log in: open the full page")
 BEGIN_AGAIN = Message("登录链接无效、过期或已使用，请重新登录", "Login link invalid, expired or used: log in again")
 
-blueprint = Blueprint("web_login", __name__, description="网页登录 Log in on the web", template_folder=".")
-blueprint.error_content = {"text/html": {"schema": {"type": "string"}}}
+blueprint = Blueprint("web_login", __name__, title=Message("网页登录", "Log in on the web"), template_folder=".")
+blueprint.error_type = "text/html"
+
+PAGE = {"type": "string", "examples": ["<!doctype html>"]}
+RETURN_TO = Message("登录后前往的本站路径", "Where to go after login: a path of this site")
+SCOPE = Message("默认 snsapi_userinfo，微信外为 snsapi_login", "snsapi_userinfo; outside WeChat snsapi_login")
+STATE = Message("authorize 给出的", "From authorize")
+CONSENT_CODE = Message("用户拒绝时缺失", "Missing if the user declined")
 
 
 class AuthorizeSchema(Schema):
-    return_to = fields.String(load_default="/", validate=PATH_RULE)
-    scope = fields.String(validate=validate.OneOf(SCOPES))
+    return_to = fields.String(load_default="/", validate=PATH_RULE, metadata=shown("/orders", RETURN_TO))
+    scope = fields.String(validate=validate.OneOf(SCOPES), metadata=shown("snsapi_userinfo", SCOPE))
 
 
 class CallbackSchema(Schema):
-    state = fields.String(required=True, validate=validate.Length(1, 128), metadata={"description": "From authorize."})
-    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "Missing if the user declined."})
+    state = fields.String(required=True, validate=validate.Length(1, 128), metadata=shown("3f0c9b", STATE))
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata=shown("0a3Bx", CONSENT_CODE))
 
 
 @blueprint.route("/authorize")
 @blueprint.arguments(AuthorizeSchema(unknown=EXCLUDE), location="query")
-@blueprint.response(302, {"type": "string"}, content_type="text/html")
-def authorize(query: dict[str, str]) -> BaseResponse:
-    """Redirect to WeChat's consent page
-
-    `return_to` is where to go after login: a path of this site. `scope` is by default snsapi_userinfo inside WeChat and
-    snsapi_login elsewhere.
-    """
+@blueprint.response(302, PAGE, content_type="text/html")
+def begin_web_login(query: dict[str, str]) -> BaseResponse:
+    """开始网页登录：前往微信授权页 | Begin to log in on the web: redirect to WeChat's consent page"""
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)
     app = wechat.web_apps[scope]
-    response = redirect(app.authorize_url(scope, sessions.public_url() + url_for(".callback"), state))
+    response = redirect(app.authorize_url(scope, sessions.public_url() + url_for(".complete_web_login"), state))
     earlier = [name for name in request.cookies if name.startswith(sessions.cookie_name(COOKIE_PREFIX))]
     for name in earlier[: 1 - ATTEMPTS_AT_ONCE]:  # every request carries them, and a server takes only so many
         response.delete_cookie(name, **sessions.COOKIE_OPTIONS)
@@ -71,10 +73,12 @@ def authorize(query: dict[str, str]) -> BaseResponse:
 
 @blueprint.route("/callback")
 @blueprint.arguments(CallbackSchema(unknown=EXCLUDE), location="query")  # WeChat adds parameters of its own
-@blueprint.response(302, {"type": "string"}, content_type="text/html")
+@blueprint.response(302, PAGE, content_type="text/html")
 @blueprint.fails(*wechat.FAILS, WECHAT_CODE_INVALID=BEGIN_AGAIN, WECHAT_CODE_USED=BEGIN_AGAIN, FORBIDDEN=DECLINED)
-def callback(query: dict[str, str]) -> BaseResponse:
-    """Return from WeChat, logged in
+def complete_web_login(query: dict[str, str]) -> BaseResponse:
+    """完成网页登录：从微信返回 | Complete the login on the web: return from WeChat
+
+    再次打开（例如后退）会到达同一处。出错时是一个页面，带有重新开始的链接。
 
     Opened again, as by the back button, it leads to the same place. Errors are pages with a link to begin again.
     """

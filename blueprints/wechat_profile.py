@@ -7,7 +7,7 @@ from flask import g
 from marshmallow import Schema, ValidationError, fields, validates_schema
 
 import wechat
-from blueprints.api import Blueprint
+from blueprints.api import Blueprint, shown
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import current_user
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
@@ -23,7 +23,12 @@ PHONE_CODE_REQUIRED = Message(
 )
 NO_SESSION_KEY = Message("请先登录，再点按钮获取数据提交", "Log in, tap the button again, then send the data")
 
-blueprint = Blueprint("wechat_profile", __name__, description="微信资料 Phone number and profile from WeChat")
+blueprint = Blueprint("wechat_profile", __name__, title=Message("微信资料", "Phone number and profile from WeChat"))
+
+BASE64 = Message("Base64，微信原样返回的", "Base64, as WeChat gave it")
+PHONE_CODE = Message("getPhoneNumber 按钮返回的 code", "The code of a getPhoneNumber button")
+RAW_DATA = Message("JSON 文本，微信原样返回的", "JSON as text, as WeChat gave it")
+SIGNATURE = Message("rawData 的签名，微信原样返回的", "The signature of rawData, as WeChat gave it")
 
 
 class EncryptedSchema(Schema):
@@ -32,8 +37,8 @@ class EncryptedSchema(Schema):
     MAXIMUM_BYTES = 64 * 1024
     GIVEN = frozenset(["encryptedData", "iv", "rawData", "signature"])
 
-    encryptedData = fields.String(metadata={"description": "Base64, as WeChat gave it."})  # noqa: N815
-    iv = fields.String(metadata={"description": "Base64, as WeChat gave it."})
+    encryptedData = fields.String(metadata=shown("CiyLU1Aw2KjvrjMdj8YK…", BASE64))  # noqa: N815
+    iv = fields.String(metadata=shown("r7BXXKkLb8qrSNn05n0qiA==", BASE64))
 
     @validates_schema
     def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
@@ -46,14 +51,14 @@ class EncryptedSchema(Schema):
 class PhoneSchema(EncryptedSchema):
     """Either `code`, or `encryptedData` and `iv`."""
 
-    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"description": "The code of a getPhoneNumber button."})
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata=shown("e31968a7f94cc", PHONE_CODE))
 
 
 class ProfileSchema(TypedProfileSchema, EncryptedSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
 
-    rawData = fields.String(metadata={"description": "JSON as text, as WeChat gave it."})  # noqa: N815
-    signature = fields.String(metadata={"description": "The signature of rawData, as WeChat gave it."})
+    rawData = fields.String(metadata=shown('{"nickName":"小明"}', RAW_DATA))  # noqa: N815
+    signature = fields.String(metadata=shown("75e81ceda165f4ffa64f4068af58c6", SIGNATURE))
 
 
 @blueprint.route("/me/phone", methods=["PUT"])
@@ -61,8 +66,10 @@ class ProfileSchema(TypedProfileSchema, EncryptedSchema):
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(WECHAT_CODE_INVALID=PHONE_CODE_REQUIRED, WECHAT_CODE_USED=PHONE_CODE_REQUIRED)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
-def put_phone(body: dict[str, str]) -> User:
-    """Store your phone number
+def set_phone(body: dict[str, str]) -> User:
+    """保存自己的手机号 | Store your phone number
+
+    用 `getPhoneNumber` 按钮的 `code`（不是 `wx.login` 的 code），或旧版本的 `encryptedData` 和 `iv`。
 
     From the `code` of a `getPhoneNumber` button, which is not that of `wx.login`, or from the `encryptedData` and `iv`
     of older versions.
@@ -88,8 +95,10 @@ def put_phone(body: dict[str, str]) -> User:
 @blueprint.response(200, UserSchema, transaction=False, if_match=False)
 @blueprint.fails(Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH, Code.CONTENT_REFUSED, *wechat.FAILS)
 @blueprint.fails(FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
-def put_profile(body: dict[str, str | None]) -> User:
-    """Store your nickname and avatar
+def set_profile(body: dict[str, str | None]) -> User:
+    """保存自己的昵称和头像 | Store your nickname and avatar
+
+    用户输入的昵称和选择的头像，或 `wx.getUserProfile` 返回的全部：`rawData`、`signature`、`encryptedData` 和 `iv`。
 
     As the user typed and chose them, or everything that `wx.getUserProfile` gave: `rawData`, `signature`,
     `encryptedData` and `iv`.
