@@ -39,6 +39,7 @@ DESCRIPTION = Message(
     "success, 4xx if the request is at fault, 5xx if the service is. `message` is Chinese, or English where "
     "`Accept-Language` prefers it.\n\n`X-Request-Timeout` (seconds) in a request limits what the service spends on it.",
 )
+TABLE_HEAD = Message("| 业务码 | HTTP | 含义 | 客户端应当 |", "| code | HTTP | meaning | what the client should do |")
 SECURITY = {
     "bearer": {
         "type": "http",
@@ -231,7 +232,11 @@ class _Document:
             tags[group.name] = {"name": group.name, "description": group.title}
         return {
             "openapi": "3.1.0",
-            "info": {"title": TITLE, "version": self._app.config["RELEASE"]["version"], "description": DESCRIPTION},
+            "info": {
+                "title": TITLE,
+                "version": self._app.config["RELEASE"]["version"],
+                "description": Message(*map("\n\n".join, zip(DESCRIPTION, self._table(), strict=True))),
+            },
             "servers": [{"url": "/"}],
             "tags": list(tags.values()),
             "paths": paths,
@@ -394,6 +399,16 @@ class _Document:
             for code, text in texts.items()
         ]
         return Message(*("\n".join(line[n] for line in lines) for n in (0, 1)))
+
+    def _table(self) -> Message:
+        """Make a table of all codes."""
+        rows = [
+            Message(
+                *(f"| {code.number} | {code.status} | {code.message[n]} | {self._advice[code][n]} |" for n in (0, 1))
+            )
+            for code in Code
+        ]
+        return Message(*("\n".join([TABLE_HEAD[n], "|---|---|---|---|", *(row[n] for row in rows)]) for n in (0, 1)))
 
     def _resolve(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Follow a reference to a schema."""

@@ -153,11 +153,21 @@ def operations(app: Flask) -> list[tuple[str, str]]:
 
 
 def each_operation(document: dict[str, Any]) -> Any:
-    """Every path, method and operation of an OpenAPI document."""
+    """Every path, method and operation of an OpenAPI document; its responses without references."""
+    shared = document["components"]["responses"]
     for path, by_method in document["paths"].items():
         for method, operation in by_method.items():
-            if method != "parameters":
-                yield path, method, operation
+            named = {
+                status: str(part.get("$ref")).rpartition("/")[2] for status, part in operation["responses"].items()
+            }
+            responses = {status: shared.get(name, operation["responses"][status]) for status, name in named.items()}
+            yield path, method, {**operation, "responses": responses}
+
+
+def operation_of(document: dict[str, Any], path: str, method: str) -> dict[str, Any]:
+    """One operation of an OpenAPI document; its responses without references."""
+    (found,) = [operation for *named, operation in each_operation(document) if named == [path, method]]
+    return found
 
 
 def list_paths(app: Flask) -> list[str]:

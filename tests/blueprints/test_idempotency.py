@@ -9,9 +9,10 @@ from marshmallow import Schema, fields
 from sqlalchemy import insert, select, text, update
 from werkzeug.test import TestResponse
 
-from blueprints.api import Blueprint
+from blueprints.api import Blueprint, register
 from blueprints.parsing import read_body
 from blueprints.policies import signed_in
+from errors import Message
 from storage import database
 from storage.models import IdempotencyKey, Order, now
 from tests.blueprints.callers import ITEM, ORDER, Caller, code_of, data_of, invalid_fields
@@ -95,13 +96,12 @@ def test_what_counts_as_the_same_request_is_the_parsed_body(alice: Caller, body:
 @pytest.fixture
 def of_any_value(make_app: Callable[..., Flask], simulator: Simulator) -> Caller:
     """A user of a POST that takes any JSON value, and reads its body only under its key."""
-    group = Blueprint("group", __name__)
+    group = Blueprint("group", __name__, title=Message("", ""))
     schema = Schema.from_dict({"value": fields.Raw(allow_none=True)})
     view = group.response(200, schema)(group.arguments(schema)(lambda body: body))
     group.route("", methods=["POST"], endpoint="view")(view)
     app = make_app()
-    api = app.extensions["flask-smorest"]["apis"][""]["ext_obj"]
-    api.register_blueprint(group, url_prefix="/api/v1/group", auth=signed_in)
+    register(app, group, url_prefix="/api/v1/group", auth=signed_in)
     return Caller(app, simulator)
 
 

@@ -9,8 +9,9 @@ from flask import Flask
 from flask.testing import FlaskClient
 from marshmallow import Schema, fields
 
-from blueprints.api import Blueprint
+from blueprints.api import Blueprint, register
 from blueprints.parsing import MAXIMUM_LENGTH, SMALL_BODY
+from errors import Message
 from tests.blueprints.callers import API, ITEM, ORDER, Caller, bodies, code_of, data_of, ids_of, invalid_fields
 from tests.harness import Simulator
 
@@ -69,7 +70,7 @@ def test_the_document_says_how_long_a_body_may_be(client: FlaskClient) -> None:
     limits = {**dict.fromkeys(operations_with_a_body(client), SMALL_BODY), **LARGER_BODIES}
     for operation, limit in limits.items():
         method, path = operation.split()
-        assert paths[path][method.lower()]["requestBody"]["description"] == f"At most {limit} bytes.", operation
+        assert paths[path][method.lower()]["requestBody"]["description"] == f"最大 {limit} 字节", operation
 
 
 def streamed(body: bytes, **environ: str) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def test_no_other_route_takes_text_as_json(app: Flask, simulator: Simulator) -> 
 
 def test_a_parser_of_queries_leaves_the_limit_of_the_body(make_app: Any, simulator: Simulator) -> None:
     app = make_app()
-    group = Blueprint("group", __name__)
+    group = Blueprint("group", __name__, title=Message("", ""))
 
     class Body(Schema):
         MAXIMUM_BYTES = 20_000
@@ -216,5 +217,5 @@ def test_a_parser_of_queries_leaves_the_limit_of_the_body(make_app: Any, simulat
 
     from blueprints.policies import public
 
-    app.extensions["flask-smorest"]["apis"][""]["ext_obj"].register_blueprint(group, url_prefix="/group", auth=public)
+    register(app, group, url_prefix="/group", auth=public)
     assert app.test_client().post("/group/?page=1", json={"text": "x" * 15_000}).status_code == 200

@@ -9,8 +9,9 @@ from flask import Flask, g
 from marshmallow import Schema, fields
 from sqlalchemy import select, update
 
-from blueprints.api import Blueprint
+from blueprints.api import Blueprint, register
 from blueprints.policies import signed_in
+from errors import Message
 from storage import database
 from storage.models import Base, User, Versioned
 from tests.blueprints.callers import (
@@ -165,7 +166,7 @@ class NicknameSchema(Schema):
 @pytest.fixture(params=[("arguments", "response"), ("response", "arguments")], ids="_".join)
 def grouped(request: pytest.FixtureRequest, make_app: Callable[..., Flask]) -> Flask:
     """An application with a POST and a PUT that change the caller's nickname, their decorators in either order."""
-    group = Blueprint("group", __name__)
+    group = Blueprint("group", __name__, title=Message("", ""))
     decorators = {"arguments": group.arguments(NicknameSchema), "response": group.response(200, NicknameSchema)}
 
     def view(body: dict[str, str]) -> User:
@@ -177,8 +178,7 @@ def grouped(request: pytest.FixtureRequest, make_app: Callable[..., Flask]) -> F
     for name in reversed(request.param):
         view = decorators[name](view)
     group.route("", methods=["POST", "PUT"])(view)
-    api = app.extensions["flask-smorest"]["apis"][""]["ext_obj"]
-    api.register_blueprint(group, url_prefix="/api/v1/group", auth=signed_in)
+    register(app, group, url_prefix="/api/v1/group", auth=signed_in)
     return app
 
 
