@@ -102,7 +102,7 @@ def ids_of(caller: Caller) -> dict[str, Any]:
 def bodies(simulator: Simulator, openid: str) -> dict[str, Any]:
     """A valid body for each operation that takes one or writes to the database; a new one has its line here."""
     return {
-        "POST /api/v1/users": {"openid": "oSomebodyNew"},
+        "POST /api/v1/users": {"openid": f"oNew{secrets.token_hex(8)}"},
         "POST /api/v1/users/search": {"phone": PERSON["phone"]},
         "PUT /api/v1/users/{user_id}": {"nickname": "小红"},
         "DELETE /api/v1/users/{user_id}": None,
