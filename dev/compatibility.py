@@ -517,12 +517,12 @@ def _security(document: Node, operation: Node) -> set[frozenset[tuple[str, str]]
 
 
 def _codes(response: Node) -> set[int]:
-    """Return the business codes that a response is documented to give, in its description or its examples."""
-    codes = {int(code) for code in re.findall(r"(?:^|; )(\d{3}): ", response.get("description", ""))}
+    """Return the business codes of failures that a response may have, from its description and its examples."""
+    codes = {int(code) for code in re.findall(r"^- `(\d{3})`", response.get("description", ""), re.MULTILINE)}
     for content in response.get("content", {}).values():
         values = [content.get("example"), *(one.get("value") for one in content.get("examples", {}).values())]
         codes |= {value["code"] for value in values if isinstance(value, dict) and isinstance(value.get("code"), int)}
-    return codes
+    return codes - {200}
 
 
 def _sunset(node: Node) -> date | None:

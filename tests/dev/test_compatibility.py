@@ -53,7 +53,7 @@ BASE: dict[str, Any] = {
                         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Thing"}}},
                     },
                     "409": {
-                        "description": "409: Conflict; 465: Another request",
+                        "description": "- `409` Conflict.\n- `465` Another request.",
                         "content": {
                             "application/json": {
                                 "schema": {"$ref": "#/components/schemas/Error"},
@@ -328,10 +328,10 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
     "responses existence": [
         ({}, {OK: GONE}, f"{AT} response 200: removed"),
         ({}, {OK: GONE, f"{POST} > responses > 201": {"description": "Created"}}, f"{AT} response 201: new"),
-        ({}, {f"{POST} > responses > 412": {"description": "412: Changed"}}, f"{AT} response 412: new"),
+        ({}, {f"{POST} > responses > 412": {"description": "- `412` Changed"}}, f"{AT} response 412: new"),
         (
             {},
-            {f"{POST} > responses > 409 > description": "409: Conflict; 465: Another request; 463: Stale"},
+            {f"{POST} > responses > 409 > description": "- `409` Conflict.\n- `465` Another request.\n- `463` Stale."},
             f"{AT} response 409: code 463 is new",
         ),
         (
@@ -437,7 +437,8 @@ COMPATIBLE: list[tuple[Edits, Edits]] = [
     ({}, {"paths > /ping > get > requestBody": {"content": {}}}),
     ({}, {f"{REQUEST} > content > application/xml": {}, f"{OK} > content > application/xml": {}}),
     ({}, {f"{POST} > responses > 409": GONE}),
-    ({}, {f"{POST} > responses > 409 > description": "409: Somebody else was faster"}),
+    ({}, {f"{POST} > responses > 409 > description": "- `409` Somebody else was faster."}),
+    ({}, {f"{OK} > content > application/json > example": {"code": 200}}),
     ({}, {f"{OK} > headers > Location": {"schema": {"type": "string"}}, f"{OK} > headers > Age > required": True}),
     ({}, {f"{POST} > security": [{"bearer": []}, {"cookie": []}]}),
     ({}, {f"{POST} > security": []}),
@@ -654,6 +655,7 @@ def test_a_schema_of_several_operations_is_excused_only_where_they_are_named() -
         ({f"{POST} > responses > 409 > content > application/json > examples": {}}, []),
         ({f"{IN} > name > maxLength": 9}, ["/components/schemas/Change/properties/name/maxLength"]),
         ({f"{IN} > title": {}}, ["/components/schemas/Change/properties/title"]),
+        ({f"{CHANGE} > required > 1": "note"}, ["/components/schemas/Change/required/1"]),
         ({f"{POST} > tags > 1": "more"}, ["/paths//things/{thing_id}/post/tags"]),
         ({f"{CHANGE} > additionalProperties": 0}, ["/components/schemas/Change/additionalProperties"]),
         ({"paths > /ping": GONE}, ["/paths//ping"]),
@@ -734,6 +736,7 @@ def test_any_change_of_the_real_document_is_found_in_one_direction() -> None:
             parent = reduce(getitem, place[:-1], DOCUMENT)
             if not (isinstance(parent, dict) and parent.get("readOnly")):  # in a schema of requests, nobody sees it
                 missed.append(place)
+    assert broken(DOCUMENT, deepcopy(DOCUMENT)) == []
     assert len(tried) > 500
     assert missed == []
 
@@ -746,42 +749,60 @@ def changed(node: Any, place: tuple[Any, ...]) -> Any:
     return node
 
 
-ORDERS, ORDER_SCHEMA = "paths > /api/v1/orders", "components > schemas > Order > properties"
+UNANNOUNCED = "deprecated without an x-sunset at least 30 days from now"
+DOCUMENT_409 = {"content": {"application/json": {"examples": {"470": {"value": {"code": 470}}}}}}
+ORDERS, SCHEMAS = "paths > /api/v1/orders", "components > schemas"
+NEW_ORDER, ORDER, ITEM = (f"{SCHEMAS} > {name} > properties" for name in ("OrderInput", "Order", "Item"))
+LIST, CREATE = f"{ORDERS} > get", f"{ORDERS} > post"
 REAL = [
-    ({f"{ORDER_SCHEMA} > remark > maxLength": 300}, "Order.remark: maxLength 500 → 300"),
-    ({f"{ORDER_SCHEMA} > items > maxItems": 50}, "Order.items: maxItems 100 → 50"),
-    ({f"{ORDER_SCHEMA} > items > minItems": GONE}, "Order.items: minItems 1 → 0"),
-    ({f"{ORDER_SCHEMA} > total": GONE}, "Order.total: removed"),
-    ({f"{ORDER_SCHEMA} > remark > readOnly": True}, "Order.remark: readOnly now"),
-    ({f"{ORDER_SCHEMA} > status > readOnly": False}, "Order.status: new and required"),
+    ({f"{NEW_ORDER} > remark > maxLength": 300}, "OrderInput.remark: maxLength 500 → 300"),
+    ({f"{NEW_ORDER} > items > maxItems": 50}, "OrderInput.items: maxItems 100 → 50"),
+    ({f"{NEW_ORDER} > items > items": {"type": "string"}}, 'OrderInput.items[]: type "object" → "string"'),
+    ({f"{NEW_ORDER} > items > default": []}, "OrderInput.items: default none → []"),
+    ({f"{NEW_ORDER} > remark": GONE}, "OrderInput.remark: removed"),
+    ({f"{NEW_ORDER} > remark > readOnly": True}, "OrderInput.remark: readOnly now"),
+    ({f"{NEW_ORDER} > remark > deprecated": True}, f"OrderInput.remark: {UNANNOUNCED}"),
+    ({f"{SCHEMAS} > OrderInput > required": ["items", "remark"]}, "OrderInput.remark: required now"),
+    ({f"{SCHEMAS} > OrderInput > allOf": [{"maxProperties": 1}]}, "OrderInput: allOf new"),
+    ({f"{ORDER} > total": GONE}, "Order.total: removed"),
+    ({f"{ORDER} > status > enum > 5": "lost"}, 'Order.status: value "lost" is new'),
+    ({f"{ORDER} > remark > type": ["string", "null", "object"]}, "Order.remark: type"),
+    ({f"{ITEM} > quantity > type": "number"}, 'Item.quantity: type "integer" → "number"'),
+    ({f"{SCHEMAS} > Order > required": []}, "Order.id: optional now"),
+    ({f"{SCHEMAS} > ErrorEnvelope > properties > code > enum > 0": 470}, "ErrorEnvelope.code: value 470 is new"),
+    ({f"{LIST} > parameters > 0 > required": True}, "GET /api/v1/orders query page: required now"),
+    ({f"{LIST} > parameters > 0 > schema > maximum": 9}, "GET /api/v1/orders query page: maximum 1000 → 9"),
+    ({f"{LIST} > parameters > 0 > schema > default": 2}, "GET /api/v1/orders query page: default 1 → 2"),
     (
-        {"components > schemas > Item > properties > quantity > type": "number"},
-        'Item.quantity: type "integer" → "number"',
+        {f"{LIST} > parameters > 0 > schema > type": "string"},
+        'GET /api/v1/orders query page: type "integer" → "string"',
     ),
-    ({f"{ORDERS} > post": GONE}, "POST /api/v1/orders: removed"),
-    ({f"{ORDERS} > post > requestBody": GONE}, "POST /api/v1/orders request: body removed"),
-    ({f"{ORDERS} > post > responses > 201": GONE}, "POST /api/v1/orders response 201: removed"),
-    ({f"{ORDERS} > post > responses > 418": {"description": "418: Tea"}}, "POST /api/v1/orders response 418: new"),
+    ({f"{LIST} > parameters > 0 > deprecated": True}, f"GET /api/v1/orders query page: {UNANNOUNCED}"),
+    ({f"{LIST} > parameters > 0": GONE}, "GET /api/v1/orders query page: removed"),
+    ({CREATE: GONE}, "POST /api/v1/orders: removed"),
+    ({f"{CREATE} > deprecated": True}, f"POST /api/v1/orders: {UNANNOUNCED}"),
+    ({f"{CREATE} > operationId": "order"}, 'POST /api/v1/orders: operationId createOrder → "order"'),
+    ({f"{CREATE} > security": [{"cookie": []}]}, "POST /api/v1/orders: bearer is no longer enough to be let in"),
+    ({f"{CREATE} > requestBody": GONE}, "POST /api/v1/orders request: body removed"),
+    ({f"{CREATE} > requestBody > content": {}}, "POST /api/v1/orders request: application/json removed"),
+    ({f"{LIST} > requestBody": {"required": True, "content": {}}}, "GET /api/v1/orders request: body new and required"),
+    ({f"{CREATE} > responses > 201": GONE}, "POST /api/v1/orders response 201: removed"),
+    ({f"{CREATE} > responses > 418": {"description": "- `418` Tea."}}, "POST /api/v1/orders response 418: new"),
+    ({f"{CREATE} > responses > 409": DOCUMENT_409}, "POST /api/v1/orders response 409: code 470 is new"),
+    ({f"{CREATE} > responses > 201 > content": {}}, "POST /api/v1/orders response 201: application/json removed"),
+    ({f"{CREATE} > responses > 201 > headers > ETag": GONE}, "POST /api/v1/orders response 201 header ETag: removed"),
     (
-        {f"{ORDERS} > post > responses > 409 > description": "409: a; 470: b"},
-        "POST /api/v1/orders response 409: code 470 is new",
+        {f"{CREATE} > responses > 201 > headers > ETag > schema": {}},
+        "POST /api/v1/orders response 201 header ETag: type",
     ),
-    (
-        {f"{ORDERS} > post > responses > 201 > headers > ETag": GONE},
-        "POST /api/v1/orders response 201 header ETag: removed",
-    ),
-    ({f"{ORDERS} > post > security": [{"cookie": []}]}, "POST /api/v1/orders: bearer is no longer enough to be let in"),
-    (
-        {"components > schemas > ErrorEnvelope > properties > code > enum > 0": 470},
-        "ErrorEnvelope.code: value 470 is new",
-    ),
+    ({f"{SCHEMAS} > Version": GONE, f"{SCHEMAS} > VersionEnvelope > properties > data": {}}, "Version: schema removed"),
 ]
 
 
 @pytest.mark.parametrize(("edits", "line"), REAL)
 def test_a_break_of_the_real_document_is_found(edits: Edits, line: str) -> None:
-    assert broken(DOCUMENT, DOCUMENT) == []
-    assert line in broken(DOCUMENT, edited(DOCUMENT, edits))
+    found = broken(DOCUMENT, edited(DOCUMENT, edits))
+    assert [one for one in found if one.startswith(line)], found
 
 
 @pytest.fixture
