@@ -86,8 +86,8 @@ def insert_after(path: Path, start: str, text: str) -> None:
 def follow_the_page(language: str, tree: Path) -> None:
     code, mounted, imported, declared = [block.text for block in blocks(page(language, "payment.md"))[:4]]
     (tree / "blueprints" / "payments.py").write_text(code)
-    insert_after(tree / "blueprints" / "__init__.py", "    api.register_blueprint(messages.blueprint", mounted)
-    insert_after(tree / "blueprints" / "__init__.py", "from blueprints import ", imported)
+    insert_after(tree / "blueprints" / "__init__.py", "    mount(messages.blueprint", mounted)
+    insert_after(tree / "blueprints" / "__init__.py", "from blueprints import auth", imported)
     insert_after(tree / "settings.py", "    WECHAT_PUSH_AES_KEY = ", declared)
 
 
@@ -110,6 +110,13 @@ def test_the_code_has_the_style_of_the_repository(tree: Path) -> None:
         command = [*words[:3], check[0], *words[3:], *check[1:], "blueprints", "settings.py"]
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_callback_is_in_the_documents(tree: Path) -> None:
+    subprocess.run([sys.executable, "-m", "dev.openapi"], cwd=tree, check=True)
+    operation = json.loads((tree / "openapi.json").read_text())["paths"]["/api/v1/payments"]["post"]
+    assert (operation["operationId"], operation["summary"]) == ("receivePayment", "支付回调")
+    assert {"200", "400", "404", "409"} <= operation["responses"].keys()
 
 
 def test_a_payment_makes_its_order_paid(

@@ -25,6 +25,20 @@ from tests.harness import ROOT, WAIT_SECONDS
 SERVICE, SIMULATOR = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
 """The addresses in the documents."""
 DONE = "--- the block is done ---"
+# A phone: its `wx`, what the phone number button gives, and a console that prints values as JSON.
+PHONE = f"""\
+import {{ createRequire }} from 'node:module'
+import {{ createWx, simulator }} from '{ROOT}/clients/miniprogram/tests/wx.mjs'
+const require = createRequire('{ROOT}/clients/miniprogram/')
+globalThis.wx = createWx()
+const event = {{ detail: await simulator('phone_codes', {{ phone: '13812345678' }}) }}
+console.log = value => process.stdout.write(JSON.stringify(value) + '\\n')
+"""
+PROGRAMS = {
+    "sh": ("", f"printf '\\n%s\\n' '{DONE}'", ["bash", "-euo", "pipefail"]),
+    "js": (PHONE, f"process.stdout.write('\\n{DONE}\\n')", ["node"]),
+}
+"""For each kind of block: what comes first, what comes after each block, and what runs them."""
 PAGES = [
     (name, kind)
     for name in names("zh")
@@ -45,14 +59,16 @@ def run(kind: str, page_blocks: list[Block], folder: Path, launched: Launched) -
     """Run the blocks of this kind, and compare what they print."""
     addresses = {SERVICE: launched.url, SIMULATOR: launched.simulator_url()}
     numbers = [number for number, block in enumerate(page_blocks) if block.kind == kind]
-    texts = [page_blocks[number].text for number in numbers]
-    script = script_of(kind, [re.sub("|".join(addresses), lambda found: addresses[found[0]], text) for text in texts])
-    words = {"sh": ["bash", "-euo", "pipefail", "page"], "js": ["node", "page"]}[kind]
-    (folder / "page").write_text(script)
-    environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder)}
-    done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
-    )
+    begin, end, words = PROGRAMS[kind]
+    script = begin
+    for number in numbers:
+        text = re.sub("|".join(addresses), lambda found: addresses[found[0]], page_blocks[number].text)
+        script += f"{text}\n{end}\n"
+    (folder / "page.mjs").write_text(script)
+    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder)}
+    env |= {"SERVICE_URL": launched.url, "SIMULATOR_URL": launched.simulator_url()}
+    words = [*words, "page.mjs"]
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=WAIT_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = done.stdout.split(f"{DONE}\n")
     assert len(printed) == len(numbers) + 1, done.stdout
@@ -60,13 +76,6 @@ def run(kind: str, page_blocks: list[Block], folder: Path, launched: Launched) -
         if page_blocks[number + 1 : number + 2] and page_blocks[number + 1].kind == "json":
             last_line = output.strip().rpartition("\n")[2]
             assert difference(json.loads(page_blocks[number + 1].text), json.loads(last_line)) is None, last_line
-
-
-def script_of(kind: str, texts: list[str]) -> str:
-    if kind == "sh":
-        return "".join(f"{text}\nprintf '\\n%s\\n' '{DONE}'\n" for text in texts)
-    body = "".join(f"{text}\nconsole.log('{DONE}')\n" for text in texts)
-    return f"require('{ROOT}/tests/docs/wx.js')\n;(async () => {{\n{body}}})()\n"
 
 
 def difference(documented: Any, printed: Any, where: str = "") -> str | None:

@@ -6,7 +6,7 @@ import pytest
 from marshmallow import missing
 
 import settings
-from dev import wechat_simulator
+from dev import openapi, wechat_simulator
 from dev.run import login_to_paste
 from dev.wechat_simulator import create_simulator
 from errors import Code
@@ -33,8 +33,11 @@ def test_the_settings_table_matches_settings_py(language: str) -> None:
 @LANGUAGE
 def test_the_code_table_matches_errors_py(language: str) -> None:
     rows = table(page(language, "codes.md"), {"en": "code", "zh": "业务码"}[language])
-    message = {"en": "english", "zh": "chinese"}[language]
-    assert rows == [[str(code.number), str(code.status), getattr(code.message, message)] for code in Code]
+    n, advice = ("zh", "en").index(language), openapi.advice()
+    assert [row[:4] for row in rows] == [
+        [str(code.number), str(code.status), code.message[n], advice[code][n]] for code in Code
+    ]
+    assert all(len(row) == 5 and row[4] for row in rows)
 
 
 @LANGUAGE
