@@ -20,9 +20,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).parent
 NOT_COPIED = (".git", ".venv", "var", "dist", "node_modules", "__pycache__", ".*_cache", ".hypothesis", ".schemathesis")
-MAXIMUM_LENGTH = 40
-"""Of NAME, as MySQL's names have at most 64 characters, and an index has the table's and more."""
+MAXIMUM_LENGTH = 25
+"""Of each name, so that the lines of the templates stay short."""
 
+METHODS = {"get": "GET", "update": "PUT", "delete": "DELETE"}
 SINGULARS = {"ies": "y", "sses": "ss", "shes": "sh", "ches": "ch", "xes": "x", "s": ""}
 
 
@@ -82,6 +83,7 @@ EDITS = (
         r"^LISTS = \{\n(    .*\n)+",
         '    "/$path": Listed($Model, ${Model}Schema().load($CONSTANT), {"user_id": "{id}"}),\n',
     ),
+    Edit("clients/miniprogram/kuaishang.js", r"^\$\{resource\('Order', .*\n", "$operations\n"),
     Edit("docs/zh/house.md", r"^  orders\.py .*\n", "  $file用户的$zh\n"),
     Edit("docs/en/house.md", r"^  orders\.py .*\n", "  ${file}the $words of a user\n"),
     Edit("CHANGELOG.md", r"^## .*\n(?s:.*?)\S\n(?=\n*(## |\Z))", "- `/api/v1/$path`: the $words of a user.\n"),
@@ -134,12 +136,17 @@ def make_names(many: str, one: str, chinese: str) -> dict[str, str]:
     for name in (many, one, model):
         if keyword.iskeyword(name) or hasattr(builtins, name):
             raise Refused(f"{name} means something in Python: choose another noun.")
+    path, plural = many.replace("_", "-"), many.title().replace("_", "")
+    one_path = f"/{path}/{{{one}_id}}"
+    operations = [f"{verb}{model} {method} {one_path}" for verb, method in METHODS.items()]
+    operations = [f"list{plural} GET /{path}", f"create{model} POST /{path}", *operations]
     a_word = f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
     return {
         "many": many,
         "one": one,
-        "path": many.replace("_", "-"),
-        "file": f"{many}.py".ljust(20),
+        "path": path,
+        "operations": f"${{resource('{model}', '{one_path}')}}" if plural == f"{model}s" else "\n".join(operations),
+        "file": f"{many}.py ".ljust(20),
         "Model": model,
         "CONSTANT": one.upper(),
         "words": words,
@@ -207,8 +214,9 @@ def write(names: dict[str, str], tree: Path) -> None:
     touched = [fill(file, names) for file in {*FILES, *(edit.file for edit in EDITS)} if file.endswith(".py")]
     for module in (
         ["dev.migration"],
-        ["ruff", "check", "--fix", *touched],
+        ["ruff", "check", "--fix", "--exit-zero", *touched],  # the order of imports
         ["ruff", "format", *touched],
+        ["ruff", "check", *touched],
         ["dev.openapi"],
     ):
         command = [sys.executable, "-m", *module]
