@@ -1,5 +1,5 @@
-// 快上小程序客户端：复制这一个文件即可，用法见 README.md。
-// Base library 2.23.4 or later, which 99.7 % of users had on 2024-12-23 by WeChat's own figures:
+// 快上小程序客户端，用法见 README.md。
+// Base library 2.23.4 or later: 99.7 % of users on 2024-12-23, by WeChat's figures:
 // https://developers.weixin.qq.com/miniprogram/dev/framework/client-lib/version.html
 
 const resource = (name, one, all = one.replace(/\/[^/]+$/, '')) => `
@@ -26,8 +26,8 @@ ${resource('User', '/users/{user_id}')}
 ${resource('Order', '/orders/{order_id}')}
 ${resource('OrderItem', '/orders/{order_id}/items/{item_id}')}`
 
-const SLOTS = 8 // requests at once; WeChat allows 10, uploads included
-const RESERVED = 2 // of these, for logins and what has priority
+const SLOTS = 8 // requests at once, of the 10 that WeChat allows with uploads
+const RESERVED = 2 // of these, for logins and priority
 const TRIES = 5
 const MESSAGES = {
 	ABORTED: '已取消',
@@ -46,13 +46,13 @@ class ApiError extends Error {
 		Object.assign(this, { code, status, traceId, data, retryable })
 	}
 }
-class StaleDataError extends ApiError {} // get the data from WeChat again; the client has logged in again
-class ConflictError extends ApiError {} // `current` is the version that somebody else wrote
+class StaleDataError extends ApiError {} // get the data from WeChat again, then send it
+class ConflictError extends ApiError {} // `current`: as somebody else wrote it
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms))
 const ask = (name) => new Promise((resolve) => wx[name]({ success: resolve, fail: resolve }))
 // The user, order… that a path is about: its parts share its version.
-const keyOf = (path) => (/^\/api\/\w+\/[\w-]+\/[^/?]+/.exec(path) || [])[0]
+const keyOf = (path) => (/^\/api\/v1\/[^/]+\/[^/?]+/.exec(path) || [])[0]
 
 const query = (args) =>
 	Object.entries(args)
@@ -110,10 +110,19 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 
 	const next = () => {
 		const go = (running < SLOTS && urgent.shift()) || (running < SLOTS - RESERVED && usual.shift())
-		if (go) go(running++)
+		if (!go) return
+		running++
+		go()
 	}
-	const slot = (queue) => new Promise((go) => next(queue.push(go)))
-	const release = () => next(running--)
+	const slot = (queue) =>
+		new Promise((go) => {
+			queue.push(go)
+			next()
+		})
+	const release = () => {
+		running--
+		next()
+	}
 
 	const run = (work, { timeout: limit = timeout, signal } = {}) =>
 		new Promise((resolve, reject) => {
@@ -121,6 +130,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			const end = (settle) => (outcome) => {
 				call.over = true
 				clearTimeout(call.timer)
+				if (signal && signal.removeEventListener) signal.removeEventListener('abort', cancel)
 				settle(outcome)
 			}
 			const stop = (code) => {
@@ -130,7 +140,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			}
 			const cancel = () => stop('ABORTED')
 			const watch = async () => {
-				while (hiddenAt && !call.over) await sleep(100)
+				while (hiddenAt) await sleep(100)
 				if (clock() < call.deadline) call.timer = setTimeout(watch, call.deadline - clock())
 				else stop(online ? 'TIMEOUT' : 'OFFLINE')
 			}
@@ -163,17 +173,17 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			remember('/api/v1/users/me', data.user)
 			return data.user
 		} catch (error) {
-			if (isLast || (error.code !== 460 && error.code !== 461)) throw error
+			if (isLast || ![460, 461].includes(error.code)) throw error
 			return exchangeCode(call, true)
 		}
 	}
 
 	async function perform(call, op) {
-		const isSafe = /GET|POST/.test(op.method) // with its key, or the code of a login
+		const isSafe = /GET|POST/.test(op.method) // a POST by its key
 		for (let tries = 1; ; tries++) {
 			op.generation = generation
 			const isStale = /"encryptedData":/.test(op.body) && !/ok$/.test((await ask('checkSession')).errMsg)
-			const answer = isStale ? { code: 463 } : await attempt(call, op, isSafe && tries < TRIES ? 2 : 1)
+			const answer = isStale ? { code: 463 } : await attempt(call, op, isSafe && tries < TRIES)
 			const { code, data } = answer
 			if (code === 200) {
 				remember(op.method === 'POST' ? `${op.path}/${data.id}` : op.path, data)
@@ -188,14 +198,15 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			const error = new ({ 412: ConflictError, 463: StaleDataError }[code] || ApiError)(answer)
 			if (code === 463 && !token) await logIn().catch(() => {})
 			if (code === 412) error.current = await perform(call, { method: 'GET', path: op.path }).catch(() => null)
-			const wait = (Number(answer.retryAfter) || 0) * 1000 + 500 * 2 ** tries * (0.5 + Math.random() / 2)
-			const hasTime = tries < TRIES && clock() + wait < call.deadline
-			if (!(isSafe && error.retryable && hasTime && mayRetry())) throw error
+			const pause = (Number(answer.retryAfter) || 0) * 1000 + 250 * 2 ** tries * (1 + Math.random())
+			const wait = hiddenAt || !online ? 0 : pause // attempt() waits
+			const isLate = tries === TRIES || clock() + wait > call.deadline
+			if (!isSafe || !error.retryable || isLate || !mayRetry()) throw error
 			await sleep(wait)
 		}
 	}
 
-	async function attempt(call, op, share) {
+	async function attempt(call, op, mayRepeat) {
 		if (!online) await checkNetwork()
 		if (!online && !call.abort) throw new ApiError({ code: 'OFFLINE' })
 		for (;;) {
@@ -207,15 +218,16 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			if (call.over) throw call
 		}
 		op.generation = generation
+		const left = call.deadline - clock()
 		return new Promise((resolve) => {
 			const task = wx.request({
-				url: baseUrl + op.path.replace(/^\/?/, '/'), // in the host of baseUrl
+				url: baseUrl + op.path.replace(/^\/?/, '/'), // on no other host
 				method: op.method,
 				data: op.body,
 				header: { ...op.headers, ...(!op.isLogin && { Authorization: `Bearer ${token}` }) },
-				timeout: Math.ceil((call.deadline - clock()) / share), // so that a retry has its share
+				timeout: Math.ceil(mayRepeat && left > 4000 ? left / 2 : left), // so that a retry has time
 				success: (answer) => resolve(read(answer)),
-				fail: (data) => resolve({ code: 'NETWORK', data }),
+				fail: (data) => resolve({ code: /timeout/.test(data.errMsg) ? 'TIMEOUT' : 'NETWORK', data }),
 				complete: release,
 			})
 			call.abort = () => task.abort()
@@ -229,9 +241,9 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	}
 
 	async function request(options) {
-		const { method = 'GET', path, body, version = versions.get(keyOf(path)), idempotencyKey } = options
+		const { method = 'GET', path, body, version = versions.get(keyOf(path)) } = options
 		const headers = { ...options.headers }
-		const key = idempotencyKey || [Date.now(), Math.random(), Math.random()].join('-')
+		const key = options.idempotencyKey || [Date.now(), Math.random(), Math.random()].join('-')
 		if (method === 'POST') headers['Idempotency-Key'] = key
 		if (version && /^(PUT|DELETE)$/.test(method)) headers['If-Match'] = `"${version}"`
 		const op = { ...options, method: method.replace('-', ''), headers, body: JSON.stringify(body) }
@@ -242,12 +254,11 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	for (const line of OPERATIONS.match(/.+/g)) {
 		const [id, method, template] = line.split(' ')
 		api[id] = ({ version, ...rest } = {}, options) => {
-			const take = (_, name) => {
+			const path = `/api/v1${template}`.replace(/{(\w+)}/g, (_, name) => {
 				const value = rest[name]
 				delete rest[name]
 				return encodeURIComponent(value)
-			}
-			const path = '/api/v1' + template.replace(/{(\w+)}/g, take)
+			})
 			const sent = /^P/.test(method) ? { path, body: rest } : { path: path + query(rest) }
 			return request({ method, version, ...sent, ...options })
 		}
