@@ -3,6 +3,7 @@
 Versions, ETags and If-Match: nobody overwrites a version that they have not read (RFC 9110, section 13).
 """
 
+import re
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ def shown(example: Any, text: Message | None = None) -> dict[str, Any]:
 VERSION_TEXT = Message("用作 If-Match，须加引号", "For If-Match, in quotes")
 VERSION = fields.Integer(dump_only=True, required=True, metadata=shown(1, VERSION_TEXT))
 """The field of every schema of a versioned row."""
+
+IF_MATCH_PATTERN = r"(\*|TAG( *, *TAG)*)".replace("TAG", '((W/)?"[!#-~]*"|[0-9]+)')
+"""Tags as in RFC 9110, or a bare version."""
 
 TIME = {"example": "2026-11-26T08:00:00Z"}
 
@@ -171,9 +175,9 @@ def require_match(row: Versioned) -> None:
     By RFC 9110 a weak ETag never matches. Here it does: ours name versions, whatever a proxy that compresses makes of
     them, and whatever the language.
 
-    :raises ApiError: PRECONDITION_REQUIRED without If-Match, PRECONDITION_FAILED if it names another version.
+    :raises ApiError: PRECONDITION_REQUIRED without a valid If-Match, PRECONDITION_FAILED if it names another version.
     """
-    if not request.if_match:
+    if not re.fullmatch(IF_MATCH_PATTERN, request.headers.get("If-Match", "")):
         raise ApiError(Code.PRECONDITION_REQUIRED)
     current = f"{row.version}-", f"{row.etag}-"  # what follows is the language, or a proxy's
     tags = [f"{tag}-" for tag in request.if_match.as_set(include_weak=True)]

@@ -96,6 +96,7 @@ class OrderListSchema(ListSchema):
 @blueprint.route("")
 @blueprint.arguments(OrderListSchema, location="query")
 @blueprint.response(200, page_schema(OrderSummarySchema))
+@blueprint.fails(Code.NOT_FOUND)
 def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     """列出自己的订单 | List your orders
 

@@ -5,7 +5,7 @@ import re
 from typing import Any, NoReturn
 
 from flask import Request
-from marshmallow import Schema, ValidationError, fields, validate
+from marshmallow import Schema, ValidationError, validate
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.routing import BaseConverter, IntegerConverter, Rule
@@ -13,8 +13,6 @@ from werkzeug.routing import BaseConverter, IntegerConverter, Rule
 from errors import ApiError, Code
 
 Schema.error_messages = {"type": "Must be an object.", "unknown": "Unknown, or set by the server."}
-# WeChat's pickers give the temporary path of a file on the phone.
-fields.Url.default_error_messages = {"invalid": "Must be an http(s) URL: upload the file, then send its URL."}
 
 MAXIMUM_ID = 2**63 - 1
 SMALL_BODY = 8 * 1024

@@ -64,6 +64,9 @@ def matches(pattern: str, error: str) -> validate.Regexp:
 
 
 NICKNAME_RULE = matches(r"(?=.*\S)[^\x00-\x1f\x7f]{1,64}", "Must be 1 to 64 printable characters, not only spaces.")
+# WeChat's pickers give the temporary path of a file on the phone, such as http://tmp/a.png.
+_URL = r"https?://([A-Za-z0-9-]+\.)*(localhost|[A-Za-z0-9-]+\.[A-Za-z0-9-]+)(:[0-9]{1,5})?([/?#][^\x00-\x20\x7f]*)?"
+URL_RULES = [matches(_URL, "Must be an http(s) URL: upload the file, then send its URL."), validate.Length(max=512)]
 OPENID_RULE = matches("[A-Za-z0-9_-]{1,64}", "Must be 1 to 64 letters, digits, - or _.")
 PHONE_RULE = matches(r"\+?[0-9]{5,20}", "Must be digits, with + and country code if foreign.")
 
@@ -72,9 +75,7 @@ class TypedProfileSchema(Schema):
     """What users may change about themselves."""
 
     nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata=shown("小明", NULL_REMOVES))
-    avatar_url = fields.Url(
-        allow_none=True, schemes={"http", "https"}, validate=validate.Length(max=512), metadata=shown(AVATAR)
-    )
+    avatar_url = fields.String(allow_none=True, validate=URL_RULES, metadata=shown(AVATAR))
 
 
 class UserChangeSchema(TypedProfileSchema):

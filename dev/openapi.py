@@ -23,7 +23,7 @@ from marshmallow import Schema
 import errors
 import service
 from blueprints import idempotency
-from blueprints.api import Blueprint
+from blueprints.api import IF_MATCH_PATTERN, Blueprint
 from blueprints.parsing import SMALL_BODY, openapi_path
 from errors import HEADERS, Code, Message
 
@@ -79,7 +79,7 @@ IF_MATCH = {
     "name": "If-Match",
     "in": "header",
     "required": True,
-    "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[!#-~]{1,64}")$'},
+    "schema": {"type": "string", "pattern": f"^{IF_MATCH_PATTERN}$"},
     "example": '"1"',
     "description": Message(
         "读到的 `version`，加引号，或其 ETag；此后有变化则为 412",
@@ -469,7 +469,7 @@ def _parameter(parameter: dict[str, Any]) -> dict[str, Any]:
 def _headers(*names: str) -> dict[str, Any]:
     found = {name: RESPONSE_HEADERS[name] for name in (TRACE_ID, *names)}
     return {
-        name: {"description": text, "schema": {"type": "string", "examples": [example]}}
+        name: {"description": text, "required": True, "schema": {"type": "string", "examples": [example]}}
         for name, (text, example) in found.items()
     }
 

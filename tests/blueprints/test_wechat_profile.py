@@ -216,11 +216,31 @@ def test_a_body_of_neither_kind_is_told_both(alice: Caller) -> None:
             assert set(map(tuple, errors.values())) == {(reason,)}, body
 
 
-@pytest.mark.parametrize("url", ["wxfile://tmp_1.png", "http://tmp/a.png", "ftp://example.com/a.png", "a.png", "", 5])
-def test_a_picture_that_is_not_uploaded_yet_gets_400_saying_so(alice: Caller, url: object) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("wxfile://tmp_1.png", "http://tmp/a.png", "ftp://example.com/a.png", "a.png", ""),
+        *(
+            "https://example.com/a b",
+            "https://example.com/a\n",
+            "https://example.com\\a",
+            "https://.com/",
+            "https://a@b.cn/",
+        ),
+    ],
+)
+def test_a_picture_that_is_not_uploaded_yet_gets_400_saying_so(alice: Caller, url: str) -> None:
     for path in (PROFILE, "/users/me"):
         (reason,) = alice.put(path, {"avatar_url": url}).get_json()["data"]["errors"]["avatar_url"]
         assert reason == "Must be an http(s) URL: upload the file, then send its URL."
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:9000/a", "https://10.0.0.1/a?b#c", "https://cdn.example.com:8443/头像.png", "https://a.cn?b"],
+)
+def test_the_url_of_an_uploaded_picture_is_stored(alice: Caller, url: str) -> None:
+    assert data_of(alice.put("/users/me", {"avatar_url": url}))["avatar_url"] == url
 
 
 def test_encrypted_data_that_cannot_be_stored_is_400(alice: Caller) -> None:
