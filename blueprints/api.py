@@ -18,14 +18,8 @@ from errors import ApiError, Code, Message, envelope, language
 from storage import database, sessions
 from storage.models import Versioned
 
-
-def shown(example: Any, text: Message | None = None) -> dict[str, Any]:
-    """Make the metadata of a field, which the documents show."""
-    return {"example": example} | ({"description": text} if text else {})
-
-
 VERSION_TEXT = Message("用作 If-Match，须加引号", "For If-Match, in quotes")
-VERSION = fields.Integer(dump_only=True, required=True, metadata=shown(1, VERSION_TEXT))
+VERSION = fields.Integer(dump_only=True, required=True, metadata={"example": 1, "description": VERSION_TEXT})
 """The field of every schema of a versioned row."""
 
 IF_MATCH_PATTERN = r"(\*|TAG( *, *TAG)*)".replace("TAG", '((W/)?"[!#-~]*"|[0-9]+)')

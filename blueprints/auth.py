@@ -7,7 +7,7 @@ from flask import current_app, g, session
 from marshmallow import Schema, fields
 
 import wechat
-from blueprints.api import Blueprint, shown
+from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, current_user, get_mini_program_user, set_current_user
 from blueprints.users import UserSchema
@@ -19,26 +19,25 @@ from storage.single_flight import single_flight
 login = Blueprint("login", __name__, title=Message("登录", "Log in"))
 blueprint = Blueprint("sessions", __name__, title=Message("会话", "Sessions"))
 
-CODE = Message("wx.login 返回的 code", "The code of wx.login")
-TOKEN = Message("请放入 `Authorization: Bearer …`", "Send it as `Authorization: Bearer …`")
-EXPIRES_IN = Message("单位：秒；使用会使其延长", "In seconds; each use may extend it")
-VALID = Message("为 false 时，先登录再提交加密数据", "If false, log in before you send encrypted data")
-
 
 class WechatCodeSchema(Schema):
     ANY_CONTENT_TYPE = True  # a browser's fetch sends text/plain
 
-    code = fields.String(required=True, validate=WECHAT_CODE_RULE, metadata=shown("0a3Bx", CODE))
+    code = fields.String(required=True, validate=WECHAT_CODE_RULE, metadata={"example": "0a3Bx"})
+    """wx.login 返回的 code | The code of wx.login"""
 
 
 class LoginSchema(Schema):
-    token = fields.String(required=True, metadata=shown("Vb2pZ0sXw8yJ4uTqLr9cNf7hEo1kGd6m", TOKEN))
-    expires_in = fields.Integer(required=True, metadata=shown(604800, EXPIRES_IN))
+    token = fields.String(required=True, metadata={"example": "Vb2pZ0sXw8yJ4uTqLr9cNf7hEo1kGd6m"})
+    """请放入 `Authorization: Bearer …` | Send it as `Authorization: Bearer …`"""
+    expires_in = fields.Integer(required=True, metadata={"example": 604800})
+    """单位：秒；使用会使其延长 | In seconds; each use may extend it"""
     user = fields.Nested(UserSchema, required=True)
 
 
 class WechatSessionSchema(Schema):
-    valid = fields.Boolean(required=True, metadata=shown(True, VALID))
+    valid = fields.Boolean(required=True, metadata={"example": True})
+    """为 false 时，先登录再提交加密数据 | If false, log in before you send encrypted data"""
 
 
 @login.route("/wechat", methods=["POST"])

@@ -9,7 +9,6 @@ from errors import language
 
 _HERE = Path(__file__).parent
 _FILES = {"zh": "openapi.json", "en": "openapi.en.json"}
-_DOCUMENTS = {name: (_HERE.parent / file).read_bytes() for name, file in _FILES.items()}
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
@@ -25,29 +24,25 @@ page = Blueprint("docs", "flask_swagger_ui", static_folder="dist", static_url_pa
 @documents.get("/openapi.json")
 def openapi() -> Response:
     """Return the document in the language that `lang`, or else the request's Accept-Language, asks for."""
-    response = _respond(_DOCUMENTS.get(request.args.get("lang", "")) or _DOCUMENTS[language()], "application/json")
+    wanted = request.args.get("lang", "")
+    response = _send(_HERE.parent / _FILES[wanted if wanted in _FILES else language()])
     response.vary.add("Accept-Language")
     return response
 
 
-@page.get("/docs", defaults={"filename": "docs.html"})
-@page.get("/docs/docs.js", defaults={"filename": "docs.js"})
-@page.get("/docs/docs.css", defaults={"filename": "docs.css"})
-def show(filename: str) -> Response:
-    return _respond((_HERE / filename).read_bytes(), guess_type(filename)[0])
+@page.get("/docs", defaults={"name": "docs.html"})
+@page.get("/docs/<any('docs.js', 'docs.css'):name>")
+def show(name: str) -> Response:
+    return _send(_HERE / name)
 
 
-def _respond(content: bytes, mimetype: str | None) -> Response:
-    response = Response(content, mimetype=mimetype)
-    response.cache_control.no_cache = True
+def _send(path: Path) -> Response:
+    response = Response(path.read_bytes(), mimetype=guess_type(path)[0], headers={"Cache-Control": "no-cache"})
     response.add_etag()
-    response.make_conditional(request)
-    return response
+    return response.make_conditional(request)  # type: ignore[return-value]
 
 
 @page.after_request
 def _protect(response: Response) -> Response:
-    response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-    response.headers["Referrer-Policy"] = "no-referrer"
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers |= {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
     return response

@@ -8,7 +8,7 @@ from marshmallow import Schema, fields
 from prometheus_client.exposition import choose_encoder
 
 import wechat
-from blueprints.api import TIME, Blueprint, shown
+from blueprints.api import TIME, Blueprint
 from blueprints.policies import METRICS_TOKEN_WRONG
 from concurrency import in_parallel
 from errors import ApiError, Code, Message
@@ -22,8 +22,6 @@ blueprint = Blueprint("health", __name__, title=Message("探针", "Probes"))
 scraped = Blueprint("metrics", __name__, title=Message("指标", "Metrics"))
 
 METRICS_SCHEMA = {"type": "string", "examples": ['kuaishang_dependency_up{dependency="redis"} 1.0']}
-PROMETHEUS_TEXT = Message("Prometheus 文本格式", "In Prometheus's text format")
-COMMIT = Message("git 的提交，或代码的哈希；12 位十六进制", "Of git, or a hash of the code; 12 hex digits")
 
 
 def failing_dependencies() -> dict[str, list[str]]:
@@ -48,8 +46,9 @@ class ReadinessSchema(Schema):
 
 
 class VersionSchema(Schema):
-    version = fields.String(required=True, metadata=shown("1.0.0"))
-    commit = fields.String(required=True, metadata=shown("1c556002af70", COMMIT))
+    version = fields.String(required=True, metadata={"example": "1.0.0"})
+    commit = fields.String(required=True, metadata={"example": "1c556002af70"})
+    """git 的提交，或代码的哈希；12 位十六进制 | Of git, or a hash of the code; 12 hex digits"""
     built = fields.String(required=True, metadata={"format": "date-time", **TIME})
     started = fields.String(required=True, metadata={"format": "date-time", **TIME})
 
@@ -93,14 +92,14 @@ def get_version() -> dict[str, Any]:
 
 
 @scraped.route("/metrics")
-@scraped.response(200, METRICS_SCHEMA, content_type="text/plain", description=PROMETHEUS_TEXT)
+@scraped.response(200, METRICS_SCHEMA, content_type="text/plain")
 @scraped.fails(UNAUTHORIZED=METRICS_TOKEN_WRONG, NOT_FOUND=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
 def get_metrics() -> Response:
     """指标 | Metrics of all workers together
 
-    `Accept` 要求时为 OpenMetrics 格式。Redis 和数据库会被检查一次。
+    Prometheus 文本格式，`Accept` 要求时为 OpenMetrics。Redis 和数据库会被检查一次。
 
-    With Redis and the database checked. In OpenMetrics where `Accept` prefers it.
+    With Redis and the database checked. In Prometheus's text format, or in OpenMetrics where `Accept` prefers it.
     """
     failing_dependencies()
     metrics.publish()

@@ -6,31 +6,27 @@ from typing import Any
 from marshmallow import Schema, fields, validate
 from sqlalchemy import ColumnElement, func, select
 
-from blueprints.api import shown
 from blueprints.parsing import MAXIMUM_ID
-from errors import Message
 from storage import database
 
 COUNT_LIMIT = 10_000
 """The largest total: where counting stops."""
-AFTER = Message(
-    "上一页最后一项的 id，页码从其后算起；与第一页一样快",
-    "The id of the last item of the page before: pages count from there, each as fast as the first",
-)
-SORT = Message("- 表示最新的在前", "- is for the newest first")
 
 
 class ListSchema(Schema):
     """Which page of a list; subclasses add filters."""
 
-    page = fields.Integer(load_default=1, validate=validate.Range(1, 1000), metadata=shown(1))
-    page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100), metadata=shown(20))
-    after = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata=shown(100, AFTER))
+    page = fields.Integer(load_default=1, validate=validate.Range(1, 1000), metadata={"example": 1})
+    page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100), metadata={"example": 20})
+    after = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"example": 100})
+    """上一页最后一项的 id，页码从其后算起；与第一页一样快 |
+    The id of the last item of the page before: pages count from there, each as fast as the first"""
     sort = fields.String(
         load_default="-created_at",
         validate=validate.OneOf(["created_at", "-created_at"]),
-        metadata=shown("-created_at", SORT),
+        metadata={"example": "-created_at"},
     )
+    """`-` 表示最新的在前 | `-` is for the newest first"""
 
 
 @cache
@@ -38,7 +34,7 @@ def page_schema(item: type[Schema]) -> type[Schema]:
     """Describe a page of a list of such items."""
     items = fields.List(fields.Nested(item), required=True)
     examples = {"page": 1, "page_size": 20, "total": 1}
-    numbers = {name: fields.Integer(required=True, metadata=shown(one)) for name, one in examples.items()}
+    numbers = {name: fields.Integer(required=True, metadata={"example": one}) for name, one in examples.items()}
     return Schema.from_dict({"items": items, **numbers}, name=f"{item.__name__.removesuffix('Schema')}PageSchema")
 
 

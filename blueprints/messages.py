@@ -27,14 +27,11 @@ HANDLERS_SECONDS = 120
 REMEMBER_SECONDS = 2 * MAXIMUM_AGE_SECONDS
 """Longer than a message is accepted, also one from a clock that is ahead of ours."""
 
-ECHO = Message("原样返回 `echostr`", "`echostr` as it came")
 blueprint = Blueprint("messages", __name__, title=Message("消息推送", "Message push"))
 
 
 @blueprint.route("/messages")
-@blueprint.response(
-    200, {"type": "string", "examples": ["5838479218127813673"]}, content_type="text/plain", description=ECHO
-)
+@blueprint.response(200, {"type": "string", "examples": ["5838479218127813673"]}, content_type="text/plain")
 @blueprint.fails(Code.SIGNATURE_MISMATCH, Code.UNAVAILABLE, NOT_FOUND=PUSH_NOT_CONFIGURED)
 def verify_message_url() -> Response:
     """向微信证明此地址属于我们 | Prove to WeChat that this address is ours"""

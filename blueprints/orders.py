@@ -11,7 +11,7 @@ from flask import request
 from marshmallow import Schema, fields, validate
 from sqlalchemy.orm import joinedload
 
-from blueprints.api import TIME, VERSION, Blueprint, require_match, shown
+from blueprints.api import TIME, VERSION, Blueprint, require_match
 from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.parsing import MAXIMUM_ID, MAXIMUM_LENGTH
 from blueprints.policies import current_user
@@ -34,9 +34,6 @@ OWNER_STATUSES = ("pending", "cancelled", "completed")
 """What the buyer may set, as far as the table allows; an administrator or the service itself sets the others."""
 
 NOT_THE_BUYERS = Message("此状态由管理员或支付回调设定", "This status is set by an administrator or the payment")
-FEN = Message("单位：分", "In fen")
-BUYER = Message("用户已注销时为 null", "null if the user has been deleted")
-FOR_ADMINISTRATORS = Message("仅限管理员", "For administrators")
 TRANSITIONS = Message(f"可变为：{_TRANSITIONS}", f"What may follow: {_TRANSITIONS}")
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
 
@@ -44,14 +41,16 @@ blueprint = Blueprint("orders", __name__, title=Message("订单", "Orders"))
 
 
 class ItemSchema(Schema):
-    id = fields.Integer(dump_only=True, required=True, metadata=shown(1))
-    sku = fields.String(required=True, validate=[validate.Length(1, 64), NO_NUL], metadata=shown("tea-1"))
-    name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL], metadata=shown("龙井茶"))
-    quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999), metadata=shown(2))
+    id = fields.Integer(dump_only=True, required=True, metadata={"example": 1})
+    sku = fields.String(required=True, validate=[validate.Length(1, 64), NO_NUL], metadata={"example": "tea-1"})
+    name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL], metadata={"example": "龙井茶"})
+    quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999), metadata={"example": 2})
     unit_price = fields.Integer(
-        required=True, strict=True, validate=validate.Range(0, 10**9), metadata=shown(1250, FEN)
+        required=True, strict=True, validate=validate.Range(0, 10**9), metadata={"example": 1250}
     )
-    subtotal = fields.Integer(dump_only=True, required=True, metadata=shown(2500, FEN))
+    """单位：分 | In fen"""
+    subtotal = fields.Integer(dump_only=True, required=True, metadata={"example": 2500})
+    """单位：分 | In fen"""
 
 
 ShownItemSchema = ItemSchema.from_dict({"version": VERSION}, name="ShownItemSchema")
@@ -63,15 +62,17 @@ ItemChangeSchema = ItemSchema.from_dict({}, name="ItemChangeSchema")
 class OrderSchema(Schema):
     MAXIMUM_BYTES = 128 * 1024  # 100 items in Chinese, escaped
 
-    id = fields.Integer(dump_only=True, required=True, metadata=shown(1))
-    user_id = fields.Integer(dump_only=True, required=True, allow_none=True, metadata=shown(1, BUYER))
+    id = fields.Integer(dump_only=True, required=True, metadata={"example": 1})
+    user_id = fields.Integer(dump_only=True, required=True, allow_none=True, metadata={"example": 1})
+    """用户已注销时为 null | null if the user has been deleted"""
     status = fields.String(
         dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS), "example": "pending"}
     )
     remark = fields.String(
-        load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata=shown("少糖")
+        load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata={"example": "少糖"}
     )
-    total = fields.Integer(dump_only=True, required=True, metadata=shown(2500, FEN))
+    total = fields.Integer(dump_only=True, required=True, metadata={"example": 2500})
+    """单位：分 | In fen"""
     items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
     created_at = fields.DateTime(dump_only=True, required=True, metadata=TIME)
     updated_at = fields.DateTime(dump_only=True, required=True, metadata=TIME)
@@ -84,13 +85,18 @@ class OrderSummarySchema(OrderSchema):
 
 
 class OrderChangeSchema(Schema):
-    remark = fields.String(allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata=shown("少糖，放门口"))
-    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata=shown("cancelled", TRANSITIONS))
+    remark = fields.String(
+        allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata={"example": "少糖，放门口"}
+    )
+    status = fields.String(
+        validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata={"example": "cancelled", "description": TRANSITIONS}
+    )
 
 
 class OrderListSchema(ListSchema):
-    user_id = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata=shown(1, FOR_ADMINISTRATORS))
-    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata=shown("pending"))
+    user_id = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"example": 1})
+    """仅限管理员 | For administrators"""
+    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata={"example": "pending"})
 
 
 @blueprint.route("")

@@ -8,7 +8,7 @@ from typing import Any
 from flask import Response, current_app, json
 from marshmallow import Schema, fields
 
-from blueprints.api import TIME, VERSION, Blueprint, shown
+from blueprints.api import TIME, VERSION, Blueprint
 from blueprints.orders import OrderSchema
 from blueprints.users import NICKNAME_RULE, PHONE, Masked, UserSchema, audit, load_user, matches
 from concurrency import context_for, room
@@ -43,7 +43,10 @@ class MaskedPersonalDataSchema(Schema):
 
 
 PersonalDataSchema = Schema.from_dict(
-    {name: fields.String(required=True, allow_none=True, metadata=shown(EXAMPLES[name])) for name in PERSONAL_FIELDS},
+    {
+        name: fields.String(required=True, allow_none=True, metadata={"example": EXAMPLES[name]})
+        for name in PERSONAL_FIELDS
+    },
     name="PersonalDataSchema",
 )
 FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name="FullPersonalDataSchema")
@@ -52,15 +55,15 @@ FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name
 class PersonalDataChangeSchema(Schema):
     """Missing fields stay as they are, null erases; a phone number comes from WeChat alone."""
 
-    real_name = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata=shown(EXAMPLES["real_name"]))
-    id_card = fields.String(allow_none=True, validate=ID_CARD_RULE, metadata=shown(EXAMPLES["id_card"]))
-    email = fields.Email(allow_none=True, validate=EMAIL_RULE, metadata=shown(EXAMPLES["email"]))
-    bank_card = fields.String(allow_none=True, validate=BANK_CARD_RULE, metadata=shown(EXAMPLES["bank_card"]))
+    real_name = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata={"example": EXAMPLES["real_name"]})
+    id_card = fields.String(allow_none=True, validate=ID_CARD_RULE, metadata={"example": EXAMPLES["id_card"]})
+    email = fields.Email(allow_none=True, validate=EMAIL_RULE, metadata={"example": EXAMPLES["email"]})
+    bank_card = fields.String(allow_none=True, validate=BANK_CARD_RULE, metadata={"example": EXAMPLES["bank_card"]})
 
 
 class IdentitySchema(Schema):
-    app_id = fields.String(required=True, metadata=shown("wx0123456789abcdef"))
-    openid = fields.String(required=True, metadata=shown("oGZUI0egBJY1zhBYw2KhdUfwVJJE"))
+    app_id = fields.String(required=True, metadata={"example": "wx0123456789abcdef"})
+    openid = fields.String(required=True, metadata={"example": "oGZUI0egBJY1zhBYw2KhdUfwVJJE"})
     created_at = fields.DateTime(required=True, metadata=TIME)
 
 
@@ -68,7 +71,7 @@ class ExportSchema(Schema):
     """The lists are those that storage/ownership.py names."""
 
     user = fields.Nested(UserSchema, required=True)
-    unionid = fields.String(required=True, allow_none=True, metadata=shown(None))
+    unionid = fields.String(required=True, allow_none=True, metadata={"example": None})
     personal_data = fields.Nested(PersonalDataSchema, required=True)
     identities = fields.List(fields.Nested(IdentitySchema), required=True)
     orders = fields.List(fields.Nested(OrderSchema), required=True)

@@ -11,7 +11,7 @@ from marshmallow import Schema, fields, validate
 from sqlalchemy import and_, select
 
 import wechat
-from blueprints.api import TIME, VERSION, Blueprint, require_match, shown
+from blueprints.api import TIME, VERSION, Blueprint, require_match
 from blueprints.lists import ListSchema, load_page, page_schema
 from blueprints.policies import current_user
 from errors import ApiError, Code, Message, conflict
@@ -22,11 +22,6 @@ from storage.models import Identity, User
 PHONE, AVATAR = "13800138000", "https://example.com/avatar.png"
 """Of examples."""
 MASKED = Message("已脱敏", "Masked")
-FOR_ADMINISTRATORS = Message("仅限管理员", "For administrators")
-BLOCKS = Message("仅限管理员；为 true 时其请求得到 403", "For administrators; if true, their requests are a 403")
-NULL_REMOVES = Message("null 表示删除", "null removes it")
-WHOLE_NUMBER = Message("与完整号码匹配", "Matches the whole number")
-MINI_PROGRAM_OPENID = Message("该用户在小程序中的 openid", "The user's openid in the mini-program")
 MINI_PROGRAM_LOGIN_REQUIRED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
 blueprint = Blueprint("users", __name__, title=Message("用户", "Users"))
@@ -48,9 +43,9 @@ class Masked(fields.String):
 
 
 class UserSchema(Schema):
-    id = fields.Integer(required=True, metadata=shown(1))
-    nickname = fields.String(required=True, allow_none=True, metadata=shown("小明"))
-    avatar_url = fields.String(required=True, allow_none=True, metadata=shown(AVATAR))
+    id = fields.Integer(required=True, metadata={"example": 1})
+    nickname = fields.String(required=True, allow_none=True, metadata={"example": "小明"})
+    avatar_url = fields.String(required=True, allow_none=True, metadata={"example": AVATAR})
     phone = Masked(mask_phone, PHONE)
     role = fields.String(required=True, metadata={"enum": ["user", "admin"], "example": "user"})
     created_at = fields.DateTime(required=True, metadata=TIME)
@@ -74,26 +69,29 @@ PHONE_RULE = matches(r"\+?[0-9]{5,20}", "Must be digits, with + and country code
 class TypedProfileSchema(Schema):
     """What users may change about themselves."""
 
-    nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata=shown("小明", NULL_REMOVES))
-    avatar_url = fields.String(allow_none=True, validate=URL_RULES, metadata=shown(AVATAR))
+    nickname = fields.String(allow_none=True, validate=NICKNAME_RULE, metadata={"example": "小明"})
+    """null 表示删除 | null removes it"""
+    avatar_url = fields.String(allow_none=True, validate=URL_RULES, metadata={"example": AVATAR})
 
 
 class UserChangeSchema(TypedProfileSchema):
-    role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata=shown("user", FOR_ADMINISTRATORS))
-    blocked = fields.Boolean(truthy={True}, falsy={False}, metadata=shown(False, BLOCKS))
+    role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata={"example": "user"})
+    """仅限管理员 | For administrators"""
+    blocked = fields.Boolean(truthy={True}, falsy={False}, metadata={"example": False})
+    """仅限管理员；为 true 时其请求得到 403 | For administrators; if true, their requests are a 403"""
 
 
 class NewUserSchema(UserChangeSchema):
     class Meta:
         exclude = ("blocked",)
 
-    openid = fields.String(
-        required=True, validate=OPENID_RULE, metadata=shown("oGZUI0egBJY1zhBYw2KhdUfwVJJE", MINI_PROGRAM_OPENID)
-    )
+    openid = fields.String(required=True, validate=OPENID_RULE, metadata={"example": "oGZUI0egBJY1zhBYw2KhdUfwVJJE"})
+    """该用户在小程序中的 openid | The user's openid in the mini-program"""
 
 
 class UserSearchSchema(ListSchema):
-    phone = fields.String(required=True, validate=PHONE_RULE, metadata=shown(PHONE, WHOLE_NUMBER))
+    phone = fields.String(required=True, validate=PHONE_RULE, metadata={"example": PHONE})
+    """与完整号码匹配 | Matches the whole number"""
 
 
 @administration.route("")

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from werkzeug import Response as BaseResponse
 
 import wechat
-from blueprints.api import Blueprint, shown
+from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import count_request, set_current_user
 from blueprints.users import TypedProfileSchema, matches
@@ -36,20 +36,20 @@ blueprint = Blueprint("web_login", __name__, title=Message("网页登录", "Log 
 blueprint.error_type = "text/html"
 
 PAGE = {"type": "string", "examples": ["<!doctype html>"]}
-RETURN_TO = Message("登录后前往的本站路径", "Where to go after login: a path of this site")
-SCOPE = Message("默认 snsapi_userinfo，微信外为 snsapi_login", "snsapi_userinfo; outside WeChat snsapi_login")
-STATE = Message("authorize 给出的", "From authorize")
-CONSENT_CODE = Message("用户拒绝时缺失", "Missing if the user declined")
 
 
 class AuthorizeSchema(Schema):
-    return_to = fields.String(load_default="/", validate=PATH_RULE, metadata=shown("/orders", RETURN_TO))
-    scope = fields.String(validate=validate.OneOf(SCOPES), metadata=shown("snsapi_userinfo", SCOPE))
+    return_to = fields.String(load_default="/", validate=PATH_RULE, metadata={"example": "/orders"})
+    """登录后前往的本站路径 | Where to go after login: a path of this site"""
+    scope = fields.String(validate=validate.OneOf(SCOPES), metadata={"example": "snsapi_userinfo"})
+    """默认 snsapi_userinfo，微信外为 snsapi_login | snsapi_userinfo; outside WeChat snsapi_login"""
 
 
 class CallbackSchema(Schema):
-    state = fields.String(required=True, validate=validate.Length(1, 128), metadata=shown("3f0c9b", STATE))
-    code = fields.String(validate=WECHAT_CODE_RULE, metadata=shown("0a3Bx", CONSENT_CODE))
+    state = fields.String(required=True, validate=validate.Length(1, 128), metadata={"example": "3f0c9b"})
+    """authorize 给出的 | From authorize"""
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"example": "0a3Bx"})
+    """用户拒绝时缺失 | Missing if the user declined"""
 
 
 @blueprint.route("/authorize")

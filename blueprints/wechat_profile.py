@@ -7,7 +7,7 @@ from flask import g
 from marshmallow import Schema, ValidationError, fields, validates_schema
 
 import wechat
-from blueprints.api import Blueprint, shown
+from blueprints.api import Blueprint
 from blueprints.parsing import WECHAT_CODE_RULE
 from blueprints.policies import current_user
 from blueprints.users import MINI_PROGRAM_LOGIN_REQUIRED, TypedProfileSchema, UserSchema, check_nickname, own_openid
@@ -25,11 +25,6 @@ NO_SESSION_KEY = Message("请先登录，再点按钮获取数据提交", "Log i
 
 blueprint = Blueprint("wechat_profile", __name__, title=Message("微信资料", "Phone number and profile from WeChat"))
 
-BASE64 = Message("Base64，微信原样返回的", "Base64, as WeChat gave it")
-PHONE_CODE = Message("getPhoneNumber 按钮返回的 code", "The code of a getPhoneNumber button")
-RAW_DATA = Message("JSON 文本，微信原样返回的", "JSON as text, as WeChat gave it")
-SIGNATURE = Message("rawData 的签名，微信原样返回的", "The signature of rawData, as WeChat gave it")
-
 
 class EncryptedSchema(Schema):
     """Either everything that WeChat gave, the fields that are GIVEN, or one or more of the others."""
@@ -37,8 +32,10 @@ class EncryptedSchema(Schema):
     MAXIMUM_BYTES = 64 * 1024
     GIVEN = frozenset(["encryptedData", "iv", "rawData", "signature"])
 
-    encryptedData = fields.String(metadata=shown("CiyLU1Aw2KjvrjMdj8YK…", BASE64))  # noqa: N815
-    iv = fields.String(metadata=shown("r7BXXKkLb8qrSNn05n0qiA==", BASE64))
+    encryptedData = fields.String(metadata={"example": "CiyLU1Aw2KjvrjMdj8YK…"})  # noqa: N815
+    """Base64，微信原样返回的 | Base64, as WeChat gave it"""
+    iv = fields.String(metadata={"example": "r7BXXKkLb8qrSNn05n0qiA=="})
+    """Base64，微信原样返回的 | Base64, as WeChat gave it"""
 
     @validates_schema
     def _one_way(self, body: dict[str, Any], **kwargs: Any) -> None:
@@ -51,14 +48,17 @@ class EncryptedSchema(Schema):
 class PhoneSchema(EncryptedSchema):
     """Either `code`, or `encryptedData` and `iv`."""
 
-    code = fields.String(validate=WECHAT_CODE_RULE, metadata=shown("e31968a7f94cc", PHONE_CODE))
+    code = fields.String(validate=WECHAT_CODE_RULE, metadata={"example": "e31968a7f94cc"})
+    """getPhoneNumber 按钮返回的 code | The code of a getPhoneNumber button"""
 
 
 class ProfileSchema(TypedProfileSchema, EncryptedSchema):
     """Either everything that wx.getUserProfile gave, or `nickname` and `avatar_url`, one or both."""
 
-    rawData = fields.String(metadata=shown('{"nickName":"小明"}', RAW_DATA))  # noqa: N815
-    signature = fields.String(metadata=shown("75e81ceda165f4ffa64f4068af58c6", SIGNATURE))
+    rawData = fields.String(metadata={"example": '{"nickName":"小明"}'})  # noqa: N815
+    """JSON 文本，微信原样返回的 | JSON as text, as WeChat gave it"""
+    signature = fields.String(metadata={"example": "75e81ceda165f4ffa64f4068af58c6"})
+    """rawData 的签名，微信原样返回的 | The signature of rawData, as WeChat gave it"""
 
 
 @blueprint.route("/me/phone", methods=["PUT"])

@@ -2,7 +2,8 @@
 
 What it says of an operation is beside its view: the docstring (its first line is `中文 | English`; then each paragraph
 belongs to the language that it is written in), what the decorators of blueprints/api.py note, and the fields of the
-schemas with their texts and examples. The codes, and what a client should do about each, are in errors.py.
+schemas with their examples. The docstring below a field describes it; that below a code in errors.py says what a client
+should do.
 """
 
 import ast
@@ -10,7 +11,9 @@ import base64
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +23,6 @@ from apispec.ext.marshmallow.openapi import OpenAPIConverter
 from flask import Flask
 from marshmallow import Schema
 
-import errors
 import service
 from blueprints import idempotency
 from blueprints.api import IF_MATCH_PATTERN, Blueprint
@@ -95,6 +97,23 @@ IDEMPOTENCY_KEY = {
         "A unique key chosen by the client. Repeating it within 24 hours returns the first response.",
     ),
 }
+PUSH_PARAMETERS = {
+    "signature": ("ab71e2cf6a7d94d0f0ac42ac1ff9b1a0c4a1f8b2", "^[0-9a-f]{40}$", "SHA1(token, timestamp, nonce)"),
+    "timestamp": ("1764144000", "^[0-9]{1,20}$", "UNIX"),
+    "nonce": ("486452656", "^[!-~]{1,128}$", ""),
+}
+"""What WeChat adds to the URL of a message and of the verification. wechat/message_push.py checks it without a schema."""
+PUSH_BODY = {
+    "ToUserName": "gh_97417a04a28d",
+    "FromUserName": "oGZUI0egBJY1zhBYw2KhdUfwVJJE",
+    "CreateTime": 1764144000,
+    "MsgType": "text",
+    "Content": "你好",
+    "MsgId": 1234567890123456,
+}
+PUSH_TEXT = Message(
+    "明文或加密消息，JSON 或 XML，见微信文档", "A plain or encrypted message, in JSON or XML, as WeChat documents"
+)
 PHRASES = {
     200: Message("成功", "Success"),
     201: Message("已创建", "Created"),
@@ -147,15 +166,28 @@ def make_documents(app: Flask) -> dict[str, Any]:
 
 def advice() -> dict[Code, Message]:
     """Return what a client should do about each code: the docstring below it in errors.py."""
-    (table,) = (node for node in ast.parse(inspect.getsource(errors)).body if getattr(node, "name", "") == "Code")
+    return {Code[name]: text for name, text in notes(Code).items()}
+
+
+@cache
+def notes(declared: type) -> dict[str, Message]:
+    """Return the docstrings below the names that a class declares."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(declared))).body
     found, name = {}, ""
-    for node in cast(ast.ClassDef, table).body:
+    for node in cast(ast.ClassDef, tree).body:
         match node:
             case ast.Assign(targets=[ast.Name(name)]):
                 pass
             case ast.Expr(ast.Constant(str(text))) if name:
-                found[Code[name]] = _both(text)
+                found[name] = _both(text)
     return found
+
+
+def _describe(converter: OpenAPIConverter, field: Any, **kwargs: Any) -> dict[str, Message]:
+    """Describe a field of a schema by the docstring below it."""
+    declared_in = [one for one in type(field.parent).__mro__ if one.__module__.startswith("blueprints.")]
+    texts = [text for one in declared_in if (text := notes(one).get(field.name))]
+    return {"description": texts[0]} if texts else {}
 
 
 def texts_of(view: Any) -> tuple[Message, Message]:
@@ -219,6 +251,7 @@ class _Document:
         version = app.config["RELEASE"]["version"]
         self._spec = APISpec(title="", version=version, openapi_version="3.1.0", plugins=[plugin])
         self._convert = cast(OpenAPIConverter, plugin.converter)
+        self._convert.add_attribute_function(_describe)
         self._schemas: dict[str, Any] = {"ErrorEnvelope": ERROR_ENVELOPE}
         """Beside those that apispec makes of our classes."""
         self._responses: dict[str, Any] = {}
@@ -270,6 +303,18 @@ class _Document:
                 "description": Message(*(text.format(size) for text in MAXIMUM_BYTES)),
                 "content": {"application/json": self._body(body, documents["json_example"])},
             }
+        if group.name == "messages":
+            extra = {"echostr": ("5838479218127813673", "^[!-~]{1,1024}$", "")} if method == "get" else {}
+            parameters += [_push_parameter(name, *of) for name, of in (PUSH_PARAMETERS | extra).items()]
+            if method == "post":
+                operation["requestBody"] = {
+                    "required": True,
+                    "description": PUSH_TEXT,
+                    "content": {
+                        "application/json": {"schema": {"type": "object"}, "example": PUSH_BODY},
+                        "text/xml": {"schema": {"type": "string"}, "example": _xml(PUSH_BODY)},
+                    },
+                }
         if method == "post" and documents["transaction"]:
             parameters.append(IDEMPOTENCY_KEY)
             codes += [Code.INVALID_INPUT, Code.IDEMPOTENCY_KEY_REUSED, Code.CONFLICT]
@@ -334,7 +379,7 @@ class _Document:
             content["example"] = {**content["example"], "data": {**content["example"]["data"], **example}}
         names = ["ETag"] if status == 200 and is_secured and documents["etag"] and method in ("get", "put") else []
         response = {
-            "description": documents.get("description", PHRASES[status]),
+            "description": PHRASES[status],
             "headers": _headers(*names, *STATUS_HEADERS.get(status, [])),
             "content": {content_type: content},
         }
@@ -464,6 +509,15 @@ def _parameter(parameter: dict[str, Any]) -> dict[str, Any]:
     schema = dict(parameter["schema"])
     examples = schema.pop("examples", [schema.pop("example")] if "example" in schema else [])
     return {**parameter, "schema": schema, "example": examples[0]}
+
+
+def _push_parameter(name: str, example: str, pattern: str, text: str) -> dict[str, Any]:
+    schema = {"type": "string", "pattern": pattern}
+    return {"name": name, "in": "query", "required": True, "schema": schema, "example": example, "description": text}
+
+
+def _xml(message: dict[str, Any]) -> str:
+    return "<xml>" + "".join(f"<{name}><![CDATA[{value}]]></{name}>" for name, value in message.items()) + "</xml>"
 
 
 def _headers(*names: str) -> dict[str, Any]:
