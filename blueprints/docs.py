@@ -30,10 +30,11 @@ def openapi() -> Response:
     return response
 
 
-@page.get("/docs", defaults={"name": "docs.html"})
-@page.get("/docs/<any('docs.js', 'docs.css'):name>")
-def show(name: str) -> Response:
-    return _send(_HERE / name)
+@page.get("/docs", defaults={"filename": "docs.html"})
+@page.get("/docs/docs.js", defaults={"filename": "docs.js"})
+@page.get("/docs/docs.css", defaults={"filename": "docs.css"})
+def show(filename: str) -> Response:
+    return _send(_HERE / filename)
 
 
 def _send(path: Path) -> Response:

@@ -98,11 +98,11 @@ IDEMPOTENCY_KEY = {
     ),
 }
 PUSH_PARAMETERS = {
-    "signature": ("ab71e2cf6a7d94d0f0ac42ac1ff9b1a0c4a1f8b2", "^[0-9a-f]{40}$", "SHA1(token, timestamp, nonce)"),
-    "timestamp": ("1764144000", "^[0-9]{1,20}$", "UNIX"),
-    "nonce": ("486452656", "^[!-~]{1,128}$", ""),
+    "signature": ("ab71e2cf6a7d94d0f0ac42ac1ff9b1a0c4a1f8b2", "^[0-9a-f]{40}$"),
+    "timestamp": ("1764144000", "^[0-9]{1,20}$"),
+    "nonce": ("486452656", "^[!-~]{1,128}$"),
 }
-"""What WeChat adds to the URL of a message and of the verification. wechat/message_push.py checks it without a schema."""
+"""What WeChat adds to the URL of a message and of the verification; wechat/message_push.py checks it."""
 PUSH_BODY = {
     "ToUserName": "gh_97417a04a28d",
     "FromUserName": "oGZUI0egBJY1zhBYw2KhdUfwVJJE",
@@ -304,7 +304,7 @@ class _Document:
                 "content": {"application/json": self._body(body, documents["json_example"])},
             }
         if group.name == "messages":
-            extra = {"echostr": ("5838479218127813673", "^[!-~]{1,1024}$", "")} if method == "get" else {}
+            extra = {"echostr": ("5838479218127813673", "^[!-~]{1,1024}$")} if method == "get" else {}
             parameters += [_push_parameter(name, *of) for name, of in (PUSH_PARAMETERS | extra).items()]
             if method == "post":
                 operation["requestBody"] = {
@@ -511,9 +511,9 @@ def _parameter(parameter: dict[str, Any]) -> dict[str, Any]:
     return {**parameter, "schema": schema, "example": examples[0]}
 
 
-def _push_parameter(name: str, example: str, pattern: str, text: str) -> dict[str, Any]:
+def _push_parameter(name: str, example: str, pattern: str) -> dict[str, Any]:
     schema = {"type": "string", "pattern": pattern}
-    return {"name": name, "in": "query", "required": True, "schema": schema, "example": example, "description": text}
+    return {"name": name, "in": "query", "required": True, "schema": schema, "example": example}
 
 
 def _xml(message: dict[str, Any]) -> str:

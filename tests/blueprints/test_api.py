@@ -116,7 +116,7 @@ def test_each_operation_says_all_that_a_client_needs(documents: dict[str, Any]) 
 def test_what_a_request_may_hold_is_all_that_it_may_hold(documents: dict[str, Any]) -> None:
     document = documents["en"]
     schemas = document["components"]["schemas"]
-    for path, method, operation in each_operation(document):
+    for path, _, operation in each_operation(document):
         for content in operation.get("requestBody", {}).get("content", {}).values():
             for schema in content["schema"].get("oneOf", [content["schema"]]):
                 is_ours = operation["tags"] != ["messages"]  # WeChat says what these hold
