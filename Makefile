@@ -21,7 +21,7 @@ override ONE := $(value ONE)
 override ZH := $(value ZH)
 export ID LOGS FROM NAME ONE ZH
 
-.PHONY: help run image trace patch rollback patch-status test smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary clean
+.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -122,6 +122,13 @@ compatible: $(INSTALLED) ## fail if openapi.json breaks clients of the last rele
 
 release: compatible ## keep openapi.json as what clients of this release rely on: dev/openapi.released.json
 	cp openapi.json dev/openapi.released.json
+
+# 50 MB that nothing else needs, so it is no requirement: those are installed before the first `make run`.
+browser: $(INSTALLED) ## install what drives Chromium for the tests of /docs (apt-get install chromium fonts-noto-cjk)
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python playwright==1.65.2
+
+screenshots: browser ## take the pictures of the READMEs
+	$(VENV)/bin/python -m dev.screenshots
 
 clean: ## remove the virtual environment, caches, and the data under var/
 	rm -rf $(VENV) var dist .*_cache .hypothesis

@@ -25,7 +25,7 @@ def is_local() -> bool:
 @app.after_request
 def _add_button(response: Response) -> Response:
     if request.path == "/docs" and response.status_code == 200 and "SIMULATOR_URL" in os.environ and is_local():
-        response.data += f'<script src="/docs/{SCRIPT}"></script>\n'.encode()
+        response.data += f'<script type="module" src="/docs/{SCRIPT}"></script>\n'.encode()
         response.cache_control.no_store = True  # its ETag is that of the page without a button
     return response
 
