@@ -123,10 +123,10 @@ test('a version that is given goes before the one that was read', async () => {
   const { id: order_id, version } = await api.createOrder({ items: [ITEM] })
   const shown = await api.updateOrder({ order_id, remark: '一' })
   for (const call of [
-    api.updateOrder({ order_id, remark: '二', version }),
-    api.updateOrder({ order_id, remark: '二' }, { version }),
+    () => api.updateOrder({ order_id, remark: '二', version }),
+    () => api.updateOrder({ order_id, remark: '二' }, { version }),
   ]) {
-    assert.ok((await caught(call)) instanceof ConflictError)
+    assert.ok((await caught(call())) instanceof ConflictError)
   }
   await api.updateOrder({ order_id, remark: '二', version: shown.version })
   assert.equal('version' in JSON.parse(wx.requests[wx.requests.length - 1].data), false)

@@ -85,7 +85,7 @@ test('a code that was used already is replaced once', async () => {
 
 test('a code that is refused twice is an error', async () => {
   const wx = createWx()
-  wx.makeCode = async () => '0invalid0code0'
+  wx.makeCode = async () => `0${Math.random()}`.replace('.', '')
   const { api } = open({ wx })
   assert.deepEqual(await settled([api.getMe()]), [460])
   assert.equal(wx.logins, 2)
