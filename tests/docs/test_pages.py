@@ -1,6 +1,7 @@
 """The documents are complete: every page in both languages with the same structure, every link leads somewhere."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tests.harness import ROOT
 
 README_LINES = 150
 MADE_BY_THE_READER = {"blueprints/payments.py"}
+OF_OTHERS = {"HTTPS_PROXY", "notify_url"}
+"""Names of requests' and of WeChat Pay's."""
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _COMMENT = re.compile(r"(^|\s+)(#|//) .*")
 
@@ -87,3 +90,23 @@ def test_a_readme_is_short(readme: Path) -> None:
 def test_every_file_that_a_page_names_exists(path: Path) -> None:
     named = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|yml|conf|sh|js|html|env|service))`", without_blocks(path))
     assert [name for name in named if not (ROOT / name).exists() and name not in MADE_BY_THE_READER] == []
+
+
+def test_every_name_that_a_page_uses_is_in_the_code() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    code = [ROOT / name for name in tracked if not name.endswith((".md", ".json"))]
+    known = {word for path in code for word in re.findall(r"\w+", path.read_text(errors="ignore"))}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lost = []
+    for path in pages():
+        of_the_page = {word for block in blocks(path) for word in re.findall(r"\w+", block.text)}
+        spans = re.findall(r"`([^`]+)`", without_blocks(path))
+        for span in [span for span in spans if "/" not in span]:  # files have a test of their own
+            names = [name.removesuffix("_sum") for name in re.findall(r"[A-Za-z]\w*_\w*[A-Za-z0-9]\b", span)]
+            lost += [
+                name
+                for name in names
+                if not {name, name.removeprefix("kuaishang_")} & (known | of_the_page | OF_OTHERS)
+            ]
+            lost += [name for name in re.findall(r"\bmake ([a-z-]+)", span) if name not in targets]
+    assert lost == []
