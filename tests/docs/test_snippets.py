@@ -102,8 +102,8 @@ def difference(documented: Any, printed: Any, where: str = "") -> str | None:
 
 @pytest.mark.parametrize(("name", "kind"), PAGES)
 def test_the_blocks_of_a_page_run(name: str, kind: str, launched: Launched, tmp_path: Path) -> None:
-    if kind == "js" and not shutil.which("node"):
-        pytest.skip("node is not installed")
+    if not shutil.which(program := {"sh": "curl", "js": "node"}[kind]):
+        pytest.skip(f"{program} is not installed")
     requests.delete(f"{launched.simulator_url()}/simulator", timeout=WAIT_SECONDS).raise_for_status()
     run(kind, blocks(page("zh", name)), tmp_path, launched)
 
