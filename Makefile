@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
+CLIENT := clients/miniprogram
+CLIENT_INSTALLED := $(CLIENT)/node_modules/.package-lock.json
 ENGINE ?= docker
 TAG ?= kuaishang
 # A file's tests run one after the other, so that they share what they start. (With pytest 9.2, xdist's loadgroup groups
@@ -21,7 +23,7 @@ override ONE := $(value ONE)
 override ZH := $(value ZH)
 export ID LOGS FROM NAME ONE ZH
 
-.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary clean
+.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary client check-client clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -130,11 +132,24 @@ browser: $(INSTALLED) ## install what drives Chromium for the tests of /docs (ap
 screenshots: browser ## take the pictures of the READMEs
 	$(VENV)/bin/python -m dev.screenshots
 
+client: $(CLIENT_INSTALLED) ## write the mini-program client's types from openapi.json, and the sample's copies (needs node 18 and npm)
+	cd $(CLIENT) && node types.mjs && cp kuaishang.js kuaishang.d.ts sample/
+
+check-client: $(INSTALLED) $(CLIENT_INSTALLED) ## test the mini-program client, its types and its sample (needs node 18 and npm)
+	$(PYTEST) tests/clients $(ARGS)
+
 clean: ## remove the virtual environment, caches, and the data under var/
-	rm -rf $(VENV) var dist .*_cache .hypothesis
+	rm -rf $(VENV) var dist .*_cache $(CLIENT)/node_modules .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON to one")'
 	$(PYTHON) dev/install.py $(VENV) requirements.txt requirements-dev.txt
+	@touch $@
+
+# No package runs a script of its own at the installation.
+$(CLIENT_INSTALLED): $(CLIENT)/package.json $(CLIENT)/package-lock.json
+	@node --eval 'process.exit(parseInt(process.versions.node) < 18)' && npm --version >/dev/null || \
+	  { echo "Node 18 or later and npm are needed." >&2; exit 1; }
+	cd $(CLIENT) && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@

@@ -203,7 +203,7 @@ def env_file(demo: Demo, installed: Path) -> Iterator[Path]:
 def test_two_builds_are_the_same_bytes(built: Path, tmp_path: Path) -> None:
     """From a copy elsewhere, with another umask, time zone and hash seed."""
     copy = tmp_path / "elsewhere" / "tree"
-    ignored = shutil.ignore_patterns(".venv", "var", "__pycache__", "dist", ".*_cache")
+    ignored = shutil.ignore_patterns(".venv", "var", "__pycache__", "dist", "node_modules", ".*_cache")
     shutil.copytree(ROOT, copy, ignore=ignored)
     umask = os.umask(0o077)
     try:

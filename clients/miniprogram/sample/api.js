@@ -1,0 +1,4 @@
+const { createClient } = require('./kuaishang')
+const { baseUrl } = require('./config')
+
+module.exports = createClient({ baseUrl })
