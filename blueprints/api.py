@@ -73,7 +73,7 @@ class Blueprint(flask.Blueprint):
         """Pass what was sent to the view, loaded by the schema.
 
         :param location: `json` or `query`.
-        :param example: replaces the examples of these fields in the documents.
+        :param example: of a body, in the documents; by default it is made of those of its fields.
         """
         schema = schema() if isinstance(schema, type) else schema  # once: webargs would make one for each request
         decorate = JsonParser().use_args(schema, location=location)

@@ -122,7 +122,7 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 
 @administration.route("", methods=["POST"])
 @administration.arguments(NewUserSchema)
-@administration.response(201, UserSchema)
+@administration.response(201, UserSchema, example={"phone": None})
 def create_user(body: dict[str, Any]) -> User:
     """在首次登录前创建用户（管理员） | Create a user before the first login, for administrators"""
     openid, app_id = body["openid"], wechat.api.app_id
@@ -150,7 +150,7 @@ def get_user(user_id: str) -> User:
 
 
 @blueprint.route("/<user:user_id>", methods=["PUT"])
-@blueprint.arguments(UserChangeSchema)
+@blueprint.arguments(UserChangeSchema, example={"nickname": "小明"})
 @blueprint.response(200, UserSchema, transaction=False)
 @blueprint.fails(Code.CONTENT_REFUSED, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
 def update_user(body: dict[str, Any], user_id: str) -> User:

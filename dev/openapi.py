@@ -140,8 +140,11 @@ ERROR_ENVELOPE = {
         },
     },
 }
-PROBLEM = {"field": ["Must be a string."]}
-"""Of the example of a 400."""
+PROBLEMS = {
+    Code.INVALID_INPUT: {"errors": {"field": ["Must be a string."]}},
+    Code.PAYLOAD_TOO_LARGE: {"errors": {"body": ["At most 8192 bytes."]}},
+}
+"""The data of examples of errors."""
 
 
 def make_app() -> Flask:
@@ -340,7 +343,7 @@ class _Document:
         (given,) = [getattr(schema, "GIVEN", None)]
         reference = self._input(self._convert.resolve_nested_schema(schema))
         if not given:
-            return {"schema": reference, "example": {**self._example(reference), **(example or {})}}
+            return {"schema": reference, "example": example or self._example(reference)}
         whole = self._schemas[_last(reference)]
         branches, examples = [], {}
         sets = {"Encrypted": schema.fields.keys() & given, "": schema.fields.keys() - given}
@@ -535,7 +538,7 @@ def _error_examples(texts: dict[Code, Message]) -> dict[str, Any]:
             "value": {
                 "code": code.number,
                 "message": text,
-                "data": {"errors": PROBLEM} if code is Code.INVALID_INPUT else None,
+                "data": PROBLEMS.get(code),
             }
         }
         for code, text in texts.items()
