@@ -311,18 +311,19 @@ class _Comparison:
             return
         before, after = _resolve(self._old, old), _resolve(self._new, new)
         choice, alone = _choice(before) or _choice(after), after if _choice(before) else before
-        if choice and alone.keys().isdisjoint(("anyOf", "oneOf")):  # one schema is a choice of one
+        if choice and alone.keys() - ANNOTATIONS and alone.keys().isdisjoint(("anyOf", "oneOf")):
+            # One schema is a choice of one.
             one, other = (before[choice], [new]) if _choice(before) else ([old], after[choice])
             self._lists(choice, one, other, at, side, breaking)
             return
         for effects, what in [*_values(before, after), *_limits(before, after)]:
             if effects & breaking:
                 self._report(at, what, side)
-        self._properties(before, after, at, side, breaking)
+        if "object" in _types(before) & _types(after):
+            self._properties(before, after, at, side, breaking)
         for keyword, part in SCHEMAS_WITHIN.items():
             inner = EITHER if keyword in ("if", "not") else breaking
-            if keyword in before or keyword in after:
-                self._schemas(before.get(keyword, True), after.get(keyword, True), (*at, part), side, inner)
+            self._schemas(before.get(keyword, True), after.get(keyword, True), (*at, part), side, inner)
         for keyword in MAPS_OF_SCHEMAS:
             one, other = before.get(keyword, {}), after.get(keyword, {})
             for name in sorted(one.keys() | other.keys()):
@@ -353,7 +354,7 @@ class _Comparison:
             for name in sorted(required - was_required):
                 self._report((*at, f".{name}"), "required now" if name in before else "new and required", side)
         if LOOSER & breaking:
-            for name in sorted((was_required - required) & (after.keys() | (was_required - before.keys()))):
+            for name in sorted(was_required - required - (before.keys() - after.keys())):
                 self._report((*at, f".{name}"), "optional now", side)
 
     def _lists(

@@ -119,6 +119,7 @@ REQUEST, OK = f"{POST} > requestBody", f"{POST} > responses > 200"
 SIZE, SORT, IF_MATCH = (f"{POST} > parameters > {index}" for index in range(3))
 REQUIRED_QUERY = {"in": "query", "name": "new", "required": True, "schema": {"default": 1}}
 OPTIONAL_QUERY = {"in": "query", "name": "new", "schema": {"type": "integer"}}
+UNANNOUNCED = "deprecated without an x-sunset at least 30 days from now"
 DEPRECATED = {"deprecated": True, "x-sunset": LATER}
 
 Edits = dict[str, Any]
@@ -126,6 +127,32 @@ Edits = dict[str, Any]
 BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
     # by group: edits of the old document, edits of the new one on top of them, the line
     "schema structure": [
+        (
+            {},
+            {f"{IN} > one > oneOf > 1": {"$ref": "#/components/schemas/Thing"}},
+            "Change.one: oneOf no longer has Dog",
+        ),
+        (
+            {f"{IN} > one > oneOf": [{"type": "string", "maxLength": 9}, {"type": "integer"}]},
+            {f"{IN} > one > oneOf > 0 > maxLength": 8},
+            "Change.one oneOf 0: maxLength 9 → 8",
+        ),
+        (
+            {f"{OUT} > made > allOf": [{"maxLength": 9}]},
+            {f"{OUT} > made > allOf": []},
+            'Thing.made: allOf no longer has {"maxLength": 9}',
+        ),
+        ({}, {f"{OUT} > parts > items": GONE}, 'Thing.parts[]: type "object" → none'),
+        (
+            {f"{OUT} > parts > patternProperties": {"^a": {"maxLength": 3}}},
+            {f"{OUT} > parts > patternProperties": {}},
+            "Thing.parts patternProperties ^a: maxLength 3 → none",
+        ),
+        (
+            {f"{IN} > kind > not": {"enum": ["a"]}},
+            {f"{IN} > kind > not > enum > 1": "b"},
+            'Change.kind not: value "b" is new',
+        ),
         ({}, {f"{IN} > one > oneOf > 1": GONE}, "Change.one: oneOf no longer has Dog"),
         ({}, {f"{IN} > any > anyOf > 0": GONE}, "Change.any: anyOf no longer has Cat"),
         ({}, {f"{IN} > all > allOf > 1": {"$ref": "#/components/schemas/Dog"}}, "Change.all: allOf has Dog now"),
@@ -209,12 +236,12 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         (
             {},
             {f"{OUT} > name > deprecated": True},
-            "Thing.name: deprecated without an x-sunset at least 30 days from now",
+            f"Thing.name: {UNANNOUNCED}",
         ),
         (
             {},
             {f"{IN} > name > deprecated": True, f"{IN} > name > x-sunset": SOON},
-            "Change.name: deprecated without an x-sunset at least 30 days from now",
+            f"Change.name: {UNANNOUNCED}",
         ),
         (
             {f"{OUT} > kind": DEPRECATED},
@@ -239,6 +266,16 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{THING} > required": ["id"]}, "Thing.name: optional now"),
     ],
     "parameters constraints": [
+        (
+            {SORT: {"in": "query", "name": "sort", "content": {"text/plain": {"schema": {"maxLength": 9}}}}},
+            {f"{SORT} > content > text/plain > schema > maxLength": 8},
+            f"{AT} query sort: maxLength 9 → 8",
+        ),
+        (
+            {f"{SORT} > schema": GONE},
+            {f"{SORT} > schema": {"type": "string"}},
+            f'{AT} query sort: type none → "string"',
+        ),
         ({}, {f"{SIZE} > schema > maximum": 50}, f"{AT} query size: maximum 100 → 50"),
         ({}, {f"{IF_MATCH} > schema > pattern": "^W"}, f'{AT} header If-Match: pattern none → "^W"'),
         (
@@ -256,7 +293,7 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         (
             {},
             {f"{SORT} > deprecated": True},
-            f"{AT} query sort: deprecated without an x-sunset at least 30 days from now",
+            f"{AT} query sort: {UNANNOUNCED}",
         ),
         (
             {f"{SORT} > deprecated": True, f"{SORT} > x-sunset": LATER},
@@ -292,11 +329,11 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{SIZE} > required": True}, f"{AT} query size: required now"),
     ],
     "paths lifecycle": [
-        ({}, {f"{POST} > deprecated": True}, f"{AT}: deprecated without an x-sunset at least 30 days from now"),
+        ({}, {f"{POST} > deprecated": True}, f"{AT}: {UNANNOUNCED}"),
         (
             {},
             {f"{POST} > deprecated": True, f"{POST} > x-sunset": "in autumn"},
-            f"{AT}: deprecated without an x-sunset at least 30 days from now",
+            f"{AT}: {UNANNOUNCED}",
         ),
         (
             {"paths > /ping > get > deprecated": True, "paths > /ping > get > x-sunset": LATER},
@@ -317,6 +354,7 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{POST} > operationId": GONE}, f"{AT}: operationId changeThing → none"),
     ],
     "responses type": [
+        ({}, {f"{OK} > content > application/json > schema": GONE}, f'{AT} response 200: type "object" → none'),
         ({}, {f"{OK} > content": {"text/html": {}}}, f"{AT} response 200: application/json removed"),
         ({}, {f"{OK} > content": GONE}, f"{AT} response 200: application/json removed"),
         (
@@ -349,6 +387,11 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ),
     ],
     "requestBody type": [
+        (
+            {f"{REQUEST} > content > application/json > schema": GONE},
+            {f"{REQUEST} > content > application/json > schema": {"type": "object"}},
+            f'{AT} request: type none → "object"',
+        ),
         ({}, {f"{REQUEST} > content": {"application/xml": {}}}, f"{AT} request: application/json removed"),
         (
             {},
@@ -365,6 +408,7 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{REQUEST} > required": True}, f"{AT} request: body required now"),
     ],
     "headers type": [
+        ({}, {f"{OK} > headers > Age > schema": GONE}, f'{AT} response 200 header Age: type "integer" → none'),
         (
             {},
             {f"{OK} > headers > Age > schema > type": "string"},
@@ -375,6 +419,7 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{OK} > headers > ETag > required": False}, f"{AT} response 200 header ETag: optional now"),
     ],
     "headers existence": [
+        ({}, {f"{OK} > headers > Age > deprecated": True}, f"{AT} response 200 header Age: {UNANNOUNCED}"),
         ({}, {f"{OK} > headers > ETag": GONE}, f"{AT} response 200 header ETag: removed"),
         ({}, {f"{OK} > headers > Age": GONE}, f"{AT} response 200 header Age: removed"),
     ],
@@ -439,6 +484,14 @@ COMPATIBLE: list[tuple[Edits, Edits]] = [
     ({}, {f"{POST} > responses > 409": GONE}),
     ({}, {f"{POST} > responses > 409 > description": "- `409` Somebody else was faster."}),
     ({}, {f"{OK} > content > application/json > example": {"code": 200}}),
+    ({f"{OK} > content > application/json > schema": GONE}, {f"{OK} > content > application/json > schema": {}}),
+    ({f"{OK} > headers > Age > schema": GONE}, {f"{OK} > headers > Age > schema": {"type": "integer"}}),
+    ({}, {f"{SORT} > schema": GONE}),
+    ({}, {f"{IN} > tags > items": GONE}),
+    ({}, {f"{IN} > one > oneOf": GONE}),
+    ({f"{IN} > one > type": "object"}, {f"{IN} > one > oneOf": GONE}),
+    ({}, {f"{OUT} > parent > oneOf": [{"type": "object"}]}),
+    ({f"{IN} > more > patternProperties": {"^a": {"maxLength": 3}}}, {f"{IN} > more > patternProperties": {}}),
     ({}, {f"{OK} > headers > Location": {"schema": {"type": "string"}}, f"{OK} > headers > Age > required": True}),
     ({}, {f"{POST} > security": [{"bearer": []}, {"cookie": []}]}),
     ({}, {f"{POST} > security": []}),
@@ -526,6 +579,12 @@ def test_what_is_broken_once_by_a_schema_is_one_line_with_all_operations() -> No
     assert lines(changes) == [
         f"Thing.made: removed (response of {AT}, response of GET /a, response of GET /b and 2 more)"
     ]
+
+
+def test_a_change_is_one_line_where_it_can_be() -> None:
+    assert broken(BASE, edited(BASE, {f"{OUT} > id": GONE, f"{THING} > required": ["name"]})) == ["Thing.id: removed"]
+    type_changed = edited(BASE, {f"{REQUEST} > content > application/json > schema": {"type": "array"}})
+    assert broken(BASE, type_changed) == [f'{AT} request: type "object" → "array"']
 
 
 def test_a_renamed_path_parameter_is_one_line() -> None:
@@ -749,7 +808,6 @@ def changed(node: Any, place: tuple[Any, ...]) -> Any:
     return node
 
 
-UNANNOUNCED = "deprecated without an x-sunset at least 30 days from now"
 DOCUMENT_409 = {"content": {"application/json": {"examples": {"470": {"value": {"code": 470}}}}}}
 ORDERS, SCHEMAS = "paths > /api/v1/orders", "components > schemas"
 NEW_ORDER, ORDER, ITEM = (f"{SCHEMAS} > {name} > properties" for name in ("OrderInput", "Order", "Item"))
