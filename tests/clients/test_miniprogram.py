@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator
+from tests.harness import APP_ID, APP_SECRET, ROOT, WAIT_SECONDS, Service, Simulator
 
 FOLDER = ROOT / "clients" / "miniprogram"
 NODE = shutil.which("node")
@@ -44,6 +44,7 @@ def control(start_service: Callable[..., Service]) -> Iterator[tuple[Service, st
 def test_client(path: Path, control: tuple[Service, str], simulator: Simulator) -> None:
     service, control_url = control
     urls = {"SERVICE_URL": service.url, "SIMULATOR_URL": simulator.url, "CONTROL_URL": control_url}
+    urls |= {"WECHAT_APP_ID": APP_ID, "WECHAT_APP_SECRET": APP_SECRET}
     command = [NODE or "node", "--test", str(path)]
     run = subprocess.run(command, env=os.environ | urls, capture_output=True, text=True, timeout=5 * WAIT_SECONDS)
     assert run.returncode == 0, run.stdout + run.stderr

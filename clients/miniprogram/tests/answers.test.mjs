@@ -111,10 +111,10 @@ test('so it does after a list, a login, and a write about a part', async () => {
   await phone.api.updateUser({ user_id: 'me', nickname: '阿快' })
   await phone.api.updatePersonalData({ user_id: 'me', email: 'shang@example.com' })
   const other = open({ wx: createWx({ openid: phone.wx.openid }) })
-  await other.api.listOrders()
+  await other.api.listOrders({ page: 1, page_size: 5 })
   await other.api.updateOrder({ order_id, remark: '一' })
   await other.api.updateUser({ user_id: 'me', nickname: '小上' }) // the login gives the user
-  await other.api.listOrderItems({ order_id })
+  await other.api.listOrderItems({ order_id, page: 1 })
   await other.api.updateOrder({ order_id, status: 'cancelled' })
 })
 

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 
-import { ITEM, answer, control, createWx, exchanges, expiredToken, fault, first, open, startProxy, until } from './wx.mjs'
+import { ITEM, answer, burn, control, createWx, exchanges, expiredToken, fault, first, open, startProxy, until } from './wx.mjs'
 
 const KEY = 'kuaishang'
 const isLogin = request => request.url === '/api/v1/auth/wechat' && request.method === 'POST'
@@ -76,7 +76,7 @@ test('a code that was used already is replaced once', async () => {
   const wx = createWx()
   const { makeCode } = wx
   const used = await makeCode()
-  await expiredTokenOf(used)
+  await burn(used)
   wx.makeCode = () => (wx.logins === 1 ? used : makeCode())
   const { api } = open({ wx })
   await api.getMe()
@@ -200,10 +200,3 @@ test('without storage the token lives in memory', async () => {
   await api.getMe()
   assert.equal(wx.logins, 1)
 })
-
-async function expiredTokenOf(code) {
-  const body = JSON.stringify({ code })
-  await fetch(`${process.env.SERVICE_URL}/api/v1/auth/wechat`, { method: 'POST', body })
-  // Within five seconds the service gives the same answer again.
-  await new Promise(resolve => setTimeout(resolve, 5500))
-}

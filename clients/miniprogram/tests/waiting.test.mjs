@@ -314,7 +314,7 @@ test('OFFLINE is retryable, and known from the start', async () => {
   const wx = createWx()
   wx.setNetwork('none', { tells: false })
   const { api } = open({ wx })
-  await pause(50)
+  await until(() => wx.asked) // what network there is
   const error = await api.logIn().catch(error => error)
   assert.deepEqual([error.code, error.retryable, wx.requests.length], ['OFFLINE', true, 0])
 })

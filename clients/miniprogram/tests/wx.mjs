@@ -34,6 +34,7 @@ export function createWx({ openid = `o-${Math.random().toString(36).slice(2)}`, 
     most: 0, // requests at once
     requests: [], // as the mini-program made them
     sessionIsValid: true,
+    asked: false, // for the network
 
     /** What happens to a request instead of an answer, or null; may return a promise. */
     fault: () => null,
@@ -71,7 +72,7 @@ export function createWx({ openid = `o-${Math.random().toString(36).slice(2)}`, 
 
     getNetworkType({ success, complete = () => {} }) {
       const result = { networkType, errMsg: 'getNetworkType:ok' }
-      setImmediate(() => (success(result), complete(result)))
+      setImmediate(() => (success(result), complete(result), (wx.asked = true)))
     },
     onNetworkStatusChange: listener => void listeners.network.push(listener),
     onAppShow: listener => void listeners.show.push(listener),
@@ -186,6 +187,12 @@ async function json(url, method, body) {
 export const simulator = (control, body = {}) => json(`${SIMULATOR_URL}/simulator/${control}`, 'POST', body)
 /** Let the simulator's next calls of a path fail. */
 export const fault = (kind, details = {}) => simulator('faults', { path: '/sns/jscode2session', kind, ...details })
+/** Use up a code, as if it had been exchanged before. */
+export async function burn(code) {
+  const { WECHAT_APP_ID: appid, WECHAT_APP_SECRET: secret } = process.env
+  const query = new URLSearchParams({ appid, secret, js_code: code, grant_type: 'authorization_code' })
+  await json(`${SIMULATOR_URL}/sns/jscode2session?${query}`, 'GET')
+}
 /** How often login codes were exchanged. */
 export async function exchanges() {
   const { calls } = await json(`${SIMULATOR_URL}/simulator/calls`, 'GET')
