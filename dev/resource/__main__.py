@@ -121,8 +121,8 @@ def make_names(many: str, one: str, chinese: str) -> dict[str, str]:
     if not many:
         raise Refused("Say what the resource is called: make resource NAME=coupons")
     for name in (many, one or many):
-        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", name) or len(name) > MAXIMUM_LENGTH:
-            raise Refused(f"{name!r} is no name: at most {MAXIMUM_LENGTH} characters such as gift_cards.")
+        if not re.fullmatch("[a-z]+(_[a-z]+)*", name) or len(name) > MAXIMUM_LENGTH:
+            raise Refused(f"{name!r} is no name such as gift_cards: at most {MAXIMUM_LENGTH} of a to z and _.")
     if not one:
         ending = next((ending for ending in SINGULARS if many.endswith(ending)), None)
         if ending is None or many.endswith("ss"):
@@ -154,6 +154,7 @@ def make_names(many: str, one: str, chinese: str) -> dict[str, str]:
         "a_word": a_word,
         "A_word": a_word.capitalize(),
         "zh": chinese or f" {words}",
+        "ZH": chinese or f"{words} 资源",
     }
 
 
@@ -231,7 +232,7 @@ def insert(edit: Edit, names: dict[str, str], tree: Path) -> None:
     place = re.search(edit.before, text, re.MULTILINE)
     if not place:
         line = fill(edit.line, names).strip()
-        raise Refused(f"{edit.file} has no place for this, as nothing in it matches {edit.before}: {line}")
+        raise Refused(f"{edit.file} has no place for this: {line}\nNothing in it matches {edit.before}")
     path.write_text(text[: place.end()] + fill(edit.line, names) + text[place.end() :])
 
 
