@@ -58,6 +58,7 @@ LISTS_OF_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems")
 COMPARED_APART = {"const", "default", "discriminator", "enum", "properties", "required", "type"}
 COMPARED_APART |= {*SCHEMAS_WITHIN, *MAPS_OF_SCHEMAS, *LISTS_OF_SCHEMAS}
 
+SCHEMAS = "#/components/schemas/"
 ABSENT: Any = object()
 
 Node = dict[str, Any]
@@ -409,27 +410,16 @@ def _resolve(document: Node, node: Any) -> Node:
 
 
 def _schema_name(schema: Any) -> str:
-    """Return the name that a reference to a schema gives it, else nothing."""
+    """Return the name of the schema that a reference leads to, if it is that and nothing more."""
     reference = schema.get("$ref", "") if isinstance(schema, dict) else ""
-    return reference.removeprefix("#/components/schemas/") if reference.startswith("#/components/schemas/") else ""
+    alone = reference and schema.keys() - ANNOTATIONS == {"$ref"}
+    return reference.removeprefix(SCHEMAS) if alone and reference.startswith(SCHEMAS) else ""
 
 
 def _label(schema: Any) -> str:
-    return _schema_name(schema) or _text(_without_texts(schema))
-
-
-def _without_texts(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_without_texts(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        keyword: {name: _without_texts(one) for name, one in value.items()}
-        if keyword in NAMED and isinstance(value, dict)
-        else _without_texts(value)
-        for keyword, value in schema.items()
-        if keyword not in TEXTS
-    }
+    if isinstance(schema, bool):
+        return _text(schema)
+    return _schema_name(schema) or _text({key: value for key, value in schema.items() if key not in TEXTS})
 
 
 def _choice(schema: Node) -> str:

@@ -128,6 +128,11 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
     # by group: edits of the old document, edits of the new one on top of them, the line
     "schema structure": [
         (
+            {f"{OUT} > parent > maxProperties": 5},
+            {f"{OUT} > parent > maxProperties": 6},
+            "Thing.parent: maxProperties 5 → 6",
+        ),
+        (
             {},
             {f"{IN} > one > oneOf > 1": {"$ref": "#/components/schemas/Thing"}},
             "Change.one: oneOf no longer has Dog",
@@ -488,6 +493,10 @@ COMPATIBLE: list[tuple[Edits, Edits]] = [
     ({f"{OK} > headers > Age > schema": GONE}, {f"{OK} > headers > Age > schema": {"type": "integer"}}),
     ({}, {f"{SORT} > schema": GONE}),
     ({}, {f"{IN} > tags > items": GONE}),
+    (
+        {f"{IN} > one > oneOf": [{"type": "string", "description": "One"}, {"type": "integer"}]},
+        {f"{IN} > one > oneOf": [{"type": "integer"}, {"type": "string", "description": "Other"}, True]},
+    ),
     ({}, {f"{IN} > one > oneOf": GONE}),
     ({f"{IN} > one > type": "object"}, {f"{IN} > one > oneOf": GONE}),
     ({}, {f"{OUT} > parent > oneOf": [{"type": "object"}]}),
