@@ -29,13 +29,14 @@ STATUS_TRANSITIONS: dict[str, tuple[str, ...]] = {
     "cancelled": (),
 }
 
-_TRANSITIONS = "; ".join(f"{old} → {', '.join(new)}" for old, new in STATUS_TRANSITIONS.items() if new)
 OWNER_STATUSES = ("pending", "cancelled", "completed")
 """What the buyer may set, as far as the table allows; an administrator or the service itself sets the others."""
 
 NOT_THE_BUYERS = Message("此状态由管理员或支付回调设定", "This status is set by an administrator or the payment")
-TRANSITIONS = Message(f"可变为：{_TRANSITIONS}", f"What may follow: {_TRANSITIONS}")
 NO_NUL = validate.Regexp(r"^[^\x00]*$", error="Must not contain NUL.")
+REMARK_RULES = [validate.Length(max=500), NO_NUL]
+PRICE_RULE = validate.Range(0, 10**9)
+STATUSES = list(STATUS_TRANSITIONS)
 
 blueprint = Blueprint("orders", __name__, title=Message("订单", "Orders"))
 
@@ -45,9 +46,7 @@ class ItemSchema(Schema):
     sku = fields.String(required=True, validate=[validate.Length(1, 64), NO_NUL], metadata={"example": "tea-1"})
     name = fields.String(required=True, validate=[validate.Length(1, 128), NO_NUL], metadata={"example": "龙井茶"})
     quantity = fields.Integer(required=True, strict=True, validate=validate.Range(1, 9999), metadata={"example": 2})
-    unit_price = fields.Integer(
-        required=True, strict=True, validate=validate.Range(0, 10**9), metadata={"example": 1250}
-    )
+    unit_price = fields.Integer(required=True, strict=True, validate=PRICE_RULE, metadata={"example": 1250})
     """单位：分 | In fen"""
     subtotal = fields.Integer(dump_only=True, required=True, metadata={"example": 2500})
     """单位：分 | In fen"""
@@ -65,12 +64,8 @@ class OrderSchema(Schema):
     id = fields.Integer(dump_only=True, required=True, metadata={"example": 1})
     user_id = fields.Integer(dump_only=True, required=True, allow_none=True, metadata={"example": 1})
     """用户已注销时为 null | null if the user has been deleted"""
-    status = fields.String(
-        dump_only=True, required=True, metadata={"enum": list(STATUS_TRANSITIONS), "example": "pending"}
-    )
-    remark = fields.String(
-        load_default=None, allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata={"example": "少糖"}
-    )
+    status = fields.String(dump_only=True, required=True, metadata={"enum": STATUSES, "example": "pending"})
+    remark = fields.String(load_default=None, allow_none=True, validate=REMARK_RULES, metadata={"example": "少糖"})
     total = fields.Integer(dump_only=True, required=True, metadata={"example": 2500})
     """单位：分 | In fen"""
     items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
@@ -85,18 +80,16 @@ class OrderSummarySchema(OrderSchema):
 
 
 class OrderChangeSchema(Schema):
-    remark = fields.String(
-        allow_none=True, validate=[validate.Length(max=500), NO_NUL], metadata={"example": "少糖，放门口"}
-    )
-    status = fields.String(
-        validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata={"example": "cancelled", "description": TRANSITIONS}
-    )
+    remark = fields.String(allow_none=True, validate=REMARK_RULES, metadata={"example": "少糖，放门口"})
+    status = fields.String(validate=validate.OneOf(STATUSES), metadata={"example": "cancelled"})
+    """pending → paid, cancelled；paid → shipped, cancelled；shipped → completed |
+    pending → paid, cancelled; paid → shipped, cancelled; shipped → completed"""
 
 
 class OrderListSchema(ListSchema):
     user_id = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"example": 1})
     """仅限管理员 | For administrators"""
-    status = fields.String(validate=validate.OneOf(list(STATUS_TRANSITIONS)), metadata={"example": "pending"})
+    status = fields.String(validate=validate.OneOf(STATUSES), metadata={"example": "pending"})
 
 
 @blueprint.route("")

@@ -12,6 +12,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from blueprints import orders
 from blueprints.orders import STATUS_TRANSITIONS, set_status
+from dev import openapi
 from errors import ApiError, Code
 from storage import database
 from storage.models import Order, OrderItem
@@ -79,6 +80,12 @@ def test_a_put_keeps_fields_that_it_does_not_name(alice: Caller) -> None:
     assert data_of(alice.put(path_of(order), {"remark": None}))["remark"] is None
     changed = data_of(alice.put(path_of(order), {"status": "cancelled"}))
     assert (changed["status"], changed["total"], changed["items"]) == ("cancelled", order["total"], order["items"])
+
+
+def test_the_documents_list_the_transitions() -> None:
+    listed = "; ".join(f"{old} → {', '.join(new)}" for old, new in STATUS_TRANSITIONS.items() if new)
+    text = openapi.notes(orders.OrderChangeSchema)["status"]
+    assert (text.chinese, text.english) == (listed.replace("; ", "；"), listed)
 
 
 def test_only_the_status_transitions_of_the_table_are_allowed(alice: Caller, admin: Caller, app: Flask) -> None:
