@@ -148,6 +148,12 @@ def test_it_migrates_serves_and_stops_read_only_without_root_and_without_a_shell
             body = {"code": simulator.code()}
             return requests.post(f"{container.url}/api/v1/auth/wechat", json=body, timeout=WAIT_SECONDS)
 
+        for language, name in (("zh", "openapi.json"), ("en", "openapi.en.json")):
+            document = requests.get(f"{container.url}/openapi.json?lang={language}", timeout=WAIT_SECONDS)
+            assert document.content == (ROOT / name).read_bytes()
+        for file in ("/docs", "/docs/docs.js", "/docs/docs.css", "/docs/assets/swagger-ui-bundle.js"):
+            assert requests.get(f"{container.url}{file}", timeout=WAIT_SECONDS).status_code == 200, file
+
         headers = bearer(log_in().json()["data"]["token"])
         ordered = requests.post(f"{container.url}/api/v1/orders", json=ORDER, headers=headers, timeout=WAIT_SECONDS)
         assert ordered.status_code == 201, ordered.text

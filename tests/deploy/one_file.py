@@ -287,6 +287,20 @@ def test_log_in_and_order_in_the_demo(demo: Demo) -> None:
     assert (order.status_code, order.json()["data"]["total"]) == (201, 25600)
 
 
+def test_the_demo_has_both_documents_and_the_page_with_its_button(demo: Demo) -> None:
+    for language, name in (("zh", "openapi.json"), ("en", "openapi.en.json")):
+        document = requests.get(f"{demo.url}/openapi.json?lang={language}", timeout=WAIT_SECONDS)
+        assert document.content == (ROOT / name).read_bytes()
+    page = requests.get(f"{demo.url}/docs", timeout=WAIT_SECONDS).text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert {"/docs/docs.js", "/docs/docs.css", "/docs/docs_login.js"} <= {*files}
+    for file in files:
+        assert requests.get(f"{demo.url}{file}", timeout=WAIT_SECONDS).status_code == 200, file
+    code = requests.post(f"{demo.url}/docs/code", timeout=WAIT_SECONDS).json()["code"]
+    login = requests.post(f"{demo.url}/api/v1/auth/wechat", json={"code": code}, timeout=WAIT_SECONDS)
+    assert login.status_code == 200
+
+
 def printed(language: str) -> list[list[str]]:
     """Return the commands of a page about the one file, by blocks, without their comments."""
     found = blocks(page(language, "one-file.md"))

@@ -93,6 +93,7 @@ def test_the_authorization_is_kept_over_a_reload(page: Page) -> None:
     page.reload()
     assert try_out(page, "get", ME, user_id="me")[1] == before
     assert before["code"] == 200
+    assert page.context.cookies() == []
 
 
 def test_a_click_changes_the_language_and_that_is_kept(page: Page) -> None:
