@@ -82,8 +82,8 @@ class OrderSummarySchema(OrderSchema):
 class OrderChangeSchema(Schema):
     remark = fields.String(allow_none=True, validate=REMARK_RULES, metadata={"example": "少糖，放门口"})
     status = fields.String(validate=validate.OneOf(STATUSES), metadata={"example": "cancelled"})
-    """pending → paid, cancelled；paid → shipped, cancelled；shipped → completed |
-    pending → paid, cancelled; paid → shipped, cancelled; shipped → completed"""
+    """可变为：pending → paid, cancelled；paid → shipped, cancelled；shipped → completed |
+    What may follow: pending → paid, cancelled; paid → shipped, cancelled; shipped → completed"""
 
 
 class OrderListSchema(ListSchema):
