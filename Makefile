@@ -23,7 +23,7 @@ override ONE := $(value ONE)
 override ZH := $(value ZH)
 export ID LOGS FROM NAME ONE ZH
 
-.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary client check-client clean
+.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults fuzz bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary client check-client clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -70,6 +70,9 @@ smoke: $(INSTALLED) ## what a patch must pass, in about ten seconds: style, cont
 
 faults: $(INSTALLED) ## break everything in turn under load, count what was lost, and write bench/faults.md
 	$(VENV)/bin/python -m tests.faults $(ARGS)
+
+fuzz: $(INSTALLED) ## call the live service as openapi.json says and as it forbids, on SQLite and MariaDB (MINUTES=30 for each, SEED=7)
+	$(VENV)/bin/python -m tests.contract.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 binary: $(INSTALLED) ## build the service as one file, dist/kuaishang, for machines with nothing but glibc
 	$(VENV)/bin/python -m deploy.binary.build $(ARGS)
