@@ -113,7 +113,7 @@ requirements: $(INSTALLED) ## compile requirements*.in to pinned, hashed require
 	    --custom-compile-command "make requirements" --output-file $$name.txt $$name.in || exit 1; \
 	done
 
-resource: $(INSTALLED) ## write a resource of your own: NAME=coupons (ONE=coupon ZH=优惠券 if you like); see docs/en/resource.md
+resource: $(INSTALLED) $(if $(shell command -v npm),$(CLIENT_INSTALLED)) ## write a resource of your own: NAME=coupons (ONE=coupon ZH=优惠券 if you like); see docs/en/resource.md
 	@$(VENV)/bin/python -m dev.resource
 
 migration: $(INSTALLED) ## write the next migration from what storage/models.py has changed (NAME=coupons_have_a_price)
@@ -152,7 +152,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 
 # No package runs a script of its own at the installation.
 $(CLIENT_INSTALLED): $(CLIENT)/package.json $(CLIENT)/package-lock.json
-	@node --eval 'process.exit(parseInt(process.versions.node) < 18)' && npm --version >/dev/null || \
+	@node --eval 'process.exit(+(parseInt(process.versions.node) < 18))' && npm --version >/dev/null || \
 	  { echo "Node 18 or later and npm are needed." >&2; exit 1; }
 	cd $(CLIENT) && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@

@@ -24,6 +24,7 @@ MAXIMUM_LENGTH = 25
 """Of each name, so that the lines of the templates stay short."""
 
 METHODS = {"get": "GET", "update": "PUT", "delete": "DELETE"}
+CLIENT = "clients/miniprogram"
 SINGULARS = {"ies": "y", "sses": "ss", "shes": "sh", "ches": "ch", "xes": "x", "s": ""}
 
 
@@ -108,6 +109,8 @@ def main() -> None:
         sys.exit(f"{error}\nNothing has been changed.")
     for path in sorted(changed):
         print("changed" if path in before else "new    ", path)
+    if not has_node():
+        print("Without node the client's types are as before: run `make client` where there is node 18.")
 
 
 def make_names(many: str, one: str, chinese: str) -> dict[str, str]:
@@ -206,6 +209,7 @@ def write(names: dict[str, str], tree: Path) -> None:
 
     :raises Refused: if the tree lacks a place for a line, or a step fails.
     """
+    python, client = [sys.executable, "-m"], tree / CLIENT
     environ = {**os.environ, "ENV_FILE": os.devnull, "NAME": names["many"]}
     environ |= {"PYTHONDONTWRITEBYTECODE": "1", "RUFF_NO_CACHE": "true"}
     for file, template in FILES.items():
@@ -213,17 +217,26 @@ def write(names: dict[str, str], tree: Path) -> None:
     for edit in EDITS:
         insert(edit, names, tree)
     touched = [fill(file, names) for file in {*FILES, *(edit.file for edit in EDITS)} if file.endswith(".py")]
-    for module in (
-        ["dev.migration"],
-        ["ruff", "check", "--fix", "--exit-zero", *touched],  # the order of imports
-        ["ruff", "format", *touched],
-        ["ruff", "check", *touched],
-        ["dev.openapi"],
-    ):
-        command = [sys.executable, "-m", *module]
+    commands = [
+        [*python, "dev.migration"],
+        [*python, "ruff", "check", "--fix", "--exit-zero", *touched],  # the order of imports
+        [*python, "ruff", "format", *touched],
+        [*python, "ruff", "check", *touched],
+        [*python, "dev.openapi"],
+    ]
+    if has_node():
+        commands += [["node", str(ROOT / CLIENT / "types.mjs"), "openapi.json", f"{CLIENT}/kuaishang.d.ts"]]
+    for command in commands:
         done = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
         if done.returncode:
-            raise Refused(f"{' '.join(module)} failed:\n{done.stdout}{done.stderr}")
+            raise Refused(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    for name in ("kuaishang.js", "kuaishang.d.ts"):
+        shutil.copy(client / name, client / "sample")
+
+
+def has_node() -> bool:
+    """Whether the client's types can be written."""
+    return shutil.which("node") is not None and (ROOT / CLIENT / "node_modules").is_dir()
 
 
 def insert(edit: Edit, names: dict[str, str], tree: Path) -> None:

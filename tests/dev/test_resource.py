@@ -23,9 +23,13 @@ from tests.docs.pages import Block, blocks, page
 from tests.docs.test_snippets import SERVICE, SIMULATOR, difference
 from tests.harness import ROOT
 
+CLIENT = "clients/miniprogram"
+needs_npm = pytest.mark.skipif(not resource.has_node(), reason="`make check-client` was not run")
 ABOUT_ALL_RESOURCES = [
     *("tests/test_architecture.py", "tests/storage/test_ownership.py", "tests/blueprints/test_ownership.py"),
     *("tests/blueprints/test_api.py", "tests/docs/test_tables.py", "tests/docs/test_pages.py"),
+    "tests/contract/test_documents.py",
+    "tests/contract/test_examples.py",
 ]
 """What holds every resource to the rules of the house. The others are in resource_in_full.py, as they take minutes."""
 
@@ -38,10 +42,16 @@ class Copy:
         ignored = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(ROOT, self.root, ignore=lambda where, names: {*ignored(where, names)} - {".mypy_cache"})
         (self.root / ".venv").symlink_to(sys.prefix)
-        for name in ("requirements.txt", "requirements-dev.txt"):
+        (self.root / CLIENT / "node_modules").symlink_to(ROOT / CLIENT / "node_modules")
+        for name in (
+            "requirements.txt",
+            "requirements-dev.txt",
+            f"{CLIENT}/package.json",
+            f"{CLIENT}/package-lock.json",
+        ):
             os.utime(self.root / name, (0, 0))  # so that make installs nothing
         self.run("git", "init", "--quiet")
-        (self.root / ".git/info/exclude").write_text(".venv\n")
+        (self.root / ".git/info/exclude").write_text("node_modules\n")
         self.run("git", "add", "--all")
         self.run(
             "git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "commit", "--quiet", "-m", "all"
@@ -119,17 +129,20 @@ def followed(copy: Copy) -> Iterator[Copy]:
         yield copy
 
 
+@needs_npm
 def test_the_page_changes_what_it_says_and_nothing_else(followed: Copy) -> None:
     (said,) = [block.text for block in blocks(page("zh", "resource.md")) if block.text.startswith("changed ")]
     assert followed.changes() == said.splitlines()
 
 
+@needs_npm
 def test_a_new_resource_breaks_no_client(followed: Copy) -> None:
     before, after = (json.loads((root / "openapi.json").read_text()) for root in (ROOT, followed.root))
     assert compatibility.breaking_changes(before, after, compatibility.date.today()) == []
     assert after["paths"].keys() - before["paths"].keys() == {"/api/v1/coupons", "/api/v1/coupons/{coupon_id}"}
 
 
+@needs_npm
 def test_the_migration_goes_up_and_down_and_is_safe(followed: Copy, tmp_path: Path) -> None:
     says, differ = check_migrations(followed.root, ROOT)
     assert differ
@@ -138,6 +151,7 @@ def test_the_migration_goes_up_and_down_and_is_safe(followed: Copy, tmp_path: Pa
         followed.run(sys.executable, "-m", "alembic", *words, DATABASE_URL=f"sqlite:///{tmp_path}/test.db")
 
 
+@needs_npm
 def test_what_holds_for_every_resource_holds_for_the_new_one(followed: Copy) -> None:
     followed.pytest(*ABOUT_ALL_RESOURCES)
 
