@@ -234,6 +234,13 @@ def test_no_line_is_lost_by_a_reload_or_a_stop(launch: Launch, clone: Path, envi
     assert all(line.startswith("{") for line in launched.kept().splitlines())
 
 
+def test_a_document_that_is_saved_is_served(launch: Launch, clone: Path, environ: dict[str, str]) -> None:
+    launched = launch(root=clone, **environ).ready()
+    replace(clone / "openapi.en.json", '{"new": true}')
+    url = f"{launched.url}/openapi.json?lang=en"
+    wait_until(lambda: requests.get(url, timeout=WAIT_SECONDS).text == '{"new": true}')
+
+
 def test_a_service_that_dies_is_started_again(launch: Launch, clone: Path, environ: dict[str, str]) -> None:
     launched = launch(root=clone, **environ).ready()
     reloader = launched.family("dev.reload")[0]
