@@ -122,6 +122,22 @@ OPTIONAL_QUERY = {"in": "query", "name": "new", "schema": {"type": "integer"}}
 UNANNOUNCED = "deprecated without an x-sunset at least 30 days from now"
 DEPRECATED = {"deprecated": True, "x-sunset": LATER}
 
+NOT_COMPARED = [
+    "$anchor",
+    "$comment",
+    "$defs",
+    "$id",
+    "$schema",
+    "description",
+    "example",
+    "examples",
+    "externalDocs",
+    "summary",
+    "title",
+    "xml",
+]
+BASE_NAME = BASE["components"]["schemas"]["Thing"]["properties"]["name"]
+
 Edits = dict[str, Any]
 
 BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
@@ -186,6 +202,7 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{IN} > more > dependentRequired": {"a": ["b"]}}, 'Change.more: dependentRequired none → {"a": ["b"]}'),
     ],
     "schema constraints": [
+        ({f"{OUT} > id > multipleOf": 2}, {f"{OUT} > id > multipleOf": 3}, "Thing.id: multipleOf 2 → 3"),
         ({}, {f"{IN} > name > maxLength": 49}, "Change.name: maxLength 50 → 49"),
         ({}, {f"{IN} > note > maxLength": 500}, "Change.note: maxLength none → 500"),
         ({}, {f"{IN} > name > minLength": 2}, "Change.name: minLength 1 → 2"),
@@ -313,6 +330,8 @@ BREAKS: dict[str, list[tuple[Edits, Edits, str]]] = {
         ({}, {f"{IF_MATCH} > in": "cookie"}, f"{AT} header If-Match: removed"),
     ],
     "parameters type": [
+        ({}, {f"{SORT} > allowReserved": True}, f"{AT} query sort: allowReserved false → true"),
+        ({}, {f"{IF_MATCH} > style": "form"}, f'{AT} header If-Match: style "simple" → "form"'),
         ({}, {f"{SIZE} > schema > type": "string"}, f'{AT} query size: type "integer" → "string"'),
         (
             {},
@@ -493,6 +512,10 @@ COMPATIBLE: list[tuple[Edits, Edits]] = [
     ({f"{OK} > headers > Age > schema": GONE}, {f"{OK} > headers > Age > schema": {"type": "integer"}}),
     ({}, {f"{SORT} > schema": GONE}),
     ({}, {f"{IN} > tags > items": GONE}),
+    ({}, {f"{OUT} > name > {keyword}": {"new": "New"} for keyword in NOT_COMPARED}),
+    ({f"{OUT} > name > {keyword}": {"new": "New"} for keyword in NOT_COMPARED}, {OUT + " > name": BASE_NAME}),
+    ({f"{IN} > more > default": {"a": 1, "b": 2}}, {f"{IN} > more > default": {"b": 2, "a": 1}}),
+    ({f"{POST} > security": [{"bearer": ["a", "b"]}]}, {f"{POST} > security": [{"bearer": ["b", "a"]}]}),
     (
         {f"{IN} > one > oneOf": [{"type": "string", "description": "One"}, {"type": "integer"}]},
         {f"{IN} > one > oneOf": [{"type": "integer"}, {"type": "string", "description": "Other"}, True]},
@@ -561,7 +584,7 @@ def test_a_breaking_change_is_found(old: Edits, new: Edits, line: str) -> None:
 @pytest.mark.parametrize(("old", "new"), COMPATIBLE)
 def test_a_compatible_change_passes(old: Edits, new: Edits) -> None:
     before = edited(BASE, old)
-    assert edited(before, new) != before
+    assert json.dumps(edited(before, new)) != json.dumps(before)
     assert broken(before, edited(before, new)) == []
 
 
@@ -588,6 +611,12 @@ def test_what_is_broken_once_by_a_schema_is_one_line_with_all_operations() -> No
     assert lines(changes) == [
         f"Thing.made: removed (response of {AT}, response of GET /a, response of GET /b and 2 more)"
     ]
+
+
+@pytest.mark.parametrize("method", ["get", "put", "post", "delete", "options", "head", "patch", "trace"])
+def test_each_method_is_compared(method: str) -> None:
+    before = edited(BASE, {"paths > /ping": {method: {"responses": {}}}})
+    assert broken(before, edited(before, {f"paths > /ping > {method}": GONE})) == [f"{method.upper()} /ping: removed"]
 
 
 def test_a_change_is_one_line_where_it_can_be() -> None:
