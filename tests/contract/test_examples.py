@@ -44,11 +44,17 @@ class Client:
         self.token = service.log_in(simulator, openid=self.openid)
 
     def fill(self, path: str) -> None:
-        """Enter the personal data of the examples, an order, and one of what is listed at the path."""
-        lists = [name for name in NAMES if self.operation(name)[:2] == ("post", path)]
-        for name in ("setProfile", "setPhone", "updatePersonalData", "createOrder", *lists):
+        """Enter the personal data of the examples, one of all that users create, and one of the list at the path."""
+        lists = [name for name in NAMES if self.operation(name)[:2] == ("post", path) or self.is_created(name)]
+        for name in ("setProfile", "setPhone", "updatePersonalData", *lists):
             answer = self.send(name)
             assert answer.ok, answer.text
+
+    def is_created(self, name: str) -> bool:
+        """Whether users create something of their own by this operation, as an order."""
+        method, path, operation = self.operation(name)
+        is_administration = "administration" in operation["tags"]
+        return method == "post" and "201" in operation["responses"] and "{" not in path and not is_administration
 
     def operation(self, name: str) -> tuple[str, str, dict[str, Any]]:
         return OPERATIONS[self.language][name]

@@ -28,8 +28,6 @@ needs_npm = pytest.mark.skipif(not resource.has_node(), reason="`make check-clie
 ABOUT_ALL_RESOURCES = [
     *("tests/test_architecture.py", "tests/storage/test_ownership.py", "tests/blueprints/test_ownership.py"),
     *("tests/blueprints/test_api.py", "tests/docs/test_tables.py", "tests/docs/test_pages.py"),
-    "tests/contract/test_documents.py",
-    "tests/contract/test_examples.py",
 ]
 """What holds every resource to the rules of the house. The others are in resource_in_full.py, as they take minutes."""
 
@@ -154,6 +152,11 @@ def test_the_migration_goes_up_and_down_and_is_safe(followed: Copy, tmp_path: Pa
 @needs_npm
 def test_what_holds_for_every_resource_holds_for_the_new_one(followed: Copy) -> None:
     followed.pytest(*ABOUT_ALL_RESOURCES)
+
+
+@needs_npm
+def test_its_documented_examples_are_its_tests(followed: Copy) -> None:
+    followed.pytest("tests/contract/test_examples.py", "-k", "Coupon or export")
 
 
 @pytest.mark.parametrize(
