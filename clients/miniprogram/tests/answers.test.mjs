@@ -46,7 +46,7 @@ test('a failure is an ApiError with all that the service says', async () => {
 
 test('retryable says whether the same may succeed later', async t => {
   const proxy = await startProxy(t)
-  const { wx, api } = open({ baseUrl: proxy.url, timeout: 3000 })
+  const { wx, api } = open({ baseUrl: proxy.url })
   const user = await api.getMe()
   const found = {}
   for (const [status, code] of [[400, 400], [403, 462], [404, 404], [409, 409], [429, 429], [500, 500], [502, 502], [502, 520], [503, 503], [504, 504]]) {

@@ -31,12 +31,16 @@ test('the token is stored, and used again', async () => {
 
 test('ten calls with an expired token: one wx.login, ten answers', async () => {
   const wx = createWx()
-  wx.storage.set(KEY, await expiredToken(wx.openid))
+  const expired = await expiredToken(wx.openid)
+  wx.storage.set(KEY, expired)
   const { api } = open({ wx })
   const before = await exchanges()
   const users = await Promise.all(times(10, () => api.getMe()))
   assert.equal(users.length, 10)
   assert.equal(wx.logins, 1)
+  assert.equal(wx.requests.length, 6 + 1 + 10) // what waits for a place meanwhile is not sent without a token
+  const tokens = new Set(wx.requests.map(request => request.header.Authorization))
+  assert.deepEqual([...tokens], [`Bearer ${expired}`, undefined, `Bearer ${wx.storage.get(KEY)}`])
   assert.equal((await exchanges()) - before, 1)
 })
 
@@ -139,7 +143,7 @@ test('a login that the service refuses rejects all that wait', async t => {
 })
 
 test('a wx.login that never answers ends with the deadline, and the next call tries again', async () => {
-  const { wx, api } = open({ timeout: 500 })
+  const { wx, api } = open({ timeout: 3000 })
   wx.beforeLogin = () => new Promise(() => {})
   assert.deepEqual(await settled(times(3, () => api.getMe())), times(3, () => 'TIMEOUT'))
   wx.beforeLogin = async () => {}
