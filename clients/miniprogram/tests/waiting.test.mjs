@@ -207,15 +207,18 @@ test('six usual requests at once, eight with those that have priority', async ()
   assert.equal(wx.requests.length, 23)
 })
 
-test('a login finds a place where all others are taken', async () => {
+test('priority and a login find a place where all others are taken', async () => {
   const { wx, api } = await ready()
   wx.holds = request => request.method === 'GET'
   const usual = times(20, () => api.listOrders())
   await until(() => wx.most === 6)
-  const urgent = outcome(api.createOrder({ items: [ITEM] }, { priority: true, headers: {} }))
-  assert.equal((await urgent).code, 'ok')
+  assert.equal((await outcome(api.createOrder({ items: [ITEM] }, { priority: true }))).code, 'ok')
+  wx.sessionIsValid = false
+  const stale = await outcome(api.setProfile({ encryptedData: '', iv: '', rawData: '', signature: '' }))
+  assert.equal(stale.code, 463)
+  assert.equal(wx.logins, 2)
   wx.letGo()
-  await Promise.all(usual)
+  assert.deepEqual(await Promise.all(usual.map(outcome)).then(found => new Set(found.map(one => one.code))), new Set(['ok']))
 })
 
 test('eight calls with priority and an expired token do not keep the login out', async () => {
@@ -237,7 +240,11 @@ test('a place is free again after each kind of end', async t => {
   proxy.handle = async () => {}
   wx.holds = () => true
   await Promise.allSettled(times(20, () => api.listOrders({}, { timeout: 100 })))
+  wx.holds = () => true
+  const running = times(6, () => api.listOrders())
+  await Promise.allSettled(times(20, () => api.listOrders({}, { timeout: 100 }))) // they never had a place
   wx.letGo()
+  await Promise.all(running)
   wx.most = 0
   await Promise.all(times(20, () => api.listOrders()))
   assert.equal(wx.most, 6)
