@@ -3,11 +3,14 @@
 `make check-client` installs what these tests need from npm.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +43,24 @@ def test_the_sample_has_the_client_itself(name: str) -> None:
 def test_the_types_are_those_of_the_contract(tmp_path: Path) -> None:
     run("node", "types.mjs", ROOT / "openapi.json", tmp_path / "kuaishang.d.ts")
     assert (tmp_path / "kuaishang.d.ts").read_text() == (FOLDER / "kuaishang.d.ts").read_text(), "run `make client`"
+
+
+@needs_npm
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda order: order["get"].pop("operationId"), "GET /api/v1/orders/{order_id} has no operation id"),
+        (lambda order: order["put"]["parameters"][0].update(name="remark"), "updateOrder: two fields are named remark"),
+        (lambda order: order["get"]["responses"].update({"418": {"content": {"application/json": {}}}}), "getOrder"),
+    ],
+    ids=["no operation id", "two fields of one name", "no example of an error"],
+)
+def test_what_cannot_be_typed_is_an_error(damage: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    document = json.loads((ROOT / "openapi.json").read_text())
+    damage(document["paths"]["/api/v1/orders/{order_id}"])
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        run("node", "types.mjs", tmp_path / "openapi.json", tmp_path / "kuaishang.d.ts")
 
 
 @needs_npm

@@ -30,6 +30,7 @@ before(async () => {
   simulator = helpers.simulator
   proxy = await helpers.startProxy({ after: (close) => (closeProxy = close) })
   globalThis.wx = Object.assign(helpers.createWx(), {
+    login: ({ fail }) => fail({ errMsg: 'login:fail no account' }), // so the simulator must stand in
     navigateTo: ({ url }) => visited.push(url),
     redirectTo: ({ url }) => visited.push(url),
     stopPullDownRefresh: () => visited.push('stopPullDownRefresh'),
@@ -152,6 +153,10 @@ test('a person who taps again after a failure orders once', async () => {
   const after = await api.listOrders({ page_size: 100 })
   assert.equal(before.items.length, after.items.length)
   assert.deepEqual(visited, [`/pages/order/order?id=${after.items[0].id}`])
+  await page.act('plus')
+  await page.act('submit')
+  const changed = await api.listOrders({ page_size: 100 })
+  assert.equal(changed.items.length, after.items.length + 1) // what was changed is another order
 })
 
 test('the list loads more, says where it ends, and goes on after a failure', async () => {
@@ -227,6 +232,13 @@ test('failures are shown in words', async () => {
   assert.deepEqual(say(503, 503), { text: '服务繁忙，请稍后再试', canRetry: true })
   assert.deepEqual(say(500, 500, 'ab12'), { text: '服务出错了，反馈时请附上编号 ab12', canRetry: false })
   assert.deepEqual(describe(new Error('不是接口的错误')), { text: '不是接口的错误', canRetry: false })
+})
+
+test('the controls are those of WeChat for what only WeChat can ask', () => {
+  const markup = readFileSync(path.join(SAMPLE, 'pages/profile/profile.wxml'), 'utf8')
+  assert.match(markup, /<input [^>]*type="nickname" name="nickname"/)
+  assert.match(markup, /<button [^>]*open-type="chooseAvatar"[^>]* bindchooseavatar="chooseAvatar"/)
+  assert.match(markup, /<button [^>]*open-type="getPhoneNumber"[^>]* bindgetphonenumber="setPhone"/)
 })
 
 for (const name of PAGES) {
