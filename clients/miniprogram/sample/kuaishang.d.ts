@@ -445,7 +445,7 @@ export interface UpdateOrderArgs {
     /** @example 少糖，放门口 */
     remark?: string | null;
     /**
-     * @description 可变为：pending → paid, cancelled; paid → shipped, cancelled; shipped → completed
+     * @description 可变为：pending → paid, cancelled；paid → shipped, cancelled；shipped → completed
      * @example cancelled
      * @enum {string}
      */
