@@ -4,7 +4,8 @@ const CHINESE = {
   Name: '名称', Description: '说明', required: '必填', 'Send empty value': '发送空值', 'Request body': '请求体', Headers: '响应头',
   Responses: '响应', 'Server response': '实际响应', Code: '状态码', Details: '内容', Links: '链接', 'No links': '无', Download: '下载',
   'Request URL': '请求地址', 'Response body': '响应体', 'Response headers': '响应头', 'Headers:': '响应头：', Schema: '结构',
-  Schemas: '数据结构', Servers: '服务器', 'Example Value': '示例', 'Edit Value': '编辑', Examples: '示例', 'Examples:': '示例：', 'Media type': '媒体类型', Type: '类型',
+  Schemas: '数据结构', Servers: '服务器', 'Example Value': '示例', 'Edit Value': '编辑', Examples: '示例', 'Examples:': '示例：',
+  'Media type': '媒体类型', Type: '类型',
 };
 const language = localStorage.language || (navigator.language.startsWith('en') ? 'en' : 'zh');
 const page = document.querySelector('main');

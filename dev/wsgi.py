@@ -4,12 +4,12 @@ Reads SIMULATOR_URL, the address of the simulator, which dev/run.py sets. The bu
 """
 
 import os
-from ipaddress import ip_address
 from pathlib import Path
 
 import requests
 from flask import Response, abort, request, send_from_directory
 
+from proxies import parse_address
 from wsgi import app
 
 __all__ = ["app"]
@@ -19,7 +19,8 @@ SCRIPT = "docs_login.js"
 
 def is_local() -> bool:
     """Whether the request comes from this machine: like the simulator, which others cannot reach."""
-    return ip_address(request.remote_addr or "0.0.0.0").is_loopback
+    address = parse_address(request.remote_addr or "")
+    return bool(address and address.is_loopback)
 
 
 @app.after_request

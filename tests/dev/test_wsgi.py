@@ -15,7 +15,7 @@ def button_and_code(url: str, **headers: str) -> tuple[bool, int]:
 
 
 def test_the_button_is_for_this_machine_alone(launch: Launch) -> None:
-    launched = launch(TRUSTED_PROXIES="127.0.0.1").ready()
+    launched = launch(HOST="::", TRUSTED_PROXIES="127.0.0.1").ready()
     assert button_and_code(launched.url) == (True, 200)
     assert button_and_code(launched.url, **{"X-Forwarded-For": "192.0.2.1"}) == (False, 404)
 
