@@ -77,7 +77,8 @@ class TypedProfileSchema(Schema):
 class UserChangeSchema(TypedProfileSchema):
     role = fields.String(validate=validate.OneOf(["user", "admin"]), metadata={"example": "user"})
     """仅限管理员 | For administrators"""
-    blocked = fields.Boolean(truthy={True}, falsy={False}, metadata={"example": False})
+    # By their names, as 1 and 0 equal True and False.
+    blocked = fields.Boolean(truthy={"True"}, falsy={"False"}, pre_load=repr, metadata={"example": False})
     """仅限管理员；为 true 时其请求得到 403 | For administrators; if true, their requests are a 403"""
 
 
@@ -92,6 +93,9 @@ class NewUserSchema(UserChangeSchema):
 class UserSearchSchema(ListSchema):
     phone = fields.String(required=True, validate=PHONE_RULE, metadata={"example": PHONE})
     """与完整号码匹配 | Matches the whole number"""
+
+    def on_bind_field(self, field_name: str, field_obj: Any) -> None:
+        field_obj.strict = True  # in JSON a number is no text, unlike in a query
 
 
 @administration.route("")

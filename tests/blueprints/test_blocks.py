@@ -30,6 +30,11 @@ def flask(app: Flask, *command: str) -> Any:
     return app.test_cli_runner().invoke(args=["users", *command])
 
 
+@pytest.mark.parametrize("blocked", [1, 0, 1.0, "true", "True", None, []])
+def test_only_a_boolean_blocks(admin: Caller, mallory: Caller, blocked: Any) -> None:
+    assert invalid_fields(admin.put(f"/users/{mallory.id}", {"blocked": blocked})) == {"blocked"}
+
+
 @pytest.mark.only_on("mariadb")  # SQLite has one writer at a time
 def test_a_user_who_writes_all_the_time_can_be_blocked(
     app: Flask, admin: Caller, mallory: Caller, monkeypatch: pytest.MonkeyPatch

@@ -98,6 +98,8 @@ def test_administrators_find_users_by_a_phone_number_in_the_body(
     invalid = [{"phone": "137-1111-2222"}, {"phone": ""}, {"phone": None}, {"phone": "1\n"}, {"name": "x"}, {"page": 0}]
     for body in invalid:
         assert invalid_fields(admin.post("/users/search", {"phone": phone, **body})) == set(body)
+    for odd in ("2", 1.5, True, None):
+        assert invalid_fields(admin.post("/users/search", {"phone": phone, "page": odd})) == {"page"}
     assert invalid_fields(admin.post("/users/search", {})) == {"phone"}
     assert invalid_fields(admin.get(f"/users?phone={phone}")) == {"phone"}
     assert code_of(alice.post("/users/search", {"phone": phone})) == (403, 403)

@@ -157,31 +157,30 @@ def set_order_id(case: schemathesis.Case) -> None:
 def set_user_id(case: schemathesis.Case) -> None:
     """Name a user who exists; for a user mostly `me`, for an administrator never one whom this run needs."""
     ids = case.path_parameters
-    wanted, changes = str(ids.get("user_id", "me")), case.method in ("PUT", "DELETE")
-    if world.caller == "user":
-        if wanted != "me" and not is_linked(case, "user_id"):
-            is_foreign = one_in(DELIBERATE, wanted)
-            ids["user_id"] = str(world.ids["peer"]) if is_foreign else "me"
-            if is_foreign:
-                world.expected[case.id] = {404}
-    elif wanted != "me":
-        is_needed = wanted in map(str, world.ids.values())
-        if (changes and is_needed) or not (is_linked(case, "user_id") or one_in(DELIBERATE, wanted)):
+    if "user_id" not in ids:
+        return
+    wanted, is_free = str(ids["user_id"]), not is_linked(case, "user_id")
+    about_rights = isinstance(case.body, dict) and bool(case.body.keys() & {"role", "blocked"})
+    if world.caller == "administrator":
+        is_needed = wanted in map(str, world.ids.values()) or (wanted == "me" and about_rights)
+        is_unknown = wanted != "me" and is_free and not one_in(DELIBERATE, wanted)
+        if is_unknown or (is_needed and case.method in ("PUT", "DELETE")):
             ids["user_id"] = str(world.log_in()[1])
-    if case.method == "PUT" and isinstance(case.body, dict) and is_valid(case, BODY):
-        keep_rights(case)
+    elif wanted != "me" and is_free:
+        is_foreign = one_in(DELIBERATE, wanted)
+        ids["user_id"] = str(world.ids["peer"]) if is_foreign else "me"
+        if is_foreign:
+            world.expected[case.id] = {404}
+    if about_rights and world.caller == "user" and is_valid(case, BODY):
+        set_rights(case)
 
 
-def keep_rights(case: schemathesis.Case) -> None:
-    """Let no caller change their own rights; a user deliberately tries to."""
-    is_admin = world.caller == "administrator"
-    if not case.body.keys() & {"role", "blocked"} or (is_admin and case.path_parameters.get("user_id") != "me"):
-        return
-    if not is_admin and one_in(DELIBERATE, case.body):
-        world.expected.setdefault(case.id, {400})
-        return
-    for name in ("role", "blocked"):
-        case.body.pop(name, None)
+def set_rights(case: schemathesis.Case) -> None:
+    """Leave out what only administrators may set, or deliberately not."""
+    if one_in(DELIBERATE, case.body):
+        world.expected[case.id] = {400}  # whoever it is about
+    else:
+        case.body = {name: value for name, value in case.body.items() if name not in ("role", "blocked")}
 
 
 def set_version(case: schemathesis.Case, authorization: str) -> None:
