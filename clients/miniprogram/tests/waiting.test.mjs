@@ -212,9 +212,10 @@ test('priority and a login find a place where all others are taken', async () =>
   wx.holds = request => request.method === 'GET'
   const usual = times(20, () => api.listOrders())
   await until(() => wx.most === 6)
-  assert.equal((await outcome(api.createOrder({ items: [ITEM] }, { priority: true }))).code, 'ok')
+  assert.equal((await outcome(api.createOrder({ items: [ITEM] }, { priority: true, timeout: 10_000 }))).code, 'ok')
   wx.sessionIsValid = false
-  const stale = await outcome(api.setProfile({ encryptedData: '', iv: '', rawData: '', signature: '' }))
+  const data = { encryptedData: '', iv: '', rawData: '', signature: '' }
+  const stale = await outcome(api.setProfile(data, { timeout: 10_000 })) // before WeChat ends the others
   assert.equal(stale.code, 463)
   assert.equal(wx.logins, 2)
   wx.letGo()
@@ -261,6 +262,18 @@ test('a call in the background waits for the foreground, beyond its deadline', a
   wx.show()
   assert.deepEqual((await all).map(one => one.code), ['ok', 'ok', 'ok'])
   assert.equal(wx.requests.length, 3)
+})
+
+test('a call that was cancelled in the background logs nobody in', async () => {
+  const { wx, api } = open()
+  wx.hide()
+  const controller = new AbortController()
+  const call = outcome(api.getMe({}, { signal: controller.signal }))
+  controller.abort()
+  assert.equal((await call).code, 'ABORTED')
+  wx.show()
+  await pause(500)
+  assert.equal(wx.logins, 0)
 })
 
 test('what WeChat interrupts in the background is resumed in the foreground, and done once', async () => {
