@@ -40,7 +40,7 @@ const MESSAGES = {
 
 // `code` is the service's, or one of MESSAGES. `retryable`: the same may succeed later.
 class ApiError extends Error {
-	constructor({ code, message, status = 0, traceId = '', data = null }) {
+	constructor(/** @type {any} */ { code, message, status = 0, traceId = '', data = null }) {
 		super(message || MESSAGES[code] || `HTTP ${status}`)
 		const retryable = [429, 503, 504, 'LOGIN_LIMIT', 'NETWORK', 'OFFLINE', 'TIMEOUT'].includes(code)
 		Object.assign(this, { code, status, traceId, data, retryable })
@@ -69,7 +69,7 @@ function perMinute(count) {
 }
 
 function read({ statusCode: status, data, header }) {
-	const named = (name) => header[Object.keys(header).find((key) => key.toLowerCase() === name)] // platforms differ
+	const named = (name) => header[Object.keys(header).find((key) => key.toLowerCase() === name) || ''] // platforms differ
 	const envelope = data && data.code ? data : { code: /^4/.test(status) ? status : 'NETWORK' } // of a proxy
 	return { status, traceId: named('x-trace-id'), retryAfter: named('retry-after'), ...envelope }
 }
@@ -124,7 +124,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 		next()
 	}
 
-	const run = (work, { timeout: limit = timeout, signal } = {}) =>
+	const run = (work, /** @type {any} */ { timeout: limit = timeout, signal } = {}) =>
 		new Promise((resolve, reject) => {
 			const call = { deadline: clock() + limit }
 			const end = (settle) => (outcome) => {
@@ -149,7 +149,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 				const { aborted, onabort } = signal
 				if (aborted) cancel()
 				if (signal.addEventListener) signal.addEventListener('abort', cancel)
-				else signal.onabort = () => cancel(onabort && onabort())
+				else signal.onabort = () => [onabort && onabort(), cancel()]
 			}
 			work(call).then(end(resolve), end(reject))
 		})
@@ -237,7 +237,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	function remember(path, data) {
 		if (data.version && keyOf(path)) versions.set(keyOf(path), data.version)
 		if (versions.size > 500) versions.delete(versions.keys().next().value)
-		for (const item of [].concat(data.items || [])) remember(`${path.split('?')[0]}/${item.id}`, item)
+		for (const item of Array.from(data.items || [])) remember(`${path.split('?')[0]}/${item.id}`, item)
 	}
 
 	async function request(options) {
@@ -251,9 +251,9 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	}
 
 	const api = { request, logIn: () => (token ? api.getMe() : logIn()) }
-	for (const line of OPERATIONS.match(/.+/g)) {
+	for (const line of OPERATIONS.match(/.+/g) || []) {
 		const [id, method, template] = line.split(' ')
-		api[id] = ({ version, ...rest } = {}, options) => {
+		api[id] = (/** @type {any} */ { version, ...rest } = {}, options) => {
 			const path = `/api/v1${template}`.replace(/{(\w+)}/g, (_, name) => {
 				const value = rest[name]
 				delete rest[name]

@@ -64,8 +64,9 @@ def test_what_cannot_be_typed_is_an_error(damage: Callable[[Any], Any], message:
 
 
 @needs_npm
-def test_types_and_sample_pass_the_strict_compiler() -> None:
-    run("node_modules/.bin/tsc", "--project", ".")
+@pytest.mark.parametrize("project", ["tsconfig.json", "tsconfig.client.json"])
+def test_types_sample_and_client_pass_the_strict_compiler(project: str) -> None:
+    run("node_modules/.bin/tsc", "--project", project)
 
 
 @needs_npm
