@@ -126,7 +126,7 @@ def fuzz(caller: str, service: Service, simulator: Simulator, seconds: int, word
         }
         status = subprocess.run([*bound_to_this_process(), *command], cwd=folder, env=environ).returncode
         answers: Counter[tuple[str, int]] = Counter()
-        for operation, code, count in json.loads(figures.read_text()):
+        for operation, code, count in json.loads(figures.read_text() if figures.exists() else "[]"):
             answers[operation, code] += count
     idle = unproven(caller, answers) if "--include" not in " ".join(words) else []
     for operation in sorted({operation for operation, _ in answers}):
