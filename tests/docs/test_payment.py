@@ -87,7 +87,7 @@ def follow_the_page(language: str, tree: Path) -> None:
     code, mounted, imported, declared = [block.text for block in blocks(page(language, "payment.md"))[:4]]
     (tree / "blueprints" / "payments.py").write_text(code)
     insert_after(tree / "blueprints" / "__init__.py", "    mount(messages.blueprint", mounted)
-    insert_after(tree / "blueprints" / "__init__.py", "from blueprints import auth", imported)
+    insert_after(tree / "blueprints" / "__init__.py", "from flask_cors import", imported)
     insert_after(tree / "settings.py", "    WECHAT_PUSH_AES_KEY = ", declared)
 
 
