@@ -27,7 +27,6 @@ Sources = dict[Path, Source]
 def paths() -> Iterator[Path]:
     """Find the files that the service is made of."""
     yield from ROOT.glob("*.py")
-    yield from ROOT.glob("openapi*.json")  # which are read at the start
     for package in ROOT.glob("*/__init__.py"):
         if package.parent.name not in NOT_SERVED:
             yield from (path for path in package.parent.rglob("*") if path.suffix in SUFFIXES)
