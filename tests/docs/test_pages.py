@@ -92,7 +92,9 @@ def test_a_readme_is_short(readme: Path) -> None:
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_that_a_page_names_exists(path: Path) -> None:
-    named = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|yml|conf|sh|js|html|env|service))`", without_blocks(path))
+    named = re.findall(
+        r"`((?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|yml|conf|sh|m?js|html|env|service))`", without_blocks(path)
+    )
     assert [name for name in named if not (ROOT / name).exists() and name not in MADE_BY_THE_READER] == []
 
 
