@@ -944,3 +944,11 @@ def test_the_command(run: Callable[..., tuple[int, list[str]]]) -> None:
 def test_the_tree_is_compatible_with_the_last_release() -> None:
     done = subprocess.run([sys.executable, "-m", "dev.compatibility"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
+@pytest.mark.parametrize("kind", sorted(NAMED))
+@pytest.mark.parametrize("name", ["description", "example", "title"])
+def test_what_is_called_like_a_text_is_compared(kind: str, name: str) -> None:
+    assert list(differences({kind: {name: {}}}, {kind: {}})) == [f"/{kind}/{name}"]
+    assert list(differences({kind: {"a": {name: 1}}}, {kind: {"a": {}}})) == []
+    assert {"properties", "schemas", "responses", "headers", "content", "paths", "patternProperties"} <= NAMED
