@@ -39,8 +39,7 @@ def test_a_document_that_is_known_is_not_sent_again(client: FlaskClient) -> None
     known = client.get("/openapi.json?lang=en", headers={"If-None-Match": tags[1]})
     assert (known.status_code, known.data) == (304, b"")
     assert "Accept-Language" in known.vary
-    if CHINESE.read_bytes() != ENGLISH.read_bytes():
-        assert client.get("/openapi.json?lang=en", headers={"If-None-Match": tags[0]}).status_code == 200
+    assert client.get("/openapi.json?lang=en", headers={"If-None-Match": tags[0]}).status_code == 200
 
 
 def test_by_default_there_is_no_page(make_app: Callable[..., Flask]) -> None:

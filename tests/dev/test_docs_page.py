@@ -106,17 +106,14 @@ def test_a_click_changes_the_language_and_that_is_kept(page: Page) -> None:
 
 
 def assert_language(page: Page, language: str) -> None:
-    """Of the page's own words, of Swagger UI's, of the document, and of the messages of the responses."""
+    """Of the page's own words, of the document, and of the messages of the responses."""
     page.wait_for_selector(f"html[lang={language}] .opblock")
-    words = {"zh": ("English", "授权", "试用"), "en": ("中文", "Authorize", "Try it out")}[language]
-    assert page.locator("#language").inner_text() == words[0]
-    assert page.locator(".authorize").inner_text().strip() == words[1]
+    assert page.locator("#language").inner_text() == {"zh": "English", "en": "中文"}[language]
     document = DOCUMENTS[language]
     summary = document["paths"][ME]["get"]["summary"]
     operation = page.locator(f'.opblock-get:has([data-path="{ME}"])')
     assert operation.locator(".opblock-summary-description").inner_text() == summary
     operation.locator(".opblock-summary-control").click()
-    assert operation.locator(".try-out__btn").inner_text().strip() == words[2]
     message = Code.UNAUTHORIZED.message
     assert try_out(page, "get", ME, user_id="me")[1]["message"] == (
         message.chinese if language == "zh" else message.english
