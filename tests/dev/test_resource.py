@@ -26,8 +26,9 @@ from tests.harness import ROOT
 CLIENT = "clients/miniprogram"
 needs_npm = pytest.mark.skipif(not resource.has_node(), reason="`make check-client` was not run")
 ABOUT_ALL_RESOURCES = [
-    *("tests/test_architecture.py", "tests/storage/test_ownership.py", "tests/blueprints/test_ownership.py"),
+    *("tests/test_architecture.py", "tests/storage/test_ownership.py"),
     *("tests/blueprints/test_api.py", "tests/docs/test_tables.py", "tests/docs/test_pages.py"),
+    "tests/clients/test_miniprogram.py::test_client[operations.test.mjs]",
 ]
 """What holds every resource to the rules of the house. The others are in resource_in_full.py, as they take minutes."""
 

@@ -10,6 +10,7 @@ import { ITEM, open } from './wx.mjs'
 
 const FILE = new URL('../kuaishang.js', import.meta.url)
 const { paths, components } = JSON.parse(readFileSync(new URL('../../../openapi.json', import.meta.url)))
+const OPERATIONS = 26 // without resources of your own
 const NOT_FOR_MINI_PROGRAMS = ['beginWebLogin', 'completeWebLogin', 'verifyMessageUrl', 'receiveMessage']
 
 const operations = Object.entries(paths).flatMap(([path, item]) =>
@@ -98,8 +99,9 @@ test('getMe and request() against the service, with the file as a mini-program r
   assert.deepEqual([...wx.storage.keys()], ['other'])
 })
 
-test('the file is under 10 KB', () => {
-  assert.ok(readFileSync(FILE).length < 10_240)
+test('the file is under 10 KB, beside the lines for resources of your own', () => {
+  const added = operations.length - OPERATIONS
+  assert.ok(readFileSync(FILE).length < 10_240 + 60 * added)
 })
 
 test('the file has no syntax newer than ES2018', t => {
