@@ -1,5 +1,5 @@
 // 快上小程序客户端，用法见 README.md。
-// Base library 2.23.4 or later: 99.7 % of users on 2024-12-23, by WeChat's figures:
+// Base library 2.23.4 or later: 99.7 % of users on 2024-12-23:
 // https://developers.weixin.qq.com/miniprogram/dev/framework/client-lib/version.html
 
 const resource = (name, one, all = one.replace(/\/[^/]+$/, '')) => `
@@ -47,7 +47,7 @@ class ApiError extends Error {
 	}
 }
 class StaleDataError extends ApiError {} // get the data from WeChat again, then send it
-class ConflictError extends ApiError {} // `current`: as somebody else wrote it
+class ConflictError extends ApiError {} // `current`: as it is now
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms))
 const ask = (name) => new Promise((resolve) => wx[name]({ success: resolve, fail: resolve }))
@@ -69,7 +69,7 @@ function perMinute(count) {
 }
 
 function read({ statusCode: status, data, header }) {
-	const named = (name) => header[Object.keys(header).find((key) => key.toLowerCase() === name) || ''] // platforms differ
+	const named = (name) => header[Object.keys(header).find((key) => key.toLowerCase() === name) || ''] // in any case
 	const envelope = data && data.code ? data : { code: /^4/.test(status) ? status : 'NETWORK' } // of a proxy
 	return { status, traceId: named('x-trace-id'), retryAfter: named('retry-after'), ...envelope }
 }
@@ -77,13 +77,13 @@ function read({ statusCode: status, data, header }) {
 function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	const mayLogIn = perMinute(3)
 	const mayRetry = perMinute(40)
-	const versions = new Map() // of what was read
+	const versions = new Map()
 	const urgent = []
 	const usual = []
 	let running = 0
 	let token = stored('get')
 	let generation = 0 // of the token: a late 401 of an earlier one says nothing about it
-	let login = null // in flight
+	let login = null
 	let online = true
 	let hiddenAt = 0
 	let hiddenFor = 0
@@ -187,7 +187,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			const { code, data } = answer
 			if (code === 200) {
 				remember(op.method === 'POST' ? `${op.path}/${data.id}` : op.path, data)
-				if (op.path.includes('/auth/session')) token = stored('remove') // logged out
+				if (op.path.includes('/auth/session')) token = stored('remove')
 				return data
 			}
 			if ((code === 401 || code === 463) && op.generation === generation) token = ''
