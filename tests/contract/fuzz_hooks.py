@@ -286,6 +286,14 @@ def fails_as_it_must(ctx: Any, response: Any, case: schemathesis.Case) -> None:
         assert response.status_code in expected, f"{response.status_code} where only {sorted(expected)} would do"
 
 
+@schemathesis.check
+def deleted_is_gone(ctx: Any, response: Any, case: schemathesis.Case) -> None:
+    path = case.formatted_path.removeprefix(V1)
+    if case.method == "DELETE" and response.status_code == 200 and case.path_parameters and not path.endswith("/me"):
+        again = world.call("GET", path, case.headers["Authorization"])
+        assert again.status_code == 404, f"{again.status_code} after it was deleted"
+
+
 @schemathesis.hook
 def filter_failure(context: schemathesis.HookContext, failure: Failure, case: schemathesis.Case, response: Any) -> bool:
     """Excuse what was made to fail as it did; and `me`, whom a new login makes somebody else."""
