@@ -119,7 +119,7 @@ resource: $(INSTALLED) $(if $(shell command -v npm),$(CLIENT_INSTALLED)) ## writ
 migration: $(INSTALLED) ## write the next migration from what storage/models.py has changed (NAME=coupons_have_a_price)
 	@$(VENV)/bin/python -m dev.migration
 
-openapi: $(INSTALLED) ## write openapi.json from the code
+openapi: $(INSTALLED) ## write openapi.json and openapi.en.json from the code
 	$(VENV)/bin/python -m dev.openapi
 
 compatible: $(INSTALLED) ## fail if openapi.json breaks clients of the last release, unless CHANGELOG.md names the break

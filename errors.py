@@ -75,7 +75,7 @@ class Code(Enum):
     Read the resource first, and send its version, quoted, as If-Match."""
     TOO_MANY_REQUESTS = 429, 429, "请求过于频繁，请稍后再试", "Too many requests: retry later"
     """等 Retry-After 秒后再试，并减少请求。 |
-    Wait for the seconds of Retry-After, then retry; send fewer requests."""
+    Wait as many seconds as Retry-After says, then retry; send fewer requests."""
     WECHAT_CODE_INVALID = 460, 400, "code 无效或过期，请重新调用 wx.login", "Code invalid or expired: call wx.login"
     """重新调用 wx.login（手机号：请用户再点按钮），用新的 code 再试一次。 |
     Call wx.login again (for a phone number: ask for another tap), and retry once with the new code."""
@@ -89,24 +89,24 @@ class Code(Enum):
     SIGNATURE_MISMATCH = 464, 400, "签名或水印不符，请重新获取数据", "Bad signature or watermark: get the data again"
     """不要重发同样的数据；请用户再点一次按钮，提交新数据。 |
     Do not send the same data again: ask for another tap on the button, and send the new data."""
-    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 key 已用于另一请求，请更换", "Idempotency-Key of another request: change it"
+    IDEMPOTENCY_KEY_REUSED = 465, 409, "该 key 已用于另一请求，请更换", "Idempotency-Key already used: send a new one"
     """修正客户端代码：每个新操作用新的 Idempotency-Key。 |
     Correct the client: each new operation needs a new Idempotency-Key."""
     CONTENT_REFUSED = 466, 400, "内容未通过微信安全检查，请修改", "Rejected by WeChat's content check: change it"
     """请用户修改文字后再提交。 | Ask the user to change the text, then send it again."""
     INTERNAL_ERROR = 500, 500, "服务器内部错误，反馈时请附 X-Trace-Id", "Internal error: report it with X-Trace-Id"
     """不要自动重试；致歉，并显示 X-Trace-Id 供反馈。 |
-    Do not retry by itself. Apologise, and show X-Trace-Id for a report."""
+    Do not retry automatically. Apologise, and show X-Trace-Id for a report."""
     UPSTREAM_INVALID = 502, 502, "微信返回了无法识别的响应", "Unexpected response from WeChat"
     """稍后再试一次；仍失败则附 X-Trace-Id 反馈。 |
     Retry once, later. If it still fails, report it with X-Trace-Id."""
     UNAVAILABLE = 503, 503, "服务暂时不可用，请稍后再试", "Temporarily unavailable: retry later"
     """等 Retry-After 秒后重试读取和带 Idempotency-Key 的写入，次数有限。 |
-    Wait for the seconds of Retry-After, then retry reads and writes with an Idempotency-Key, a few times."""
+    Wait as many seconds as Retry-After says, then retry reads and writes with an Idempotency-Key, a few times."""
     UPSTREAM_TIMEOUT = 504, 504, "微信响应超时，请稍后再试", "WeChat did not respond in time: retry later"
     """稍后重试；写入须带同一 Idempotency-Key。 | Retry later; a write only with the same Idempotency-Key."""
     WECHAT_REFUSED = 520, 502, "微信拒绝了本服务的凭据，须运维处理", "WeChat rejects this service: an operator must act"
-    """不要重试；告知暂时无法登录，并通知运维。 |
+    """不要重试；告知服务暂时不可用，并通知运维。 |
     Do not retry. Say that the service is not available, and tell the operator."""
 
     def __init__(self, number: int, status: int, chinese: str, english: str) -> None:

@@ -28,7 +28,7 @@ def create_app(environ: Mapping[str, str] | None = None) -> Flask:
     app = Flask("service", static_folder=None)
     app.config.update(settings.load(environ))
     app.ensure_sync = lambda function: function  # type: ignore[assignment,method-assign]  # Flask looks for coroutines each time
-    # Each uses those before it. errors comes last.
+    # Each uses those before it.
     for part in (proxies, concurrency, telemetry, storage, wechat, blueprints, errors):
         part.init_app(app)
     return app

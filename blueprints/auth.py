@@ -94,13 +94,23 @@ def get_wechat_session() -> dict[str, bool]:
 @blueprint.route("/session", methods=["DELETE"])
 @blueprint.response(200, transaction=False, if_match=False)
 def log_out() -> None:
-    """退出登录 | Log out"""
+    """退出登录 | Log out
+
+    此 token 不再有效。
+
+    The token is no longer valid.
+    """
     session.clear()
 
 
 @blueprint.route("/sessions", methods=["DELETE"])
 @blueprint.response(200, transaction=False, if_match=False)
 def log_out_everywhere() -> None:
-    """在所有设备上退出登录 | Log out on every device"""
+    """在所有设备上退出登录 | Log out on every device
+
+    该用户的所有 token 都不再有效。
+
+    None of the user's tokens is valid any longer.
+    """
     sessions.revoke_sessions(g.user_id)
     session.clear()

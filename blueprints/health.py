@@ -87,7 +87,12 @@ def check_readiness() -> dict[str, str]:
 @blueprint.route("/version")
 @blueprint.response(200, VersionSchema)
 def get_version() -> dict[str, Any]:
-    """运行中的版本 | The version that is running, and since when this process does"""
+    """运行中的版本和启动时间 | The running version, and when this process started
+
+    每个实例、每个进程各自回答。
+
+    Each process of each instance answers for itself.
+    """
     return current_app.config["RELEASE"]  # type: ignore[no-any-return]
 
 
@@ -95,11 +100,11 @@ def get_version() -> dict[str, Any]:
 @scraped.response(200, METRICS_SCHEMA, content_type="text/plain")
 @scraped.fails(UNAUTHORIZED=METRICS_TOKEN_WRONG, NOT_FOUND=Message("未设置 METRICS_TOKEN", "METRICS_TOKEN is not set"))
 def get_metrics() -> Response:
-    """指标 | Metrics of all workers together
+    """所有进程的指标 | Metrics of all workers
 
     Prometheus 文本格式，`Accept` 要求时为 OpenMetrics。Redis 和数据库会被检查一次。
 
-    With Redis and the database checked. In Prometheus's text format, or in OpenMetrics where `Accept` prefers it.
+    Redis and the database are checked first. In Prometheus's text format, or in OpenMetrics where `Accept` prefers it.
     """
     failing_dependencies()
     metrics.publish()

@@ -20,7 +20,7 @@ class ListSchema(Schema):
     page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100), metadata={"example": 20})
     after = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"example": 100})
     """上一页最后一项的 id，页码从其后算起；与第一页一样快 |
-    The id of the last item of the page before: pages count from there, each as fast as the first"""
+    The id of the last item on the previous page; `page` counts from there, each as fast as the first"""
     sort = fields.String(
         load_default="-created_at",
         validate=validate.OneOf(["created_at", "-created_at"]),

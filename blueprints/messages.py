@@ -34,7 +34,12 @@ blueprint = Blueprint("messages", __name__, title=Message("消息推送", "Messa
 @blueprint.response(200, {"type": "string", "examples": ["5838479218127813673"]}, content_type="text/plain")
 @blueprint.fails(Code.SIGNATURE_MISMATCH, Code.UNAVAILABLE, NOT_FOUND=PUSH_NOT_CONFIGURED)
 def verify_message_url() -> Response:
-    """向微信证明此地址属于我们 | Prove to WeChat that this address is ours"""
+    """向微信证明此地址属于我们 | Prove to WeChat that this address is ours
+
+    在 mp.weixin.qq.com 保存推送设置时，由微信调用。
+
+    WeChat calls it when the push settings are saved at mp.weixin.qq.com.
+    """
     wechat.push.verify(request.args, "signature", now=time.time())
     return _text(request.args.get("echostr", ""))
 
@@ -49,8 +54,8 @@ def receive_message() -> Response:
     消息的处理函数在响应之外运行。重发的消息会再次得到响应，但只处理一次。
     查询参数、请求体（JSON 或 XML，最大 64 KiB）和对某些消息的回复见微信文档。
 
-    Its handlers run beside the response. A message that is sent again gets a response again, and is handled once. The
-    query, the body, JSON or XML of at most 64 KiB, and the reply to some are as WeChat's documentation says.
+    Handlers run independently of the response. A message that is sent again gets a response again, and is handled once.
+    The query, the body, JSON or XML of at most 64 KiB, and the reply to some are as WeChat's documentation says.
     """
     request.max_content_length = MAXIMUM_BYTES
     body = read_body(request)

@@ -99,10 +99,10 @@ class OrderListSchema(ListSchema):
 def list_orders(query: dict[str, Any]) -> dict[str, Any]:
     """列出自己的订单 | List your orders
 
-    不含明细，明细见 `GET /orders/{order_id}`。管理员可列出所有用户的订单。总数最多计到 10,000。
+    不含明细，明细见 `GET /orders/{order_id}`。管理员可列出所有用户的订单。`total` 最多为 10,000。
 
-    Without their items, which `GET /orders/{order_id}` shows. An administrator lists those of all users. Orders are
-    counted up to 10,000.
+    Without their items, which `GET /orders/{order_id}` shows. An administrator lists those of all users. `total`
+    is at most 10,000.
     """
     me = current_user()
     if me.role != "admin" and query.setdefault("user_id", me.id) != me.id:
@@ -131,7 +131,12 @@ def create_order(body: dict[str, Any]) -> Order:
 @blueprint.route("/<id:order_id>")
 @blueprint.response(200, OrderSchema)
 def get_order(order_id: int) -> Order:
-    """查看订单 | Read an order"""
+    """查看订单 | Read an order
+
+    含明细。别人的订单是 404。
+
+    With its items. Another user's order is a 404.
+    """
     return load_order(order_id)
 
 
@@ -163,7 +168,7 @@ def delete_order(order_id: int) -> None:
 
     其他状态的订单为账目保留，返回 409。
 
-    Orders past pending are kept for accounting: 409.
+    Other orders are kept for accounting: 409.
     """
     database.session.delete(load_order(order_id, pending=True))
 
@@ -172,7 +177,12 @@ def delete_order(order_id: int) -> None:
 @blueprint.arguments(ListSchema(only=["page", "page_size"]), location="query")
 @blueprint.response(200, page_schema(ShownItemSchema))
 def list_order_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
-    """列出订单的明细 | List the items of an order"""
+    """列出订单的明细 | List the items of an order
+
+    按添加的先后排列。
+
+    In the order in which they were added.
+    """
     items = load_order(order_id).items
     first = (query["page"] - 1) * query["page_size"]
     return {"items": items[first : first + query["page_size"]], **query, "total": len(items)}
@@ -182,7 +192,12 @@ def list_order_items(query: dict[str, Any], order_id: int) -> dict[str, Any]:
 @blueprint.arguments(ItemSchema)
 @blueprint.response(201, ShownItemSchema, example={"id": 2, "version": 2})
 def create_order_item(body: dict[str, Any], order_id: int) -> OrderItem:
-    """为 pending 订单添加明细 | Add an item to a pending order"""
+    """为 pending 订单添加明细 | Add an item to a pending order
+
+    订单的总额与版本随之改变。
+
+    The order's total and version change with it.
+    """
     order = load_order(order_id, pending=True)
     if len(order.items) >= MAXIMUM_ITEMS:
         raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))
@@ -195,7 +210,12 @@ def create_order_item(body: dict[str, Any], order_id: int) -> OrderItem:
 @blueprint.route("/<id:order_id>/items/<id:item_id>")
 @blueprint.response(200, ShownItemSchema)
 def get_order_item(order_id: int, item_id: int) -> OrderItem:
-    """查看订单的一项明细 | Read an item of an order"""
+    """查看订单的一项明细 | Read an item of an order
+
+    其 `version` 是订单的版本。
+
+    Its `version` is that of the order.
+    """
     return load_item(order_id, item_id)
 
 
@@ -221,7 +241,7 @@ def delete_order_item(order_id: int, item_id: int) -> None:
 
     最后一项不能删除，返回 409：请改为删除订单。
 
-    Not the last one, which is a 409: delete the order instead.
+    The last item cannot be removed (409): delete the order instead.
     """
     item = load_item(order_id, item_id, pending=True)
     order = item.order

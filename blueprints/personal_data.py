@@ -80,7 +80,12 @@ class ExportSchema(Schema):
 @blueprint.route("/<user:user_id>/personal-data")
 @blueprint.response(200, MaskedPersonalDataSchema)
 def get_personal_data(user_id: str) -> User:
-    """查看个人信息（已脱敏） | Read personal data, masked"""
+    """查看个人信息（已脱敏） | Read personal data, masked
+
+    完整的内容见 `…/personal-data/full`。
+
+    `…/personal-data/full` shows it in full.
+    """
     return load_user(user_id)
 
 
@@ -108,7 +113,7 @@ def get_full_personal_data(user_id: str) -> User:
 
     每次查看都会记入日志。
 
-    Each time is logged.
+    Each read is logged.
     """
     user = load_user(user_id)
     audit("personal data read in full", user.id)
@@ -123,7 +128,7 @@ def export_personal_data() -> Response:
     完整数据，每次导出都会记入日志。列表分段读取和发送：每个订单是某一时刻的样子，
     导出期间新增或修改的内容可能缺失。中断的响应不是合法的 JSON。
 
-    In full, and each time is logged. The lists are read and sent in parts: each order is shown as it was at one moment,
+    Unmasked; each export is logged. The lists are read and sent in parts: each order is shown as it was at one moment,
     and what is added or changed during the export may be missing. A response that breaks off is not valid JSON.
     """
     with room(EXPORT_WEIGHT):

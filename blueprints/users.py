@@ -79,7 +79,7 @@ class UserChangeSchema(TypedProfileSchema):
     """仅限管理员 | For administrators"""
     # By their names, as 1 and 0 equal True and False.
     blocked = fields.Boolean(truthy={"True"}, falsy={"False"}, pre_load=repr, metadata={"example": False})
-    """仅限管理员；为 true 时其请求得到 403 | For administrators; if true, their requests are a 403"""
+    """仅限管理员；为 true 时其请求得到 403 | For administrators; if true, their requests get a 403"""
 
 
 class NewUserSchema(UserChangeSchema):
@@ -95,7 +95,7 @@ class UserSearchSchema(ListSchema):
     """与完整号码匹配 | Matches the whole number"""
 
     def on_bind_field(self, field_name: str, field_obj: Any) -> None:
-        field_obj.strict = True  # in JSON a number is no text, unlike in a query
+        field_obj.strict = True  # in JSON a text is no number, unlike in a query
 
 
 @administration.route("")
@@ -104,9 +104,9 @@ class UserSearchSchema(ListSchema):
 def list_users(query: dict[str, Any]) -> dict[str, Any]:
     """列出所有用户（管理员） | List all users, for administrators
 
-    总数最多计到 10,000。
+    `total` 最多为 10,000。
 
-    They are counted up to 10,000.
+    `total` is at most 10,000.
     """
     return load_page(User, **query)
 
@@ -128,7 +128,12 @@ def search_users(body: dict[str, Any]) -> dict[str, Any]:
 @administration.arguments(NewUserSchema)
 @administration.response(201, UserSchema, example={"phone": None})
 def create_user(body: dict[str, Any]) -> User:
-    """在首次登录前创建用户（管理员） | Create a user before the first login, for administrators"""
+    """在首次登录前创建用户（管理员） | Create a user before the first login, for administrators
+
+    此 openid 首次登录时即为该用户。
+
+    Whoever logs in with this openid is then this user.
+    """
     openid, app_id = body["openid"], wechat.api.app_id
     identities.require_identity_not_blocked(app_id, openid, None)
     if database.session.get(Identity, (app_id, openid)) is not None:
@@ -156,7 +161,7 @@ def get_user(user_id: str) -> User:
 @blueprint.route("/<user:user_id>", methods=["PUT"])
 @blueprint.arguments(UserChangeSchema, example={"nickname": "小明"})
 @blueprint.response(200, UserSchema, transaction=False)
-@blueprint.fails(Code.CONTENT_REFUSED, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
+@blueprint.fails(Code.CONTENT_REFUSED, Code.SESSION_KEY_STALE, *wechat.FAILS, FORBIDDEN=MINI_PROGRAM_LOGIN_REQUIRED)
 def update_user(body: dict[str, Any], user_id: str) -> User:
     """修改用户 | Change a user
 
@@ -241,7 +246,7 @@ def audit(event: str, user_id: int) -> None:
 def check_nickname(nickname: str | None) -> None:
     """Run a nickname through WeChat's content check, if the settings say so. Ends the transaction.
 
-    :raises ApiError: CONTENT_REFUSED; FORBIDDEN as `own_openid` does.
+    :raises ApiError: CONTENT_REFUSED; SESSION_KEY_STALE and others as `is_risky` does; FORBIDDEN as `own_openid` does.
     """
     checks = current_app.config["WECHAT_CONTENT_CHECK"]
     if nickname and checks and wechat.api.is_risky(nickname, own_openid(), nickname=nickname):

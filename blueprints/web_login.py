@@ -56,7 +56,12 @@ class CallbackSchema(Schema):
 @blueprint.arguments(AuthorizeSchema(unknown=EXCLUDE), location="query")
 @blueprint.response(302, PAGE, content_type="text/html")
 def begin_web_login(query: dict[str, str]) -> BaseResponse:
-    """开始网页登录：前往微信授权页 | Begin to log in on the web: redirect to WeChat's consent page"""
+    """开始网页登录：前往微信授权页 | Begin to log in on the web: redirect to WeChat's consent page
+
+    在浏览器中打开，而不是由程序调用；登录以 cookie 结束。
+
+    For a browser to open, not for a program to call; the login ends with a cookie.
+    """
     inside_wechat = "MicroMessenger" in request.user_agent.string
     scope = query.get("scope") or ("snsapi_userinfo" if inside_wechat else QR_CODE_SCOPE)
     state = secrets.token_urlsafe(32)

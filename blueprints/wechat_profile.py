@@ -98,10 +98,11 @@ def set_phone(body: dict[str, str]) -> User:
 def set_profile(body: dict[str, str | None]) -> User:
     """保存自己的昵称和头像 | Store your nickname and avatar
 
-    用户输入的昵称和选择的头像，或 `wx.getUserProfile` 返回的全部：`rawData`、`signature`、`encryptedData` 和 `iv`。
+    用户输入的昵称和选择的头像；旧版小程序也可用 `wx.getUserProfile` 返回的全部：
+    `rawData`、`signature`、`encryptedData` 和 `iv`（新版只得到默认头像与“微信用户”）。
 
-    As the user typed and chose them, or everything that `wx.getUserProfile` gave: `rawData`, `signature`,
-    `encryptedData` and `iv`.
+    As the user typed and chose them; or, in an old mini-program, everything that `wx.getUserProfile` gave: `rawData`,
+    `signature`, `encryptedData` and `iv` (to new ones it gives a placeholder).
     """
     if "rawData" in body:
         body = _verify_profile(cast(dict[str, str], body), own_openid())

@@ -3,7 +3,8 @@
 Compares openapi.json with dev/openapi.released.json, which `make release` copies from it, and prints a line for each
 breaking change: where, and what. What clients may send must not shrink, and what they get must not grow, except by new
 fields: a tighter limit breaks a request, a looser one or a new code breaks a response. What generators make names of
-stays: operation ids, parameters, schemas. What is deprecated has `x-sunset`, the day from which it may be missing.
+stays: operation ids, first tags, parameters, schemas. What is deprecated has `x-sunset`, the day from which it may be
+missing.
 
 A change that is meant is named, as its line begins, in the section of settings.VERSION in CHANGELOG.md:
 
@@ -205,6 +206,8 @@ class _Comparison:
         self._deprecation(old, new, at)
         if old.get("operationId", ABSENT) not in (ABSENT, new.get("operationId")):
             self._report(at, f"operationId {old['operationId']} → {_text(new.get('operationId', ABSENT))}")
+        if old.get("tags", [])[:1] != new.get("tags", [])[:1]:
+            self._report(at, f"first tag {_text(old.get('tags', ABSENT))} → {_text(new.get('tags', ABSENT))}")
         accepted = _security(self._new, new)
         for schemes in _security(self._old, old):
             if not any(fewer <= schemes for fewer in accepted):

@@ -24,7 +24,7 @@ from flask import Flask
 from marshmallow import Schema
 
 import service
-from blueprints import idempotency
+from blueprints import idempotency, messages
 from blueprints.api import IF_MATCH_PATTERN, Blueprint
 from blueprints.parsing import SMALL_BODY, openapi_path
 from errors import HEADERS, Code, Message
@@ -53,8 +53,9 @@ SECURITY = {
         "in": "cookie",
         "name": "__Host-session",
         "description": Message(
-            "供浏览器使用；明文 HTTP 下名为 `session`。带 cookie 的写请求须由本站页面发出。",
-            "For browsers; over plain HTTP named `session`. A write by cookie must come from a page of this site.",
+            "供浏览器使用；明文 HTTP 下名为 `session`。带 cookie 的写请求须由本站页面发出，请求体须为 JSON。",
+            "For browsers; over plain HTTP named `session`. A write by cookie must come from a page of this site, and "
+            "its body must be JSON.",
         ),
     },
     "metrics": {
@@ -69,7 +70,7 @@ RESPONSE_HEADERS = {
     TRACE_ID: (Message("在日志中查找此请求", "Finds this request in the logs"), "4bf92f3577b34da6a3ce929d0e0e4736"),
     "ETag": (Message("版本，用作 If-Match、If-None-Match", "The version, for If-Match and If-None-Match"), '"1-zh"'),
     "Location": (Message("新资源或要前往的地址", "Where the new resource is, or where to go"), "/api/v1/orders/1"),
-    "Retry-After": (Message("多少秒后再试", "After how many seconds to retry"), "2"),
+    "Retry-After": (Message("重试前等待的秒数", "Seconds to wait before retrying"), "2"),
     "RateLimit": (Message("剩余请求数 r，t 秒后恢复", "Requests left r, for t seconds"), '"session";r=0;t=3'),
     "RateLimit-Policy": (Message("w 秒内允许 q 个请求", "The limit: q requests in w seconds"), '"session";q=300;w=60'),
     "WWW-Authenticate": (Message("如何登录", "How to authenticate"), "Bearer"),
@@ -120,7 +121,7 @@ PHRASES = {
     302: Message("前往 Location", "Go to Location"),
     304: Message("与 If-None-Match 所给的版本相同", "Not modified since the version of If-None-Match"),
 }
-MAXIMUM_BYTES = Message("最大 {} 字节", "At most {} bytes")
+BODY_LIMIT = Message("最大 {} 字节", "At most {} bytes")
 DEFAULT_ERROR = Message("其他错误，同样在信封中", "Any other error, in the envelope as well")
 
 
@@ -140,11 +141,8 @@ ERROR_ENVELOPE = {
         },
     },
 }
-PROBLEMS = {
-    Code.INVALID_INPUT: {"errors": {"field": ["Must be a string."]}},
-    Code.PAYLOAD_TOO_LARGE: {"errors": {"body": ["At most 8192 bytes."]}},
-}
-"""The data of examples of errors."""
+NOT_FOR_MINI_PROGRAMS = {"web_login", "messages", "metrics"}
+"""Groups that browsers, WeChat and Prometheus call: what errors.py advises is for mini-programs."""
 
 
 def make_app() -> Flask:
@@ -298,17 +296,23 @@ class _Document:
             parameters += [_parameter(one) for one in self._convert.schema2parameters(query, location="query")]
             codes += [Code.INVALID_INPUT]
         if body := documents.get("json"):
-            size = getattr(body, "MAXIMUM_BYTES", SMALL_BODY)
             codes += [Code.INVALID_INPUT, Code.PAYLOAD_TOO_LARGE]
             codes += [] if getattr(body, "ANY_CONTENT_TYPE", False) else [Code.UNSUPPORTED_MEDIA_TYPE]
             operation["requestBody"] = {
                 "required": True,
-                "description": Message(*(text.format(size) for text in MAXIMUM_BYTES)),
+                "description": Message(
+                    *(text.format(getattr(body, "MAXIMUM_BYTES", SMALL_BODY)) for text in BODY_LIMIT)
+                ),
                 "content": {"application/json": self._body(body, documents["json_example"])},
             }
         if group.name == "messages":
             extra = {"echostr": ("5838479218127813673", "^[!-~]{1,1024}$")} if method == "get" else {}
             parameters += [_push_parameter(name, *of) for name, of in (PUSH_PARAMETERS | extra).items()]
+            parameters += (
+                []
+                if method == "get"
+                else [{**_push_parameter("msg_signature", *PUSH_PARAMETERS["signature"]), "required": False}]
+            )
             if method == "post":
                 operation["requestBody"] = {
                     "required": True,
@@ -326,11 +330,18 @@ class _Document:
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONFLICT]
         operation["parameters"] = parameters
         operation["responses"] = self._success(method, group, documents)
-        texts = {code: code.message for code in codes} | documents.get("fails", {})
-        for status in sorted({code.status for code in texts}):
-            these = {code: texts[code] for code in Code if code in texts and code.status == status}
-            operation["responses"][str(status)] = self._failure(status, these, group.error_type)
-        operation["responses"]["default"] = self._default()
+        if group.name == "messages" and method == "post":  # a responder's reply
+            operation["responses"]["200"]["content"] |= operation["requestBody"]["content"]
+        fails = documents.get("fails", {})
+        # A message of its own stands beside that of the policy, which a user can get as well.
+        of_policy = group.auth.fails if group.name not in NOT_FOR_MINI_PROGRAMS else ()
+        pairs = [(code, code.message) for code in codes if code in of_policy or code not in fails]
+        pairs = sorted(dict.fromkeys([*pairs, *fails.items()]), key=lambda pair: pair[0].number)
+        limit = getattr(body, "MAXIMUM_BYTES", SMALL_BODY) if body else messages.MAXIMUM_BYTES
+        for status in sorted({code.status for code, _ in pairs}):
+            these = [(code, text) for code, text in pairs if code.status == status]
+            operation["responses"][str(status)] = self._failure(status, these, group, limit)
+        operation["responses"]["default"] = self._default(group)
         return operation
 
     def _path_parameter(self, rule: Any, name: str) -> dict[str, Any]:
@@ -340,7 +351,7 @@ class _Document:
     def _body(self, schema: Schema, example: dict[str, Any] | None) -> dict[str, Any]:
         """Describe the body of a request, with an example: of fields that go together in sets, one of each set."""
         name = _name_of(schema)
-        (given,) = [getattr(schema, "GIVEN", None)]
+        given = getattr(schema, "GIVEN", None)
         reference = self._input(self._convert.resolve_nested_schema(schema))
         if not given:
             return {"schema": reference, "example": example or self._example(reference)}
@@ -408,45 +419,44 @@ class _Document:
         }
         return {"$ref": f"{SCHEMAS}{name}"}
 
-    def _failure(self, status: int, texts: dict[Code, Message], content_type: str) -> dict[str, Any]:
+    def _failure(self, status: int, pairs: list[tuple[Code, Message]], group: Blueprint, limit: int) -> dict[str, Any]:
         """Describe the errors of one status; once for all operations that have the same."""
-        content: dict[str, Any] = {"schema": {"type": "string"}, "example": "<!doctype html>"}
-        if content_type == "application/json":
-            content = {"schema": {"$ref": f"{SCHEMAS}ErrorEnvelope"}, "examples": _error_examples(texts)}
         response = {
-            "description": self._lines(texts),
+            "description": self._lines(pairs, group),
             "headers": _headers(*HEADERS.get(status, {}), *STATUS_HEADERS.get(status, [])),
-            "content": {content_type: content},
+            "content": _error_content(pairs, group, limit),
         }
-        if content_type != "application/json" or any(text is not code.message for code, text in texts.items()):
+        is_shared = group.name not in NOT_FOR_MINI_PROGRAMS and (status != 413 or limit == SMALL_BODY)
+        if not is_shared or any(text is not code.message for code, text in pairs):
             return response
-        name = "Error" + "And".join(str(code.number) for code in texts)
+        name = "Error" + "And".join(str(code.number) for code, _ in pairs)
         self._responses[name] = response
         return {"$ref": f"#/components/responses/{name}"}
 
-    def _default(self) -> dict[str, Any]:
-        codes = {code: code.message for code in (Code.METHOD_NOT_ALLOWED, Code.INTERNAL_ERROR)}
-        self._responses["DefaultError"] = {
-            "description": Message(
-                *(f"{text}\n{lines}" for text, lines in zip(DEFAULT_ERROR, self._lines(codes), strict=True))
-            ),
+    def _default(self, group: Blueprint) -> dict[str, Any]:
+        """Describe what any operation can answer: also to a malformed X-Request-Timeout, or when that has passed."""
+        codes = (Code.INVALID_INPUT, Code.METHOD_NOT_ALLOWED, Code.INTERNAL_ERROR, Code.UNAVAILABLE)
+        pairs = [(code, code.message) for code in codes]
+        texts = zip(DEFAULT_ERROR, self._lines(pairs, group), strict=True)
+        response = {
+            "description": Message(*map("\n".join, texts)),
             "headers": _headers(),
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": f"{SCHEMAS}ErrorEnvelope"},
-                    "examples": _error_examples(codes),
-                }
-            },
+            "content": _error_content(pairs, group, SMALL_BODY),
         }
+        if group.name in NOT_FOR_MINI_PROGRAMS:
+            return response
+        self._responses["DefaultError"] = response
         return {"$ref": "#/components/responses/DefaultError"}
 
-    def _lines(self, texts: dict[Code, Message]) -> Message:
-        """List codes, what each means and what the client should do."""
-        lines = [
-            Message(*(f"- `{code.number}` {text[n]}{'。.'[n]} {self._advice[code][n]}" for n in (0, 1)))
-            for code, text in texts.items()
-        ]
-        return Message(*("\n".join(line[n] for line in lines) for n in (0, 1)))
+    def _lines(self, pairs: list[tuple[Code, Message]], group: Blueprint) -> Message:
+        """List codes, what each means and what a mini-program should do, unless a message of its own says so."""
+        lines: list[list[str]] = [[], []]
+        for code, text in pairs:
+            for n in (0, 1):
+                is_general = text is code.message and group.name not in NOT_FOR_MINI_PROGRAMS
+                advice = f" {self._advice[code][n]}" if is_general else ""
+                lines[n].append(f"- `{code.number}` {text[n]}{'。.'[n]}{advice}")
+        return Message(*map("\n".join, lines))
 
     def _table(self) -> Message:
         """Make a table of all codes."""
@@ -531,18 +541,19 @@ def _headers(*names: str) -> dict[str, Any]:
     }
 
 
-def _error_examples(texts: dict[Code, Message]) -> dict[str, Any]:
-    """Give an example of each code, by its number."""
-    return {
-        str(code.number): {
-            "value": {
-                "code": code.number,
-                "message": text,
-                "data": PROBLEMS.get(code),
-            }
+def _error_content(pairs: list[tuple[Code, Message]], group: Blueprint, limit: int) -> dict[str, Any]:
+    """Describe the body of an error, with an example of each code, by its number."""
+    if group.error_type != "application/json":
+        return {group.error_type: {"schema": {"type": "string"}, "example": "<!doctype html>"}}
+    examples: dict[str, Any] = {}
+    for code, text in pairs:
+        problems = {
+            Code.INVALID_INPUT: {"errors": {"field": ["Must be a string."]}},
+            Code.PAYLOAD_TOO_LARGE: {"errors": {"body": [f"At most {limit} bytes."]}},
         }
-        for code, text in texts.items()
-    }
+        value = {"code": code.number, "message": text, "data": problems.get(code)}
+        examples.setdefault(str(code.number), {"value": value})
+    return {"application/json": {"schema": {"$ref": f"{SCHEMAS}ErrorEnvelope"}, "examples": examples}}
 
 
 def main() -> None:

@@ -587,32 +587,32 @@ export interface RequestOptions extends Options {
 
 /** 每个操作文档中的业务码。The documented business codes of each operation. */
 export interface ErrorCodes {
-  getWechatSession: 401 | 403 | 405 | 429 | 500 | 502 | 503 | 504 | 520
+  getWechatSession: 400 | 401 | 403 | 405 | 429 | 500 | 502 | 503 | 504 | 520
   logIn: 400 | 403 | 405 | 413 | 429 | 460 | 461 | 462 | 500 | 502 | 503 | 504 | 520
-  logOut: 401 | 403 | 405 | 429 | 500 | 503
-  logOutEverywhere: 401 | 403 | 405 | 429 | 500 | 503
-  getUser: 401 | 403 | 404 | 405 | 429 | 500 | 503
-  updateUser: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 413 | 415 | 428 | 429 | 466 | 500 | 502 | 503 | 504 | 520
-  deleteUser: 401 | 403 | 404 | 405 | 409 | 412 | 428 | 429 | 500 | 503
+  logOut: 400 | 401 | 403 | 405 | 429 | 500 | 503
+  logOutEverywhere: 400 | 401 | 403 | 405 | 429 | 500 | 503
+  getUser: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
+  updateUser: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 413 | 415 | 428 | 429 | 463 | 466 | 500 | 502 | 503 | 504 | 520
+  deleteUser: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 428 | 429 | 500 | 503
   setPhone: 400 | 401 | 403 | 405 | 413 | 415 | 429 | 460 | 461 | 463 | 464 | 500 | 502 | 503 | 504 | 520
   setProfile: 400 | 401 | 403 | 405 | 413 | 415 | 429 | 463 | 464 | 466 | 500 | 502 | 503 | 504 | 520
-  getPersonalData: 401 | 403 | 404 | 405 | 429 | 500 | 503
+  getPersonalData: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
   updatePersonalData: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 413 | 415 | 428 | 429 | 500 | 503
-  getFullPersonalData: 401 | 403 | 404 | 405 | 429 | 500 | 503
-  exportPersonalData: 401 | 403 | 405 | 429 | 500 | 503
+  getFullPersonalData: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
+  exportPersonalData: 400 | 401 | 403 | 405 | 429 | 500 | 503
   listUsers: 400 | 401 | 403 | 405 | 429 | 500 | 503
   createUser: 400 | 401 | 403 | 405 | 409 | 413 | 415 | 429 | 465 | 500 | 503
   searchUsers: 400 | 401 | 403 | 405 | 413 | 415 | 429 | 500 | 503
   listOrders: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
   createOrder: 400 | 401 | 403 | 405 | 409 | 413 | 415 | 429 | 465 | 500 | 503
-  getOrder: 401 | 403 | 404 | 405 | 429 | 500 | 503
+  getOrder: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
   updateOrder: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 413 | 415 | 428 | 429 | 500 | 503
-  deleteOrder: 401 | 403 | 404 | 405 | 409 | 412 | 428 | 429 | 500 | 503
+  deleteOrder: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 428 | 429 | 500 | 503
   listOrderItems: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
   createOrderItem: 400 | 401 | 403 | 404 | 405 | 409 | 413 | 415 | 429 | 465 | 500 | 503
-  getOrderItem: 401 | 403 | 404 | 405 | 429 | 500 | 503
+  getOrderItem: 400 | 401 | 403 | 404 | 405 | 429 | 500 | 503
   updateOrderItem: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 413 | 415 | 428 | 429 | 500 | 503
-  deleteOrderItem: 401 | 403 | 404 | 405 | 409 | 412 | 428 | 429 | 500 | 503
+  deleteOrderItem: 400 | 401 | 403 | 404 | 405 | 409 | 412 | 428 | 429 | 500 | 503
 }
 
 /** 一个操作的业务码；不指明操作时为全部。The codes of an operation, or of all of them. */
@@ -657,9 +657,17 @@ export interface Client {
    * 网页登录的用户：查询网页授权是否仍有效。
    */
   getWechatSession(args?: Empty, options?: Options): Promise<WechatSession>
-  /** 退出登录 */
+  /**
+   * 退出登录
+   *
+   * 此 token 不再有效。
+   */
   logOut(args?: Empty, options?: Options): Promise<Empty>
-  /** 在所有设备上退出登录 */
+  /**
+   * 在所有设备上退出登录
+   *
+   * 该用户的所有 token 都不再有效。
+   */
   logOutEverywhere(args?: Empty, options?: Options): Promise<Empty>
   /**
    * 查看用户
@@ -688,10 +696,14 @@ export interface Client {
   /**
    * 保存自己的昵称和头像
    *
-   * 用户输入的昵称和选择的头像，或 `wx.getUserProfile` 返回的全部：`rawData`、`signature`、`encryptedData` 和 `iv`。
+   * 用户输入的昵称和选择的头像；旧版小程序也可用 `wx.getUserProfile` 返回的全部： `rawData`、`signature`、`encryptedData` 和 `iv`（新版只得到默认头像与“微信用户”）。
    */
   setProfile(args: SetProfileArgs, options?: Options): Promise<User>
-  /** 查看个人信息（已脱敏） */
+  /**
+   * 查看个人信息（已脱敏）
+   *
+   * 完整的内容见 `…/personal-data/full`。
+   */
   getPersonalData(args: GetPersonalDataArgs, options?: Options): Promise<MaskedPersonalData>
   /**
    * 修改个人信息
@@ -714,10 +726,14 @@ export interface Client {
   /**
    * 列出所有用户（管理员）
    *
-   * 总数最多计到 10,000。
+   * `total` 最多为 10,000。
    */
   listUsers(args?: ListUsersArgs, options?: Options): Promise<UserPage>
-  /** 在首次登录前创建用户（管理员） */
+  /**
+   * 在首次登录前创建用户（管理员）
+   *
+   * 此 openid 首次登录时即为该用户。
+   */
   createUser(args: CreateUserArgs, options?: Options): Promise<User>
   /**
    * 按手机号查找用户（管理员）
@@ -728,7 +744,7 @@ export interface Client {
   /**
    * 列出自己的订单
    *
-   * 不含明细，明细见 `GET /orders/{order_id}`。管理员可列出所有用户的订单。总数最多计到 10,000。
+   * 不含明细，明细见 `GET /orders/{order_id}`。管理员可列出所有用户的订单。`total` 最多为 10,000。
    */
   listOrders(args?: ListOrdersArgs, options?: Options): Promise<OrderSummaryPage>
   /**
@@ -737,7 +753,11 @@ export interface Client {
    * 总额由服务端计算。
    */
   createOrder(args: CreateOrderArgs, options?: Options): Promise<Order>
-  /** 查看订单 */
+  /**
+   * 查看订单
+   *
+   * 含明细。别人的订单是 404。
+   */
   getOrder(args: GetOrderArgs, options?: Options): Promise<Order>
   /**
    * 修改订单的备注或状态
@@ -751,11 +771,23 @@ export interface Client {
    * 其他状态的订单为账目保留，返回 409。
    */
   deleteOrder(args: DeleteOrderArgs, options?: Options): Promise<Empty>
-  /** 列出订单的明细 */
+  /**
+   * 列出订单的明细
+   *
+   * 按添加的先后排列。
+   */
   listOrderItems(args: ListOrderItemsArgs, options?: Options): Promise<ShownItemPage>
-  /** 为 pending 订单添加明细 */
+  /**
+   * 为 pending 订单添加明细
+   *
+   * 订单的总额与版本随之改变。
+   */
   createOrderItem(args: CreateOrderItemArgs, options?: Options): Promise<ShownItem>
-  /** 查看订单的一项明细 */
+  /**
+   * 查看订单的一项明细
+   *
+   * 其 `version` 是订单的版本。
+   */
   getOrderItem(args: GetOrderItemArgs, options?: Options): Promise<ShownItem>
   /**
    * 修改 pending 订单的明细

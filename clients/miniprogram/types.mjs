@@ -90,7 +90,7 @@ function readOperations() {
       if (!id) throw new Error(`${method.toUpperCase()} ${path} has no operation id`)
       const success = resolve(Object.entries(operation.responses).find(([status]) => /^2/.test(status))?.[1])
       const envelope = resolve(success?.content?.['application/json']?.schema)
-      if (!envelope) continue // for WeChat, or a browser
+      if (!envelope?.properties) continue // for WeChat, or a browser
       const isLogin = id === 'logIn' // wx.login gives the code, and the client keeps the token
       const data = isLogin ? resolve(envelope.properties.data).properties.user : envelope.properties.data
       const parameters = [...(item.parameters ?? []), ...(operation.parameters ?? [])].map(resolve)

@@ -32,6 +32,7 @@ def test_the_document_is_the_file_in_the_language_that_is_asked_for(
     assert (answer.status_code, answer.content_type) == (200, "application/json")
     assert "Accept-Language" in answer.vary
     assert answer.cache_control.no_cache
+    assert "X-Trace-Id" in answer.headers
 
 
 def test_a_document_that_is_known_is_not_sent_again(client: FlaskClient) -> None:

@@ -112,7 +112,7 @@ def fuzz(caller: str, service: Service, simulator: Simulator, seconds: int, word
             "-m",
             "schemathesis.cli",
             "--config-file",
-            str(ROOT / "tests/contract/schemathesis.toml"),
+            str(CONFIGURATION),
         ]
         command += ["run", str(ROOT / "openapi.json"), "--url", service.url, "--max-time", str(seconds), *words]
         environ = {

@@ -3,6 +3,8 @@
 What is valid by the schema is made to succeed. One request in DELIBERATE is made to fail instead, by an outdated
 version, a code unknown to WeChat, a wrong signature, or an id of somebody else's; then it must fail in just that way.
 No other failure of valid input is excused, but for those that Schemathesis itself allows for: 401, 403, 404 and 409.
+
+`Case._override` says what a link has set, as nothing public does; read against Schemathesis 4.32.5.
 """
 
 import atexit

@@ -883,6 +883,7 @@ REAL = [
     ({CREATE: GONE}, "POST /api/v1/orders: removed"),
     ({f"{CREATE} > deprecated": True}, f"POST /api/v1/orders: {UNANNOUNCED}"),
     ({f"{CREATE} > operationId": "order"}, 'POST /api/v1/orders: operationId createOrder → "order"'),
+    ({f"{CREATE} > tags": ["shop"]}, "POST /api/v1/orders: first tag"),
     ({f"{CREATE} > security": [{"cookie": []}]}, "POST /api/v1/orders: bearer is no longer enough to be let in"),
     ({f"{CREATE} > requestBody": GONE}, "POST /api/v1/orders request: body removed"),
     ({f"{CREATE} > requestBody > content": {}}, "POST /api/v1/orders request: application/json removed"),
