@@ -35,6 +35,13 @@ function follow(method) {
   }
 }
 
+/** Copy what is no function as WeChat does for each page: by its own properties, without its class. */
+function copy(value) {
+  if (Array.isArray(value)) return value.map(copy)
+  if (!value || typeof value !== 'object') return value
+  return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, copy(one)]))
+}
+
 globalThis.App = () => {}
 globalThis.Page = (options) => {
   const own = Object.entries(options).filter(([name]) => name !== 'data')
@@ -43,7 +50,7 @@ globalThis.Page = (options) => {
     data: options.data,
     methods: Object.fromEntries(own.filter(isMethod).map(([name, method]) => [name, follow(method)])),
     created() {
-      Object.assign(this, Object.fromEntries(own.filter((one) => !isMethod(one))))
+      Object.assign(this, copy(Object.fromEntries(own.filter((one) => !isMethod(one)))))
     },
   })
 }

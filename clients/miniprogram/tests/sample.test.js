@@ -186,6 +186,21 @@ test('the list loads more, says where it ends, and goes on after a failure', asy
   assert.deepEqual(visited, ['stopPullDownRefresh', `/pages/order/order?id=${id}`, '/pages/new-order/new-order'])
 })
 
+test('after a failed refresh, retrying refreshes', async () => {
+  const page = await open('orders')
+  await page.act('more')
+  assert.equal(page.texts('order').length, 40)
+  const { id } = await order('刚下的')
+  const { listOrders } = api
+  api.listOrders = (args, options) => listOrders(args, { ...options, timeout: 1 })
+  await page.call('onPullDownRefresh')
+  api.listOrders = listOrders
+  assert.match(page.text('error-text'), /请求超时/)
+  await page.act('retry')
+  assert.deepEqual([page.text('error'), page.texts('order').length], [null, 20])
+  assert.equal(page.component.data.orders[0].id, id)
+})
+
 test('a page that is left aborts its request and shows nothing', async () => {
   const page = new Page('orders')
   const { aborts } = wx

@@ -21,21 +21,22 @@ Page({
     error: null,
   },
   id: 0,
-  signal: new Signal(),
+  /** @type {Signal | null} */
+  signal: null,
 
   /** @param {Record<string, string | undefined>} query */
   onLoad(query) {
     this.id = Number(query.id)
-    this.signal = new Signal()
     return this.load()
   },
 
   onUnload() {
-    this.signal.abort()
+    if (this.signal) this.signal.abort()
   },
 
   load() {
-    return this.attempt(() => api.getOrder({ order_id: this.id }, { signal: this.signal }))
+    const signal = (this.signal = new Signal())
+    return this.attempt(() => api.getOrder({ order_id: this.id }, { signal }))
   },
 
   retry() {

@@ -14,14 +14,18 @@ Page({
     /** @type {ReturnType<typeof describe>} */
     error: null,
   },
-  signal: new Signal(),
+  // 微信为每个页面复制这些字段时会丢失类的方法，所以 Signal 在用时才创建。WeChat copies fields without their class.
+  /** @type {Signal | null} */
+  signal: null,
+  /** @type {import('../../orders').Summary[]} */
+  before: [],
 
   onShow() {
     return this.refresh()
   },
 
   onUnload() {
-    this.signal.abort()
+    if (this.signal) this.signal.abort()
   },
 
   async onPullDownRefresh() {
@@ -34,7 +38,7 @@ Page({
   },
 
   refresh() {
-    this.signal.abort() // 一次加载未完又要刷新时，以刷新为准
+    if (this.signal) this.signal.abort() // 一次加载未完又要刷新时，以刷新为准
     this.setData({ finished: false })
     return this.load([])
   },
@@ -44,12 +48,13 @@ Page({
   },
 
   retry() {
-    return this.loadMore()
+    return this.load(this.before)
   },
 
   /** @param {import('../../orders').Summary[]} before 已有的订单：从最后一个之后接着取 */
   async load(before) {
     const signal = (this.signal = new Signal())
+    this.before = before
     this.setData({ loading: true, error: null })
     try {
       const after = before.length ? before[before.length - 1].id : undefined
