@@ -1,6 +1,5 @@
 // 快上小程序客户端，用法见 README.md。
-// Base library 2.23.4 or later: 99.7 % of users on 2024-12-23:
-// https://developers.weixin.qq.com/miniprogram/dev/framework/client-lib/version.html
+// Base library 2.23.4 or later.
 
 const resource = (name, one, all = one.replace(/\/[^/]+$/, '')) => `
 list${name}s GET ${all}
@@ -9,7 +8,7 @@ get${name} GET ${one}
 update${name} PUT ${one}
 delete${name} DELETE ${one}`
 
-// As in openapi.json. A POST takes an Idempotency-Key, a PUT or DELETE an If-Match, but not with a minus.
+// Of openapi.json. POST takes an Idempotency-Key, PUT and DELETE an If-Match; not with a minus.
 const OPERATIONS = `
 getMe GET /users/me
 getWechatSession GET /auth/wechat
@@ -69,7 +68,7 @@ function perMinute(count) {
 }
 
 function read({ statusCode: status, data, header }) {
-	const named = (name) => header[Object.keys(header).find((key) => key.toLowerCase() === name) || ''] // in any case
+	const named = (name) => header[Object.keys(header).find((key) => key.toLowerCase() === name) || '']
 	const envelope = data && data.code ? data : { code: /^4/.test(status) ? status : 'NETWORK' } // of a proxy
 	return { status, traceId: named('x-trace-id'), retryAfter: named('retry-after'), ...envelope }
 }
@@ -106,6 +105,7 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	wx.onAppShow(() => {
 		hiddenFor += hiddenAt && Date.now() - hiddenAt
 		hiddenAt = 0
+		checkNetwork()
 	})
 
 	const next = () => {
@@ -127,10 +127,13 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 	const run = (work, /** @type {any} */ { timeout: limit = timeout, signal } = {}) =>
 		new Promise((resolve, reject) => {
 			const call = { deadline: clock() + limit }
+			const on = signal || {}
+			const { onabort } = on
 			const end = (settle) => (outcome) => {
 				call.over = true
 				clearTimeout(call.timer)
-				if (signal && signal.removeEventListener) signal.removeEventListener('abort', cancel)
+				if (on.removeEventListener) on.removeEventListener('abort', cancel)
+				if (on.onabort === hook) on.onabort = onabort
 				settle(outcome)
 			}
 			const stop = (code) => {
@@ -139,18 +142,16 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 				if (call.abort) call.abort()
 			}
 			const cancel = () => stop('ABORTED')
+			const hook = () => [onabort && onabort(), cancel()]
 			const watch = async () => {
 				while (hiddenAt) await sleep(100)
 				if (clock() < call.deadline) call.timer = setTimeout(watch, call.deadline - clock())
 				else stop(online ? 'TIMEOUT' : 'OFFLINE')
 			}
 			watch()
-			if (signal) {
-				const { aborted, onabort } = signal
-				if (aborted) cancel()
-				if (signal.addEventListener) signal.addEventListener('abort', cancel)
-				else signal.onabort = () => [onabort && onabort(), cancel()]
-			}
+			if (on.aborted) cancel()
+			else if (on.addEventListener) on.addEventListener('abort', cancel)
+			else on.onabort = hook
 			work(call).then(end(resolve), end(reject))
 		})
 
@@ -182,11 +183,11 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 		const isSafe = /GET|POST/.test(op.method) // a POST by its key
 		for (let tries = 1; ; tries++) {
 			op.generation = generation
-			const isStale = /"encryptedData":/.test(op.body) && !/ok$/.test((await ask('checkSession')).errMsg)
+			const isStale = /"encryptedData":/.test(op.body) && !/ok$/.test((await ask('checkSession')).errMsg) && online
 			const answer = isStale ? { code: 463 } : await attempt(call, op, isSafe && tries < TRIES)
 			const { code, data } = answer
 			if (code === 200) {
-				remember(op.method === 'POST' ? `${op.path}/${data.id}` : op.path, data)
+				remember(op.path, data, op.method === 'POST')
 				if (op.path.includes('/auth/session')) token = stored('remove')
 				return data
 			}
@@ -198,10 +199,10 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 			const error = new ({ 412: ConflictError, 463: StaleDataError }[code] || ApiError)(answer)
 			if (code === 463 && !token) await logIn().catch(() => {})
 			if (code === 412) error.current = await perform(call, { method: 'GET', path: op.path }).catch(() => null)
-			const pause = (Number(answer.retryAfter) || 0) * 1000 + 250 * 2 ** tries * (1 + Math.random())
-			const wait = hiddenAt || !online ? 0 : pause // attempt() waits
+			let wait = (Number(answer.retryAfter) || 0) * 1000 + 250 * 2 ** tries * (1 + Math.random())
+			if (hiddenAt || !online) wait = 0 // attempt() waits
 			const isLate = tries === TRIES || clock() + wait > call.deadline
-			if (!isSafe || !error.retryable || isLate || !mayRetry()) throw error
+			if (call.over || !isSafe || !error.retryable || isLate || !mayRetry()) throw error
 			await sleep(wait)
 		}
 	}
@@ -221,31 +222,38 @@ function createClient({ baseUrl, timeout = 30000, storageKey = 'kuaishang' }) {
 		const left = call.deadline - clock()
 		return new Promise((resolve) => {
 			const task = wx.request({
-				url: baseUrl + op.path.replace(/^\/?/, '/'), // on no other host
+				url: baseUrl.replace(/\/?$/, '/') + op.path.replace(/^\//, ''), // on no other host
 				method: op.method,
 				data: op.body,
-				header: { ...op.headers, ...(!op.isLogin && { Authorization: `Bearer ${token}` }) },
+				header: { ...op.headers, ...(!op.isLogin && { authorization: `Bearer ${token}` }) },
 				timeout: Math.ceil(mayRepeat && left > 4000 ? left / 2 : left), // so that a retry has time
 				success: (answer) => resolve(read(answer)),
-				fail: (data) => resolve({ code: /timeout/.test(data.errMsg) ? 'TIMEOUT' : 'NETWORK', data }),
+				fail: (data) => resolve({ code: /time.?.?out/i.test(data.errMsg) ? 'TIMEOUT' : 'NETWORK', data }),
 				complete: release,
 			})
 			call.abort = () => task.abort()
 		})
 	}
 
-	function remember(path, data) {
-		if (data.version && keyOf(path)) versions.set(keyOf(path), data.version)
+	function remember(path, data, isPart) {
+		const { id, version, items } = data || {}
+		if (isPart) path = `${path.split('?')[0]}/${id}`
+		const key = keyOf(path)
+		if (version && key) {
+			versions.delete(key)
+			versions.set(key, version)
+		}
 		if (versions.size > 500) versions.delete(versions.keys().next().value)
-		for (const item of Array.from(data.items || [])) remember(`${path.split('?')[0]}/${item.id}`, item)
+		for (const item of Array.from(items || [])) remember(path, item, true)
 	}
 
 	async function request(options) {
 		const { method = 'GET', path, body, version = versions.get(keyOf(path)) } = options
-		const headers = { ...options.headers }
+		const headers = {}
 		const key = options.idempotencyKey || [Date.now(), Math.random(), Math.random()].join('-')
-		if (method === 'POST') headers['Idempotency-Key'] = key
-		if (version && /^(PUT|DELETE)$/.test(method)) headers['If-Match'] = `"${version}"`
+		if (method === 'POST') headers['idempotency-key'] = key
+		if (version && /^(PUT|DELETE)$/.test(method)) headers['if-match'] = `"${version}"`
+		for (const name in options.headers) headers[name.toLowerCase()] = options.headers[name]
 		const op = { ...options, method: method.replace('-', ''), headers, body: JSON.stringify(body) }
 		return run((call) => perform(call, op), options)
 	}

@@ -631,8 +631,11 @@ export class ApiError extends Error {
   readonly traceId: string
   /** 稍后原样重试可能成功。The same call may succeed later. */
   readonly retryable: boolean
-  /** 400 时 `data.errors` 指明字段。`data.errors` names the fields of a 400. */
-  readonly data: { errors?: Record<string, unknown> } | null
+  /**
+   * 400 时 `data.errors` 指明字段；NETWORK 时 `data.errMsg` 是微信给出的原因。
+   * `data.errors` names the fields of a 400; `data.errMsg` is WeChat's reason of NETWORK.
+   */
+  readonly data: { errors?: Record<string, unknown>; errMsg?: string } | null
 }
 
 /** 412：读过之后已被修改。The resource has changed since it was read. */

@@ -4,7 +4,8 @@ import { test } from 'node:test'
 
 import { ITEM, answer, createWx, fault, first, open, simulator, startProxy } from './wx.mjs'
 
-const headerOf = (wx, name) => wx.requests[wx.requests.length - 1].header[name]
+const headersOf = wx => Object.entries(wx.requests[wx.requests.length - 1].header).map(([name, value]) => [name.toLowerCase(), value])
+const headerOf = (wx, name) => Object.fromEntries(headersOf(wx))[name.toLowerCase()]
 const caught = async call => {
   try {
     await call
@@ -139,13 +140,14 @@ test('a write of what was not read is refused, as nobody knows what it would rep
   assert.equal((await caught(other.api.updateOrder({ order_id, remark: '一' }))).code, 428)
 })
 
-test('the versions of 500 resources are kept', async () => {
+/** A client whose reads answer with a version that is the id, and the versions of all its requests. */
+async function readAndWrite() {
   const { wx, api } = open()
   await api.logIn()
   const answers = []
   wx.request = options => {
     const id = Number(options.url.split('/').pop())
-    answers.push(options.header['If-Match'])
+    answers.push(options.header['if-match'])
     const data = options.method === 'GET' ? { id, version: id } : {}
     setImmediate(() => {
       options.success({ statusCode: 200, header: {}, data: { code: 200, message: '', data } })
@@ -153,9 +155,61 @@ test('the versions of 500 resources are kept', async () => {
     })
     return { abort() {} }
   }
+  return { api, answers }
+}
+
+test('the versions of 500 resources are kept', async () => {
+  const { api, answers } = await readAndWrite()
   for (let order_id = 1; order_id <= 501; order_id++) await api.getOrder({ order_id })
   for (const order_id of [1, 2, 501]) await api.updateOrder({ order_id, remark: null })
   assert.deepEqual(answers.slice(-3), [undefined, '"2"', '"501"'])
+})
+
+test('of these, the one that was read longest ago goes first', async () => {
+  const { api, answers } = await readAndWrite()
+  for (let order_id = 1; order_id <= 500; order_id++) await api.getOrder({ order_id })
+  for (const order_id of [1, 501]) await api.getOrder({ order_id })
+  for (const order_id of [1, 2, 3]) await api.updateOrder({ order_id, remark: null })
+  assert.deepEqual(answers.slice(-3), ['"1"', undefined, '"3"'])
+})
+
+test('headers that the caller gives are sent, in any case', async () => {
+  const { wx, api } = open()
+  const post = headers => api.request({ method: 'POST', path: '/api/v1/orders', body: { items: [ITEM] }, headers })
+  const order = await post({ 'Idempotency-Key': 'of-the-caller' })
+  assert.equal((await post({ 'idempotency-key': 'of-the-caller' })).id, order.id)
+  assert.deepEqual(headersOf(wx).filter(([name]) => name === 'idempotency-key'), [['idempotency-key', 'of-the-caller']])
+  const path = `/api/v1/orders/${order.id}`
+  await api.request({ method: 'PUT', path, body: { remark: '一' } }) // with the version that was read
+  for (const name of ['If-Match', 'if-match']) {
+    const { code } = await caught(api.request({ method: 'PUT', path, body: { remark: '二' }, headers: { [name]: '"1"' } }))
+    assert.equal(code, 412)
+  }
+  await api.request({ path: '/api/v1/users/me', headers: { 'Accept-Language': 'en', 'X-Own': 'Value', Authorization: '?' } })
+  assert.equal(headersOf(wx).filter(([name]) => name === 'authorization').length, 1) // the client's
+  assert.deepEqual([headerOf(wx, 'Accept-Language'), headerOf(wx, 'X-Own')], ['en', 'Value'])
+})
+
+test('a base URL may end with a slash', async () => {
+  const { wx, api } = open({ baseUrl: `${process.env.SERVICE_URL}/` })
+  await api.getMe()
+  await api.request({ path: 'api/v1/users/me' })
+  assert.deepEqual(
+    wx.requests.map(({ url }) => url.slice(process.env.SERVICE_URL.length)),
+    ['/api/v1/auth/wechat', '/api/v1/users/me', '/api/v1/users/me'],
+  )
+})
+
+test('a success may have no data', async t => {
+  const proxy = await startProxy(t)
+  const { api } = open({ baseUrl: proxy.url })
+  await api.logIn()
+  for (const data of [null, { items: [null] }]) {
+    proxy.handle = () => ({ status: 200, headers: {}, body: { code: 200, message: '', data } })
+    for (const method of ['GET', 'POST', 'PUT', 'DELETE']) {
+      assert.deepEqual(await api.request({ method, path: '/api/v1/things' }), data)
+    }
+  }
 })
 
 test('412 is a ConflictError with what is there now; the next write may name that', async () => {
@@ -222,6 +276,22 @@ test('where wx.checkSession fails nothing is sent: a silent login and a StaleDat
   assert.deepEqual(wx.requests.slice(before).map(request => request.method), ['POST']) // the login's
   wx.sessionIsValid = true
   assert.equal((await api.setProfile(await encrypted(wx.openid))).nickname, '阿上')
+})
+
+test('without a network wx.checkSession fails, too: that is OFFLINE, and the session goes on', async () => {
+  const { wx, api } = open()
+  await api.logIn()
+  const data = await encrypted(wx.openid)
+  wx.setNetwork('none')
+  assert.equal((await caught(api.setProfile(data))).code, 'OFFLINE')
+  wx.setNetwork('wifi')
+  const { checkSession } = wx
+  wx.checkSession = options => (wx.setNetwork('none'), checkSession(options)) // lost meanwhile
+  assert.equal((await caught(api.setProfile(data))).code, 'OFFLINE')
+  wx.checkSession = checkSession
+  wx.setNetwork('wifi')
+  assert.equal((await api.setProfile(data)).nickname, '阿上')
+  assert.equal(wx.logins, 1)
 })
 
 test('a StaleDataError comes also if that login fails', async t => {

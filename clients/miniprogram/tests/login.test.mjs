@@ -39,7 +39,7 @@ test('ten calls with an expired token: one wx.login, ten answers', async () => {
   assert.equal(users.length, 10)
   assert.equal(wx.logins, 1)
   // What waited for a place meanwhile was not sent without a token.
-  const tokens = new Set(wx.requests.map(request => request.header.Authorization))
+  const tokens = new Set(wx.requests.map(request => request.header.authorization))
   assert.deepEqual([...tokens], [`Bearer ${expired}`, undefined, `Bearer ${wx.storage.get(KEY)}`])
   assert.equal((await exchanges()) - before, 1)
 })

@@ -75,10 +75,10 @@ for (const { id, method, path, parameters } of operations.filter(one => one.id !
     assert.equal(url.pathname, expected)
     assert.deepEqual(Object.fromEntries(url.searchParams), inQuery)
     assert.deepEqual(request.data && JSON.parse(request.data), Object.keys(body).length ? body : undefined)
-    const headers = ['Idempotency-Key', 'If-Match'].filter(name => name in request.header)
+    const headers = ['Idempotency-Key', 'If-Match'].filter(name => name.toLowerCase() in request.header)
     assert.deepEqual(headers, named('header', parameters).filter(name => name !== 'If-None-Match'))
-    if (headers.includes('If-Match')) assert.equal(request.header['If-Match'], '"7"')
-    assert.equal(request.header.Authorization, 'Bearer a-token')
+    if (headers.includes('If-Match')) assert.equal(request.header['if-match'], '"7"')
+    assert.equal(request.header.authorization, 'Bearer a-token')
   })
 }
 

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 
-import { ITEM, answer, expiredToken, createWx, fault, first, open, startProxy } from './wx.mjs'
+import { ITEM, answer, expiredToken, createWx, fault, first, open, startProxy, until } from './wx.mjs'
 
 const isAbout = part => request => request.url.includes(part)
 const keys = proxy => proxy.requests.filter(({ method, url }) => method === 'POST' && url.includes('orders')).map(one => one.headers['idempotency-key'])
@@ -60,6 +60,9 @@ for (const errMsg of ['request:fail timeout', 'request:fail interrupted', 'reque
     wx.fault = () => (left-- > 0 ? errMsg : null)
     await api.getMe()
     assert.equal(left, -1)
+    left = 1
+    const code = /interrupted/.test(errMsg) ? 'NETWORK' : 'TIMEOUT'
+    assert.equal(await codeOf(api.deleteUser({ user_id: 'me' })), code) // not repeated
   })
 }
 
@@ -125,6 +128,22 @@ test('40 retries a minute for all calls together', async t => {
   clock.ahead = 61_000
   await call()
   assert.equal(proxy.requests.length, 66)
+})
+
+test('calls that were cancelled count as no retry', async t => {
+  const { wx, proxy, api } = await ready(t)
+  wx.fault = () => 'hangs'
+  wx.requests.length = 0
+  for (let i = 1; i <= 40; i++) {
+    const controller = new AbortController()
+    const call = codeOf(api.getMe({}, { signal: controller.signal }))
+    await until(() => wx.requests.length === i)
+    controller.abort()
+    assert.equal(await call, 'ABORTED')
+  }
+  wx.fault = () => null
+  proxy.handle = first(1, () => true, () => answer(503))
+  assert.equal(await codeOf(api.getMe()), 200)
 })
 
 test('a request that gets no answer leaves time for another one', async t => {

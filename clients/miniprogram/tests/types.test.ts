@@ -80,6 +80,7 @@ export function failures(error: unknown) {
   is<number>()(error.status, 'same')
   is<string>()(error.message, 'same')
   is<boolean>()(error.retryable, 'same')
+  is<string | undefined>()(error.data?.errMsg, 'same')
   is<ApiErrorCode | LocalErrorCode>()(error.code, 'same')
   const { code } = error
   if (code === 429 || code === 'OFFLINE') return ''

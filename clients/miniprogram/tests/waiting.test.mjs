@@ -181,6 +181,22 @@ test("a signal's own onabort is kept", async () => {
   assert.equal(own, 1)
 })
 
+test('a signal without listeners is as it was after each call', async () => {
+  const { wx, api } = await ready()
+  for (const own of [null, () => {}]) {
+    const signal = { aborted: false, onabort: own }
+    for (let i = 0; i < 3; i++) await api.getMe({}, { signal })
+    assert.equal(signal.onabort, own)
+  }
+  const later = () => {}
+  const signal = { aborted: false, onabort: null }
+  const call = api.getMe({}, { signal })
+  signal.onabort = later // of the caller's
+  await call
+  assert.equal(signal.onabort, later)
+  assert.equal(wx.aborts, 0)
+})
+
 test('a signal of a call that is over aborts nothing', async () => {
   const { wx, api } = await ready()
   const controller = new AbortController()
@@ -361,6 +377,20 @@ test('if the network does not come back, that is OFFLINE at the deadline', async
   const { code, ms } = await call
   assert.equal(code, 'OFFLINE')
   assert.ok(ms >= 500 && ms < 10_000, `${ms} ms`)
+})
+
+test('so it does when the network is back from the background, unnoticed', async () => {
+  const { wx, api } = await ready({ hurry: 100 })
+  wx.holds = () => true
+  const call = outcome(api.createOrder({ items: [ITEM] }, { timeout: 10_000 }))
+  await until(() => wx.requests.length === 1)
+  wx.setNetwork('none')
+  await pause(300) // it waits for the network
+  wx.hide()
+  wx.setNetwork('wifi', { tells: false })
+  wx.letGo()
+  wx.show()
+  assert.equal((await call).code, 'ok')
 })
 
 test('a network that came back unnoticed is noticed', async () => {

@@ -62,8 +62,9 @@ export function createWx({ openid = `o-${Math.random().toString(36).slice(2)}`, 
     },
     checkSession({ success = () => {}, fail = () => {}, complete = () => {} }) {
       wx.checks++
-      const result = { errMsg: wx.sessionIsValid ? 'checkSession:ok' : 'checkSession:fail session time out' }
-      setImmediate(() => ((wx.sessionIsValid ? success : fail)(result), complete(result)))
+      const isValid = wx.sessionIsValid && networkType !== 'none'
+      const result = { errMsg: isValid ? 'checkSession:ok' : 'checkSession:fail session time out' }
+      setImmediate(() => ((isValid ? success : fail)(result), complete(result)))
     },
 
     getStorageSync: key => storage.get(key) ?? '',
