@@ -43,6 +43,7 @@ export interface RequestOptions extends Options {
   /** 路径，如 `/api/v1/orders`。 */
   path: string
   body?: unknown
+  /** 其中的 Idempotency-Key 与 If-Match 优先于客户端的。Its Idempotency-Key and If-Match replace the client's. */
   headers?: Record<string, string>
 }
 

@@ -29,7 +29,7 @@ DONE = "--- the block is done ---"
 PHONE = f"""\
 import {{ createRequire }} from 'node:module'
 import {{ createWx, simulator }} from '{ROOT}/clients/miniprogram/tests/wx.mjs'
-const require = createRequire('{ROOT}/clients/miniprogram/')
+const require = createRequire('{ROOT}/clients/miniprogram/sample/')
 globalThis.wx = createWx()
 const event = {{ detail: await simulator('phone_codes', {{ phone: '13812345678' }}) }}
 console.log = value => process.stdout.write(JSON.stringify(value) + '\\n')
