@@ -18,10 +18,11 @@ export HOST PORT SIMULATOR_PORT LOG_FORMAT PATCHES PEERS PEERS_PYTHON
 override ID := $(value ID)
 override LOGS := $(value LOGS)
 override FROM := $(value FROM)
-override NAME := $(value NAME)
-override ONE := $(value ONE)
-override ZH := $(value ZH)
-export ID LOGS FROM NAME ONE ZH
+export ID LOGS FROM
+# Of these targets alone: every process would have an empty NAME.
+resource migration: override export NAME := $(value NAME)
+resource: override export ONE := $(value ONE)
+resource: override export ZH := $(value ZH)
 
 .PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults fuzz bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary client check-client clean
 
