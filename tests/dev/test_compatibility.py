@@ -545,7 +545,6 @@ COMPATIBLE: list[tuple[Edits, Edits]] = [
             f"{POST} > summary": "New",
             f"{POST} > description": "New",
             f"{POST} > tags": ["new"],
-            "tags": [],
             "info > title": "New",
         },
     ),
