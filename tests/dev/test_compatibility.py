@@ -544,8 +544,8 @@ COMPATIBLE: list[tuple[Edits, Edits]] = [
         {
             f"{POST} > summary": "New",
             f"{POST} > description": "New",
-            f"{POST} > tags": ["new"],
             "info > title": "New",
+            "tags": [],
         },
     ),
     ({}, {f"{IN} > name > description": "New", f"{IN} > name > examples": ["abc"], f"{IN} > name > title": "Name"}),
