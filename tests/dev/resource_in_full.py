@@ -22,16 +22,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Copy:
 
 
 def test_all_tests_about_routes_and_tables_pass(written: Copy) -> None:
-    folders = (
-        "blueprints",
-        "storage",
-        "docs",
-        "contract",
-        "clients",
-        "test_architecture.py",
-        "test_switches.py",
+    written.run(
+        "make", "test", "ARGS=--quiet tests/blueprints tests/contract/test_examples.py tests/test_architecture.py"
     )
-    written.run("make", "test", f"ARGS=--quiet {' '.join(f'tests/{name}' for name in folders)}")
     written.run("make", "lint")
 
 
@@ -49,4 +42,4 @@ def test_the_migrations_go_up_and_down_on_mariadb(written: Copy, tmp_path: Path)
 @pytest.mark.parametrize("database", ["sqlite", "mariadb"])
 def test_schemathesis_finds_nothing(written: Copy, database: str) -> None:
     options = f"--database {database} --include-path-regex ^/api/v1/(coupons|gift-categories|mice)"
-    written.run(sys.executable, "-m", "tests.contract.fuzz", "--minutes", "1", *options.split())
+    written.run(sys.executable, "-m", "tests.contract.fuzz", "--minutes", "0.5", *options.split())
