@@ -100,8 +100,8 @@ class Blueprint(flask.Blueprint):
             POST takes no Idempotency-Key.
         :param if_match: False for a PUT or DELETE of something without a version.
         :param etag: False for a GET that streams its response.
-        :param documents: `content_type` and `description` of a response that is not JSON; `example`, which replaces the
-            examples of these fields.
+        :param documents: `content_type` of a response that is not JSON; `example`, which replaces the examples of these
+            fields.
         """
         dump = dumper(schema()) if isinstance(schema, type) else None
         documents |= {"status": status_code, "schema": schema, "transaction": transaction, "if_match": if_match}

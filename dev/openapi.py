@@ -357,15 +357,17 @@ class _Document:
             return {"schema": reference, "example": example or self._example(reference)}
         whole = self._schemas[_last(reference)]
         branches, examples = [], {}
-        sets = {"Encrypted": schema.fields.keys() & given, "": schema.fields.keys() - given}
-        for suffix, names in sorted(sets.items()):
+        sets = {"Plain": schema.fields.keys() - given, "Encrypted": schema.fields.keys() & given}
+        for suffix, names in sets.items():
             properties = {field: part for field, part in whole["properties"].items() if field in names}
             # All that WeChat gave together, or at least one of the others.
-            needed = {"required": list(properties)} if suffix or len(names) == 1 else {"minProperties": 1}
+            needed = (
+                {"required": list(properties)} if suffix == "Encrypted" or len(names) == 1 else {"minProperties": 1}
+            )
             branch = {**whole, "properties": properties, **needed}
-            self._schemas[f"{name}{suffix or 'Plain'}"] = branch
-            branches.append({"$ref": f"{SCHEMAS}{name}{suffix or 'Plain'}"})
-            examples["encrypted" if suffix else "plain"] = {"value": self._example(branch)}
+            self._schemas[name + suffix] = branch
+            branches.append({"$ref": f"{SCHEMAS}{name}{suffix}"})
+            examples[suffix.lower()] = {"value": self._example(branch)}
         return {"schema": {"oneOf": branches}, "examples": examples}
 
     def _input(self, schema: dict[str, Any]) -> dict[str, Any]:

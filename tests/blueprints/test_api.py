@@ -97,6 +97,13 @@ def test_each_operation_says_all_that_a_client_needs(documents: dict[str, Any]) 
                 )
 
 
+def test_the_groups_are_in_the_order_of_a_reader(documents: dict[str, Any]) -> None:
+    names = [tag["name"] for tag in documents["zh"]["tags"]]
+    assert names[:4] == ["login", "sessions", "web_login", "users"]
+    assert names.index("users") < names.index("orders") < names.index("messages")
+    assert names[-3:] == ["messages", "health", "metrics"]
+
+
 def test_request_schemas_refuse_unknown_fields(documents: dict[str, Any]) -> None:
     document = documents["en"]
     schemas = document["components"]["schemas"]
