@@ -24,8 +24,7 @@ page = Blueprint("docs", "flask_swagger_ui", static_folder="dist", static_url_pa
 @documents.get("/openapi.json")
 def openapi() -> Response:
     """Return the document in the language that `lang`, or else the request's Accept-Language, asks for."""
-    wanted = request.args.get("lang", "")
-    response = _send(_HERE.parent / _FILES[wanted if wanted in _FILES else language()])
+    response = _send(_HERE.parent / (_FILES.get(request.args.get("lang", "")) or _FILES[language()]))
     response.vary.add("Accept-Language")
     return response
 

@@ -66,8 +66,7 @@ def erase_revoked_data(message: Fields) -> None:
         database.session.execute(delete(IdempotencyKey).where(*ours))
         for name in names:
             setattr(user, name, None)
-        fields = {"userId": user.id, "columns": names}
-        database.after_commit(partial(logger.info, "personal data erased", extra=fields))
+        database.after_commit(partial(logger.info, "personal data erased", extra={"userId": user.id, "columns": names}))
 
     if names and "PluginID" not in message:
         _change_user(message, erase)

@@ -328,5 +328,4 @@ def load_item(order_id: int, item_id: int, *, pending: bool = False) -> OrderIte
 
     :raises ApiError: what `load_order` does.
     """
-    items = load_order(order_id, item_id, pending=pending).items
-    return next(item for item in items if item.id == item_id)
+    return next(item for item in load_order(order_id, item_id, pending=pending).items if item.id == item_id)

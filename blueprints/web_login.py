@@ -95,8 +95,7 @@ def complete_web_login(query: dict[str, str]) -> BaseResponse:
     if "code" not in query:
         raise ApiError(Code.FORBIDDEN, message=DECLINED)
     # Browsers inside WeChat may open the page twice at once.
-    token = single_flight("web_login", query["state"], lambda: _log_in(attempt, query["code"], mark))
-    sessions.resume(token)
+    sessions.resume(single_flight("web_login", query["state"], lambda: _log_in(attempt, query["code"], mark)))
     session.modified = True  # a browser gets the cookie again
     response = redirect(sessions.public_url() + attempt["return_to"])
     response.delete_cookie(mark, **sessions.COOKIE_OPTIONS)

@@ -70,8 +70,7 @@ class Cipher:
         for key_id, key in self._keys.items():
             # RFC 5869: a key for this column alone, which does not reveal the encryption key.
             kdf = HKDF(SHA256(), length=32, salt=None, info=f"blind index:{context}".encode())
-            digest = hmac.digest(kdf.derive(key), text.encode(), "sha256")
-            yield f"{key_id}.{base64.b64encode(digest).decode()}"
+            yield f"{key_id}.{base64.b64encode(hmac.digest(kdf.derive(key), text.encode(), 'sha256')).decode()}"
 
 
 cipher = cast(Cipher, LocalProxy(lambda: current_app.extensions["cipher"]))

@@ -78,7 +78,8 @@ class JsonLineFormatter(logging.Formatter):
         for name in vars(record).keys() - _OF_ANY_RECORD:
             extra = getattr(record, name)
             several = isinstance(extra, list | tuple)
-            values = [scrub(one) if isinstance(one, str) else one for one in (extra if several else [extra])]
+            hide = str if name == "traceId" else scrub  # a trace id looks like a secret
+            values = [hide(one) if isinstance(one, str) else one for one in (extra if several else [extra])]
             if name in FIELDS and all(type(one) in _NUMBERS.get(FIELDS[name], (str,)) for one in values):
                 line[name] = values if several else values[0]
             elif extra is not None:

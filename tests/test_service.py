@@ -1,5 +1,6 @@
 """The service as it runs in production: gunicorn with several workers, real Redis, HTTP to the simulator."""
 
+import json
 import os
 import re
 import signal
@@ -219,7 +220,13 @@ def ended(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
             address = ("127.0.0.1", int(service.environ["PORT"]))
             with socket.create_connection(address, timeout=WAIT_SECONDS) as connection:
                 connection.sendall(f"{head}\r\n".encode())
-                assert connection.makefile("rb").readline().startswith(f"HTTP/1.1 {status} ".encode()), head
+                answer, body = connection.makefile("rb").read().decode().split("\r\n\r\n")
+            assert answer.startswith(f"HTTP/1.1 {status} "), head
+            assert "\r\nContent-Type: application/json\r\n" in answer
+            envelope = json.loads(body)
+            assert envelope == {"code": 400, "message": envelope["message"], "data": None}
+            (trace_id,) = re.findall("X-Trace-Id: ([0-9a-f]{32})", answer)
+            wait_until(lambda trace_id=trace_id: trace_id in service.log())
         # What is in the queue of a killed worker is lost.
         wait_until(lambda: service.log().count("Invalid request") == len(MALFORMED))
         service.workers()[0].kill()

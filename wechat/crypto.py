@@ -44,8 +44,7 @@ def decrypt_user_data(
         app, old or altered.
     """
     ciphertext, initial, key = (_decode_base64(text) for text in (encrypted_data, iv, session_key))
-    is_whole = len(ciphertext) > 0 and len(ciphertext) % 16 == 0
-    is_valid = {"encryptedData": is_whole, "iv": len(initial) == 16}
+    is_valid = {"encryptedData": len(ciphertext) > 0 and len(ciphertext) % 16 == 0, "iv": len(initial) == 16}
     if not all(is_valid.values()):
         reason = ["Not base64, or of the wrong length: send it as WeChat gave it."]
         raise ApiError(Code.INVALID_INPUT, errors={name: reason for name, valid in is_valid.items() if not valid})
@@ -112,8 +111,7 @@ def encrypt_message(text: str, aes_key: bytes, app_id: str, random: bytes) -> st
     :raises ValueError: for a text with lone surrogates.
     """
     content = text.encode()
-    plaintext = random + len(content).to_bytes(4, "big") + content + app_id.encode()
-    padded = _process(_MESSAGE_PADDING.padder(), plaintext)
+    padded = _process(_MESSAGE_PADDING.padder(), random + len(content).to_bytes(4, "big") + content + app_id.encode())
     return base64.b64encode(_process(_aes(aes_key, aes_key[:16]).encryptor(), padded)).decode()
 
 

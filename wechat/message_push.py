@@ -124,8 +124,7 @@ class MessagePush:
         encrypted = encrypt_message(body, self._aes_key, self._app_id, secrets.token_bytes(16))
         timestamp, nonce = int(now), secrets.token_hex(8)
         signature = push_signature(self._token, str(timestamp), nonce, encrypted)
-        envelope = {"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}
-        return _compose(envelope, form)
+        return _compose({"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp, "Nonce": nonce}, form)
 
 
 def _age(timestamp: str, now: float) -> float:

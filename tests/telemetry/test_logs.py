@@ -64,6 +64,7 @@ def test_outside_of_a_request_there_is_no_trace_id(log_lines: Lines) -> None:
     logger.warning("ready")
     (line,) = log_lines()
     assert line["traceId"] is None
+
     assert "spanId" not in line
 
 
