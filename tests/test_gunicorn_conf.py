@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import gunicorn.util
 import pytest
 from gunicorn.util import parse_address
 from gunicorn.workers.ggevent import GeventWorker
@@ -16,6 +17,9 @@ from tests.harness import ROOT
 @pytest.fixture
 def configure(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     monkeypatch.setattr("gevent.monkey.patch_all", lambda: None)  # this process has threads
+    # What it changes for its process is undone.
+    monkeypatch.setattr("gunicorn.util.write_error", gunicorn.util.write_error)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
 
     def run(**different: str) -> dict[str, Any]:
         for name, value in {**environ, **different}.items():
