@@ -151,8 +151,7 @@ def set_blocked(user_id: int, blocked: bool) -> bool:
 
     :returns: whether there was such a user or block.
     """
-    user = database.lock(User, user_id)
-    if user is not None:
+    if user := database.lock(User, user_id):
         user.blocked = blocked
     kept = database.session.query(BlockedIdentity).where(BlockedIdentity.former_user_id == user_id)
     return (kept.count() if blocked else kept.delete()) > 0 or user is not None

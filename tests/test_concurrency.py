@@ -180,7 +180,8 @@ monkey.patch_all()
 import gevent
 from redis import Redis
 from redis.exceptions import ConnectionError
-from concurrency import SharedReads
+from flask import Flask
+from concurrency import SharedReads, in_parallel
 
 class Client(Redis):
     asked, error = [], None
@@ -215,6 +216,17 @@ given_up = [gevent.spawn(reads.get, f"k{number}") for number in range(21)]
 gevent.spawn(given_up[0].kill)
 assert results(given_up)[1:] == values[1:]
 assert results(together()) == values
+
+def in_time(seconds):
+    with Flask("service").app_context():
+        return type(in_parallel({"read": lambda: reads.get("k0")}, seconds)["read"])
+
+for seconds in (0, 0.02):  # nor does a time-out of its own concern others: before it asks, and while it does
+    late = gevent.spawn(in_time, seconds)
+    gevent.sleep(0)
+    assert results(together()) == values
+    assert results([late]) == [TimeoutError]
+    assert results(together()) == values
 client.error = ConnectionError("away")
 assert set(results(together())) == {"ConnectionError"}
 client.error = None
