@@ -253,7 +253,7 @@ def redis_loading(stage: Stage) -> Iterator[Proof]:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    stage.redis.start(**{"key-load-delay": "200", "loading-process-events-interval-bytes": "1024"})
+    stage.redis.start(**{"key-load-delay": "200"})
     loaded.set()
     watching.join()
     yield loading.is_set
