@@ -173,7 +173,7 @@ def init_app(app: Flask) -> None:
 def handle_error(error: Exception) -> Response:
     """Respond to a failure in the envelope, keeping the headers that belong to it (Allow, Retry-After)."""
     http_error = _http_error(error)
-    code, message = _code_and_message(http_error)
+    code, message = code_and_message(http_error)
     request.environ["kuaishang.code"] = code.number  # for telemetry
     errors = _first(getattr(http_error, "errors", None) or {}, _ERRORS)
     response = cast(Response, http_error.get_response(request.environ))
@@ -209,7 +209,7 @@ def _first(errors: dict[Any, Any], count: int) -> dict[str, Any]:
     }
 
 
-def _code_and_message(error: HTTPException) -> tuple[Code, Message | None]:
+def code_and_message(error: HTTPException) -> tuple[Code, Message | None]:
     """Return a code, and a message if its own would not be true, such as that of 400 for a URL that is too long."""
     if isinstance(error, ApiError):
         return error.api_code, error.message

@@ -172,11 +172,16 @@ class Worker(GeventWorker):
 
 def write_error(client, status, reason, message):  # type: ignore[no-untyped-def]
     """Refuse in the envelope what is no HTTP, or too long; gunicorn would in HTML. Its own line says why."""
+    from werkzeug.exceptions import default_exceptions
+
+    from errors import code_and_message, envelope  # in a worker: see above
+
     trace_id = secrets.token_hex(16)
     logging.getLogger("gunicorn.error").warning("refused with %s %s", status, reason, extra={"traceId": trace_id})
-    body = f'{{"code":{400 if status < 500 else 500},"message":"无法处理该请求：{reason}","data":null}}'.encode()
-    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    head += f"X-Trace-Id: {trace_id}\r\nConnection: close\r\n\r\n"
+    code, text = code_and_message(default_exceptions[status]())
+    body = envelope(code, None, text)
+    head = f"HTTP/1.1 {status} {reason}\r\nX-Trace-Id: {trace_id}\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\nConnection: close\r\n\r\n"
     gunicorn.util.write_nonblock(client, head.encode() + body)
 
 

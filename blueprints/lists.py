@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, func, select
 from blueprints.parsing import MAXIMUM_ID
 from storage import database
 
+NEWEST = "-created_at"
 COUNT_LIMIT = 10_000
 """The largest total: where counting stops."""
 
@@ -22,9 +23,7 @@ class ListSchema(Schema):
     """上一页最后一项的 id，页码从其后算起；与第一页一样快 |
     The id of the last item on the previous page; `page` counts from there, each as fast as the first"""
     sort = fields.String(
-        load_default="-created_at",
-        validate=validate.OneOf(["created_at", "-created_at"]),
-        metadata={"example": "-created_at"},
+        load_default=NEWEST, validate=validate.OneOf(["created_at", NEWEST]), metadata={"example": NEWEST}
     )
     """`-` 表示最新的在前 | `-` is for the newest first"""
 

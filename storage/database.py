@@ -106,9 +106,8 @@ def _handle_error(context: ExceptionContext) -> None:
 
 
 def init_app(app: Flask) -> None:
-    engine = app.extensions["database"] = engine_for(
-        app.config["DATABASE_URL"], pool_size=app.config["DATABASE_CONNECTIONS"], seconds=STATEMENT_SECONDS
-    )
+    url, connections = app.config["DATABASE_URL"], app.config["DATABASE_CONNECTIONS"]
+    engine = app.extensions["database"] = engine_for(url, connections, STATEMENT_SECONDS)
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("database")] = lambda: engine.pool.checkedout()  # type: ignore[attr-defined]
     app.teardown_appcontext(_close)
 

@@ -40,8 +40,7 @@ def status() -> None:
         click.echo(f"{field.place}: {total - behind} under the first key, {behind} not")
         left += behind
     under_others = ~BlockedIdentity.fingerprint.startswith(f"{cipher.key_id}.")
-    blocks = database.session.scalar(select(func.count()).where(under_others))
-    if blocks:
+    if blocks := database.session.scalar(select(func.count()).where(under_others)):
         click.echo(f"{blocks} kept blocks end with their key, as a hash cannot move. Keep it, or lift them.", err=True)
     if left:
         click.echo("The other keys are still needed. Run `flask keys rotate` until nothing is left.", err=True)

@@ -19,9 +19,11 @@ import psutil
 import pytest
 import requests
 from redis import Redis
+from werkzeug.exceptions import default_exceptions
 
 import settings
 from dev.redis_server import RedisServer
+from errors import code_and_message
 from settings import Settings
 from storage.message_queue import STREAM
 from telemetry import logs
@@ -224,7 +226,8 @@ def ended(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
             assert answer.startswith(f"HTTP/1.1 {status} "), head
             assert "\r\nContent-Type: application/json\r\n" in answer
             envelope = json.loads(body)
-            assert envelope == {"code": 400, "message": envelope["message"], "data": None}
+            _, message = code_and_message(default_exceptions[status]())
+            assert envelope == {"code": 400, "message": str(message), "data": None}
             (trace_id,) = re.findall("X-Trace-Id: ([0-9a-f]{32})", answer)
             wait_until(lambda trace_id=trace_id: trace_id in service.log())
         # What is in the queue of a killed worker is lost.
