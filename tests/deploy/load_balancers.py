@@ -203,7 +203,7 @@ class HAProxy(LoadBalancer):
             return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
     def statistics(self) -> dict[tuple[str, str], dict[str, str]]:
-        """Return the row of each server, by the names of its backend and its own; `status` is UP, DOWN, DRAIN, MAINT."""
+        """Return the row of each server, by its backend and name; its `status` is UP, DOWN, DRAIN, MAINT or UP 1/3."""
         rows = csv.DictReader(self.ask("show stat").removeprefix("# ").strip().splitlines())
         return {(row["pxname"], row["svname"]): row for row in rows}
 
@@ -233,3 +233,42 @@ class HAProxy(LoadBalancer):
     def discard(self) -> None:
         super().discard()
         self._short.cleanup()
+
+
+class Nginx(LoadBalancer):
+    """nginx with deploy/nginx/kuaishang.conf.
+
+    :param more: directives of the http block.
+    """
+
+    def __init__(self, folder: Path, servers: Mapping[str, str], more: str = "", **options: Any) -> None:
+        self._more = more
+        super().__init__(folder, servers, **options)
+
+    def configure(self, servers: Mapping[str, str], different: Mapping[str, str]) -> None:
+        folder, text = self.folder, (ROOT / "deploy" / "nginx" / "kuaishang.conf").read_text()
+        here = {
+            "listen 80;": f"listen {self.host}:{self.plain_port};",
+            "listen 443 ": f"listen {self.host}:{self.port} ",
+            "/etc/ssl/certs/kuaishang.crt": str(self.certificate),
+            "/etc/ssl/private/kuaishang.key": str(self.key),
+            "/var/log/nginx/access.log": str(self.log),
+            **different,
+        }
+        for shipped, other in here.items():
+            assert shipped in text, shipped
+            text = text.replace(shipped, other)
+        [shipped] = re.findall(r"(?m)^    server 127\.0\.0\.1:8000 .*\n    server 127\.0\.0\.1:8000 .*\n", text)
+        text = text.replace(shipped, "".join(shipped.replace("127.0.0.1:8000", server) for server in servers.values()))
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+        main = f"daemon off; worker_processes 1; pid {folder}/pid; error_log {self.errors};\n"
+        main += "user root;\n" if os.getuid() == 0 else ""
+        http = f"http {{\naccess_log off;\n{self._more}\n{paths}{text}\n}}\n"
+        (folder / "nginx.conf").write_text(f"{main}events {{}}\n{http}")
+        self.command = [str(NGINX), "-p", str(folder), "-e", str(self.errors), "-c", "nginx.conf"]
+
+    def reload(self) -> None:
+        before = self.family()
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: {*self.family()} - {*before})

@@ -3,28 +3,24 @@
 import json
 import os
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from http.client import HTTPResponse, HTTPSConnection
+from contextlib import closing
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from dev.run import free_port
 from errors import Code
 from tests.blueprints.callers import ITEM, ORDER
-from tests.harness import ROOT, WAIT_SECONDS, Service, Simulator, bearer, bound_to_this_process, wait_until
+from tests.deploy.load_balancers import NGINX, Nginx
+from tests.harness import WAIT_SECONDS, Service, Simulator, bearer, wait_until
 
-CONFIGURATION = ROOT / "deploy" / "nginx" / "kuaishang.conf"
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 UNREAD = {
@@ -39,80 +35,6 @@ UNREAD = {
 }
 
 
-class Nginx:
-    """nginx with the configuration as shipped but for its addresses and the certificate.
-
-    :param upstream: the service's address, as host:port.
-    :param more: directives of the http block.
-    """
-
-    def __init__(self, folder: Path, upstream: str, more: str = "") -> None:
-        self.folder = folder
-        self.plain_port, self.port = free_port("the plain port", "0"), free_port("nginx's port", "0")
-        self.url = f"https://127.0.0.1:{self.port}"
-        self.certificate = folder / "certificate"
-        key = folder / "key"
-        subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-        made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject]
-        subprocess.run([*made, "-keyout", key, "-out", self.certificate], check=True, capture_output=True)
-        text = CONFIGURATION.read_text()
-        for shipped, here in {
-            "127.0.0.1:8000": upstream,
-            "listen 80;": f"listen {self.plain_port};",
-            "listen 443 ": f"listen {self.port} ",
-            "/etc/ssl/certs/kuaishang.crt": self.certificate,
-            "/etc/ssl/private/kuaishang.key": key,
-            "/var/log/nginx/access.log": f"{folder}/access",
-        }.items():
-            assert shipped in text
-            text = text.replace(shipped, str(here))
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
-        main = f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/errors;\n"
-        main += "user root;\n" if os.getuid() == 0 else ""
-        (folder / "nginx.conf").write_text(f"{main}events {{}}\nhttp {{\naccess_log off;\n{more}\n{paths}{text}\n}}\n")
-        command = [
-            *bound_to_this_process(),
-            str(NGINX),
-            "-p",
-            str(folder),
-            "-e",
-            f"{folder}/errors",
-            "-c",
-            "nginx.conf",
-        ]
-        self.process = subprocess.Popen(command)
-        wait_until(lambda: self._accepts() or self.process.poll() is not None)
-        assert self.process.poll() is None, Path(folder, "errors").read_text()
-
-    def _accepts(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS):
-            return True
-        return False
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(WAIT_SECONDS)
-
-    def request(self, method: str, path: str, **options: Any) -> requests.Response:
-        return requests.request(method, self.url + path, verify=str(self.certificate), timeout=WAIT_SECONDS, **options)
-
-    def send(self, *lines: str, plain: bool = False) -> tuple[HTTPResponse, bytes]:
-        """Send these lines as they are, and return the response and its body.
-
-        :param plain: whether to send them without TLS, to the port that wants it.
-        """
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
-        if not plain:
-            context = ssl.create_default_context(cafile=self.certificate)
-            connection = context.wrap_socket(connection, server_hostname="127.0.0.1")
-        with connection:
-            connection.sendall("\r\n".join([*lines, "", ""]).encode())
-            response = HTTPResponse(connection)
-            response.begin()
-            return response, response.read()
-
-
 class Behind(Nginx):
     service: Service
 
@@ -123,10 +45,12 @@ def shared_nginx(environ: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     settings = {"WEB_CONCURRENCY": "1", "TRUSTED_PROXIES": "127.0.0.1", "LOGIN_RATE": "1000/day"}
     service = Service({**environ, **settings}, folder / "output")
     try:
-        nginx = Behind(folder, service.url.removeprefix("http://"))
-        nginx.service = service
-        yield nginx
-        nginx.stop()
+        nginx = Behind(folder, {"web-1": service.url.removeprefix("http://")})
+        try:
+            nginx.service = service
+            yield nginx
+        finally:
+            nginx.discard()
     finally:
         service.discard()
 
@@ -184,7 +108,8 @@ def test_the_plain_port_leads_to_tls_with_method_and_body(nginx: Behind) -> None
 def test_a_service_that_is_away_or_hangs_is_unavailable(tmp_path: Path) -> None:
     with closing(socket.socket()) as service:
         service.bind(("127.0.0.1", 0))
-        nginx = Nginx(tmp_path, f"127.0.0.1:{service.getsockname()[1]}", "proxy_read_timeout 100ms;")
+        address = f"127.0.0.1:{service.getsockname()[1]}"
+        nginx = Nginx(tmp_path, {"web-1": address}, different={"proxy_read_timeout 11s": "proxy_read_timeout 100ms"})
         try:
             for listens in (False, True):
                 if listens:
@@ -194,7 +119,7 @@ def test_a_service_that_is_away_or_hangs_is_unavailable(tmp_path: Path) -> None:
                     assert answer.status_code == 503
                     assert_is_its_own(503, answer.headers, answer.content)
         finally:
-            nginx.stop()
+            nginx.discard()
 
 
 def test_the_services_own_errors_pass_unchanged(nginx: Behind, simulator: Simulator) -> None:
@@ -264,7 +189,7 @@ def test_the_log_has_no_query_string(nginx: Behind) -> None:
     for path in ("/nowhere", "/metrics", "/api/v1/wechat/messages", "/a%3Fb"):
         nginx.request("GET", f"{path}?code={secret}", headers={"Referer": f"https://example.com/?code={secret}"})
     last = nginx.request("GET", f"/livez?signature={secret}").headers["X-Trace-Id"]
-    log = nginx.folder / "access"
+    log = nginx.log
     wait_until(lambda: last in log.read_text())
     lines = log.read_text().splitlines()[-6:]
     paths = [re.search(r'"GET (\S*) HTTP/1.1" \d+', line)[1] for line in lines]  # type: ignore[index]
