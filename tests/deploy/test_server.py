@@ -1,20 +1,26 @@
-"""deploy/server/README.md, as far as it needs no machine of its own; bare_server.py has the rest."""
+"""deploy/server/README.md, as far as it needs no machine of its own; bare_server.py has the rest. And its likes."""
 
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.harness import ROOT
 
-ENGLISH, CHINESE = (ROOT / "deploy/server" / name for name in ("README.md", "README.zh-CN.md"))
+ENGLISH = ROOT / "deploy/server/README.md"
 
 
-def test_both_languages_have_the_same_commands_and_code() -> None:
-    english, chinese = (path.read_text() for path in (ENGLISH, CHINESE))
+@pytest.mark.parametrize(
+    "chinese", sorted((ROOT / "deploy").glob("*/README.zh-CN.md")), ids=lambda path: path.parent.name
+)
+def test_both_languages_have_the_same_commands_and_code(chinese: Path) -> None:
+    texts = [path.read_text() for path in (chinese.with_name("README.md"), chinese)]
     lines = r"^    .+$"
-    assert re.findall(lines, english, re.MULTILINE) == re.findall(lines, chinese, re.MULTILINE)
-    english, chinese = (re.sub(lines, "", text, flags=re.MULTILINE) for text in (english, chinese))
-    assert sorted(re.findall("`[^`]+`", english)) == sorted(re.findall("`[^`]+`", chinese))
+    commands, others = (re.findall(lines, text, re.MULTILINE) for text in texts)
+    assert commands == others
+    english, other = (re.sub(lines, "", text, flags=re.MULTILINE) for text in texts)
+    assert sorted(re.findall("`[^`]+`", english)) == sorted(re.findall("`[^`]+`", other))
 
 
 def test_the_settings_are_written_once_and_for_their_owner_alone(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""Real etcd, real HAProxy and two instances, with the programs of deploy/registry; `.ci/run` installs both servers."""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.registry.etcd import is_address
+from tests.deploy.load_balancers import HAPROXY
+from tests.deploy.registry import ETCD, FOLDER, Agent, Etcd, Heartbeat, SlottedHAProxy
+from tests.harness import Service, suspend, wait_until
+
+pytestmark = pytest.mark.skipif(None in (ETCD, HAPROXY), reason="etcd or haproxy is not installed")
+
+BEAT_SECONDS, PATIENCE_SECONDS = 1, 3
+"""Between the beats of an instance; and what the agent is told, so that it can be seen waiting for a lease."""
+
+WHO_RESPONDED = "http-response set-header X-Server %s"
+
+
+class Stage:
+    """Two instances with their heartbeats, etcd, HAProxy and its agent."""
+
+    def __init__(self, folder: Path, start_service: Callable[..., Service], stack: ExitStack) -> None:
+        self.etcd = Etcd(folder / "etcd")
+        stack.callback(self.etcd.kill)
+        self.folder, self._stack, self._start = folder, stack, start_service
+        more = {" slowstart 30s": "", "    default_backend": f"    {WHO_RESPONDED}\n    default_backend"}
+        self.haproxy = SlottedHAProxy(folder / "haproxy", different=more)
+        stack.callback(self.haproxy.discard)
+        self.agent = Agent(folder / "agent", [self.etcd], self.haproxy, PATIENCE_SECONDS)
+        stack.callback(self.agent.kill)
+        self.etcd.wait()
+
+    def instance(self) -> tuple[Service, Heartbeat]:
+        service = self._start(WEB_CONCURRENCY="1")
+        address = service.url.removeprefix("http://")
+        heartbeat = Heartbeat(self.folder / address, [self.etcd], address, BEAT_SECONDS)
+        self._stack.callback(heartbeat.kill)
+        return service, heartbeat
+
+    def responding(self) -> set[str | int]:
+        """Return who responds to some requests in a row: HAProxy's servers, or a status that is no success."""
+        answers = [self.haproxy.request("GET", "/version") for _ in range(6)]
+        return {answer.headers["X-Server"] if answer.ok else answer.status_code for answer in answers}
+
+    def until(self, **expected: str) -> None:
+        """Wait until HAProxy's servers have this status; then those that are UP respond, and no other."""
+        wait_until(lambda: self.haproxy.slots() == expected)
+        wait_until(lambda: self.responding() == {name for name, status in expected.items() if status == "UP"})
+
+    def lost(self) -> float:
+        return self.agent.metrics()['kuaishang_registry_instances{state="lost"}']
+
+
+@pytest.fixture
+def stage(tmp_path: Path, start_service: Callable[..., Service]) -> Iterator[Stage]:
+    with ExitStack() as stack:
+        yield Stage(tmp_path, start_service, stack)
+
+
+def test_haproxy_has_the_instances_that_live(stage: Stage) -> None:
+    _, heartbeat = stage.instance()
+    stage.until(slot1="UP")
+    other, other_heartbeat = stage.instance()
+    stage.until(slot1="UP", slot2="UP")
+
+    other_heartbeat.stop()
+    stage.until(slot1="UP", slot2="leaving")
+    stage.until(slot1="UP", slot2="MAINT")
+    assert stage.lost() == 0  # it has said that it leaves
+    other_heartbeat.start()
+    stage.until(slot1="UP", slot2="UP")
+
+    for worker in (other.process.popen, *other.workers()):
+        suspend(worker)
+    stage.until(slot1="UP", slot2="MAINT")
+    assert stage.lost() == 1
+    heartbeat.kill()  # of the last one, which lives
+    wait_until(lambda: stage.lost() == 2)
+    stage.until(slot1="UP", slot2="MAINT")
+
+
+def test_without_etcd_nothing_changes(stage: Stage) -> None:
+    service, heartbeat = stage.instance()
+    _, other_heartbeat = stage.instance()
+    both = {"slot1": "UP", "slot2": "UP"}
+    stage.until(**both)
+
+    stage.etcd.kill()
+    wait_until(lambda: not stage.agent.metrics()["kuaishang_registry_etcd_up"])
+    time.sleep(3 * BEAT_SECONDS + 1)  # longer than a lease
+    assert stage.haproxy.slots() == both
+    stage.agent.kill()
+    stage.haproxy.kill()
+    stage.haproxy.start()  # alone, with the state that the agent has left
+    assert stage.responding() == set(both)
+    stage.agent.start()
+    wait_until(lambda: stage.agent.log().count("etcd is away") == 2)
+    assert stage.haproxy.slots() == both
+
+    other_heartbeat.suspend()
+    stage.etcd.forget()
+    stage.etcd.start()
+    address = service.url.removeprefix("http://")
+    wait_until(lambda: f"{address}: registered" in heartbeat.log().partition("expired")[2])
+    time.sleep(2)  # longer than the agent needs to see that one is there, and one is not
+    assert stage.haproxy.slots() == both
+    other_heartbeat.resume()
+    wait_until(lambda: "registered" in other_heartbeat.log().partition("expired")[2])
+    service.kill()
+    stage.until(slot1="MAINT", slot2="UP")
+
+
+def test_the_alarms_are_about_what_the_agent_shows(tmp_path: Path) -> None:
+    shown = set(re.findall(r"kuaishang_registry_\w+", (FOLDER / "agent.py").read_text()))
+    rules = (FOLDER / "rules.yml").read_text()
+    assert set(re.findall(r"kuaishang_registry_\w+", rules)) == shown
+    alarms = {rule["alert"] for rule in yaml.safe_load(rules)["groups"][0]["rules"]}
+    for readme in FOLDER.glob("README*"):
+        assert set(re.findall(r"`(\w+)` \|$", readme.read_text(), re.MULTILINE)) == alarms
+    if shutil.which("promtool"):
+        subprocess.run(["promtool", "test", "rules", str(FOLDER / "rules.test.yml")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10.0.0.1:8000", True),
+        ("[fd00::1]:8000", True),
+        ("fd00::1:8000", False),
+        ("10.0.0.1", False),
+        ("10.0.0.1:08000", False),
+        ("web-1:8000", False),
+        ("10.0.0.1:8000;shutdown sessions server kuaishang/slot1", False),
+        ("[fe80::1%a;quit]:8000", False),
+    ],
+)
+def test_only_addresses_are_passed_to_haproxy(text: str, expected: bool) -> None:
+    assert is_address(text) == expected
