@@ -12,10 +12,12 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from http.client import HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ HAPROXY, NGINX = shutil.which("haproxy", path=PATH), shutil.which("nginx", path=
 def free_port(host: str) -> int:
     with closing(listen("a port", "0", host)) as listener:
         return int(listener.getsockname()[1])
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended, even if nobody has asked for its status."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 class LoadBalancer(ABC):
@@ -74,6 +83,16 @@ class LoadBalancer(ABC):
     def configure(self, servers: Mapping[str, str], different: Mapping[str, str]) -> None:
         """Write the configuration; `start` and `reload` read it."""
 
+    @staticmethod
+    @abstractmethod
+    def answers_within(time: str) -> dict[str, str]:
+        """Return what is different where an instance that does not answer within this time hangs."""
+
+    @staticmethod
+    @abstractmethod
+    def waits_for_clients(time: str) -> dict[str, str]:
+        """Return what is different where a client has this time for its headers, and for its body."""
+
     @abstractmethod
     def reload(self) -> None:
         """Let new processes serve, with the configuration as it is now; the old ones finish their requests."""
@@ -109,7 +128,7 @@ class LoadBalancer(ABC):
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
             self.process.wait()
-            psutil.wait_procs(family)
+            wait_until(lambda: not any(map(_runs, family)))
 
     def discard(self) -> None:
         """End it for good."""
@@ -133,9 +152,14 @@ class LoadBalancer(ABC):
         """
         with self.connect(plain) as connection:
             connection.sendall("\r\n".join([*lines, "", ""]).encode())
-            response = HTTPResponse(connection)
-            response.begin()
-            return response, response.read()
+            return self.read(connection)
+
+    @staticmethod
+    def read(connection: socket.socket) -> tuple[HTTPResponse, bytes]:
+        """Return the response that comes, and its body."""
+        response = HTTPResponse(connection)
+        response.begin()
+        return response, response.read()
 
     def connect(self, plain: bool = False) -> socket.socket:
         connection = socket.create_connection((self.host, self.port), timeout=WAIT_SECONDS)
@@ -194,6 +218,19 @@ class HAProxy(LoadBalancer):
         configuration.write_text(text.replace("    SERVER", "    server"))
         self.command = [str(HAPROXY), "-Ws", "-f", str(configuration)]
 
+    @staticmethod
+    def answers_within(time: str) -> dict[str, str]:
+        return {"timeout server 11s": f"timeout server {time}"}
+
+    @staticmethod
+    def waits_for_clients(time: str) -> dict[str, str]:
+        return {"http-request 10s": f"http-request {time}", "wait-for-body time 10s": f"wait-for-body time {time}"}
+
+    @staticmethod
+    def checks_every(time: str) -> dict[str, str]:
+        """Return what is different where instances are checked so often."""
+        return {"inter 5s fastinter 1s downinter 5s": f"inter {time} fastinter {time} downinter {time}"}
+
     def ask(self, command: str) -> str:
         """Send a command to the runtime socket, and return the answer."""
         with socket.socket(socket.AF_UNIX) as connection:
@@ -212,15 +249,11 @@ class HAProxy(LoadBalancer):
         return self.statistics()["kuaishang", server]["status"]
 
     def is_up(self, server: str) -> bool:
-        return self.status(server) == "UP"
-
-    def is_out(self, server: str) -> bool:
-        """Whether it gets no new requests."""
-        return not self.status(server).startswith("UP")
+        """Whether an instance gets requests."""
+        return self.status(server).startswith("UP")
 
     def reload(self) -> None:
         before = self._serving()
-        self.state.write_text(self.ask("show servers state"))
         self.process.send_signal(signal.SIGUSR2)
         wait_until(lambda: self._serving() not in ("", before))
 
@@ -268,7 +301,93 @@ class Nginx(LoadBalancer):
         (folder / "nginx.conf").write_text(f"{main}events {{}}\n{http}")
         self.command = [str(NGINX), "-p", str(folder), "-e", str(self.errors), "-c", "nginx.conf"]
 
+    @staticmethod
+    def answers_within(time: str) -> dict[str, str]:
+        return {"proxy_read_timeout 11s": f"proxy_read_timeout {time}"}
+
+    @staticmethod
+    def waits_for_clients(time: str) -> dict[str, str]:
+        return {f"client_{part}_timeout 10s": f"client_{part}_timeout {time}" for part in ("header", "body")}
+
     def reload(self) -> None:
         before = self.family()
         self.process.send_signal(signal.SIGHUP)
         wait_until(lambda: {*self.family()} - {*before})
+
+
+class Instance(ThreadingHTTPServer):
+    """What stands for an instance: it answers 200 to everything, and keeps what came, but for probes."""
+
+    daemon_threads = True
+    request_queue_size = 100
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), _Request)
+        self.address = f"{host}:{self.server_port}"
+        self._clients: list[socket.socket] = []
+        self.is_ready = True
+        self.fails = 0
+        """So many probes."""
+        self.probes: list[int] = []
+        """The status of each answer to one."""
+        self.came: list[str] = []
+        self.closes = 0
+        """So many requests are read, and then the connection ends."""
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
+
+    def refuse(self) -> None:
+        """Let new connections be refused; those that are open stay."""
+        self.shutdown()
+        self.server_close()
+
+    def kill(self) -> None:
+        """End its connections, too."""
+        self.refuse()
+        for client in list(self._clients):
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def discard(self) -> None:
+        self.may_answer.set()
+        self.kill()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        client, address = super().get_request()
+        self._clients.append(client)
+        return client, address
+
+    def handle_error(self, *_: object) -> None:
+        """Be silent about clients that have gone."""
+
+
+class _Request(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Instance
+
+    def respond(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/readyz":
+            status = 200 if self.server.is_ready and not self.server.fails else 503
+            self.server.fails = max(self.server.fails - 1, 0)
+            self.server.probes.append(status)
+            self._send(status)
+            return
+        self.server.came.append(f"{self.command} {self.path}")
+        if self.server.closes:
+            self.server.closes -= 1
+            self.close_connection = True
+            return
+        self.server.may_answer.wait(WAIT_SECONDS)
+        self._send(200)
+
+    do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
+
+    def _send(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
