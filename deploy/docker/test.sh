@@ -23,18 +23,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# What podman takes to run without systemd, as root in a sandbox.
-cat >"$scratch/containers.conf" <<'CONF'
-[containers]
-default_ulimits = ["nofile=1024:1024", "nproc=2000:2000"]
-[engine]
-runtime = "runc"
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-[network]
-network_backend = "netavark"
-CONF
-export CONTAINERS_CONF=$scratch/containers.conf
+export CONTAINERS_CONF=$PWD/tests/deploy/containers.conf
 
 echo "== the base, kept for the next time"
 if ! podman image exists $name/python; then
