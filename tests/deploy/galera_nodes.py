@@ -1,0 +1,356 @@
+"""Five MariaDB servers in three sites, with deploy/galera/galera.cnf, each at an address of its own of this machine.
+
+Debian's galera-4 and rsync are needed; to cut a site off, root and iptables.
+"""
+
+import csv
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pymysql
+
+from dev.run import free_port
+from tests.databases import MariaDB, _empty_data, executable
+from tests.deploy.load_balancers import HAPROXY
+from tests.harness import ROOT, bound_to_this_process, migrate, suspend, wait_until
+
+CONFIGURATION = ROOT / "deploy" / "galera" / "galera.cnf"
+PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
+ADDRESSES = ("127.1.0.1", "127.1.0.2", "127.2.0.1", "127.2.0.2", "127.3.0.1")
+DATABASE, USER, PASSWORD = "kuaishang", "app", "app-password"
+SMALL = {"innodb_buffer_pool_size": "48M", "innodb_log_file_size": "8M", "performance_schema": "OFF"}
+"""Of a test's servers. A commit must survive a killed server, not the machine: nothing waits for the disk."""
+SMALL |= {"innodb_flush_method": "nosync", "skip_name_resolve": "ON", "max_connections": "200"}
+
+
+def is_installed() -> bool:
+    """Whether this machine can run a cluster."""
+    with suppress(FileNotFoundError):
+        return bool(executable("mariadbd") and PROVIDER.exists() and shutil.which("rsync"))
+    return False
+
+
+def can_cut() -> bool:
+    """Whether a site can be cut off here."""
+    command = ["iptables", "-w", "-S", "INPUT"]
+    return (
+        os.geteuid() == 0
+        and bool(shutil.which("iptables"))
+        and not subprocess.run(command, capture_output=True).returncode
+    )
+
+
+def _as_mysql() -> list[str]:
+    """Words before a server's command: rsync's daemon of a root's server becomes nobody, who may read nothing."""
+    user = ["--reuid=mysql", "--regid=mysql", "--clear-groups"] if os.geteuid() == 0 else []
+    return [*bound_to_this_process(), *user]
+
+
+def _user() -> str:
+    """The user of the machine who runs the servers."""
+    return "mysql" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+
+
+class Node(MariaDB):
+    """One server of a cluster; `start` does not wait until it is a member.
+
+    :param options: further options of the server.
+    """
+
+    def __init__(self, folder: Path, number: int, ports: dict[str, int], *options: str) -> None:
+        super().__init__(folder, *options)
+        self.address, self.site, self.port = ADDRESSES[number], number // 2 + 1, ports["client"]
+        self.name = f"n{number + 1}"
+        self._ports = ports | {"copy": free_port("a node's port", "0")}  # where socat listens on all addresses
+        self.log = folder / "mariadb.log"
+
+    def _words(self, *more: str) -> list[str]:
+        """Write its configuration, and return the words of its command."""
+        group = self._ports["group"]
+        text = CONFIGURATION.read_text()
+        for shipped, here in {
+            " = 10.1.0.1\n": f" = {self.address}\n",
+            "segment=1": f"segment={self.site}",
+            "tcp://10.1.0.1:4567": f"tcp://{self.address}:{group}; ist.recv_addr={self.address}:{self._ports['state']}",
+            "gcache.size=512M": "gcache.size=32M",
+        }.items():
+            assert shipped in text
+            text = text.replace(shipped, here)
+        options = {
+            **SMALL,
+            "datadir": self.folder / "data",
+            "tmpdir": self.folder / "tmp",
+            "socket": self.socket,
+            "port": self.port,
+            "log_error": self.log,
+            "wsrep_cluster_address": "gcomm://" + ",".join(f"{address}:{group}" for address in ADDRESSES),
+            "wsrep_node_address": f"{self.address}:{group}",
+            "wsrep_node_name": self.name,
+            "wsrep_sst_auth": f"{_user()}:",
+            "wsrep_sst_receive_address": f"{self.address}:{self._ports['copy']}",
+        }
+        text += "\n" + "".join(f"{name} = {value}\n" for name, value in options.items())
+        configured = self.folder / "galera.cnf"
+        configured.write_text(text)
+        return [*_as_mysql(), executable("mariadbd"), f"--defaults-file={configured}", *self._options, *more]
+
+    def start(self, *, new_cluster: bool = False) -> None:
+        """Start the server with the data it has, as systemd's unit does.
+
+        :param new_cluster: found the cluster; as `galera_new_cluster`.
+        """
+        temporary = self.folder / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "data").exists():
+            shutil.copytree(_empty_data(), self.folder / "data")
+        if os.geteuid() == 0:
+            subprocess.run(["chown", "-R", "mysql:", self.folder, Path(self.socket).parent], check=True)
+        env = {**os.environ, "TMPDIR": str(temporary)}
+        words = self._words(f"--wsrep-start-position={self.recover(env)}", *["--wsrep-new-cluster"] * new_cluster)
+        self.process = subprocess.Popen(
+            words,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def recover(self, env: dict[str, str] | None = None) -> str:
+        """Return the id and number of the last transaction on its disk, as `galera_recovery` does."""
+        if not (self.folder / "data" / "grastate.dat").exists():
+            return "00000000-0000-0000-0000-000000000000:-1"
+        done = subprocess.run(
+            self._words("--wsrep-recover", "--disable-log-error"),
+            env=env,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            check=True,
+        )
+        found = re.search(r"WSREP: Recovered position: (\S+)", done.stderr)
+        assert found, done.stderr
+        return found[1]
+
+    def status(self, name: str) -> str:
+        """Return a status variable; empty if the server does not respond."""
+        with suppress(pymysql.Error, OSError):
+            return str(self.execute(f"SHOW STATUS LIKE '{name}'")[1])
+        return ""
+
+    def execute(self, statement: str) -> Any:
+        """Run a statement as an administrator, and return the first row of its result, if any.
+
+        :raises pymysql.err.OperationalError: if there is no answer in some seconds.
+        """
+        with (
+            pymysql.connect(
+                unix_socket=self.socket,
+                user="root",
+                connect_timeout=5,
+                read_timeout=10,
+                autocommit=True,
+                init_command="SET wsrep_sync_wait = 0",
+            ) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(statement)
+            return cursor.fetchone()
+
+    def is_synced(self) -> bool:
+        """Whether it takes reads and writes."""
+        return self.status("wsrep_local_state") == "4" and self.status("wsrep_ready") == "ON"
+
+    def suspend(self) -> None:
+        """Make it hang."""
+        assert self.process
+        suspend(self.process)
+
+    def resume(self) -> None:
+        assert self.process
+        psutil.Process(self.process.pid).resume()
+
+    def bootstrap(self) -> None:
+        """Let what is left of the cluster take writes again: the command of deploy/galera/README.md."""
+        self.execute("SET GLOBAL wsrep_provider_options = 'pc.bootstrap=YES'")
+
+    @property
+    def last_committed(self) -> int:
+        return int(self.status("wsrep_last_committed") or -1)
+
+
+class Galera:
+    """Five nodes in three sites, 2 + 2 + 1.
+
+    :param options: further options of the servers.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        ports = {name: free_port("a node's port", "0") for name in ("client", "group", "state")}
+        self.nodes = [Node(folder / f"n{number + 1}", number, ports, *options) for number in range(len(ADDRESSES))]
+        self._cut: dict[int, list[list[str]]] = {}
+
+    def start(self) -> None:
+        """Found the cluster, and wait until all nodes are members."""
+        first, *others = self.nodes
+        first.start(new_cluster=True)
+        self.wait_for([first], 1)
+        first.execute(f"CREATE USER {_user()}@localhost IDENTIFIED VIA unix_socket")
+        first.execute(f"GRANT RELOAD, PROCESS, LOCK TABLES, BINLOG MONITOR ON *.* TO {_user()}@localhost")
+        first.stop()
+        for node in others:  # begins where the first one is, or would need a copy of all from it, one after the other
+            shutil.copytree(first.folder / "data", node.folder / "data")
+        first.start(new_cluster=True)
+        self.wait_for([first], 1)
+        self.join(others)
+
+    def join(self, nodes: Iterable[Node]) -> None:
+        """Start nodes and wait until they are members: one after the other, as two at once may fail to become one."""
+        for node in nodes:
+            node.start()
+            wait_until(node.is_synced)
+
+    def wait_for(self, nodes: Sequence[Node], size: int, seconds: float = 60) -> None:
+        """Wait until these nodes take writes in a cluster of this size."""
+        wait_until(
+            lambda: all(node.status("wsrep_cluster_size") == str(size) and node.is_synced() for node in nodes), seconds
+        )
+
+    def site(self, number: int) -> list[Node]:
+        """Return the nodes of a site: 1, 2 or 3."""
+        return [node for node in self.nodes if node.site == number]
+
+    def kill(self, nodes: Iterable[Node]) -> None:
+        """Kill nodes at once, as the loss of their machines would."""
+        nodes = list(nodes)
+        for node in nodes:
+            assert node.process
+            node.process.kill()
+        for node in nodes:
+            node.kill()
+
+    def create(self) -> str:
+        """Create and migrate the service's database, and return its URL at the first node."""
+        node = self.nodes[0]
+        node.execute(f"CREATE DATABASE {DATABASE} CHARACTER SET utf8mb4")
+        node.execute(f"CREATE USER {USER}@'127.%' IDENTIFIED BY '{PASSWORD}'")
+        node.execute(f"GRANT ALL ON {DATABASE}.* TO {USER}@'127.%'")
+        node.execute("CREATE USER haproxy@'127.%'")
+        url = self.url(node.address, node.port)
+        migrate(url)
+        return url
+
+    @staticmethod
+    def url(host: str, port: int) -> str:
+        return f"mysql://{USER}:{PASSWORD}@{host}:{port}/{DATABASE}"
+
+    def cut(self, site: int) -> None:
+        """Let nothing pass between the addresses of a site and all others, in either direction."""
+        here = f"127.{site}.0.0/16"
+        self._cut[site] = [["-s", here, "!", "-d", here], ["!", "-s", here, "-d", here]]
+        for rule in self._cut[site]:
+            subprocess.run(["iptables", "-w", "-I", "INPUT", "-i", "lo", *rule, "-j", "DROP"], check=True)
+
+    def heal(self) -> None:
+        """End all cuts."""
+        for rule in [rule for site in list(self._cut) for rule in self._cut.pop(site)]:
+            subprocess.run(["iptables", "-w", "-D", "INPUT", "-i", "lo", *rule, "-j", "DROP"], check=True)
+
+    def close(self) -> None:
+        self.heal()
+        for node in self.nodes:
+            node.kill()
+            node.close()
+
+
+class Writer:
+    """HAProxy with deploy/galera/haproxy.cfg in front of a cluster.
+
+    :param name: that it has among its peers.
+    :param peers: the addresses of all who agree on the writer, as host:port, by name; itself alone by default.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        galera: Galera,
+        host: str = "127.0.0.1",
+        name: str = "site-1",
+        peers: Mapping[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.host, self.name = folder, host, name
+        self.port = free_port("the database's port", "0")
+        self.url = galera.url(host, self.port)
+        self._short = tempfile.TemporaryDirectory(prefix="kuaishang-")
+        self.socket = f"{self._short.name}/admin.sock"
+        peers = peers or {name: f"{host}:{free_port('the port of peers', '0')}"}
+        text = CONFIGURATION.with_name("haproxy.cfg").read_text()
+        text = text.replace("bind 127.0.0.1:3306", f"bind {host}:{self.port}")
+        text = re.sub("(?:    peer .*\n)+", "".join(f"    peer {one} {at}\n" for one, at in peers.items()), text)
+        for node in galera.nodes:
+            text, count = re.subn(
+                rf"server {node.name} [0-9.]+:3306", f"server {node.name} {node.address}:{node.port}", text
+            )
+            assert count == 1
+        head = f"global\n    log stdout format raw daemon\n    stats socket {self.socket} level admin\n\n"
+        (folder / "haproxy.cfg").write_text(head + text)
+        self.log = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            *bound_to_this_process(),
+            str(HAPROXY),
+            "-db",
+            "-L",
+            self.name,
+            "-f",
+            str(self.folder / "haproxy.cfg"),
+        ]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_until(lambda: self.process.poll() is not None or Path(self.socket).exists())
+        assert self.process.poll() is None, self.log.read_text()
+
+    def states(self) -> dict[str, str]:
+        """Return what the checks of each node say, by name: UP, DOWN, UP 1/2 and so on."""
+        return {row["svname"]: row["status"] for row in self._statistics() if row["svname"].startswith("n")}
+
+    def writer(self) -> str | None:
+        """Return the name of the node that gets new connections; None if there is none."""
+        found = re.search(r"server_id=(\d+)", self.ask("show table database"))
+        return f"n{found[1]}" if found else None
+
+    def sessions(self) -> dict[str, int]:
+        """Return the number of open connections to each node, by name."""
+        return {row["svname"]: int(row["scur"]) for row in self._statistics() if row["svname"].startswith("n")}
+
+    def _statistics(self) -> list[dict[str, str]]:
+        lines = self.ask("show stat").removeprefix("# ").strip().splitlines()
+        return [row for row in csv.DictReader(lines) if row["pxname"] == "database"]
+
+    def ask(self, command: str) -> str:
+        """Send a command to the runtime socket, and return the answer."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(self.socket)
+            connection.sendall(f"{command}\n".encode())
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._short.cleanup()
