@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import re
+import ssl
 import statistics
 import time
 from collections import Counter
@@ -98,10 +99,13 @@ class Pool:
     """Connections to one server, used by one request at a time.
 
     :param seconds: how long a response may take.
+    :param tls: with which it is encrypted.
     """
 
-    def __init__(self, port: int, seconds: float = 30) -> None:
-        self.port, self.seconds = port, seconds
+    def __init__(
+        self, port: int, seconds: float = 30, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.port, self.seconds, self.host, self.tls = port, seconds, host, tls
         self.idle: list[Connection] = []
 
     async def send(self, request: Request, due: float = 0) -> Outcome:
@@ -119,7 +123,7 @@ class Pool:
                     connection = self.idle.pop()
                 if not (connection and connection.usable):
                     loop = asyncio.get_running_loop()
-                    _, connection = await loop.create_connection(Connection, "127.0.0.1", self.port)
+                    _, connection = await loop.create_connection(Connection, self.host, self.port, ssl=self.tls)
                 answer = await connection.ask(request.content)
             status = answer.status
         except TimeoutError:
@@ -138,8 +142,10 @@ class Pool:
 
 
 @asynccontextmanager
-async def pool(port: int, seconds: float = 30) -> AsyncIterator[Pool]:
-    opened = Pool(port, seconds)
+async def pool(
+    port: int, seconds: float = 30, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Pool]:
+    opened = Pool(port, seconds, host, tls)
     try:
         yield opened
     finally:

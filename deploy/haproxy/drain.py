@@ -5,8 +5,8 @@
     drain.py --ready web-1                 put it back
 
 Where several HAProxies are in front, name the runtime socket of each with --socket; `ssh -L` brings one of another
-machine here. What an instance that is out misses are new requests only, and no check calls it away meanwhile. With
---state the file of `server-state-file` is written, too, so that it stays out over a reload or restart of HAProxy.
+machine here. With --state the file of `server-state-file` is written, too, so that it stays out over a reload or
+restart of HAProxy.
 
 Exit status: 0 done; 1 not done, with the instance left out: its requests did not end, the command failed, or it did not
 become ready; 2 wrong arguments. The last instance that is up is not taken out. Needs nothing but Python 3.
@@ -103,12 +103,12 @@ def main() -> int:
                 return all(servers(path)[options.server]["scur"] == "0" for path in options.socket)
 
             wait_until(is_idle, options.seconds, "it still has requests")
-            set_state(options, "maint")
             if not options.command:
                 return 0
             if status := subprocess.run(options.command).returncode:
                 raise Failed(f"{options.command[0]} ended with status {status}")
             wait_until(lambda: is_ready(address), options.seconds, "its /readyz does not answer 200")
+            set_state(options, "maint")  # from which it comes back slowly
         set_state(options, "ready")
     except Failed as error:
         print(f"{options.server}: {error}", file=sys.stderr)

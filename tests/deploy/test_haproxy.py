@@ -1,5 +1,6 @@
 """HAProxy as deploy/haproxy configures it, in front of two stand-ins, and the script that takes one of them out."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 import requests
 
+import settings
+from blueprints.health import CHECK_SECONDS
 from tests.deploy.load_balancers import HAPROXY, HAProxy, Instance
 from tests.deploy.test_load_balancers import assert_is_its_own
 from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed")
 
+FOLDER = ROOT / "deploy" / "haproxy"
 MALFORMED = {
     "no HTTP": ["hello"],
     "headers that are too long": ["GET / HTTP/1.1", "Host: x", f"X-Long: {'x' * 70_000}"],
@@ -45,6 +49,15 @@ def haproxy(instances: list[Instance], tmp_path: Path) -> Iterator[HAProxy]:
 def test_haproxy_has_no_doubt_about_its_configuration(haproxy: HAProxy) -> None:
     checked = subprocess.run([*haproxy.command[:1], "-c", "-dW", *haproxy.command[2:]], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_stopping_instance_still_serves_until_haproxy_has_noticed() -> None:
+    text, readme = (FOLDER / "haproxy.cfg").read_text(), (FOLDER / "README.md").read_text()
+    [times] = re.findall(r"default-server inter (\d+)s fastinter (\d+)s downinter \d+s fall (\d+) rise 2 ", text)
+    [drain] = re.findall(r"`DRAIN_SECONDS=(\d+)`", readme)
+    inter, fastinter, fall = map(int, times)
+    assert inter + (fall - 1) * fastinter + fall * CHECK_SECONDS < int(drain)
+    assert settings.Settings(only=["DRAIN_SECONDS"]).load({"DRAIN_SECONDS": drain})
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -111,6 +124,9 @@ def test_prometheus_is_told_of_each_instance_and_nobody_else(haproxy: HAProxy) -
     scraped = requests.get(f"{haproxy.statistics_url}/metrics", timeout=WAIT_SECONDS).text
     assert 'haproxy_server_status{proxy="kuaishang",server="web-1",state="UP"} 1' in scraped
     assert 'haproxy_server_status{proxy="kuaishang",server="web-1",state="DOWN"} 0' in scraped
+    assert 'haproxy_backend_active_servers{proxy="kuaishang"} 2' in scraped
+    for readme in (FOLDER / "README.md", FOLDER / "README.zh-CN.md"):
+        assert set(re.findall(r"`(haproxy_\w+)`", readme.read_text())) <= set(re.findall(r"(?m)^\w+", scraped))
     assert requests.get(f"{haproxy.statistics_url}/", timeout=WAIT_SECONDS).status_code == 404
 
 
@@ -130,7 +146,7 @@ class Drain:
     """deploy/haproxy/drain.py, and what it said."""
 
     def __init__(self, haproxy: HAProxy, *words: str | Path, seconds: float = WAIT_SECONDS) -> None:
-        command = [sys.executable, ROOT / "deploy" / "haproxy" / "drain.py", "--socket", haproxy.socket]
+        command = [sys.executable, FOLDER / "drain.py", "--socket", haproxy.socket]
         command += ["--state", haproxy.state, "--seconds", str(seconds), *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -159,26 +175,26 @@ def test_an_instance_is_drained_patched_and_put_back(
         drained.may_answer.set()
         assert {answer.result().status_code for answer in slow} == {200}
         wait_until(mark.exists)
-        assert haproxy.status("web-1") == "MAINT"
+        assert not haproxy.is_up("web-1")
         assert haproxy.request("POST", "/").status_code == 200
         drained.is_ready = True
     assert drain.result() == (0, "web-1: drain\nweb-1: maint\nweb-1: ready\n", "")
     assert haproxy.is_up("web-1")
-    haproxy.request("GET", "/")
+    assert int(haproxy.statistics()["kuaishang", "web-1"]["weight"]) < 100
     wait_until(lambda: haproxy.request("GET", "/") and len(drained.came) > 1)
 
 
 def test_an_instance_that_is_out_stays_so_over_a_reload_until_it_is_put_back(haproxy: HAProxy) -> None:
     assert Drain(haproxy, "web-1").result()[0] == 0
     haproxy.reload()
-    assert haproxy.status("web-1") == "MAINT"
+    assert haproxy.status("web-1") == "DRAIN"
     assert Drain(haproxy, "--ready", "web-1").result()[0] == 0
     haproxy.reload()
     assert haproxy.is_up("web-1")
 
 
 FAILURES = {
-    "a command that fails": (["web-1", "--", "false"], "MAINT", "web-1: false ended with status 1\n"),
+    "a command that fails": (["web-1", "--", "false"], "DRAIN", "web-1: false ended with status 1\n"),
     "no such instance": (["web-3"], "UP", "there is no such server in kuaishang\n"),
 }
 
@@ -194,7 +210,7 @@ def test_what_cannot_be_done_is_said(haproxy: HAProxy, name: str) -> None:
 def test_an_instance_that_does_not_become_ready_stays_out(haproxy: HAProxy, instances: list[Instance]) -> None:
     instances[0].is_ready = False
     code, _, errors = Drain(haproxy, "web-1", "--", "true", seconds=0.3).result()
-    assert (code, haproxy.status("web-1")) == (1, "MAINT")
+    assert (code, haproxy.is_up("web-1")) == (1, False)
     assert errors == "web-1: its /readyz does not answer 200 after 0.3 s\n"
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from itertools import count
 from typing import Any
 
@@ -75,6 +75,11 @@ class Load:
         self.acknowledged: set[str] = set()
         self.issued: list[str] = []
         self._numbers = count()
+
+    def connections(self) -> AbstractAsyncContextManager[Pool]:
+        """Open those to the service."""
+        assert self.stage.service
+        return pool(int(self.stage.service.environ["PORT"]), PATIENCE_SECONDS)
 
     async def log_in(self) -> Outcome:
         number = next(self._numbers)
@@ -160,9 +165,7 @@ class Load:
 
     async def run(self, ready: threading.Event) -> None:
         """Send requests until it is over, then what was not acknowledged until it is, and ask for all sessions."""
-        assert self.stage.service
-        port = int(self.stage.service.environ["PORT"])
-        async with pool(port, PATIENCE_SECONDS) as self.service, pool(self.stage.simulator_port) as self.simulator:
+        async with self.connections() as self.service, pool(self.stage.simulator_port) as self.simulator:
             # With patience: a worker that made no call since the last fault pauses its calls for some seconds more.
             end = time.monotonic() + RECOVERY_SECONDS
             while len(self.issued) < max(CLIENTS.values()):
@@ -180,19 +183,27 @@ class Load:
 
 @contextmanager
 def load(stage: Stage, items: Sequence[dict[str, Any]] = Load.items) -> Iterator[Load]:
-    """Load the service until the end of the block, with orders of these items.
+    """Load the service until the end of the block, with orders of these items."""
+    running = Load(stage)
+    running.items = tuple(items)
+    with in_background(running):
+        yield running
+
+
+@contextmanager
+def in_background(running: Load) -> Iterator[None]:
+    """Let a load run until the end of the block.
 
     In a thread of its own, as what the block starts in the main thread would end with another one.
     """
-    running, ready = Load(stage), threading.Event()
-    running.items = tuple(items)
+    ready = threading.Event()
     with ThreadPoolExecutor(1) as executor:
         done = executor.submit(asyncio.run, running.run(ready))
         while not ready.wait(0.1):
             if done.done():
                 done.result()
         try:
-            yield running
+            yield
         finally:
             running.over = True
         done.result()
