@@ -42,7 +42,7 @@ def run_once(make_response: Callable[[], Response]) -> Response:
     with suppress(ValueError, RecursionError):  # the view rejects what is malformed
         content = json.dumps(json.loads(content), sort_keys=True).encode()
     fingerprint = hashlib.sha256(f"{request.full_path} ".encode() + content).hexdigest()
-    return database.in_transaction(lambda: _replay_or_store(key, fingerprint, make_response))
+    return database.in_transaction(lambda: _replay_or_store(key, fingerprint, make_response), is_keyed=True)
 
 
 def _replay_or_store(key: str, fingerprint: str, make_response: Callable[[], Response]) -> Response:

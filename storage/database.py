@@ -30,8 +30,7 @@ from storage import failures
 from storage.models import Base, Encrypted, User
 from telemetry import metrics
 
-STATEMENT_SECONDS = 3
-TRIES = 5
+STATEMENT_SECONDS, TRIES = 3, 5
 SQLITE_FREE_BYTES = 1_000_000
 """What must be free for SQLite to count as ready."""
 T = TypeVar("T")
@@ -188,14 +187,16 @@ def ping() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def in_transaction(work: Callable[[], T], tries: int = TRIES) -> T:
-    """Run some work and commit; in so many tries if it loses a race, or meets a server that takes no writes.
+def in_transaction(work: Callable[[], T], tries: int = TRIES, is_keyed: bool = False) -> T:
+    """Run some work and commit; in so many tries if it loses a race, or meets a server that goes or takes no writes.
 
     The row of the user who is signed in is locked: what the work writes for them is there before a deletion, a merge, a
     cancellation or a block looks for it, or is not written.
 
     :param work: does nothing but database work, and loads the rows it needs itself. It locks rows whose version it does
         not check: `with_for_update`.
+    :param is_keyed: whether a second run finds what the first one committed, and does nothing. Else a COMMIT without an
+        answer, which may have succeeded, is not repeated.
     :returns: what the last run of `work` returned.
     :raises ApiError: UNAUTHORIZED if the user who was signed in has been deleted or blocked.
     :raises sqlalchemy.orm.exc.StaleDataError: if the last try lost against a newer version of a row.
@@ -213,9 +214,11 @@ def in_transaction(work: Callable[[], T], tries: int = TRIES) -> T:
                     raise ApiError(Code.UNAUTHORIZED)
             result = work()
     except (DBAPIError, StaleDataError) as error:
-        if tries == 1 or not failures.codes(getattr(error, "orig", error)) & failures.LOST:
+        # Of a COMMIT, and of a connection that failed, there is no statement.
+        is_safe = is_keyed or getattr(error, "statement", None) is not None
+        if tries == 1 or not failures.may_repeat(getattr(error, "orig", error), is_safe):
             raise
-        return in_transaction(work, tries - 1)
+        return in_transaction(work, tries - 1, is_keyed)
     finally:
         g.pop("user", None)
     for function in g.pop("after_commit"):

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from flask import Flask, Response
 from flask.testing import FlaskClient
+from pymysql.err import OperationalError
 from redis import Redis
 
 import wechat
@@ -255,6 +256,23 @@ def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
     for limit in shared_app.extensions["rate_limits"].values():
         limit._settler.submit(int).result()  # what is due is settled, so nothing gets into the next test
     shared_app.extensions["wechat"].transport._adapter.close()
+
+
+@pytest.fixture
+def lose_commit(app: Flask, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], None]:
+    """Let the next COMMIT on MariaDB fail with this error, whether or not it is done."""
+    dialect = app.extensions["database"].dialect
+    commit = dialect.do_commit
+
+    def lose(number: int, is_done: bool) -> None:
+        def fail(connection: Any) -> None:
+            monkeypatch.setattr(dialect, "do_commit", commit)
+            (commit if is_done else dialect.do_rollback)(connection)
+            raise OperationalError(number, "lost")
+
+        monkeypatch.setattr(dialect, "do_commit", fail)
+
+    return lose
 
 
 @pytest.fixture

@@ -161,6 +161,27 @@ def test_a_failure_does_not_use_up_the_key(alice: Caller, monkeypatch: pytest.Mo
     assert data_of(alice.get("/orders"))["total"] == 1
 
 
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize("number", [1180, 2013])
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_keyed_post_survives_a_commit_whose_response_is_lost(
+    alice: Caller, lose_commit: Callable[..., None], number: int, is_done: bool
+) -> None:
+    lose_commit(number, is_done)
+    assert alice.post("/orders", ORDER, Idempotency_Key="tap").status_code == 201
+    assert data_of(alice.get("/orders"))["total"] == 1
+
+
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_post_without_a_key_is_503_if_the_response_to_its_commit_is_lost(
+    alice: Caller, lose_commit: Callable[..., None], is_done: bool
+) -> None:
+    lose_commit(2013, is_done)
+    assert code_of(alice.post("/orders", ORDER)) == (503, 503)
+    assert data_of(alice.get("/orders"))["total"] == is_done
+
+
 def test_a_key_expires_after_a_day(alice: Caller, app: Flask) -> None:
     def age(hours: float) -> None:
         with app.app_context():

@@ -15,14 +15,14 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask import Flask, g, request
-from sqlalchemy import Connection, Engine, TextClause, inspect, select, text, update
+from sqlalchemy import Connection, Engine, TextClause, delete, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from dev.migration import tidy
 from errors import ApiError, Code
 from storage import database, failures
-from storage.models import Base, User, now
+from storage.models import Base, Order, User, now
 from tests.blueprints.callers import ORDER, Caller, data_of
 from tests.databases import Databases, MariaDB
 from tests.harness import PERSON, ROOT, WAIT_SECONDS, Simulator, migrate
@@ -358,7 +358,7 @@ def signal_error(number: int) -> TextClause:
 
 
 @pytest.mark.only_on("mariadb")
-@pytest.mark.parametrize("number", [1036, 1047, 1053, 1290, 1792, 1836, 3032, 3100])
+@pytest.mark.parametrize("number", [1036, 1047, 1053, 1180, 1290, 1792, 1836, 3032, 3100])
 def test_an_error_after_a_failover_replaces_the_connections(databases: Databases, number: int) -> None:
     engine = database.engine_for(databases.create(), pool_size=2)
 
@@ -394,8 +394,10 @@ def test_a_connection_is_replaced_after_a_minute_as_its_name_may_lead_elsewhere_
 
 
 @pytest.mark.only_on("mariadb")
-@pytest.mark.parametrize(("number", "tries"), [(1290, 2), (1792, 2), (1047, 1), (2013, 1), (1205, 1)])
-def test_a_transaction_that_a_read_only_server_refused_is_run_again(app: Flask, number: int, tries: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "tries"), [(1290, 2), (1792, 2), (1047, 2), (1053, 2), (2006, 2), (2013, 2), (9007, 2), (1205, 1)]
+)
+def test_a_transaction_that_a_server_refused_or_lost_is_run_again(app: Flask, number: int, tries: int) -> None:
     runs: list[int] = []
 
     def work() -> None:
@@ -410,6 +412,43 @@ def test_a_transaction_that_a_read_only_server_refused_is_run_again(app: Flask, 
     with app.app_context():
         found = database.session.scalars(select(User).where(User.openid == f"o-refused-{number}")).all()
     assert (len(runs), len(found)) == (tries, tries - 1)
+
+
+@pytest.mark.only_on("mariadb")
+@pytest.mark.parametrize("is_keyed", [False, True])
+@pytest.mark.parametrize(("number", "is_known"), [(1180, False), (2013, False), (1213, True), (8028, True)])
+def test_a_commit_of_unknown_outcome_is_repeated_only_if_that_does_nothing(
+    app: Flask, lose_commit: Callable[..., None], number: int, is_known: bool, is_keyed: bool
+) -> None:
+    lose_commit(number, is_done=not is_known)
+
+    def work() -> None:
+        database.session.add(Order(remark=f"commit-{number}", total=1))
+
+    with app.app_context(), suppress(OperationalError):
+        database.in_transaction(work, is_keyed=is_keyed)
+    with app.app_context():
+        made = len(database.session.scalars(select(Order).where(Order.remark == f"commit-{number}")).all())
+        database.session.execute(delete(Order).where(Order.remark == f"commit-{number}"))
+        database.session.commit()
+    # This work is not keyed: where it says so, the second run doubles it.
+    assert made == (1 if is_known or not is_keyed else 2)
+
+
+@pytest.mark.only_on("mariadb")
+def test_a_server_that_did_not_respond_in_time_is_not_asked_again(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 1)
+    runs: list[int] = []
+
+    def work() -> None:
+        runs.append(1)
+        database.session.execute(text("SELECT SLEEP(2)"))
+
+    with make_app().app_context(), pytest.raises(OperationalError):
+        database.in_transaction(work)
+    assert len(runs) == 1
 
 
 @pytest.mark.only_on("mariadb")
