@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_if_no_instance_is_ready_all_are_asked_and_the_plain_port_says_so(
     answer = haproxy.request("GET", "/")
     assert answer.status_code == 503
     assert_is_its_own(503, answer.headers, answer.content)
+
+
+def test_a_hung_instance_costs_no_more_time_than_its_caller_asked_for(
+    haproxy: HAProxy, instances: list[Instance]
+) -> None:
+    instances[0].may_answer.clear()
+    began = time.monotonic()
+    answers = [haproxy.request("GET", "/", headers={"X-Request-Timeout": "0.5"}) for _ in range(2)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert instances[0].came
+    assert time.monotonic() - began < 10
 
 
 def test_prometheus_is_told_of_each_instance_and_nobody_else(haproxy: HAProxy) -> None:
