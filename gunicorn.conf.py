@@ -155,6 +155,7 @@ class Worker(GeventWorker):
         self.publish()
         with suppress(Exception), gevent.Timeout(1, False):  # what was off stays off, what was on stays on
             self.wsgi.extensions["switches"].read()
+            self.wsgi.extensions["check_redis"]()  # which leaves a primary that was replaced, and would still be read
         a_while_ago = time.monotonic() - 1
         for client in [one for one in self.clients if not (self.alive or one.ends_at) and one.since < a_while_ago]:
             # gunicorn would wait for the next request until graceful_timeout. One that is on its way is served: what

@@ -24,7 +24,8 @@ SOURCES = "*.py", "openapi*", "requirements.txt", "blueprints/*", "storage/**/*.
 _ORIGIN = r"(https://[a-z0-9.-]+(?!:443\b)|http://[a-z0-9.-]+(?!:80\b))(:[0-9]{1,5})?"
 # Of the options that the drivers know, the URLs take those that are known to work. A message must not quote a password.
 _PORT = r"(?!6553[6-9]|655[4-9][0-9]|65[6-9][0-9]{2}|6[6-9][0-9]{3}|[7-9][0-9]{4})[0-9]{1,5}"
-_HOST = rf"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]\s]+)(:{_PORT})?"
+_NAME = r"(\[[0-9A-Fa-f:.]+\]|[^/?#@:,\[\]\s]+)"
+_HOST = rf"{_NAME}(:{_PORT})?"
 _SITE = rf"(?i:https?)://{_HOST}(/[^?#\s]*)?"
 _MYSQL_OPTION = r"(charset=\w+|(unix_socket|ssl_(ca|capath|cert|key|cipher))=[^&]+|ssl_check_hostname=(true|false))"
 _MYSQL_PATTERN = rf"(mysql|mariadb)(\+pymysql)?://([^@]*@)?({_HOST})?/[^/?]+(\?{_MYSQL_OPTION}(&{_MYSQL_OPTION})*)?"
@@ -32,9 +33,12 @@ DATABASE_PATTERN = rf"sqlite:///(?!:memory:)[^?]+|{_MYSQL_PATTERN}"
 _REDIS_OPTION = r"(db=[0-9]+|socket_(connect_)?timeout=(?=[0-9.]*[1-9])[0-9]*\.?[0-9]+)"
 _TLS_OPTION = r"ssl_((ca_certs|certfile|keyfile)=[^&#]+|cert_reqs=(none|optional|required)|check_hostname=(true|false))"
 _REDIS_ADDRESS = rf"([^/?#]*@)?{_HOST}(/[0-9]*)?"
+_SENTINEL_OPTION = rf"({_REDIS_OPTION}|replicas=[0-9]|sentinel_(username|password)=[^&#]+)"
+_SENTINELS = rf"([^/?#]*@)?{_NAME}:{_PORT}(,{_NAME}:{_PORT})*/[A-Za-z0-9._-]+(/[0-9]*)?"
 REDIS_PATTERN = (
     rf"(redis://{_REDIS_ADDRESS}|unix://[^?#\[]*/[^?#]+)(\?{_REDIS_OPTION}(&{_REDIS_OPTION})*)?"
     rf"|rediss://{_REDIS_ADDRESS}(\?({_REDIS_OPTION}|{_TLS_OPTION})(&({_REDIS_OPTION}|{_TLS_OPTION}))*)?"
+    rf"|redis\+sentinel://{_SENTINELS}(\?{_SENTINEL_OPTION}(&{_SENTINEL_OPTION})*)?"
 )
 _KEY = "[A-Za-z0-9+/]{43}="
 _RATE = "off|[1-9][0-9]{0,8}/(second|minute|hour|day)"
@@ -105,9 +109,10 @@ class Settings(Schema):
     TRUSTED_PROXIES = _list("Comma-separated IPs or networks whose X-Forwarded headers count.", ".+", ip_network)
     CORS_ORIGINS = _list("Comma-separated origins whose pages may call the API: https://h5.example.com", _ORIGIN)
     REDIS_URL = _required(
-        "The one Redis, 6.2 or later, that all instances share, such as redis://:password@host:6379/0; not a Cluster or"
-        " Sentinel. Options: db, socket_timeout, socket_connect_timeout, ssl_ca_certs, ssl_certfile, ssl_keyfile,"
-        " ssl_cert_reqs, ssl_check_hostname.",
+        "The Redis, 6.2 or later, that all instances share: redis://:password@host:6379/0, rediss:// with TLS, or"
+        " redis+sentinel://:password@host:26379,host:26379,host:26379/service/0; not a Cluster. Options: db,"
+        " socket_timeout, socket_connect_timeout; ssl_ca_certs, ssl_certfile, ssl_keyfile, ssl_cert_reqs,"
+        " ssl_check_hostname; sentinel_username, sentinel_password, replicas (that have a login; default 1).",
         REDIS_PATTERN,
     )
     DATABASE_URL = _required(

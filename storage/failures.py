@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 from redis import exceptions
+from redis.sentinel import MasterNotFoundError
 from sqlalchemy.orm.exc import StaleDataError
 
 READ_ONLY = {1036, 1290, 1792, 1836, "SQLITE_READONLY", "SQLITE_READONLY_DBMOVED"}
@@ -33,6 +34,7 @@ _KINDS: dict[str, set[Any]] = {
     "No permission.": {1044, 1142, 1143, 1227, exceptions.NoPermissionError, PermissionError},
     "Unknown database.": {1046, 1049, "DB", "SQLITE_CANTOPEN", "SQLITE_NOTADB"},
     "Unknown host.": {socket.gaierror},
+    "No primary.": {MasterNotFoundError},
     "Refuses connections.": {1040, 1203, 1226, "max", ConnectionRefusedError, FileNotFoundError},
     "Does not respond.": {2006, 2013, TimeoutError},
 }
@@ -40,7 +42,7 @@ _KINDS: dict[str, set[Any]] = {
 
 def codes(error: BaseException | None) -> set[Any]:
     """Return what an error is known by: its classes, MySQL's number, SQLite's name, the first word of Redis."""
-    first = str(error.args[0]).partition(" ")[0] if error and error.args else ""
+    first = str(error.args[0]).rpartition("caused error: ")[2].partition(" ")[0] if error and error.args else ""
     return {*type(error).__mro__, int(first) if first.isdecimal() else first, getattr(error, "sqlite_errorname", None)}
 
 

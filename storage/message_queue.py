@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from errors import ApiError, Code
 from storage.cipher import cipher
-from storage.redis_client import redis
+from storage.redis_client import execute, redis
 from telemetry import metrics
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ database is away, it does not count."""
 _WORKERS = "workers"
 """The group, and the one consumer of it: what counts is how long ago a message was taken, not by whom."""
 _PUT = """
-if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+if redis.call('EXPIRE', KEYS[2], ARGV[6]) == 1 then return 0 end
 if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[2]) then return -1 end
 redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
 redis.call('XADD', KEYS[1], '*', 'sealed', ARGV[3], 'trace', ARGV[4])
@@ -74,7 +74,8 @@ class MessageQueue:
         ids: dict[str, str] = {}
         propagate.inject(ids)
         entry = cipher.encrypt(json.dumps(message, ensure_ascii=False), STREAM), json.dumps(ids)
-        outcome = redis.eval(_PUT, 2, STREAM, f"message:{key}", _WORKERS, BACKLOG, *entry, KEEP_SECONDS, remember)
+        values = _WORKERS, BACKLOG, *entry, KEEP_SECONDS, remember
+        (outcome,) = execute(redis.pipeline(transaction=False).eval(_PUT, 2, STREAM, f"message:{key}", *values))
         if outcome == -1:
             metrics.MESSAGES.labels("rejected").inc()
             raise ApiError(Code.UNAVAILABLE)

@@ -1,13 +1,18 @@
-"""The Redis that all instances share."""
+"""The Redis that all instances share: one server, or the one of several that their sentinels call the primary."""
 
+import re
+import threading
+from functools import partial
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from flask import Flask, current_app
-from redis import BlockingConnectionPool, DriverInfo, Redis
-from redis.backoff import AbstractBackoff
-from redis.connection import UnixDomainSocketConnection
+from redis import BlockingConnectionPool, DriverInfo, Redis, exceptions
+from redis.backoff import AbstractBackoff, NoBackoff
+from redis.connection import Connection, UnixDomainSocketConnection, parse_url
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 from werkzeug.local import LocalProxy
 
 from concurrency import SharedReads
@@ -15,6 +20,8 @@ from telemetry import metrics
 
 CONNECTIONS, WAIT_SECONDS = 100, 1
 """How many a process opens at most, and how long a request waits for one that is free."""
+_ONCE = {"retry": Retry(NoBackoff(), 0), "socket_timeout": 0.2, "socket_connect_timeout": 0.2}
+"""How a sentinel is asked: another one may respond."""
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
 
@@ -25,11 +32,83 @@ UnixDomainSocketConnection.port = None  # type: ignore[attr-defined]
 class Pool(BlockingConnectionPool):
     """Measures for how long a connection is waited for while all are in use."""
 
+    replicas = 0
+    """How many replicas must have what `execute` writes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(max_connections=CONNECTIONS, timeout=WAIT_SECONDS, **options)  # type: ignore[no-untyped-call]
+
     def get_connection(self, *args: Any, **options: Any) -> Any:
         if not self.pool.empty():
             return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
         with metrics.POOL_WAIT_SECONDS.labels("redis").time():
             return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+
+    def distrust(self) -> None:
+        """Close the idle connections: the server has refused a write, and may be the primary no more."""
+        self.disconnect(inuse_connections=False)
+
+    def read(self, client: Redis, keys: list[str]) -> Any:
+        """Return the values of keys, by key."""
+        return dict(zip(keys, client.mget(keys), strict=True))
+
+
+class SentinelPool(Pool):
+    """Connects to the server that a sentinel calls the primary.
+
+    Not redis-py's SentinelConnectionPool, which waits for no free connection, and does not ask a sentinel before it
+    sends again what was refused.
+
+    :param url: as REDIS_URL.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        parts, self._primary = urlsplit(url), None
+        credentials, at, hosts = parts.netloc.rpartition("@")
+        _, self._service, *database = parts.path.split("/")
+        options |= parse_url(f"redis://{credentials}{at}/{''.join(database)}?{parts.query}")
+        self.replicas = int(options.pop("replicas", 1))
+        login = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+        self._sentinel = Sentinel(re.findall(r"([^,[\]]+)]?:([0-9]+)", hosts), sentinel_kwargs=login | _ONCE)
+        once_more = {**options, "retry": Retry(NoBackoff(), 1)}
+        self._replica = partial(self._sentinel.replica_for, self._service, **once_more)
+        self._asking, asked = threading.Lock(), SharedReads(self._find)
+
+        class Primary(Connection):
+            def connect_check_health(self, *args: Any, **options: Any) -> None:
+                if not self.is_connected:
+                    self.host, self.port = asked.get("primary")
+                super().connect_check_health(*args, **options)
+
+        super().__init__(connection_class=Primary, **options)
+
+    def _find(self, names: list[str]) -> dict[str, Any]:
+        """Ask for the primary. When it is another one, the idle connections are closed."""
+        with self._asking:  # of two at once redis-py might forget a sentinel
+            found = self._sentinel.discover_master(self._service)
+        if self._primary != found:
+            self._primary = found
+            self.disconnect(inuse_connections=False)
+        return dict.fromkeys(names, found)
+
+    def distrust(self) -> None:
+        """Ask another sentinel, too: this one may be cut off with an old primary."""
+        super().distrust()
+        self._sentinel.sentinels.append(self._sentinel.sentinels.pop(0))
+
+    def read(self, client: Redis, keys: list[str]) -> Any:
+        """Read from a replica while there is no primary.
+
+        :returns: None if it does not have all of several: then each is read alone.
+        """
+        try:
+            return super().read(client, keys)
+        except (exceptions.ConnectionError, exceptions.TimeoutError):
+            with self._replica() as replica:  # not kept: it may be the primary next
+                found = replica.mget(keys)
+            if None in found and len(keys) == 1:
+                raise  # another replica may have it
+            return None if None in found else dict(zip(keys, found, strict=True))
 
 
 def init_app(app: Flask) -> None:
@@ -40,13 +119,12 @@ def init_app(app: Flask) -> None:
         """
 
         def compute(self, failures: int) -> float:
-            pool.disconnect(inuse_connections=False)
+            pool.distrust()
             return 0
 
-    pool = Pool.from_url(
-        app.config["REDIS_URL"],
-        max_connections=CONNECTIONS,
-        timeout=WAIT_SECONDS,
+    url = app.config["REDIS_URL"]
+    pool: Pool = (SentinelPool if url.startswith("redis+sentinel:") else Pool.from_url)(
+        url,
         driver_info=DriverInfo(),  # made once: redis-py would read its version from a file for each connection
         # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
         # a SET NX would take its own key for somebody else's. A closed connection is noticed before use.
@@ -57,15 +135,35 @@ def init_app(app: Flask) -> None:
         retry=Retry(Failover(), 1, (ResponseError, BusyLoadingError)),
     )
     client = app.extensions["redis"] = Redis(connection_pool=pool)
-    app.extensions["quiet_redis"] = Redis(connection_pool=pool)  # for work that belongs to no request: makes no spans
-    app.extensions["shared_reads"] = SharedReads(lambda keys: dict(zip(keys, client.mget(keys), strict=True)))
+    # For work that belongs to no request: makes no spans.
+    quiet = app.extensions["quiet_redis"] = Redis(connection_pool=pool)
+    app.extensions["check_redis"] = partial(ping, quiet)
+    app.extensions["shared_reads"] = SharedReads(partial(pool.read, client))
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
 
-def ping() -> None:
+def execute(pipeline: Any) -> Any:
+    """Run a pipeline that is no transaction, and wait until as many replicas as REDIS_URL asks for have what it wrote.
+
+    :returns: the outcome of each command.
+    :raises redis.exceptions.RedisError: if Redis is away; or if the replicas are, then it may have been written.
+    """
+    pool = pipeline.connection_pool
+    if not pool.replicas:
+        return pipeline.execute()
+    milliseconds = int(pool.connection_kwargs["socket_timeout"] * 750)
+    *outcomes, acknowledged = pipeline.wait(pool.replicas, milliseconds).execute()
+    if acknowledged < pool.replicas:
+        pool.distrust()
+        raise ResponseError("NOREPLICAS written, but not acknowledged by enough replicas in time")
+    return outcomes
+
+
+def ping(client: Redis = redis) -> None:
     """Write a key that expires.
 
     :raises redis.exceptions.RedisError: if Redis does not respond, takes no writes, is older than 6.2 or a Cluster.
     """
-    redis.set("readiness", "", ex=60, get=True)  # GET is unknown to older versions
-    redis.exists("readiness", "another-slot")  # refused by a Cluster, as are logins
+    pipeline = client.pipeline(transaction=False)
+    pipeline.set("readiness", "", ex=60, get=True)  # GET is unknown to older versions
+    execute(pipeline.exists("readiness", "another-slot"))  # refused by a Cluster, as are logins

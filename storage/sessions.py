@@ -3,16 +3,18 @@
 import hashlib
 import time
 from collections import UserDict
+from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
 from flask import Flask, Request, Response, current_app, request, session
 from flask.sessions import SessionMixin
 from flask_session.redis import RedisSessionInterface
+from redis.exceptions import RedisError
 
 from errors import ApiError, Code
 from storage import wechat_session_keys
-from storage.redis_client import redis
+from storage.redis_client import execute, redis
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
@@ -98,30 +100,32 @@ class SessionInterface(RedisSessionInterface):
         is_due = session.loaded and session.data.get("expires_at", 0) < min(half_over, session.data.get("ends_at", 0))
         if not session.modified and not is_due:
             return
-        name = cookie_name("session")
+        name, is_modified = cookie_name("session"), session.modified
         session.modified = False  # the response to a failure of this is saved too: do not wait for Redis twice
-        if session:
-            self.store(session)
-            if session.by_cookie:
-                response.set_cookie(name, session.sid, expires=session["expires_at"], **COOKIE_OPTIONS)
-        else:
-            self._delete_session(self._get_store_id(session.sid))
-            if session.by_cookie:
-                response.delete_cookie(name, **COOKIE_OPTIONS)
+        with suppress(*() if is_modified else (RedisError,)):  # one that cannot be prolonged now is valid for long
+            if session:
+                self.store(session)
+                if session.by_cookie:
+                    response.set_cookie(name, session.sid, expires=session["expires_at"], **COOKIE_OPTIONS)
+            else:
+                execute(self.client.pipeline(transaction=False).delete(self._get_store_id(session.sid)))
+                if session.by_cookie:
+                    response.delete_cookie(name, **COOKIE_OPTIONS)
 
     def store(self, session: LazySession) -> None:
         now, store_id = int(time.time()), self._get_store_id(session.sid)
         lifetime: int = self.app.config["SESSION_ABSOLUTE_LIFETIME"]
         ends_at = session.data.setdefault("ends_at", now + lifetime)
         session.data["expires_at"] = expires_at = min(now + self.app.config["SESSION_LIFETIME"], ends_at)
-        with self.client.pipeline() as pipeline:
-            # A session that was revoked since it was read must not come back: only a new one may be created.
-            pipeline.set(store_id, msgspec.json.encode(session.data), ex=max(expires_at - now, 1), xx=not session.new)
-            if session.new and "user_id" in session:
-                index = _index_key(session["user_id"])
-                pipeline.zadd(index, {store_id: ends_at})
-                pipeline.zremrangebyscore(index, "-inf", now)
-                pipeline.expire(index, lifetime)
+        # No transaction: who does not get to its end has told nobody the token.
+        pipeline: Any = self.client.pipeline(transaction=False)
+        # A session that was revoked since it was read must not come back: only a new one may be created.
+        pipeline.set(store_id, msgspec.json.encode(session.data), ex=max(expires_at - now, 1), xx=not session.new)
+        if session.new and "user_id" in session:
+            index = _index_key(session["user_id"])
+            pipeline.zadd(index, {store_id: ends_at}).zremrangebyscore(index, "-inf", now).expire(index, lifetime)
+            execute(pipeline)
+        else:
             pipeline.execute()
         session.new = False
 
@@ -170,6 +174,7 @@ def log_in(user_id: int, **facts: Any) -> str:
     current.new = True
     current.update(facts, user_id=user_id)
     # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
+    current.modified = False  # nor is it tried again then: nobody knows the token of one that may have been written
     _interface().store(current)
     return current.sid
 
@@ -197,6 +202,6 @@ def revoke_sessions(user_id: int) -> None:
     """
     index = _index_key(user_id)
     store_ids = redis.zrange(index, 0, -1)
-    pipeline: Any = redis.pipeline().delete(wechat_session_keys.redis_key(user_id), *store_ids)
+    pipeline: Any = redis.pipeline(transaction=False).delete(wechat_session_keys.redis_key(user_id), *store_ids)
     # Only the sessions that were read: a concurrent login keeps its session and its entry. ZREM wants one at least.
-    pipeline.zrem(index, "", *store_ids).execute()
+    execute(pipeline.zrem(index, "", *store_ids))

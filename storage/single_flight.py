@@ -42,10 +42,8 @@ def single_flight(kind: str, code: str, call: Callable[[], Any]) -> Any:
                 if isinstance(error, GaveUp) or error.api_code.status == 429 or error.api_code.status >= 500:
                     raise
                 outcome = None, error.api_code.name, error.message
-            with redis.pipeline() as pipeline:
-                pipeline.set(key, cipher.encrypt(json.dumps(outcome), key), ex=_RESULT_SECONDS)
-                pipeline.set(f"{key}:used", "", ex=300)  # after that WeChat itself rejects a code
-                pipeline.execute()
+            pipeline: Any = redis.pipeline().set(key, cipher.encrypt(json.dumps(outcome), key), ex=_RESULT_SECONDS)
+            pipeline.set(f"{key}:used", "", ex=300).execute()  # after that WeChat itself rejects a code
             return _result(*outcome)
     with suppress(DecryptionError):  # nothing is kept, or it is encrypted under a key that this process lacks
         return _result(*json.loads(cipher.decrypt((kept or b"").decode(), key)))

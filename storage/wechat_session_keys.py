@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 from flask import current_app
 
@@ -29,12 +29,10 @@ def keep(user_id: int, session_key: str, asked_at: float, answered_at: float) ->
     :param answered_at: when WeChat answered, on the same scale.
     :raises redis.exceptions.RedisError: if Redis is away.
     """
-    name = redis_key(user_id)
-    with redis.pipeline() as pipeline:
-        pipeline.zadd(name, {cipher.encrypt(json.dumps([session_key, asked_at, answered_at]), name): answered_at})
-        pipeline.zremrangebyrank(name, 0, -1 - MAXIMUM_KEPT)
-        pipeline.expire(name, current_app.config["SESSION_ABSOLUTE_LIFETIME"])
-        pipeline.execute()
+    name, lifetime = redis_key(user_id), current_app.config["SESSION_ABSOLUTE_LIFETIME"]
+    sealed = cipher.encrypt(json.dumps([session_key, asked_at, answered_at]), name)
+    pipeline: Any = redis.pipeline().zadd(name, {sealed: answered_at})
+    pipeline.zremrangebyrank(name, 0, -1 - MAXIMUM_KEPT).expire(name, lifetime).execute()
 
 
 def candidates(user_id: int) -> list[str]:

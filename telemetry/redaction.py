@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 HIDDEN = "…"
 TEXT_CHARACTERS = 4000
@@ -50,8 +50,9 @@ def hide_settings(config: Mapping[str, Any]) -> None:
                 _secrets.add(base64.b64encode(secret).decode() if isinstance(secret, bytes) else secret)
         elif isinstance(value, str) and "://" in value:
             url = urlsplit(value)
-            _hosts.add(url.hostname or "")
-            _secrets.update(filter(None, (url.password, unquote(url.password or ""))))
+            _hosts.add(url.netloc.rpartition("@")[2])
+            given = [url.password or "", *(text for name, text in parse_qsl(url.query) if name.endswith("password"))]
+            _secrets.update(filter(None, [*given, *map(unquote, given)]))
     _secrets.update([quote(secret) for secret in _secrets])
     _scrub.cache_clear()
 

@@ -29,6 +29,7 @@ ATTRIBUTES = frozenset(
 )
 """The attributes that are exported. None of them holds anything that a caller has sent."""
 
+_SAME = "parent", "resource", "kind", "instrumentation_scope", "start_time", "end_time"
 _VERBS = re.compile(r"^[A-Z]+(?:[ ._-][A-Z]+)*\b")
 _TABLE = re.compile(r"^[^'\"]*?\b(?:FROM|INTO|UPDATE)\s+`?([a-z_]+)\b")  # not in quotes, which may hold data
 
@@ -68,20 +69,11 @@ class Exporter(OTLPSpanExporter):
         for happened in span.events:
             if happened.attributes and "exception.type" in happened.attributes:
                 attributes.setdefault("error.type", happened.attributes["exception.type"])
-        error = attributes.get("error.type")
-        ids = span.get_span_context()
-        return ReadableSpan(
-            name=_name(span),
-            context=ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags),
-            parent=span.parent,
-            resource=span.resource,
-            attributes=attributes,
-            kind=span.kind,
-            instrumentation_scope=span.instrumentation_scope,
-            status=trace.Status(span.status.status_code, str(error) if error and not span.status.is_ok else None),
-            start_time=span.start_time,
-            end_time=span.end_time,
-        )
+        error, ids = attributes.get("error.type"), span.get_span_context()
+        context = ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags)
+        status = trace.Status(span.status.status_code, str(error) if error and not span.status.is_ok else None)
+        same = {name: getattr(span, name) for name in _SAME}
+        return ReadableSpan(_name(span), context, attributes=attributes, status=status, **same)
 
 
 def _name(span: ReadableSpan) -> str:
