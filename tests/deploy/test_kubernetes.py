@@ -291,7 +291,7 @@ def test_the_way_in_leads_to_the_pods(overlay: Overlay) -> None:
     assert service["selector"] == WEB
     (port,) = service["ports"]
     assert port["targetPort"] == overlay.container["ports"][0]["name"]
-    ingress = overlay("Ingress")["spec"]
+    ingress = overlay("Ingress", "kuaishang")["spec"]
     (rule,), (tls,) = ingress["rules"], ingress["tls"]
     assert tls["hosts"] == [rule["host"]]
     assert overlay.settings["PUBLIC_URL"] == f"https://{rule['host']}"
@@ -338,10 +338,41 @@ def test_each_region_has_its_own_addresses_and_all_the_same_host_and_image() -> 
         alone = Overlay(ONE_CLUSTER)("HorizontalPodAutoscaler")["spec"]["maxReplicas"]
         assert overlay("HorizontalPodAutoscaler")["spec"]["maxReplicas"] == len(REGIONS) * alone
         seen.append(
-            (given["TRUSTED_PROXIES"], overlay("Ingress")["spec"]["rules"][0]["host"], overlay.container["image"])
+            (
+                given["TRUSTED_PROXIES"],
+                overlay("Ingress", "kuaishang")["spec"]["rules"][0]["host"],
+                overlay.container["image"],
+            )
         )
     proxies, hosts, images = ({*values} for values in zip(*seen, strict=True))
     assert (len(proxies), len(hosts), len(images)) == (len(REGIONS), 1, 1)
+
+
+def test_the_name_server_can_ask_each_region_whether_it_can_serve() -> None:
+    config = (ROOT / "deploy/dns/config").read_text()
+    asked = dict(re.findall(r"^    (port|url_path) => (\S+)$", config, re.MULTILINE))
+    for name in REGIONS:
+        overlay = Overlay(name)
+        ingress = overlay("Ingress", "readyz")
+        (rule,) = ingress["spec"]["rules"]
+        (path,) = rule["http"]["paths"]
+        assert ({"port": "80", "url_path": path["path"]}, path["pathType"]) == (asked, "Exact")
+        assert {*rule} == {"http"}  # it names no host
+        assert "tls" not in ingress["spec"]
+        assert ingress["metadata"]["annotations"] == {"haproxy.org/ssl-redirect": "false"}
+        assert path["backend"] == overlay("Ingress", "kuaishang")["spec"]["rules"][0]["http"]["paths"][0]["backend"]
+
+
+def test_the_documents_say_how_many_connections_the_database_must_take() -> None:
+    def most(overlay: Overlay) -> int:
+        pods = overlay("HorizontalPodAutoscaler")["spec"]["maxReplicas"]
+        workers, default = int(overlay.settings["WEB_CONCURRENCY"]), settings.Settings().fields["DATABASE_CONNECTIONS"]
+        return pods * workers * int(overlay.settings.get("DATABASE_CONNECTIONS", default.load_default))  # type: ignore[no-any-return]
+
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (FOLDER / name).read_text()
+        assert f"{most(Overlay(ONE_CLUSTER)):,}" in text
+        assert f"{sum(most(Overlay(region)) for region in REGIONS):,}" in text
 
 
 class Kubectl:
