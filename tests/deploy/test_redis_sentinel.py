@@ -1,0 +1,128 @@
+"""The service with Redis Sentinel, configured as in deploy/redis; `redis_failover.py` has what takes longer."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import pytest
+import requests
+from flask import Flask
+
+from tests.conftest import Journal
+from tests.deploy.redis_sentinels import ADDRESSES, PASSWORDS, RedisProcess, RedisSentinels, is_bindable
+from tests.harness import WAIT_SECONDS, Service, Simulator, until_available, wait_until
+from tests.test_failover import READY
+from tests.test_probes import readiness
+
+pytestmark = pytest.mark.skipif(not is_bindable(ADDRESSES[0]), reason="only Linux has all addresses of 127.0.0.0/8")
+
+RECOVERY_SECONDS = 30
+"""Until a new primary takes logins: 5 on a quiet machine."""
+
+
+@pytest.fixture(scope="module")
+def shared_sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisSentinels]:
+    with closing(RedisSentinels(tmp_path_factory.mktemp("sentinels"))) as sentinels:
+        sentinels.start()
+        yield sentinels
+
+
+@pytest.fixture
+def sentinels(shared_sentinels: RedisSentinels, journal: Journal) -> RedisSentinels:
+    """One primary, two replicas and three sentinels, all well. No password of theirs may be logged."""
+    wait_until(shared_sentinels.complete)
+    journal.secrets |= set(PASSWORDS.values())
+    return shared_sentinels
+
+
+def log_in(service: Service, simulator: Simulator) -> requests.Response:
+    body = {"code": simulator.code()}
+    return requests.post(f"{service.url}/api/v1/auth/wechat", json=body, timeout=WAIT_SECONDS)
+
+
+def connected(service: Service, server: RedisProcess) -> bool:
+    """Whether a worker has a connection to this server."""
+    addresses = [found.raddr for worker in service.workers() for found in worker.net_connections("tcp") if found.raddr]
+    return any((address.ip, address.port) == (server.address, server.port) for address in addresses)
+
+
+def test_a_killed_primary_costs_no_session_and_no_restart(
+    start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
+) -> None:
+    service, old = start_service(REDIS_URL=sentinels.url), sentinels.primary()
+    workers = {worker.pid for worker in service.workers()}
+    token = service.log_in(simulator)
+    assert readiness(service) == READY
+    old.kill()
+    began = time.monotonic()
+    reasons = set()
+    while (answer := log_in(service, simulator)).status_code != 200:
+        assert answer.status_code == 503, answer.text
+        assert time.monotonic() - began < RECOVERY_SECONDS
+        assert service.read_me(token).status_code == 200  # from a replica
+        status, data = readiness(service)
+        reasons |= {data["errors"]["redis"][0]} if status == 503 else set()
+    assert reasons <= {"Refuses connections.", "No primary.", "Does not respond.", "Refuses writes."}
+    assert "Refuses connections." in reasons
+    wait_until(lambda: readiness(service) == READY, RECOVERY_SECONDS)
+    assert service.read_me(answer.json()["data"]["token"]).status_code == 200
+    old.start()
+    wait_until(sentinels.complete)
+    assert sentinels.primary() is not old
+    assert {readiness(service) == READY for _ in range(10)} == {True}
+    assert service.read_me(token).status_code == 200
+    assert not connected(service, old)
+    assert {worker.pid for worker in service.workers()} == workers
+    with old.client() as client:
+        assert client.execute_command("ROLE")[0] == b"slave"
+
+
+def test_a_login_is_answered_when_a_replica_has_it(
+    start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
+) -> None:
+    service = start_service(REDIS_URL=f"{sentinels.url}&socket_timeout=0.8")  # less than the probe has
+    token = service.log_in(simulator)
+    replicas = [server for server in sentinels.servers if server is not sentinels.primary()]
+    with sentinels.primary().client() as client:
+        sessions = len(client.keys("session:*"))
+        for replica in replicas:
+            replica.suspend()
+        try:
+            refused = log_in(service, simulator)
+            assert (refused.status_code, refused.json()["data"]) == (503, None)
+            assert "Retry-After" in refused.headers
+            assert service.call("DELETE", "/auth/session", token).status_code == 503
+            assert readiness(service) == (503, {"errors": {"redis": ["Refuses writes."]}})
+            assert service.read_me(token).status_code in (200, 401)  # the logout may have been written
+        finally:
+            for replica in replicas:
+                replica.resume()
+        assert until_available(lambda: log_in(service, simulator)).status_code == 200
+        assert len(client.keys("session:*")) <= sessions + 2
+    wait_until(lambda: readiness(service) == READY)
+
+
+def test_a_sentinel_that_hangs_delays_one_connection(make_app: Callable[..., Flask], sentinels: RedisSentinels) -> None:
+    app = make_app(REDIS_URL=f"{sentinels.url}&socket_timeout=10")
+    sentinels.sentinels[0].suspend()
+    try:
+        began = time.monotonic()
+        for _ in range(20):
+            assert app.extensions["redis"].ping()
+            app.extensions["redis"].connection_pool.disconnect()
+        assert time.monotonic() - began < 20 * 0.2
+    finally:
+        sentinels.sentinels[0].resume()
+
+
+def test_readiness_says_what_is_wrong(make_app: Callable[..., Flask], sentinels: RedisSentinels) -> None:
+    def reason(old: str, new: str) -> str:
+        url = sentinels.url.replace(old, new)
+        assert url != sentinels.url
+        answer = make_app(REDIS_URL=url).test_client().get("/readyz")
+        assert answer.status_code == 503
+        return answer.get_json()["data"]["errors"]["redis"][0]
+
+    assert reason("/kuaishang/", "/another/") == "No primary."
+    assert reason(PASSWORDS["SENTINELS-PASSWORD"], "wrong") == "No primary."
+    assert reason(PASSWORDS["SERVICE-PASSWORD"], "wrong") == "Wrong user or password."
