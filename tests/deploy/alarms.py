@@ -2,7 +2,7 @@
 
 Not part of `make test`, as it takes about seven minutes:
 
-    .venv/bin/python -m pytest --database=mariadb tests/deploy/rehearsal.py
+    .venv/bin/python -m pytest --database=mariadb tests/deploy/alarms.py
 
 Each duration of rules.yml is divided by 60: an hour of the rules is a minute here. What the service itself waits for is
 not. All faults use up one budget, so the tests belong together and run in this order.
