@@ -24,7 +24,7 @@ resource migration: override export NAME := $(value NAME)
 resource: override export ONE := $(value ONE)
 resource: override export ZH := $(value ZH)
 
-.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults fuzz bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary client check-client clean
+.PHONY: help run image trace patch rollback patch-status test browser screenshots smoke compatible release faults rehearsal fuzz bench bench-patch hundred-patches overload waiting soak lint format requirements resource migration openapi binary bench-binary client check-client clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,6 +71,9 @@ smoke: $(INSTALLED) ## what a patch must pass, in about ten seconds: style, cont
 
 faults: $(INSTALLED) ## break everything in turn under load, count what was lost, and write bench/faults.md
 	$(VENV)/bin/python -m tests.faults $(ARGS)
+
+rehearsal: $(INSTALLED) ## let machines, sites and networks fail in turn under load, and write deploy/rehearsal.md (as root; ARGS=--quick)
+	$(VENV)/bin/python -m tests.rehearsal $(ARGS)
 
 fuzz: $(INSTALLED) ## call the live service as openapi.json says and as it forbids, on SQLite and MariaDB (MINUTES=30 for each, SEED=7)
 	$(VENV)/bin/python -m tests.contract.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)

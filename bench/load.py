@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-HUNG = "hung"
+HUNG, UNREACHED = "hung", "unreached"
 
 
 class Request(NamedTuple):
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 class Outcome(NamedTuple):
     """What became of a request.
 
-    :param status: of the response, or what happened instead of one: HUNG, or an exception's name.
+    :param status: of the response, or what happened instead of one: HUNG, UNREACHED, or an exception's name.
     :param began: when it was sent, or was due to be sent, by the monotonic clock.
     :param seconds: from then until the response was complete.
     """
@@ -100,12 +100,19 @@ class Pool:
 
     :param seconds: how long a response may take.
     :param tls: with which it is encrypted.
+    :param connect_seconds: how long a connection may take; then the request is UNREACHED.
     """
 
     def __init__(
-        self, port: int, seconds: float = 30, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+        self,
+        port: int,
+        seconds: float = 30,
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+        connect_seconds: float | None = None,
     ) -> None:
         self.port, self.seconds, self.host, self.tls = port, seconds, host, tls
+        self.connect_seconds = connect_seconds
         self.idle: list[Connection] = []
 
     async def send(self, request: Request, due: float = 0) -> Outcome:
@@ -122,12 +129,14 @@ class Pool:
                 while self.idle and not (connection and connection.usable):
                     connection = self.idle.pop()
                 if not (connection and connection.usable):
+                    connection = None
                     loop = asyncio.get_running_loop()
-                    _, connection = await loop.create_connection(Connection, self.host, self.port, ssl=self.tls)
+                    async with asyncio.timeout(self.connect_seconds):
+                        _, connection = await loop.create_connection(Connection, self.host, self.port, ssl=self.tls)
                 answer = await connection.ask(request.content)
             status = answer.status
         except TimeoutError:
-            status = HUNG
+            status = HUNG if connection or self.connect_seconds is None else UNREACHED
         except OSError as error:
             status = type(error).__name__
         if connection and connection.usable and answer:

@@ -138,10 +138,11 @@ class Process:
 class Simulator:
     """The WeChat simulator and its controls."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, host: str = "127.0.0.1") -> None:
         port = free_port("the simulator's port", "0")
-        self.url = f"http://127.0.0.1:{port}"
-        command = ["dev.wechat_simulator", "--port", str(port), "--app-id", APP_ID, "--app-secret", APP_SECRET]
+        self.url = f"http://{host}:{port}"
+        command = ["dev.wechat_simulator", "--host", host, "--port", str(port)]
+        command += ["--app-id", APP_ID, "--app-secret", APP_SECRET]
         command += ["--web-app", f"{WEB_APP_ID}:{WEB_APP_SECRET}"]
         command += ["--push-token", PUSH_TOKEN, "--push-aes-key", PUSH_AES_KEY]
         self.process = Process(command, dict(os.environ), output)

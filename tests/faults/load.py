@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import select
 
@@ -56,10 +56,16 @@ def complaint(outcome: Outcome) -> str | None:
     return None
 
 
+class Sender(Protocol):
+    """Sends a request to the service."""
+
+    async def send(self, request: Request) -> Outcome: ...
+
+
 class Load:
     """Users who read, log in, and order. An order that was not acknowledged is sent again, with its key."""
 
-    service: Pool
+    service: Sender
     simulator: Pool
     over = False
     items = (ITEM,)
@@ -166,19 +172,27 @@ class Load:
     async def run(self, ready: threading.Event) -> None:
         """Send requests until it is over, then what was not acknowledged until it is, and ask for all sessions."""
         async with self.connections() as self.service, pool(self.stage.simulator_port) as self.simulator:
-            # With patience: a worker that made no call since the last fault pauses its calls for some seconds more.
-            end = time.monotonic() + RECOVERY_SECONDS
-            while len(self.issued) < max(CLIENTS.values()):
-                outcome = await self.log_in()
-                assert is_right(outcome) or (complaint(outcome) is None and time.monotonic() < end), outcome
-            self.tokens = list(self.issued)
+            await self.sign_in(max(CLIENTS.values()))
             ready.set()
             clients = [self.client(kind, number) for kind, many in CLIENTS.items() for number in range(many)]
             await asyncio.gather(*clients)
-            found: list[bool] = []
-            for start in range(0, len(self.issued), 16):
-                found += await asyncio.gather(*map(self.has_session, self.issued[start : start + 16]))
-            self.missing_sessions = found.count(False)
+            await self.look_for_sessions()
+
+    async def sign_in(self, users: int) -> None:
+        """Get the tokens of so many users who read and order."""
+        # With patience: a worker that made no call since the last fault pauses its calls for some seconds more.
+        end = time.monotonic() + RECOVERY_SECONDS
+        while len(self.issued) < users:
+            outcome = await self.log_in()
+            assert is_right(outcome) or (complaint(outcome) is None and time.monotonic() < end), outcome
+        self.tokens = list(self.issued)
+
+    async def look_for_sessions(self) -> None:
+        """Count the logins that were acknowledged, and whose session is no more."""
+        found: list[bool] = []
+        for start in range(0, len(self.issued), 16):
+            found += await asyncio.gather(*map(self.has_session, self.issued[start : start + 16]))
+        self.missing_sessions = found.count(False)
 
 
 @contextmanager

@@ -38,15 +38,16 @@ def copy_tree(target: Path) -> Path:
 class Server:
     """A home folder and its supervisor, started.
 
-    :param environ: the settings; HOME/.env has those of `in_file`.
+    :param environ: the settings; HOME/.env has those of `in_file`. Without a PORT, it gets a free one.
     :param released: whether it has a release, and serves.
     """
 
     def __init__(self, home: Path, environ: dict[str, str], released: bool = True, **in_file: str) -> None:
         self.home = home
-        self.port = free_port("PORT", "0")
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(self.port), "HOST": "127.0.0.1"}
+        host = environ.get("HOST", "127.0.0.1")
+        self.port = int(environ.get("PORT") or free_port("PORT", "0"))
+        self.url = f"http://{host}:{self.port}"
+        self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(self.port), "HOST": host}
         (home / "environments").mkdir(parents=True)
         (home / "releases").mkdir()
         self.write_settings(**in_file)

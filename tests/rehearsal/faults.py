@@ -1,0 +1,289 @@
+"""The faults: how each is caused and what it may cost.
+
+Each is a context manager that begins it and ends it, and yields the proof that it happened: a function that is called
+before the end.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tests.deploy.dns_servers import query
+from tests.deploy.galera_nodes import Node
+from tests.deploy.redis_sentinels import RedisProcess
+from tests.harness import ROOT, wait_until
+from tests.rehearsal.stage import Site, Stage, Startable
+from tests.rehearsal.verdict import KINDS, Goal
+
+Proof = Callable[[], object]
+Cause = Callable[[Stage], AbstractContextManager[Proof]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault.
+
+    :param seconds: how long it lasts.
+    :param quick: whether the short form has it.
+    """
+
+    name: str
+    cause: Cause
+    goal: Goal
+    seconds: float = 0
+    quick: bool = False
+
+
+@contextmanager
+def nothing(stage: Stage) -> Iterator[Proof]:
+    yield lambda: True
+
+
+def all_killed(choose: Callable[[Stage], Sequence[Any]], down: Callable[[Any], bool]) -> Cause:
+    """Some servers die, and are started again at the end.
+
+    :param down: whether one of them is.
+    """
+
+    @contextmanager
+    def cause(stage: Stage) -> Iterator[Proof]:
+        servers: Sequence[Startable] = choose(stage)
+        for server in servers:
+            server.kill()
+        try:
+            yield lambda: all(down(server) for server in servers)
+        finally:
+            for server in servers:
+                server.start()
+
+    return cause
+
+
+# Instances
+
+
+@contextmanager
+def instance_frozen(stage: Stage) -> Iterator[Proof]:
+    instance = stage.instances[0]
+    instance.suspend()
+    try:
+        yield lambda: not instance.serving()
+    finally:
+        instance.resume()
+
+
+@contextmanager
+def patched_in_turn(stage: Stage) -> Iterator[Proof]:
+    released = {}
+    for instance in stage.instances:
+        released[instance.name] = instance.release()
+        ended = instance.patch(released[instance.name], watch=1)
+        assert ended["end"] == "done", ended
+    yield lambda: {instance.name: instance.current() for instance in stage.instances} == released
+
+
+# The way in
+
+
+@contextmanager
+def proxies_reloaded(stage: Stage) -> Iterator[Proof]:
+    before = {process for proxy in stage.proxies for process in proxy.family()}
+    for proxy in stage.proxies:
+        proxy.reload()
+    yield lambda: all({*proxy.family()} - before for proxy in stage.proxies)
+
+
+@contextmanager
+def proxy_killed(stage: Stage) -> Iterator[Proof]:
+    """The HAProxy that has the address of its site dies; the other one must take it."""
+    site = stage.sites[0]
+    before = stage.holder(site)
+    assert before is not None
+    proxy = site.proxies[before]
+    proxy.kill()
+    try:
+        yield lambda: stage.holder(site) == 1 - before
+    finally:
+        proxy.start()
+
+
+@contextmanager
+def cut_off(stage: Stage) -> Iterator[Proof]:
+    """Nothing passes any more between the rest of the world and the site that has Redis's primary."""
+    site = site_of(stage, stage.redis.primary())
+    others = [other for other in stage.sites if other is not site]
+    stage.network.cut(site.number)
+    try:
+        yield lambda: not any(stage.network.reaches(other.machine, f"127.{site.number}.0.1") for other in others)
+    finally:
+        stage.network.heal(site.number)
+
+
+def site_of(stage: Stage, server: RedisProcess) -> Site:
+    return stage.sites[int(server.address.split(".")[1]) - 1]
+
+
+# Redis
+
+
+@contextmanager
+def primary_killed(stage: Stage) -> Iterator[Proof]:
+    primary = stage.redis.primary()
+    primary.kill()
+    try:
+        yield lambda: stage.redis.primary() is not primary
+    finally:
+        primary.start()
+
+
+@contextmanager
+def primary_frozen(stage: Stage) -> Iterator[Proof]:
+    primary = stage.redis.primary()
+    primary.suspend()
+    try:
+        yield lambda: stage.redis.primary() is not primary
+    finally:
+        primary.resume()
+
+
+@contextmanager
+def primary_partitioned(stage: Stage) -> Iterator[Proof]:
+    """The primary and the sentinel beside it are cut off from the others, but not from the service."""
+    primary = stage.redis.primary()
+    machine = site_of(stage, primary).machine
+    with stage.network.inside(machine):
+        stage.redis.cut(primary)
+    try:
+        yield lambda: stage.redis.primary() is not primary
+    finally:
+        with stage.network.inside(machine):
+            stage.redis.heal()
+
+
+# The database
+
+
+def nodes_killed(choose: Callable[[Stage], Sequence[Node]]) -> Cause:
+    """Some nodes die at once, and return one after the other at the end. If few are left, these are told to go on."""
+
+    @contextmanager
+    def cause(stage: Stage) -> Iterator[Proof]:
+        galera, nodes = stage.galera, choose(stage)
+        left = [node for node in galera.nodes if node not in nodes]
+        galera.kill(nodes)
+        has_quorum = len(left) > len(nodes)
+        yield lambda: all(node.process is None for node in nodes) and has_quorum == any(map(takes_writes, left))
+        if not has_quorum:
+            left[0].bootstrap()
+            wait_until(lambda: takes_writes(left[0]))
+        galera.join(nodes)
+
+    return cause
+
+
+def takes_writes(node: Node) -> bool:
+    return node.status("wsrep_cluster_status") == "Primary"
+
+
+def writer(stage: Stage) -> Node:
+    """Return the node that all writes go to."""
+    name = stage.sites[0].writer.writer()
+    return next(node for node in stage.galera.nodes if node.name == name)
+
+
+def writer_and_other(stage: Stage) -> list[Node]:
+    first = writer(stage)
+    return [first, next(node for node in stage.galera.nodes if node.site != first.site)]
+
+
+# All of it
+
+
+@contextmanager
+def power_cut(stage: Stage) -> Iterator[Proof]:
+    stage.cut_power()
+    yield lambda: not any(instance.serving() for instance in stage.instances)
+    stage.restore_power()
+
+
+NONE, SAFE = Goal(never=KINDS), ("read", "order")
+FAIL_OVER = Goal(in_flight=("read",), after_retry=SAFE)
+WRITABLE = Goal(after_retry=SAFE, moved=5)
+FAULTS = [
+    Fault("none (control)", nothing, NONE, 5, quick=True),
+    Fault(
+        "an instance is killed",
+        all_killed(lambda stage: stage.instances[:1], lambda one: not one.serving()),
+        Goal(never=SAFE),
+        8,
+        quick=True,
+    ),
+    Fault("an instance is frozen", instance_frozen, Goal(never=SAFE), 20),
+    Fault("all instances are patched, one after the other", patched_in_turn, NONE, quick=True),
+    Fault("HAProxy is reloaded", proxies_reloaded, NONE, quick=True),
+    Fault("the HAProxy that has the address is killed", proxy_killed, WRITABLE, 8, quick=True),
+    Fault("Redis: the primary is killed, and returns", primary_killed, FAIL_OVER, 10, quick=True),
+    Fault("Redis: the primary is frozen, and goes on", primary_frozen, FAIL_OVER, 10),
+    Fault("Redis: the primary is cut off from the sentinels", primary_partitioned, FAIL_OVER, 15),
+    Fault("database: the writer is killed", nodes_killed(lambda stage: [writer(stage)]), WRITABLE, 8, quick=True),
+    Fault("database: the writer and one of another site are killed", nodes_killed(writer_and_other), WRITABLE, 8),
+    Fault("database: a site's nodes are killed", nodes_killed(lambda stage: stage.galera.site(1)), WRITABLE, 8),
+    Fault(
+        "database: two sites' nodes are killed",
+        nodes_killed(lambda stage: [*stage.galera.site(1), *stage.galera.site(2)]),
+        Goal(),
+        15,
+    ),
+    Fault("a site's network is cut", cut_off, Goal(moved=30), 45),
+    Fault(
+        "a name server is killed",
+        all_killed(lambda stage: stage.name_servers[:1], lambda one: not query(one.address)),
+        NONE,
+        15,
+        quick=True,
+    ),
+    Fault(
+        "etcd is killed",
+        all_killed(lambda stage: stage.etcds, lambda one: not one.is_healthy()),
+        NONE,
+        20,
+        quick=True,
+    ),
+    Fault("all processes are killed at once (a power cut)", power_cut, Goal(), 2),
+]
+
+
+BUG = {
+    "from wsgi import app\n": "",
+    "next(numbers)": 'response.get_json()["data"]["id"]',
+    "number % 5 in (0, 1)": "True",
+    "number % 5": "number % 2",
+}
+"""Turns tests/apps/forgetful.py into the end of a wsgi.py that loses or doubles each order, by its id."""
+
+
+@contextmanager
+def bug(stage: Stage) -> Iterator[Proof]:
+    """Patch the first site with a release that acknowledges orders, and loses or doubles each."""
+    source = (ROOT / "tests" / "apps" / "forgetful.py").read_text()
+    for good, worse in BUG.items():
+        assert good in source, good
+        source = source.replace(good, worse)
+
+    def change(tree: Any) -> None:
+        door = tree / "wsgi.py"
+        door.write_text(f"{door.read_text()}\n{source}")
+
+    instances = stage.sites[0].instances
+    for instance in instances:
+        ended = instance.patch(instance.release(change))
+        assert ended["end"] == "done", ended
+    time.sleep(8)
+    yield lambda: True
+    for instance in instances:
+        assert instance.ask("rollback")["end"] == "done"
+
+
+SEEDED = Fault("a bug that loses and doubles orders", bug, Goal())

@@ -1,0 +1,113 @@
+"""The load of a rehearsal: so many requests a second from several clients, whatever becomes of those before."""
+
+import asyncio
+import secrets
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from bench.load import UNREACHED, Outcome, Pool, Request, pool
+from tests.faults.load import Load, complaint, is_right
+from tests.rehearsal.verdict import Sent
+
+if TYPE_CHECKING:
+    from tests.rehearsal.stage import Stage
+
+Address = tuple[str, int]
+
+MIX = ("read", "order", "read", "login", "read", "order", "read", "read")
+"""The kinds of requests, in turn."""
+PHONES, USERS = 6, 12
+PATIENCE_SECONDS = 15
+"""For a response: longer than HAProxy takes to ask a second instance after the first one has hung."""
+CONNECT_SECONDS = 2
+RETRY_SECONDS, PAUSE_SECONDS = 30, 0.5
+"""For how long, and how often, what failed is sent again: a read, and an order with its key. As the mini-program's
+client does, whose user would tap on a login again."""
+NOT_SENT = ("ConnectionRefusedError", "OSError", UNREACHED)
+"""Nothing has been sent: another address may be tried at once."""
+
+
+class Phone:
+    """A client that resolves the name, keeps connections, and tries the next address if one takes no connection.
+
+    :param resolve: returns the addresses, in the order in which they are tried.
+    """
+
+    def __init__(self, resolve: Callable[[], Sequence[Address]], tls: ssl.SSLContext) -> None:
+        self._resolve, self._tls = resolve, tls
+        self._pools: dict[Address, Pool] = {}
+
+    async def send(self, request: Request) -> Outcome:
+        began = time.monotonic()
+        outcome = Outcome(request, "unresolved", began, 0, None)
+        try:
+            addresses = await asyncio.to_thread(self._resolve)
+        except LookupError:
+            return outcome
+        for host, port in addresses:
+            known = self._pools.setdefault(
+                (host, port), Pool(port, PATIENCE_SECONDS, host, self._tls, connect_seconds=CONNECT_SECONDS)
+            )
+            outcome = await known.send(request, began)
+            if outcome.status not in NOT_SENT:
+                break
+        return outcome
+
+    def close(self) -> None:
+        for known in self._pools.values():
+            known.close()
+
+
+class OpenLoad(Load):
+    """Requests at a constant rate, each from the next of several clients.
+
+    :param rate: requests a second.
+    """
+
+    def __init__(self, stage: "Stage", rate: float) -> None:
+        super().__init__(stage)  # type: ignore[arg-type]  # it has what is used of a stage
+        self._rate, self._phones, self._turn = rate, [stage.phone() for _ in range(PHONES)], 0
+        self.sent: list[Sent] = []
+        self.complaints: list[str] = []
+
+    async def send(self, request: Request) -> Outcome:
+        self._turn += 1
+        return await self._phones[self._turn % PHONES].send(request)
+
+    async def run(self, ready: object) -> None:
+        self.service = self
+        async with pool(self.stage.simulator_port, host=self.stage.simulator_host) as self.simulator:  # type: ignore[attr-defined]
+            await self.sign_in(USERS)
+            ready.set()  # type: ignore[attr-defined]
+            began, number, running = time.monotonic(), 0, set[asyncio.Task[None]]()
+            while not self.over:
+                task = asyncio.create_task(self._request(number))
+                running.add(task)
+                task.add_done_callback(running.discard)
+                number += 1
+                await asyncio.sleep(max(0, began + number / self._rate - time.monotonic()))
+            await asyncio.gather(*running)
+            await self.look_for_sessions()
+        for phone in self._phones:
+            phone.close()
+
+    async def _request(self, number: int) -> None:
+        kind, token, key = MIX[number % len(MIX)], self.tokens[number % USERS], secrets.token_hex(16)
+
+        async def send() -> Outcome:
+            if kind == "login":
+                return await self.log_in()
+            return await (self.read(token) if kind == "read" else self.order(token, key))
+
+        first = outcome = await send()
+        self.outcomes.append(first)
+        self.complaints += filter(None, [complaint(first)])
+        end = time.monotonic() + RETRY_SECONDS
+        while kind != "login" and not is_right(outcome) and time.monotonic() < end:
+            await asyncio.sleep(PAUSE_SECONDS)
+            outcome = await send()
+            self.complaints += filter(None, [complaint(outcome)])
+        ended = first.began + first.seconds
+        self.sent.append(Sent(kind, first.began, ended, first.status, is_right(first), is_right(outcome)))
