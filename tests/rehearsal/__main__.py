@@ -30,8 +30,8 @@ for {retry} s send again what failed: reads, and orders with their keys. A reque
 not the right one; "sent again" counts those that failed in the end. Acknowledged are orders and logins. Lost are orders
 that are not in the database when all is back, and logins whose session is gone; doubled are orders that are there
 twice. The seconds until a failure count from the beginning of the fault until that request was sent, those to full
-strength from its end: until every process, check, replica and member is as before. That takes at most {strength} s, and
-nothing acknowledged is lost or doubled; the other goals:
+strength from when its repair began, as by starting what was killed, until every process, check, replica, member and
+weight is as before. That takes at most {strength} s, and nothing acknowledged is lost or doubled; the other goals:
 
 """
 

@@ -32,7 +32,7 @@ def _under_load(stage: Stage, fault: Fault, rate: float) -> Facts:
         with fault.cause(stage) as proof:
             time.sleep(fault.seconds)
             happened = proof()
-        ended = time.monotonic()
+            ended = time.monotonic()
         back, lacking = stage.wait_for_full_strength(STRENGTH_SECONDS)
         time.sleep(STEADY_SECONDS)
     lost, doubled = running.count_orders()

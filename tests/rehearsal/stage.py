@@ -186,7 +186,7 @@ class Stage:
             "WECHAT_APP_ID": APP_ID,
             "WECHAT_APP_SECRET": APP_SECRET,
             "WECHAT_API_BASE_URL": self.simulator.url,
-            "REDIS_URL": self._redis_url(),
+            "REDIS_URL": self.redis.url,
             "SECRET_KEY": secrets.token_hex(32),
             "ENCRYPTION_KEYS": base64.b64encode(secrets.token_bytes(32)).decode(),
             "METRICS_TOKEN": METRICS_TOKEN,
@@ -213,17 +213,6 @@ class Stage:
             with self.network.inside(site.machine):
                 heartbeat = Heartbeat(folder, self.etcds, address, 5, "--prefix", _prefix(site))
             self._add(site.machine, heartbeat)
-
-    def _redis_url(self) -> str:
-        import re
-
-        from settings import REDIS_PATTERN
-        from tests.deploy.redis_sentinels import PASSWORDS
-
-        if re.fullmatch(REDIS_PATTERN, self.redis.url):
-            return self.redis.url
-        server = self.redis.servers[0]
-        return f"redis://kuaishang:{PASSWORDS['SERVICE-PASSWORD']}@{server.address}:{server.port}/0"
 
     def _start_ways_in(self, site: Site) -> None:
         machines = {site.machine: f"127.{site.number}.0.1", site.second_machine: f"127.{site.number}.64.2"}

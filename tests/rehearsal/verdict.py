@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 KINDS = ("read", "login", "order")
 STRENGTH_SECONDS = 120
-"""In which all must be back after the end of a fault."""
+"""In which all must be back after the repair of a fault began."""
 
 
 class Sent(NamedTuple):
@@ -73,7 +73,7 @@ class Row:
     :param in_the_end: and how many of them when they were sent again, too.
     :param first: seconds from its beginning until the first request that failed was sent.
     :param last: and the last one.
-    :param strength: seconds from its end until all was back; None if it did not come back.
+    :param strength: seconds from when its repair began until all was back; None if it did not come back.
     :param problems: all that must not be.
     """
 
