@@ -367,7 +367,6 @@ class _Request(BaseHTTPRequestHandler):
     server: Instance
 
     def respond(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/readyz":
             status = 200 if self.server.is_ready and not self.server.fails else 503
             self.server.fails = max(self.server.fails - 1, 0)
@@ -375,6 +374,7 @@ class _Request(BaseHTTPRequestHandler):
             self._send(status)
             return
         self.server.came.append(f"{self.command} {self.path}")
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.server.closes:
             self.server.closes -= 1
             self.close_connection = True
