@@ -107,7 +107,8 @@ class DnsServer:
     def states(self) -> dict[str, str]:
         """Return what its checks say, UP or DOWN, by the address of the site."""
         command = [str(GDNSDCTL), "-c", str(self.folder), "states"]
-        states = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        # It dies of a SIGPIPE if gdnsd is just replacing itself.
+        states = json.loads(wait_until(lambda: subprocess.run(command, capture_output=True).stdout))
         return {address.partition("/")[0]: state["real_state"] for address, state in states.items()}
 
     def weights(self) -> dict[str, int]:
@@ -184,9 +185,20 @@ class Resolver:
         raise LookupError(f"no answer about {self._name}")
 
 
-def query(server: tuple[str, int], name: str = NAME, times: int = 1) -> list[tuple[int, str]]:
-    """Ask a server for addresses so many times; returns TTL and address of each answer, none if it does not answer."""
-    options = [f"@{server[0]}", "-p", str(server[1]), "+tries=1", f"+timeout={QUERY_SECONDS}", "+noall", "+answer"]
+def query(server: tuple[str, int], name: str = NAME, times: int = 1, tries: int = 1) -> list[tuple[int, str]]:
+    """Ask a server for addresses so many times; returns TTL and address of each answer, none if it does not answer.
+
+    :param tries: how often each question is sent, until there is an answer; a second for each.
+    """
+    options = [
+        f"@{server[0]}",
+        "-p",
+        str(server[1]),
+        f"+tries={tries}",
+        f"+timeout={QUERY_SECONDS}",
+        "+noall",
+        "+answer",
+    ]
     command = [str(DIG), *options, *[name, "A"] * times]
     outcome: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True)
     rows: list[Any] = [line.split() for line in outcome.stdout.splitlines() if not line.startswith(";")]
