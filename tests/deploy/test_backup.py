@@ -1,0 +1,149 @@
+"""deploy/backup with SQLite; restore.py has MariaDB. `.ci/run` installs Debian's age."""
+
+import hashlib
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from tests.blueprints.callers import ORDER
+from tests.deploy.backups import AGE, Backups
+from tests.harness import PERSON, ROOT, Service, Simulator, migrate
+
+pytestmark = pytest.mark.skipif(AGE is None, reason="age is not installed")
+
+
+def add_user(file: Path, openid: str) -> None:
+    columns = "app_id, openid, role, version, created_at, updated_at"
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute(f"INSERT INTO users ({columns}) VALUES ('wx', ?, 'user', 1, '2026', '2026')", [openid])
+
+
+def openids(file: Path) -> list[str]:
+    with closing(sqlite3.connect(file)) as database:
+        return [openid for (openid,) in database.execute("SELECT openid FROM users ORDER BY id")]
+
+
+class Stage:
+    """A database with a user, and backups of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = folder / "here" / "kuaishang.db"
+        self.database.parent.mkdir()
+        migrate(f"sqlite:///{self.database}")
+        add_user(self.database, "o-first")
+        self.backups = Backups(folder / "backups", f"sqlite:///{self.database}")
+
+    def clear(self) -> None:
+        for path in self.database.parent.iterdir():
+            path.unlink()
+
+    def refusal(self, file: Path, *more: str, identity: Path | None = None) -> str:
+        """Return why a restore is refused; nothing has changed then."""
+        before = {path: path.read_bytes() for path in self.database.parent.iterdir()}
+        done = self.backups.run("restore", file, "--identity", identity or self.backups.identity, *more)
+        assert done.returncode == 1, done.stdout
+        assert "Traceback" not in done.stderr
+        assert {path: path.read_bytes() for path in self.database.parent.iterdir()} == before
+        return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def write_checksum(file: Path) -> None:
+    Path(f"{file}.sha256").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n")
+
+
+def test_a_restored_service_knows_its_users_and_their_orders(
+    start_service: Callable[..., Service], simulator: Simulator, redis: Redis, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'kuaishang.db'}"
+    migrate(url)
+    service = start_service(DATABASE_URL=url)
+    token = service.log_in(simulator, openid="o-before")
+    service.call("PUT", "/users/me/phone", token, json={"code": simulator.phone_code(phone=PERSON["phone"])})
+    order = service.call("POST", "/orders", token, json=ORDER).json()["data"]
+    before = service.read_me(token).json()["data"]
+    backups = Backups(tmp_path / "backups", url)
+    file = backups.make()
+    lost = service.log_in(simulator, openid="o-after")
+    service.discard()
+
+    backups.restore(file, "--replace")
+    service = start_service(DATABASE_URL=url)
+    assert service.read_me(token).json()["data"] == before  # Redis still has the session
+    assert service.call("GET", f"/orders/{order['id']}", token).json()["data"] == order
+    assert service.read_me(service.log_in(simulator, openid="o-before")).json()["data"]["id"] == before["id"]
+    # Whoever came after the backup is unknown, and nobody gets their id, which their session and others may still name.
+    assert service.read_me(lost).status_code == 401
+    newest = service.read_me(service.log_in(simulator, openid="o-newest")).json()["data"]
+    assert newest["id"] > 1_000_000
+
+
+def test_a_damaged_backup_changes_nothing(stage: Stage, tmp_path: Path) -> None:
+    file = stage.backups.make()
+    stage.clear()
+    content = file.read_bytes()
+    for damaged in (content[:-100], content[:100] + bytes([content[100] ^ 1]) + content[101:], b""):
+        file.write_bytes(damaged)
+        assert "does not have the checksum" in stage.refusal(file)
+        write_checksum(file)
+        assert "cannot be decrypted, or is cut short" in stage.refusal(file)
+        file.write_bytes(content)
+        write_checksum(file)
+    other = Backups(tmp_path / "other", "sqlite:////nowhere")
+    assert "cannot be decrypted" in stage.refusal(file, identity=other.identity)
+    Path(f"{file}.sha256").unlink()
+    assert "is missing" in stage.refusal(file)
+    write_checksum(file)
+    assert stage.backups.run("verify", file, "--identity", stage.backups.identity).returncode == 0
+    stage.backups.restore(file)
+    assert openids(stage.database) == ["o-first"]
+
+
+def test_rows_are_replaced_only_on_demand(stage: Stage) -> None:
+    file = stage.backups.make()
+    add_user(stage.database, "o-second")
+    assert "the database has rows, in users" in stage.refusal(file)
+    with closing(sqlite3.connect(stage.database)) as database:
+        database.execute("SELECT 1 FROM users")
+        assert "the database is in use" in stage.refusal(file, "--replace")
+    stage.backups.restore(file, "--replace")
+    assert openids(stage.database) == ["o-first"]
+    with closing(sqlite3.connect(stage.database)) as database, database:
+        database.execute("DELETE FROM users")
+    stage.backups.restore(file)  # it has tables, and nothing in them
+    assert openids(stage.database) == ["o-first"]
+
+
+def test_a_backup_that_fails_leaves_the_others(stage: Stage) -> None:
+    first = stage.backups.make()
+    assert first.stat().st_mode & 0o777 == 0o600
+    assert b"o-first" not in first.read_bytes()
+    stage.backups.recipients.rename(stage.backups.recipients.with_name("gone"))
+    failed = stage.backups.run("make", "--to", first.parent, "--recipients", stage.backups.recipients, "--keep", "1")
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, "backup: age has failed")
+    assert sorted(first.parent.iterdir()) == [first, Path(f"{first}.sha256")]
+    stage.backups.recipients.with_name("gone").rename(stage.backups.recipients)
+    for number in range(3):
+        older = first.with_name(f"kuaishang-2026010{number + 1}T000000Z.sqlite.gz.age")
+        older.write_bytes(b"")
+        write_checksum(older)
+    stage.clear()
+    migrate(f"sqlite:///{stage.database}")
+    made = stage.backups.make("--keep", "2")
+    assert sorted(first.parent.glob("*.age")) == [first, made]
+    assert len(list(first.parent.iterdir())) == 4
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+def test_the_alarms_pass_their_tests() -> None:
+    subprocess.run(["promtool", "test", "rules", str(ROOT / "deploy/backup/rules.test.yml")], check=True)
