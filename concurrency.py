@@ -20,7 +20,7 @@ from overload import Door
 from telemetry import access_log, metrics
 
 ROOM = 16
-"""An export takes 4 for each part that it reads, a read nothing. `flask keys rotate` is a process of its own, with one
+"""An export takes 4 for each part that it reads, a read nothing. `deploy/keys` is a process of its own, with one
 connection."""
 _turn, _room = Semaphore(1), Semaphore(ROOM)
 

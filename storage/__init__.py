@@ -2,7 +2,7 @@
 
 from flask import Flask
 
-from storage import database, key_rotation, rate_limits, redis_client, sessions
+from storage import database, rate_limits, redis_client, sessions
 from storage.cipher import Cipher
 from telemetry import traces
 
@@ -14,4 +14,3 @@ def init_app(app: Flask) -> None:
     traces.init_app(app)  # now that there are the commands of which spans are made
     sessions.init_app(app)
     rate_limits.init_app(app)
-    app.cli.add_command(key_rotation.keys)

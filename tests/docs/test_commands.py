@@ -65,7 +65,7 @@ def test_a_route_is_switched_off_and_on(services: tuple[Service, Service], simul
 
 
 def test_the_keys_are_rotated(environ: dict[str, str]) -> None:
-    (rotate,) = lines_of("production.md", "FLASK_APP=wsgi flask keys")
+    (rotate,) = lines_of("production.md", "FLASK_APP=deploy.keys flask keys")
     assert "All is under the first key." in run(rotate, environ)
 
 

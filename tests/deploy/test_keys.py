@@ -13,13 +13,15 @@ from click.testing import Result
 from flask import Flask
 from sqlalchemy import select, text
 
-from storage import database, identities, key_rotation
+from deploy import keys as key_rotation
+from storage import database, identities
 from storage.models import PERSONAL_FIELDS, Base, Encrypted, Identity, User
 from tests.databases import Databases
 from tests.harness import PERSON, ROOT, having
 
 OLD, NEW, LOST = (base64.b64encode(secrets.token_bytes(32)).decode() for _ in range(3))
 ApplicationWith = Callable[..., Flask]
+pytestmark = pytest.mark.database
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def rows(app: Flask, model: type[Base] = User) -> list[dict[str, Any]]:
 def run(app: Flask, *arguments: str) -> Result:
     engine = app.extensions["database"]
     try:
-        return app.test_cli_runner().invoke(args=["keys", *arguments])
+        return app.test_cli_runner().invoke(key_rotation.keys, arguments)
     finally:
         app.extensions["database"].dispose()  # the command's own
         app.extensions["database"] = engine
@@ -229,7 +231,7 @@ def test_the_command_of_the_readme_runs_in_production(
     file.write_text(f"DATABASE_URL={app.config['DATABASE_URL']}\nENCRYPTION_KEYS={NEW},{OLD}\n")
     file.chmod(0o600)
     env = {name: value for name, value in environ.items() if name not in ("DATABASE_URL", "ENCRYPTION_KEYS")}
-    env |= {"PATH": os.environ["PATH"], "FLASK_APP": str(ROOT / "wsgi"), "ENV_FILE": str(file)}
+    env |= {"PATH": os.environ["PATH"], "FLASK_APP": "deploy.keys", "PYTHONPATH": str(ROOT), "ENV_FILE": str(file)}
     command = [sys.executable, "-m", "flask", "keys", "rotate"]
     done = subprocess.run(command, cwd=cwd or tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,14 +1,18 @@
-"""`flask keys`: moves encrypted data in the database to the first of ENCRYPTION_KEYS, while the service runs."""
+"""Moves encrypted data in the database to the first of ENCRYPTION_KEYS, while the service runs.
+
+In the tree of a release, with the service's settings: `FLASK_APP=deploy.keys flask keys rotate`, or `… status`.
+"""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import click
-from flask import current_app
+from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import ColumnElement, Row, and_, case, func, or_, select, true, update
 
+import service
 from storage import database
 from storage.cipher import DecryptionError, cipher
 from storage.models import Base, BlockedIdentity, Encrypted, encrypted_fields
@@ -17,6 +21,13 @@ BATCH = 100
 """Values per transaction, which locks their rows."""
 FIELDS = [field for model in Base.__subclasses__() for field in encrypted_fields(model)]
 """All encrypted fields of the database."""
+
+
+def create_app() -> Flask:
+    """Make the service with this command."""
+    app = service.create_app()
+    app.cli.add_command(keys)
+    return app
 
 
 @click.group(cls=AppGroup)
@@ -43,7 +54,7 @@ def status() -> None:
     if blocks := database.session.scalar(select(func.count()).where(under_others)):
         click.echo(f"{blocks} kept blocks end with their key, as a hash cannot move. Keep it, or lift them.", err=True)
     if left:
-        click.echo("The other keys are still needed. Run `flask keys rotate` until nothing is left.", err=True)
+        click.echo("The other keys are still needed. Rotate until nothing is left.", err=True)
     if left or blocks:
         raise click.exceptions.Exit(1)
     click.echo("All is under the first key.")
