@@ -115,9 +115,7 @@ class Worker(GeventWorker):
     """gunicorn's gevent worker, with clients that have to keep to a time."""
 
     clients: set[Client] = set()  # noqa: RUF012  of this process
-
-    def timeout_ctx(self):  # type: ignore[no-untyped-def]
-        return nullcontext()  # a Client has its own
+    timeout_ctx = nullcontext  # a Client has its own
 
     def run(self):  # type: ignore[no-untyped-def]
         if settings["WECHAT_PUSH_TOKEN"]:
@@ -232,9 +230,8 @@ graceful_timeout = 28 - settings["DRAIN_SECONDS"]
 keepalive = 75
 
 # The heartbeat file in memory: on a slow disk a healthy worker would be taken for dead. It takes no room but an inode.
-worker_tmp_dir = "/dev/shm"
-if not os.access(worker_tmp_dir, os.W_OK) or not os.statvfs(worker_tmp_dir).f_favail:
-    worker_tmp_dir = tempfile.gettempdir()
+has_memory = os.access("/dev/shm", os.W_OK) and os.statvfs("/dev/shm").f_favail
+worker_tmp_dir = "/dev/shm" if has_memory else tempfile.gettempdir()
 
 # The metrics of the workers are in a directory of this master. A stop removes it; what a crash left tells the next
 # start at this address of it. prometheus_client reads this variable when it is first imported.
@@ -340,6 +337,13 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
     Client.door = worker.wsgi.extensions["door"]
     Client.door.start(worker.clients)
     worker.notify()  # which reads what is switched off, before the first request
+    from storage import failures
+
+    try:
+        worker.wsgi.extensions["check_redis"]()
+    except Exception as error:  # noqa: BLE001  any other may pass
+        if failures.kind(error) == "Is a Redis Cluster.":
+            raise RuntimeError("REDIS_URL names a Redis Cluster: use a single Redis, or Sentinel") from None
 
 
 def worker_exit(server, worker):  # type: ignore[no-untyped-def]

@@ -7,12 +7,11 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from flask import Flask, current_app
-from redis import BlockingConnectionPool, DriverInfo, Redis, exceptions
+from redis import BlockingConnectionPool, Connection, DriverInfo, Redis, Sentinel, exceptions
 from redis.backoff import AbstractBackoff, NoBackoff
-from redis.connection import Connection, UnixDomainSocketConnection, parse_url
+from redis.connection import UnixDomainSocketConnection, parse_url
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 from werkzeug.local import LocalProxy
 
 from concurrency import SharedReads
@@ -122,9 +121,8 @@ def init_app(app: Flask) -> None:
             pool.distrust()
             return 0
 
-    url = app.config["REDIS_URL"]
-    pool: Pool = (SentinelPool if url.startswith("redis+sentinel:") else Pool.from_url)(
-        url,
+    pool: Pool = (SentinelPool if app.config["REDIS_URL"].startswith("redis+sentinel:") else Pool.from_url)(
+        app.config["REDIS_URL"],
         driver_info=DriverInfo(),  # made once: redis-py would read its version from a file for each connection
         # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
         # a SET NX would take its own key for somebody else's. A closed connection is noticed before use.

@@ -286,7 +286,7 @@ def restore(database: Database, file: Path, identity: Path, replace: bool, skip_
         raise Refused(f"the database has rows, in {', '.join(full)}: --replace loses them")
     with opened(file, identity) as content:
         database.restore(content, skip_ids)
-    print("Restored. Next: `alembic upgrade head`, and `flask keys status` with the ENCRYPTION_KEYS of then.")
+    print("Restored. Next: `alembic upgrade head`, and, with the ENCRYPTION_KEYS of then, deploy/keys: its status.")
 
 
 @contextlib.contextmanager

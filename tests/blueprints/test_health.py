@@ -21,7 +21,7 @@ from service import create_app
 from storage import database
 from telemetry.metrics import REGISTRY
 from tests.databases import Databases, MariaDB
-from tests.harness import WAIT_SECONDS, Simulator, bearer, bound_to_this_process, migrate, wait_until
+from tests.harness import WAIT_SECONDS, Service, Simulator, bearer, bound_to_this_process, migrate, wait_until
 from wechat.transport import FAILURES
 
 
@@ -139,6 +139,16 @@ def test_readiness_names_a_redis_cluster(make_app: Callable[..., Flask], tmp_pat
             administrator.execute_command("CLUSTER", "ADDSLOTS", *map(str, range(16384)))
             wait_until(lambda: b"cluster_state:ok" in administrator.execute_command("CLUSTER", "INFO"))
         assert reason(make_app, REDIS_URL=server.url) == "Is a Redis Cluster."  # with all of them
+
+
+def test_a_redis_cluster_is_refused_at_the_start(start_service: Callable[..., Service], tmp_path: Path) -> None:
+    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "port": str(free_port("a port", "0"))}
+    with closing(RedisServer(tmp_path / "cluster", bound_to_this_process(), **options)) as server:
+        server.start()
+        with pytest.raises(AssertionError, match="ended instead of starting"):
+            start_service(REDIS_URL=server.url)
+    (output,) = tmp_path.glob("output-*[0-9a-f]")
+    assert "REDIS_URL names a Redis Cluster: use a single Redis, or Sentinel" in output.read_text()
 
 
 @pytest.mark.only_on("mariadb")

@@ -157,7 +157,7 @@ class Site:
     def keys_status(self, keys: str) -> int:
         """Return how `flask keys status` ends with these ENCRYPTION_KEYS."""
         environ = {"ENV_FILE": "/dev/null", **self.environ, "ENCRYPTION_KEYS": keys}
-        command = [sys.executable, "-m", "flask", "--app", "wsgi", "keys", "status"]
+        command = [sys.executable, "-m", "flask", "--app", "deploy.keys", "keys", "status"]
         return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True).returncode
 
 
