@@ -157,7 +157,7 @@ class RedisSentinels:
         known = [self.known_by(sentinel) for sentinel in self.sentinels]
         if len({(one.get("ip"), one.get("port")) for one in known}) != 1:
             return False
-        if any((one["num-other-sentinels"], one["num-slaves"]) != (2, 2) for one in known):
+        if any((one.get("num-other-sentinels"), one.get("num-slaves")) != (2, 2) for one in known):
             return False
         with suppress(RedisError), self.primary().client() as client:
             role: Any = client.execute_command("ROLE")

@@ -77,9 +77,10 @@ class Network:
             "ip link set lo up",
             "ip addr flush dev lo",
             "ip addr add 127.0.0.1/32 dev lo",
-            f"ip addr add {own}/32 dev lo",
-            f"ip route replace local {local} dev lo table local src {own}",
             f"ip link set {device} up",
+            # One that stays: with the last address of a device its routes go.
+            f"ip addr add {own}/32 dev {device}",
+            f"ip route replace local {local} dev lo table local src {own}",
             f"ip route add 127.0.0.0/8 dev {device} src {own}",
         )
 
