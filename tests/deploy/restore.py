@@ -231,6 +231,8 @@ def rehearse(folder: Path, simulator: Simulator) -> list[Outcome]:
             assert order["remark"] in there
             after = service.read_me(token).json()["data"]
             assert {**after, "updated_at": None} == {**before, "updated_at": None}
+            newest = service.read_me(service.log_in(simulator, openid="o-after")).json()["data"]
+            assert newest["id"] > 1_000_000  # no id is given twice
             service.discard()
 
             missing = [remark for remark in acknowledged if remark not in there]
