@@ -11,8 +11,8 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,8 @@ class Node(MariaDB):
 
         :raises pymysql.err.OperationalError: if there is no answer in some seconds.
         """
+        if not self._listens():
+            raise pymysql.err.OperationalError(2003, f"{self.name} is down")
         with (
             pymysql.connect(
                 unix_socket=self.socket,
@@ -192,12 +194,12 @@ class Galera:
     """Five nodes in three sites, 2 + 2 + 1.
 
     :param options: further options of the servers.
+    :param size: fewer nodes, the first ones.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, size: int = len(ADDRESSES)) -> None:
         ports = {name: free_port("a node's port", "0") for name in ("client", "group", "state")}
-        self.nodes = [Node(folder / f"n{number + 1}", number, ports, *options) for number in range(len(ADDRESSES))]
-        self._cut: dict[int, list[list[str]]] = {}
+        self.nodes = [Node(folder / f"n{number + 1}", number, ports, *options) for number in range(size)]
 
     def start(self) -> None:
         """Found the cluster, and wait until all nodes are members."""
@@ -218,6 +220,12 @@ class Galera:
         for node in nodes:
             node.start()
             wait_until(node.is_synced)
+
+    def restart(self) -> None:
+        """Start all nodes after all were killed: when the members of the last cluster are back, they form it again."""
+        for node in self.nodes:
+            node.start()
+        self.wait_for(self.nodes, len(self.nodes))
 
     def wait_for(self, nodes: Sequence[Node], size: int, seconds: float = 60) -> None:
         """Wait until these nodes take writes in a cluster of this size."""
@@ -253,20 +261,20 @@ class Galera:
     def url(host: str, port: int) -> str:
         return f"mysql://{USER}:{PASSWORD}@{host}:{port}/{DATABASE}"
 
-    def cut(self, site: int) -> None:
-        """Let nothing pass between the addresses of a site and all others, in either direction."""
+    @staticmethod
+    @contextmanager
+    def cut(site: int) -> Iterator[None]:
+        """Let nothing pass between the addresses of a site and all others, in either direction, during the block."""
         here = f"127.{site}.0.0/16"
-        self._cut[site] = [["-s", here, "!", "-d", here], ["!", "-s", here, "-d", here]]
-        for rule in self._cut[site]:
-            subprocess.run(["iptables", "-w", "-I", "INPUT", "-i", "lo", *rule, "-j", "DROP"], check=True)
-
-    def heal(self) -> None:
-        """End all cuts."""
-        for rule in [rule for site in list(self._cut) for rule in self._cut.pop(site)]:
-            subprocess.run(["iptables", "-w", "-D", "INPUT", "-i", "lo", *rule, "-j", "DROP"], check=True)
+        rules = [["-s", here, "!", "-d", here], ["!", "-s", here, "-d", here]]
+        with ExitStack() as stack:
+            for rule in rules:
+                command = ["INPUT", "-i", "lo", *rule, "-j", "DROP"]
+                subprocess.run(["iptables", "-w", "-I", *command], check=True)
+                stack.callback(subprocess.run, ["iptables", "-w", "-D", *command], check=True)
+            yield
 
     def close(self) -> None:
-        self.heal()
         for node in self.nodes:
             node.kill()
             node.close()
@@ -277,6 +285,7 @@ class Writer:
 
     :param name: that it has among its peers.
     :param peers: the addresses of all who agree on the writer, as host:port, by name; itself alone by default.
+    :param several: whether to write to all nodes in turn, which is not how it is shipped.
     """
 
     def __init__(
@@ -286,6 +295,7 @@ class Writer:
         host: str = "127.0.0.1",
         name: str = "site-1",
         peers: Mapping[str, str] | None = None,
+        several: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.host, self.name = folder, host, name
@@ -296,12 +306,13 @@ class Writer:
         peers = peers or {name: f"{host}:{free_port('the port of peers', '0')}"}
         text = CONFIGURATION.with_name("haproxy.cfg").read_text()
         text = text.replace("bind 127.0.0.1:3306", f"bind {host}:{self.port}")
-        text = re.sub("(?:    peer .*\n)+", "".join(f"    peer {one} {at}\n" for one, at in peers.items()), text)
-        for node in galera.nodes:
-            text, count = re.subn(
-                rf"server {node.name} [0-9.]+:3306", f"server {node.name} {node.address}:{node.port}", text
-            )
-            assert count == 1
+        text = re.sub("(?:    peer .*\n)+", "".join(f"    peer {one} {where}\n" for one, where in peers.items()), text)
+        at = {node.name: f"{node.address}:{node.port}" for node in galera.nodes}
+        text, count = re.subn(r"server (n\d) [0-9.]+:3306", lambda found: f"server {found[1]} {at.get(found[1])}", text)
+        assert count == len(ADDRESSES)
+        text = re.sub(r"    server n\d None.*\n", "", text)
+        if several:
+            text = text.replace(" backup\n", "\n").replace("stick on int(1)", "balance roundrobin")
         head = f"global\n    log stdout format raw daemon\n    stats socket {self.socket} level admin\n\n"
         (folder / "haproxy.cfg").write_text(head + text)
         self.log = folder / "log"

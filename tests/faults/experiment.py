@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.load import HUNG
-from tests.faults.load import RIGHT, codes, complaint, is_right, load
+from tests.faults.load import CLIENTS, codes, complaint, is_right, load
 from tests.faults.stage import Stage
 from tests.faults.table import Fault
 
@@ -63,7 +63,7 @@ def _under_load(stage: Stage, fault: Fault, row: Row) -> None:
     row.problems += [f"{text} ({count} ×)" for text, count in complaints.items()]
     silent = Counter(f"{one.request.kind}: {one.status}" for one in all_outcomes if isinstance(one.status, str))
     row.problems += [f"{text} ({n} ×)" for text, n in silent.items() if not fault.drops or text.endswith(HUNG)]
-    for kind in set(RIGHT) - set(fault.affects):
+    for kind in set(CLIENTS) - set(fault.affects):
         of_kind = [outcome for outcome in during if outcome.request.kind == kind]
         refused = [outcome for outcome in of_kind if not is_right(outcome)]
         if len(refused) > 1 + EXCUSED * len(of_kind):

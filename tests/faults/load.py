@@ -20,7 +20,7 @@ from storage.models import Order
 from tests.faults.stage import REQUEST_SECONDS, Stage
 from tests.harness import bearer
 
-RIGHT = {"read": 200, "login": 200, "order": 201}
+RIGHT = {"read": 200, "login": 200, "order": 201, "once": 201, "item": 201}
 TEMPORARY = (429, 502, 503, 504)
 CODE_USED = 461
 """What a login is told whose code WeChat has taken, in a response that was lost."""
@@ -65,6 +65,10 @@ class Sender(Protocol):
 class Load:
     """Users who read, log in, and order. An order that was not acknowledged is sent again, with its key."""
 
+    clients = CLIENTS
+    """How many there are of each kind."""
+    keyed: tuple[str, ...] = ("order",)
+    """The kinds that are sent again until they are acknowledged."""
     service: Sender
     simulator: Pool
     over = False
@@ -114,26 +118,26 @@ class Load:
     async def client(self, kind: str, number: int) -> None:
         token, pending = self.tokens[number % len(self.tokens)], list[str]()
         while not self.over:
-            if kind == "login":
-                outcome = await self.log_in()
-            elif kind == "read":
-                outcome = await self.read(token)
-            else:
-                key = pending.pop(0) if len(pending) > 3 else secrets.token_hex(16)
-                outcome = await self.order(token, key)
-                if not is_right(outcome):
-                    pending.append(key)
+            key = pending.pop(0) if len(pending) > 3 else secrets.token_hex(16)
+            outcome = await self.send(kind, token, key)
+            if kind in self.keyed and not is_right(outcome):
+                pending.append(key)
             self.outcomes.append(outcome)
             await asyncio.sleep(PAUSE_SECONDS)
         for key in pending:
-            await self.settle(token, key)
+            await self.settle(kind, token, key)
 
-    async def settle(self, token: str, key: str) -> None:
-        """Send an order until it is acknowledged."""
+    async def send(self, kind: str, token: str, key: str) -> Outcome:
+        if kind == "login":
+            return await self.log_in()
+        return await (self.read(token) if kind == "read" else self.order(token, key))
+
+    async def settle(self, kind: str, token: str, key: str) -> None:
+        """Send what has a key until it is acknowledged."""
         end = time.monotonic() + RECOVERY_SECONDS
-        while not is_right(outcome := await self.order(token, key)):
+        while not is_right(outcome := await self.send(kind, token, key)):
             if time.monotonic() > end:
-                raise AssertionError(f"order {key}: {outcome.status}")
+                raise AssertionError(f"{kind} {key}: {outcome.status}")
             await asyncio.sleep(0.2)
 
     async def has_session(self, token: str) -> bool:
@@ -157,7 +161,7 @@ class Load:
             last = max((one.began + one.seconds for one in list(self.outcomes) if not is_right(one)), default=since)
             last = max(last, since)
             kinds = Counter(outcome.request.kind for outcome in self.since(last) if is_right(outcome))
-            if time.monotonic() > last + settle and set(kinds) == set(RIGHT):
+            if time.monotonic() > last + settle and set(kinds) == set(self.clients):
                 return last - since
         return None
 
@@ -172,9 +176,9 @@ class Load:
     async def run(self, ready: threading.Event) -> None:
         """Send requests until it is over, then what was not acknowledged until it is, and ask for all sessions."""
         async with self.connections() as self.service, pool(self.stage.simulator_port) as self.simulator:
-            await self.sign_in(max(CLIENTS.values()))
+            await self.sign_in(max(self.clients.values()))
             ready.set()
-            clients = [self.client(kind, number) for kind, many in CLIENTS.items() for number in range(many)]
+            clients = [self.client(kind, number) for kind, many in self.clients.items() for number in range(many)]
             await asyncio.gather(*clients)
             await self.look_for_sessions()
 

@@ -31,9 +31,10 @@ class Stage:
 
     :param stack: ends it all.
     :param mariadb: instead of SQLite.
+    :param database_url: of a migrated database, instead of one on that disk.
     """
 
-    def __init__(self, stack: ExitStack, mariadb: bool) -> None:
+    def __init__(self, stack: ExitStack, mariadb: bool, database_url: str = "") -> None:
         self._stack = stack
         self.mariadb = mariadb
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -51,8 +52,9 @@ class Stage:
             stack.callback(subprocess.run, ["umount", "--lazy", self.disk], check=True)
         self.database = MariaDB(self.disk / "data") if mariadb else SQLiteFiles(self.disk)
         stack.enter_context(closing(self.database))
-        self.database.start()
-        self.database_url = self._create()
+        if not database_url:
+            self.database.start()
+        self.database_url = database_url or self._create()
         self.environ = {
             **WIDE_LIMITS,
             "WECHAT_APP_ID": APP_ID,

@@ -1,0 +1,140 @@
+"""What of deploy/galera and deploy/tidb needs no five nodes, and the checker of histories.
+
+tests/deploy/galera.py has the rest.
+
+`.ci/run` installs Debian's mariadb-server, mariadb-backup, galera-4, socat and haproxy.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.databases import executable
+from tests.deploy.galera_nodes import Galera, Writer, is_installed
+from tests.deploy.history import SOUND, Verdict, history
+from tests.deploy.load_balancers import HAPROXY
+from tests.faults.stage import Stage
+from tests.harness import ROOT, wait_until
+
+FOLDER = ROOT / "deploy" / "galera"
+CHECK = re.compile(r'^ +tcp-check send(-binary)? "?([^"\n]+)', re.MULTILINE)
+needs_galera = pytest.mark.skipif(not (is_installed() and HAPROXY), reason="needs mariadb, galera-4 and haproxy")
+
+
+def has_mariadb() -> bool:
+    try:
+        return bool(executable("mariadbd"))
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_mariadb(), reason="mariadb-server is not installed")
+def test_mariadb_knows_each_setting() -> None:
+    command = [executable("mariadbd"), f"--defaults-file={FOLDER}/galera.cnf", "--user=mysql", "--verbose", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wanted = re.findall(r"^(\w+) = (.+)$", (FOLDER / "galera.cnf").read_text(), re.MULTILINE)
+    table = told.partition("Variables (--variable-name=value)")[2]
+    values = dict(re.findall(r"^([a-z-]+) +(\S.*)$", table, re.MULTILINE))
+    on = {"ON": "TRUE"}
+    assert len(wanted) > 10
+    assert {name: values[name.replace("_", "-")] for name, _ in wanted} == {
+        name: on.get(value, value).strip('"') for name, value in wanted
+    }
+
+
+@pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")
+def test_haproxy_takes_the_configuration_beside_the_other_one(tmp_path: Path) -> None:
+    head = tmp_path / "haproxy.cfg"
+    head.write_text("global\n    log stdout format raw daemon\n")
+    command = [str(HAPROXY), "-c", "-L", "site-1", "-f", str(head), "-f", str(FOLDER / "haproxy.cfg")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "WARNING" in done.stderr) == (0, False), done.stderr
+
+
+def test_the_packets_of_the_check_have_the_length_that_they_name() -> None:
+    sent = CHECK.findall((FOLDER / "haproxy.cfg").read_text())
+    packets = b"".join(bytes.fromhex(text) if binary else text.encode() for binary, text in sent)
+    found = []
+    while packets:
+        length, number = int.from_bytes(packets[:3], "little"), packets[3]
+        found.append((number, packets[4 : 4 + length]))
+        assert len(found[-1][1]) == length
+        packets = packets[4 + length :]
+    (login, as_user), (query, statement), (leave, end) = found
+    assert (login, query, leave) == (1, 0, 0)
+    assert as_user.endswith(b"haproxy\0\0")
+    assert statement.startswith(b"\x03SET STATEMENT wsrep_sync_wait=0 FOR SELECT ")
+    assert end == b"\x01"
+
+
+@needs_galera
+def test_haproxy_asks_a_node_whether_it_takes_writes(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="kuaishang-galera-") as folder, ExitStack() as stack:
+        Path(folder).chmod(0o755)
+        galera = stack.enter_context(closing(Galera(Path(folder), size=1)))
+        galera.start()
+        galera.create()
+        writer = stack.enter_context(closing(Writer(tmp_path / "writer", galera)))
+        (node,) = galera.nodes
+        wait_until(lambda: writer.states() == {"n1": "UP"})
+        node.execute("SET GLOBAL read_only = 1")
+        wait_until(lambda: writer.states() == {"n1": "DOWN"})
+        node.execute("SET GLOBAL read_only = 0")
+        wait_until(lambda: writer.states() == {"n1": "UP"})
+        assert "user: 'haproxy'" not in node.log.read_text()  # as if the check did not end its connection
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with ExitStack() as stack:
+        yield Stage(stack, mariadb=True)
+
+
+def judge(stage: Stage, **clients: int) -> Verdict:
+    with history(stage, **clients) as running:
+        wait_until(lambda: len(running.outcomes) > 150)
+    return running.verdict()
+
+
+@pytest.mark.skipif(not has_mariadb(), reason="mariadb-server is not installed")
+def test_the_checker_finds_nothing_where_nothing_is_wrong_though_commits_are_lost(stage: Stage) -> None:
+    stage.serve("tests.apps.lost_commits")
+    assert judge(stage, order=2, once=2, item=2) == SOUND
+
+
+@pytest.mark.skipif(not has_mariadb(), reason="mariadb-server is not installed")
+def test_the_checker_sees_that_lost_commits_are_repeated_blindly(stage: Stage) -> None:
+    stage.serve("tests.apps.lost_commits", BLIND="1")
+    seen = judge(stage, order=2, once=2, item=2)
+    assert seen.doubled > 0
+    assert seen.lost == 0
+
+
+@pytest.mark.skipif(not has_mariadb(), reason="mariadb-server is not installed")
+def test_the_checker_sees_what_is_lost_doubled_and_stale(stage: Stage) -> None:
+    stage.serve("tests.apps.forgetful")
+    seen = judge(stage, order=2, once=2)
+    assert seen.lost > 0
+    assert seen.doubled > 0
+    assert seen.stale > 0
+
+
+def test_tidb_has_five_replicas_in_three_centres() -> None:
+    folder = ROOT / "deploy" / "tidb"
+    topology = yaml.safe_load((folder / "topology.yaml").read_text())
+    labels = [store["config"]["server.labels"] for store in topology["tikv_servers"]]
+    regions = [label["region"] for label in labels]
+    assert sorted(regions.count(region) for region in set(regions)) == [1, 2, 2]
+    assert len({label["host"] for label in labels}) == len(topology["pd_servers"]) == 5
+    options = topology["server_configs"]["pd"]
+    assert options["replication.max-replicas"] == 5
+    assert {tuple(label) for label in labels} == {tuple(options["replication.location-labels"])}
+    policy = (folder / "placement.sql").read_text().partition("CREATE PLACEMENT POLICY")[2]
+    assert set(re.search(r"REGIONS = '([^']+)'", policy)[1].split(",")) == set(regions)  # type: ignore[index]
+    assert "FOLLOWERS = 4" in policy
