@@ -7,12 +7,13 @@ does and `podman play kube` of Debian 12 does not: it asks the probes, and runs 
 import copy
 import json
 import os
+import re
 import subprocess
 import time
 from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import pytest
 import requests
 import yaml
 
+from bench.waiting import KILOBYTES
 from dev.redis_server import RedisServer
 from dev.run import free_port
+from settings import Settings
 from tests.blueprints.callers import ORDER
 from tests.databases import MariaDB
 from tests.deploy.image import IMAGE, podman
@@ -31,36 +34,39 @@ from tests.harness import WAIT_SECONDS, Simulator, bearer, bound_to_this_process
 
 
 class Pod:
-    """What `podman play kube` makes of the pod of a Deployment or a Job, on the network of this machine.
+    """What `podman play kube` makes of a Deployment, or of the pod of a Job, on the network of this machine.
 
-    :param spec: the pod's, as it is in the manifest.
+    :param manifest: as it is rendered.
     :param config: the settings that are no secrets.
     :param folder: stands for the memory at /dev/shm.
     """
 
-    def __init__(self, name: str, spec: dict[str, Any], config: dict[str, str], folder: Path) -> None:
-        self.name, self.spec, self.port = name, spec, int(config["PORT"])
-        played = copy.deepcopy(spec)
-        (container,) = played["containers"]
+    def __init__(self, manifest: dict[str, Any], config: dict[str, str], folder: Path) -> None:
+        self.spec, self.port, self.memory = manifest["spec"]["template"]["spec"], int(config["PORT"]), folder
+        played = copy.deepcopy(manifest)
+        if manifest["kind"] == "Job":  # which podman 4.3 does not know
+            played = {"apiVersion": "v1", "kind": "Pod", "metadata": {}, "spec": played["spec"]["template"]["spec"]}
+        name = played["metadata"]["name"] = f"kuaishang-test-{os.getpid()}-{manifest['kind'].lower()}"
+        self.name = name + "-pod-0" * (played["kind"] == "Deployment")
+        pod = played["spec"] if played["kind"] == "Pod" else played["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
         container |= {"image": f"{IMAGE}:latest", "imagePullPolicy": "Never"}
-        # podman 4.3 publishes ports, which host networking cannot, and knows no named ones.
-        container.pop("ports", None)
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            container.pop(probe, None)
+        # It publishes ports, which host networking cannot, and knows no named ones.
+        for part in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
+            container.pop(part, None)
         # Its emptyDir is root's; the kubelet's is open to all.
         folder.mkdir()
         folder.chmod(0o1777)
-        for volume in played.get("volumes", []):
+        for volume in pod.get("volumes", []):
             del volume["emptyDir"]
             volume["hostPath"] = {"path": str(folder), "type": "Directory"}
-        settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kuaishang"}, "data": config}
         for source in container.get("envFrom", []):
             source["configMapRef"]["name"] = "kuaishang"
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": played}
-        manifest = folder.with_suffix(".yaml")
-        manifest.write_text(yaml.safe_dump_all([settings, pod]))
-        podman("play", "kube", "--network=host", str(manifest))
-        self.container = f"{name}-{container['name']}"
+        settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kuaishang"}, "data": config}
+        file = folder.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump_all([settings, played]))
+        podman("play", "kube", "--network=host", str(file))
+        self.container = f"{self.name}-{container['name']}"
 
     def state(self) -> dict[str, Any]:
         (described,) = json.loads(podman("inspect", self.container))
@@ -79,8 +85,12 @@ class Pod:
     def run(self, code: str) -> str:
         return podman("exec", self.container, "python", "-c", code)
 
-    def remove(self) -> None:
-        podman("pod", "rm", "--force", "--time=0", self.name)
+    def occupied(self) -> int:
+        """Return the most memory that it has occupied, with the files that it has read, in bytes."""
+        groups = Path(f"/proc/{self.state()['Pid']}/cgroup").read_text()
+        if found := re.search("^[0-9]+:memory:(.*)$", groups, re.MULTILINE):
+            return int(Path(f"/sys/fs/cgroup/memory{found[1]}/memory.max_usage_in_bytes").read_text())
+        return int(Path(f"/sys/fs/cgroup{groups.strip().removeprefix('0::')}/memory.peak").read_text())
 
 
 @pytest.fixture
@@ -105,65 +115,89 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
         yield f"redis://127.0.0.1:{port}/0"
 
 
-def test_the_deployment_waits_for_the_schema_serves_outlives_a_crash_and_stops_without_losing_a_request(
-    environ: dict[str, str], database: str, redis_url: str, simulator: Simulator, tmp_path: Path
-) -> None:
-    overlay = Overlay(ONE_CLUSTER)
-    values = {**environ, "DATABASE_URL": database, "REDIS_URL": redis_url}
-    secret = {name: b64encode(values[name].encode()).decode() for name in overlay.secret_keys() if name in values}
-    config = overlay.settings | {"PORT": str(free_port("PORT", "0")), "WECHAT_API_BASE_URL": simulator.url}
-    config |= {name: environ[name] for name in ("WECHAT_APP_ID", "WECHAT_ACCOUNT_APP_ID")}
-    deployed, job = (overlay.pods[kind] for kind in ("Deployment", "Job"))
-    name = f"kuaishang-test-{os.getpid()}"
-    with ExitStack() as stack:
+class Namespace:
+    """The objects of deploy/kubernetes with made-up secrets, and the pods that are played from them.
+
+    :param values: the settings, of which each pod gets what its manifest names.
+    """
+
+    def __init__(self, values: dict[str, str], folder: Path) -> None:
+        self.overlay, self.folder = Overlay(ONE_CLUSTER), folder
+        own = ("PORT", "WECHAT_APP_ID", "WECHAT_ACCOUNT_APP_ID", "WECHAT_API_BASE_URL")
+        self.config = self.overlay.settings | {name: values[name] for name in own}
+        self.url = f"http://127.0.0.1:{values['PORT']}"
+        self.pods: list[Pod] = []
         # podman's own form of a Secret.
+        secret = {
+            name: b64encode(values[name].encode()).decode() for name in self.overlay.secret_keys() if name in values
+        }
+        (folder / "secret").write_text(json.dumps(secret))
         subprocess.run(["podman", "secret", "rm", "kuaishang"], capture_output=True)
-        (tmp_path / "secret").write_text(json.dumps(secret))
-        podman("secret", "create", "kuaishang", str(tmp_path / "secret"))
-        stack.callback(podman, "secret", "rm", "kuaishang")
-        pod = Pod(name, deployed, config, tmp_path / "shm")
-        stack.callback(pod.remove)
-        wait_until(lambda: pod.probe("startup"))
-        assert pod.probe("liveness")
-        assert not pod.probe("readiness")  # so that the old pods stay, whatever order somebody applies things in
+        podman("secret", "create", "kuaishang", str(folder / "secret"))
 
-        migration = Pod(f"{name}-migration", job, config, tmp_path / "migration")
-        stack.callback(migration.remove)
-        wait_until(lambda: migration.state()["Status"] == "exited")
-        assert migration.state()["ExitCode"] == 0, podman("logs", migration.container)
-        wait_until(lambda: pod.probe("readiness"))
+    def play(self, kind: str) -> Pod:
+        self.pods.append(Pod(self.overlay(kind), self.config, self.folder / kind))
+        return self.pods[-1]
 
-        url = f"http://127.0.0.1:{pod.port}/api/v1"
+    def migrate(self) -> None:
+        job = self.play("Job")
+        wait_until(lambda: job.state()["Status"] == "exited")
+        assert job.state()["ExitCode"] == 0, podman("logs", job.container)
 
-        def log_in() -> requests.Response:
-            return requests.post(f"{url}/auth/wechat", json={"code": simulator.code()}, timeout=WAIT_SECONDS)
+    def close(self) -> None:
+        for pod in self.pods:
+            podman("pod", "rm", "--force", "--time=0", pod.name)
+        podman("secret", "rm", "kuaishang")
 
-        headers = bearer(log_in().json()["data"]["token"])
-        ordered = requests.post(f"{url}/orders", json=ORDER, headers=headers, timeout=WAIT_SECONDS)
-        assert ordered.status_code == 201, ordered.text
 
-        _can_do_as_little_as_the_manifest_says(pod)
+@pytest.fixture
+def namespace(
+    environ: dict[str, str], database: str, redis_url: str, simulator: Simulator, tmp_path: Path
+) -> Iterator[Namespace]:
+    values = {**environ, "DATABASE_URL": database, "REDIS_URL": redis_url, "PORT": str(free_port("PORT", "0"))}
+    with closing(Namespace(values, tmp_path)) as namespace:
+        yield namespace
 
-        left = {path.name for path in (tmp_path / "shm").iterdir()}
-        psutil.Process(pod.state()["Pid"]).kill()
-        wait_until(lambda: {path.name for path in (tmp_path / "shm").iterdir()}.isdisjoint(left))  # or it would fill up
-        wait_until(lambda: pod.probe("readiness"))
-        again = requests.get(f"{url}/orders/{ordered.json()['data']['id']}", headers=headers, timeout=WAIT_SECONDS)
-        assert again.status_code == 200, again.text
 
-        simulator.forget()
-        simulator.fault("slow", seconds=3)
-        began = time.monotonic()
-        with ThreadPoolExecutor(1) as pool:
-            grace = deployed["terminationGracePeriodSeconds"]
-            # Not the pod, whose process 1 would take all others along at once; a kubelet ends that one last, too.
-            stopped = pool.submit(podman, "stop", f"--time={grace}", pod.container)
-            wait_until(lambda: not pod.probe("readiness"))
-            assert log_in().status_code == 200  # while it drains
-            stopped.result()
-        sleep = deployed["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert int(config["DRAIN_SECONDS"]) <= time.monotonic() - began < grace - sleep
-        assert pod.state()["ExitCode"] == 0
+def test_the_deployment_waits_for_the_schema_serves_outlives_a_crash_and_drains(
+    namespace: Namespace, simulator: Simulator
+) -> None:
+    pod = namespace.play("Deployment")
+    wait_until(lambda: pod.probe("startup"))
+    assert pod.probe("liveness")
+    assert not pod.probe("readiness")  # so that the old pods stay, whatever order somebody applies things in
+    namespace.migrate()
+    wait_until(lambda: pod.probe("readiness"))
+
+    def log_in() -> requests.Response:
+        url = f"{namespace.url}/api/v1/auth/wechat"
+        return requests.post(url, json={"code": simulator.code()}, timeout=WAIT_SECONDS)
+
+    headers = bearer(log_in().json()["data"]["token"])
+    orders = f"{namespace.url}/api/v1/orders"
+    ordered = requests.post(orders, json=ORDER, headers=headers, timeout=WAIT_SECONDS)
+    assert ordered.status_code == 201, ordered.text
+
+    _can_do_as_little_as_the_manifest_says(pod)
+    _has_room_for_the_logins_that_may_wait(pod, int(namespace.config["WEB_CONCURRENCY"]))
+
+    left = {path.name for path in pod.memory.iterdir()}
+    psutil.Process(pod.state()["Pid"]).kill()
+    wait_until(lambda: {path.name for path in pod.memory.iterdir()}.isdisjoint(left))  # or it would fill up
+    wait_until(lambda: pod.probe("readiness"))
+    again = requests.get(f"{orders}/{ordered.json()['data']['id']}", headers=headers, timeout=WAIT_SECONDS)
+    assert again.status_code == 200, again.text
+
+    began, grace = time.monotonic(), pod.spec["terminationGracePeriodSeconds"]
+    with ThreadPoolExecutor(1) as pool:
+        # Not the pod, whose process 1 would take all others along at once; a kubelet ends that one last, too.
+        stopped = pool.submit(podman, "stop", f"--time={grace}", pod.container)
+        wait_until(lambda: not pod.probe("readiness"))
+        assert log_in().status_code == 200
+        stopped.result()
+    sleep = pod.spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert int(namespace.config["DRAIN_SECONDS"]) <= time.monotonic() - began < grace - sleep
+    assert pod.state()["ExitCode"] == 0
 
 
 def _can_do_as_little_as_the_manifest_says(pod: Pod) -> None:
@@ -181,3 +215,10 @@ def _can_do_as_little_as_the_manifest_says(pod: Pod) -> None:
     limits = pod.spec["containers"][0]["resources"]["limits"]
     assert described["HostConfig"]["Memory"] == int(limits["memory"].removesuffix("Mi")) * 2**20
     assert described["HostConfig"]["NanoCpus"] == int(limits["cpu"]) * 10**9
+
+
+def _has_room_for_the_logins_that_may_wait(pod: Pod, workers: int) -> None:
+    waiting = workers * Settings().fields["WECHAT_CONCURRENCY"].load_default * KILOBYTES * 1024
+    requested = int(pod.spec["containers"][0]["resources"]["requests"]["memory"].removesuffix("Mi")) * 2**20
+    print(f"{pod.occupied() / 1e6:.0f} MB, and {waiting / 1e6:.0f} MB of logins that wait, of {requested / 1e6:.0f} MB")
+    assert pod.occupied() + waiting < requested
