@@ -107,6 +107,9 @@ def test_a_service_that_is_away_or_hangs_is_unavailable(kind: type[LoadBalancer]
                     answer = front.request(method, "/api/v1/orders")
                     assert answer.status_code == 503
                     assert_is_its_own(503, answer.headers, answer.content)
+                    wait_until(lambda: answer.headers["X-Trace-Id"] in front.log.read_text())  # noqa: B023
+                    [line] = [one for one in front.log.read_text().splitlines() if answer.headers["X-Trace-Id"] in one]
+                    assert f'"{method} /api/v1/orders HTTP/1.1" 503' in line
         finally:
             front.discard()
 
