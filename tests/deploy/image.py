@@ -221,7 +221,7 @@ print(json.dumps([os.stat("/data").st_uid, {path: os.access(path, os.W_OK) for p
     assert [path for path in writable if writable[path]] == []
     files = {path.removeprefix("/app/") for path in writable if path.startswith("/app/")}
     service = {str(path) for path in sources() if path.parts[0] not in ("deploy", "dev")}
-    service |= {"deploy/docker/healthcheck.py", "storage/migrations/script.py.mako"}
+    service |= {"deploy/docker/healthcheck.py", "deploy/keys/__init__.py", "storage/migrations/script.py.mako"}
     service |= {f"deploy/patch/{name}.py" for name in ("generation", "supervisor", "trial")}  # for a reload
     assert {path for path in files if not path.endswith((".", ".pyc"))} - {"release.json"} == service
 
