@@ -169,7 +169,7 @@ def fill(site: Site) -> None:
     )
     site.query(
         "INSERT INTO order_items (order_id, sku, name, quantity, unit_price)"
-        " SELECT id, 'tea', REPEAT('x', 100), 1, 100 FROM orders, seq_1_to_3"
+        " SELECT id, 'tea', HEX(RANDOM_BYTES(50)), 1, 100 FROM orders, seq_1_to_3"
     )
 
 

@@ -13,35 +13,36 @@ import yaml
 
 from deploy.registry.etcd import is_address
 from tests.deploy.load_balancers import HAPROXY
-from tests.deploy.registry import ETCD, FOLDER, Agent, Etcd, Heartbeat, SlottedHAProxy
+from tests.deploy.registry import ETCD, FOLDER, Agent, Heartbeat, SlottedHAProxy, etcd_cluster
 from tests.harness import Service, suspend, wait_until
 
 pytestmark = pytest.mark.skipif(None in (ETCD, HAPROXY), reason="etcd or haproxy is not installed")
 
-BEAT_SECONDS, PATIENCE_SECONDS = 1, 3
+BEAT_SECONDS, PATIENCE_SECONDS = 1, 4
 """Between the beats of an instance; and what the agent is told, so that it can be seen waiting for a lease."""
 
+SITES = ["127.1.0.1", "127.2.0.1", "127.3.0.1"]
 WHO_RESPONDED = "http-response set-header X-Server %s"
 
 
 class Stage:
-    """Two instances with their heartbeats, etcd, HAProxy and its agent."""
+    """Two instances with their heartbeats, etcd in three sites, HAProxy and its agent."""
 
     def __init__(self, folder: Path, start_service: Callable[..., Service], stack: ExitStack) -> None:
-        self.etcd = Etcd(folder / "etcd")
-        stack.callback(self.etcd.kill)
+        self.etcd = etcd_cluster(folder / "etcd", SITES)
+        for member in self.etcd:
+            stack.callback(member.kill)
         self.folder, self._stack, self._start = folder, stack, start_service
         more = {" slowstart 30s": "", "    default_backend": f"    {WHO_RESPONDED}\n    default_backend"}
         self.haproxy = SlottedHAProxy(folder / "haproxy", different=more)
         stack.callback(self.haproxy.discard)
-        self.agent = Agent(folder / "agent", [self.etcd], self.haproxy, PATIENCE_SECONDS)
+        self.agent = Agent(folder / "agent", self.etcd, self.haproxy, PATIENCE_SECONDS)
         stack.callback(self.agent.kill)
-        self.etcd.wait()
 
-    def instance(self) -> tuple[Service, Heartbeat]:
+    def instance(self, seconds: int = BEAT_SECONDS) -> tuple[Service, Heartbeat]:
         service = self._start(WEB_CONCURRENCY="1")
         address = service.url.removeprefix("http://")
-        heartbeat = Heartbeat(self.folder / address, [self.etcd], address, BEAT_SECONDS)
+        heartbeat = Heartbeat(self.folder / address, self.etcd, address, seconds)
         self._stack.callback(heartbeat.kill)
         return service, heartbeat
 
@@ -68,7 +69,7 @@ def stage(tmp_path: Path, start_service: Callable[..., Service]) -> Iterator[Sta
 def test_haproxy_has_the_instances_that_live(stage: Stage) -> None:
     _, heartbeat = stage.instance()
     stage.until(slot1="UP")
-    other, other_heartbeat = stage.instance()
+    other, other_heartbeat = stage.instance(2)  # so that its last lease is seen on a busy machine
     stage.until(slot1="UP", slot2="UP")
 
     other_heartbeat.stop()
@@ -89,11 +90,14 @@ def test_haproxy_has_the_instances_that_live(stage: Stage) -> None:
 
 def test_without_etcd_nothing_changes(stage: Stage) -> None:
     service, heartbeat = stage.instance()
+    first, *others = stage.etcd
+    first.kill()  # a majority lives
     _, other_heartbeat = stage.instance()
     both = {"slot1": "UP", "slot2": "UP"}
     stage.until(**both)
 
-    stage.etcd.kill()
+    for member in others:
+        member.kill()
     wait_until(lambda: not stage.agent.metrics()["kuaishang_registry_etcd_up"])
     time.sleep(3 * BEAT_SECONDS + 1)  # longer than a lease
     assert stage.haproxy.slots() == both
@@ -106,8 +110,9 @@ def test_without_etcd_nothing_changes(stage: Stage) -> None:
     assert stage.haproxy.slots() == both
 
     other_heartbeat.suspend()
-    stage.etcd.forget()
-    stage.etcd.start()
+    for member in stage.etcd:
+        member.forget()
+        member.start()
     address = service.url.removeprefix("http://")
     wait_until(lambda: f"{address}: registered" in heartbeat.log().partition("expired")[2])
     time.sleep(2)  # longer than the agent needs to see that one is there, and one is not
