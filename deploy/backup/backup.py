@@ -220,6 +220,8 @@ def make(database: Database, folder: Path, recipients: Path, keep: int, position
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"kuaishang-{datetime.now(UTC):%Y%m%dT%H%M%SZ}{database.suffix}"
     part = file.with_name(f"{file.name}.part")
+    if file.exists():
+        raise Refused(f"{file} exists already")
     command = [_program("age"), "--encrypt", "--recipients-file", str(recipients)]
     try:
         with part.open("xb") as output, database.snapshot(position) as content:

@@ -133,14 +133,14 @@ def test_a_backup_that_fails_leaves_the_others(stage: Stage) -> None:
     assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, "backup: age has failed")
     assert sorted(first.parent.iterdir()) == [first, Path(f"{first}.sha256")]
     stage.backups.recipients.with_name("gone").rename(stage.backups.recipients)
-    for number in range(3):
-        older = first.with_name(f"kuaishang-2026010{number + 1}T000000Z.sqlite.gz.age")
-        older.write_bytes(b"")
-        write_checksum(older)
-    stage.clear()
-    migrate(f"sqlite:///{stage.database}")
+    Path(f"{first}.sha256").unlink()
+    older = [first.with_name(f"kuaishang-2026010{day}T000000Z.sqlite.gz.age") for day in range(1, 5)]
+    first.rename(older[0])
+    for file in older:
+        file.touch()
+        write_checksum(file)
     made = stage.backups.make("--keep", "2")
-    assert sorted(first.parent.glob("*.age")) == [first, made]
+    assert sorted(first.parent.glob("*.age")) == [older[-1], made]
     assert len(list(first.parent.iterdir())) == 4
 
 
