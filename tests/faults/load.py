@@ -165,9 +165,12 @@ class Load:
                 return last - since
         return None
 
-    def count_orders(self) -> tuple[int, int]:
-        """Return how many acknowledged orders are missing, and how many exist more than once."""
-        engine = engine_for(self.stage.database_url)
+    def count_orders(self, url: str | None = None) -> tuple[int, int]:
+        """Return how many acknowledged orders are missing, and how many exist more than once.
+
+        :param url: of the database; by default the stage's.
+        """
+        engine = engine_for(url or self.stage.database_url)
         with engine.connect() as connection:
             found = Counter(connection.scalars(select(Order.remark)).all())
         engine.dispose()

@@ -15,23 +15,35 @@ from tests.rehearsal import network
 from tests.rehearsal.experiment import rehearse
 from tests.rehearsal.faults import FAULTS, SEEDED, Fault
 from tests.rehearsal.load import MIX, PATIENCE_SECONDS, PHONES, RETRY_SECONDS
-from tests.rehearsal.stage import Stage
+from tests.rehearsal.stage import STEP_SECONDS, Stage
 from tests.rehearsal.verdict import STRENGTH_SECONDS, Row, goals, table
 
 RATE, SEEDED_RATE = 8, 20
+PROGRAMS = ("haproxy", "keepalived", "curl", "mariadbd", "rsync", "iptables", "etcd", "gdnsd", "dig")
 TABLE = ROOT / "deploy" / "rehearsal.md"
 INTRODUCTION = """# The rehearsal
 
-`make rehearsal` writes this table. On one machine, each site in a network namespace of its own, run for real: {runs}.
+`make rehearsal` writes this table. On one machine, each site in a network namespace of its own, these run with the
+configuration of `deploy/`: {runs}.
 
-{phones} clients send {rate:g} requests a second, whatever becomes of those before: of {mix} requests {reads} read the
-user of a session, {orders} order with an `Idempotency-Key`, {logins} log in. They wait {patience} s for a response, and
-for {retry} s send again what failed: reads, and orders with their keys. A request has failed if its first response was
-not the right one; "sent again" counts those that failed in the end. Acknowledged are orders and logins. Lost are orders
-that are not in the database when all is back, and logins whose session is gone; doubled are orders that are there
-twice. The seconds until a failure count from the beginning of the fault until that request was sent, those to full
-strength from when its repair began, as by starting what was killed, until every process, check, replica, member and
-weight is as before. That takes at most {strength} s, and nothing acknowledged is lost or doubled; the other goals:
+{phones} clients, each with a resolver that keeps to the TTL, send {rate:g} requests a second, whatever becomes of those
+before: of {mix}, {reads} read the user of a session, {orders} order with an `Idempotency-Key`, {logins} log in. They
+wait {patience} s for a response, and for {retry} s send again what failed: reads, and orders with their keys.
+
+- Failed are requests whose first response was not the right one; "sent again" counts those that failed in the end.
+- Acknowledged are orders and logins. Lost are orders that are not in each node of the database when all is back, and
+  logins whose session is gone; doubled are orders that are there twice.
+- The seconds until a failure count from the beginning of the fault until that request was sent; those to full strength
+  from when its repair began, as by starting what was killed, until every process, check, replica, member and weight is
+  as before. For a patch, a reload and the control nothing is to be repaired.
+- The last row is a bug of ours that the checker must see.
+
+What differs from production: a site that comes back to the name gets its share in steps of {step} s, not 30; no rate of
+a client is limited; releases are given to the supervisor of `deploy/patch` without the checks before that. What is not
+rehearsed: the distance between sites, and disks that lose what they have acknowledged, as a killed process leaves the
+kernel's cache.
+
+All must be back within {strength} s, and nothing acknowledged may be lost or doubled. The other goals:
 
 """
 
@@ -47,7 +59,7 @@ def options(words: Sequence[str]) -> argparse.Namespace:
 
 def main() -> None:
     asked = options(sys.argv[1:])
-    if reason := network.why_not():
+    if reason := network.why_not(PROGRAMS):
         sys.exit(f"The rehearsal cannot run here: {reason}")
     network.enter(["tests.rehearsal", *sys.argv[1:]])
     chosen = [fault for fault in FAULTS if selected(fault, asked)]
@@ -76,6 +88,7 @@ def main() -> None:
             patience=PATIENCE_SECONDS,
             retry=RETRY_SECONDS,
             strength=STRENGTH_SECONDS,
+            step=STEP_SECONDS,
         )
     text = f"{introduction}{goals((fault.name, fault.goal) for fault in chosen)}\n{table(rows)}"
     if not left_out:

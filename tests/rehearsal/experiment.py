@@ -35,7 +35,9 @@ def _under_load(stage: Stage, fault: Fault, rate: float) -> Facts:
             ended = time.monotonic()
         back, lacking = stage.wait_for_full_strength(STRENGTH_SECONDS)
         time.sleep(STEADY_SECONDS)
-    lost, doubled = running.count_orders()
+    # Each node must have them all.
+    counts = [running.count_orders(url) for url in stage.database_urls()]
+    lost, doubled = (max(numbers) for numbers in zip(*counts, strict=True))
     return Facts(
         happened,
         began,

@@ -238,6 +238,12 @@ FAULTS = [
     ),
     Fault("a site's network is cut", cut_off, Goal(moved=30), 45),
     Fault(
+        "both HAProxies of a site are killed",
+        all_killed(lambda stage: stage.sites[1].proxies, lambda one: one.process.poll() is not None),
+        Goal(moved=30),
+        35,
+    ),
+    Fault(
         "a name server is killed",
         all_killed(lambda stage: stage.name_servers[:1], lambda one: not query(one.address)),
         NONE,

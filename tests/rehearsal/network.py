@@ -23,13 +23,13 @@ PRIVATE = "mount --make-rprivate / && mkdir -p /run/netns && mount -t tmpfs tmpf
 PRIVATE += " && mount -t tmpfs tmpfs /dev/shm && ip link set lo up"
 
 
-def why_not() -> str:
-    """Return why this machine cannot have such a network; empty if it can."""
-    missing = [name for name in ("unshare", "ip", "sysctl") if not shutil.which(name, path=_path())]
+def why_not(programs: Sequence[str] = ()) -> str:
+    """Return why this machine cannot have such a network, and these programs in it; empty if it can."""
+    missing = [name for name in ("unshare", "ip", "sysctl", *programs) if not shutil.which(name, path=_path())]
     if missing:
         return f"not installed: {', '.join(missing)}"
     done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", PRIVATE], capture_output=True, text=True)
-    return f"it takes root with all capabilities: {done.stderr.strip()}" if done.returncode else ""
+    return f"it takes root with all its capabilities: {done.stderr.strip()}" if done.returncode else ""
 
 
 def enter(words: Sequence[str]) -> None:

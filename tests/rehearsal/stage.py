@@ -253,11 +253,9 @@ class Stage:
     def proxies(self) -> list[SlottedHAProxy]:
         return [proxy for site in self.sites for proxy in site.proxies]
 
-    @property
-    def database_url(self) -> str:
-        """The database, at a node that takes reads."""
-        node = next(node for node in self.galera.nodes if node.is_synced())
-        return self.galera.url(node.address, node.port)
+    def database_urls(self) -> list[str]:
+        """Return the database at each node that takes reads."""
+        return [self.galera.url(node.address, node.port) for node in self.galera.nodes if node.is_synced()]
 
     def describe(self) -> str:
         """Return what runs, in words."""
