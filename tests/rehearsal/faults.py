@@ -263,11 +263,11 @@ FAULTS = [
 
 BUG = {
     "from wsgi import app\n": "",
-    "next(numbers)": 'response.get_json()["data"]["id"]',
+    "next(numbers)": 'int(response.get_json()["data"]["remark"], 16)',
     "number % 5 in (0, 1)": "True",
-    "number % 5": "number // 10 % 2",
+    "number % 5": "number % 2",
 }
-"""Turns tests/apps/forgetful.py into the end of a wsgi.py that loses or doubles each order, by its id."""
+"""Turns tests/apps/forgetful.py into the end of a wsgi.py that loses or doubles each order, by its random remark."""
 
 
 @contextmanager
