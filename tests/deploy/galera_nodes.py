@@ -152,20 +152,18 @@ class Node(MariaDB):
 
         :raises pymysql.err.OperationalError: if there is no answer in some seconds.
         """
+        return self.execute_all(statement)
+
+    def execute_all(self, *statements: str) -> Any:
+        """The same for several of one session; returns the first row of the last one."""
         if not self._listens():
             raise pymysql.err.OperationalError(2003, f"{self.name} is down")
-        with (
-            pymysql.connect(
-                unix_socket=self.socket,
-                user="root",
-                connect_timeout=5,
-                read_timeout=10,
-                autocommit=True,
-                init_command="SET wsrep_sync_wait = 0",
-            ) as connection,
-            connection.cursor() as cursor,
-        ):
-            cursor.execute(statement)
+        # Without waiting for other nodes.
+        options = {"autocommit": True, "init_command": "SET wsrep_sync_wait = 0", "read_timeout": 30}
+        connection = pymysql.connect(unix_socket=self.socket, user="root", **options)
+        with connection, connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
             return cursor.fetchone()
 
     def is_synced(self) -> bool:
@@ -219,12 +217,26 @@ class Galera:
         """Start nodes and wait until they are members: one after the other, as two at once may fail to become one."""
         for node in nodes:
             node.start()
-            wait_until(node.is_synced)
+            self._become_member(node)
+
+    @staticmethod
+    def _become_member(node: Node, tries: int = 3) -> None:
+        """Wait until a node is a member; if its fetching what it missed fails, start it again, as the README says."""
+        try:
+            wait_until(node.is_synced, 30)
+        except AssertionError:
+            if tries == 1:
+                raise
+            node.kill()
+            node.start()
+            Galera._become_member(node, tries - 1)
 
     def restart(self) -> None:
         """Start all nodes after all were killed: when the members of the last cluster are back, they form it again."""
         for node in self.nodes:
             node.start()
+        for node in self.nodes:
+            self._become_member(node)
         self.wait_for(self.nodes, len(self.nodes))
 
     def wait_for(self, nodes: Sequence[Node], size: int, seconds: float = 60) -> None:
