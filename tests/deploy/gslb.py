@@ -36,8 +36,8 @@ PAUSE_SECONDS = 0.5
 TTL_SECONDS = 10
 PATIENCE_SECONDS = 6
 """For how long a client waits for a response."""
-LEFT_SECONDS = 12
-"""How long after the checks a client's last request to a site has failed: 1 s, the TTL of 5 s, and its patience."""
+LEFT_SECONDS = 8
+"""After so long without a failure nobody uses the site any more: longer than a TTL of 5 s, and a client's patience."""
 
 
 class Read(NamedTuple):
@@ -79,6 +79,10 @@ class Clients:
     def failures(self, moment: float) -> list[Read]:
         """Return the failed reads since then."""
         return [read for read in self.since(moment) if read.failure]
+
+    def last_failure(self, moment: float) -> float:
+        """Return when the last read since then failed."""
+        return max((read.ended for read in self.failures(moment)), default=moment)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -137,11 +141,11 @@ class Stage:
         address = SITES[name].address
         wait_until(lambda: all(server.states()[address] == "DOWN" for server in self.servers))
         out = time.monotonic()
-        wait_until(lambda: time.monotonic() > out + LEFT_SECONDS)
+        wait_until(lambda: time.monotonic() > max(out, self.clients.last_failure(start)) + LEFT_SECONDS)
         failures = self.clients.failures(start)
         assert [read for read in failures if read.address != address] == []
         assert failures
-        seconds = failures[-1].ended - start
+        seconds = self.clients.last_failure(start) - start
         print(f"{name}: {len(failures)} failed, the last one after {seconds:.1f} s")
         return seconds
 
