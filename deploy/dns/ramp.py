@@ -81,14 +81,16 @@ def main() -> None:
             if weight != before:
                 print(f"{name}: weight {before} -> {weight} of {target}", flush=True)
             lines.append(f"{name} => [ {address}, {weight} ]\n")
-        if "".join(lines) != applied:
-            applied, before_it = "".join(lines), arguments.weights.read_text()
-            write(arguments.weights, applied)
+        wanted = "".join(lines)
+        if wanted != applied:
+            accepted = arguments.weights.read_text()
+            write(arguments.weights, wanted)
             try:
                 gdnsdctl("replace")  # a new process takes over the sockets; no query is lost
             except subprocess.CalledProcessError:
-                write(arguments.weights, before_it)  # or gdnsd could not start with it either
+                write(arguments.weights, accepted)  # or gdnsd could not start again, either
                 raise
+            applied = wanted
         time.sleep(min(POLL_SECONDS, arguments.seconds))
 
 
