@@ -230,8 +230,8 @@ graceful_timeout = 28 - settings["DRAIN_SECONDS"]
 keepalive = 75
 
 # The heartbeat file in memory: on a slow disk a healthy worker would be taken for dead. It takes no room but an inode.
-has_memory = os.access("/dev/shm", os.W_OK) and os.statvfs("/dev/shm").f_favail
-worker_tmp_dir = "/dev/shm" if has_memory else tempfile.gettempdir()
+shm = "/dev/shm"
+worker_tmp_dir = shm if os.access(shm, os.W_OK) and os.statvfs(shm).f_favail else tempfile.gettempdir()
 
 # The metrics of the workers are in a directory of this master. A stop removes it; what a crash left tells the next
 # start at this address of it. prometheus_client reads this variable when it is first imported.

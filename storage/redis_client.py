@@ -2,6 +2,7 @@
 
 import re
 import threading
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -10,7 +11,7 @@ from flask import Flask, current_app
 from redis import BlockingConnectionPool, Connection, DriverInfo, Redis, Sentinel, exceptions
 from redis.backoff import AbstractBackoff, NoBackoff
 from redis.connection import UnixDomainSocketConnection, parse_url
-from redis.exceptions import BusyLoadingError, ResponseError
+from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from redis.retry import Retry
 from werkzeug.local import LocalProxy
 
@@ -62,15 +63,15 @@ class SentinelPool(Pool):
     """
 
     def __init__(self, url: str, **options: Any) -> None:
-        parts, self._primary = urlsplit(url), None
+        # The most replicas that were seen at once are `most`.
+        parts, self._primary, self.most = urlsplit(url), None, 0
         credentials, at, hosts = parts.netloc.rpartition("@")
         _, self._service, *database = parts.path.split("/")
         options |= parse_url(f"redis://{credentials}{at}/{''.join(database)}?{parts.query}")
         self.replicas = int(options.pop("replicas", 1))
         login = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
         self._sentinel = Sentinel(re.findall(r"([^,[\]]+)]?:([0-9]+)", hosts), sentinel_kwargs=login | _ONCE)
-        once_more = {**options, "retry": Retry(NoBackoff(), 1)}
-        self._replica = partial(self._sentinel.replica_for, self._service, **once_more)
+        self._replica = partial(self._sentinel.replica_for, self._service, **options | {"retry": Retry(NoBackoff(), 1)})
         self._asking, asked = threading.Lock(), SharedReads(self._find)
 
         class Primary(Connection):
@@ -94,6 +95,15 @@ class SentinelPool(Pool):
         """Ask another sentinel, too: this one may be cut off with an old primary."""
         super().distrust()
         self._sentinel.sentinels.append(self._sentinel.sentinels.pop(0))
+
+    def is_moving(self) -> bool:
+        """Whether another server is being made the primary, as far as sentinels know."""
+        for sentinel in self._sentinel.sentinels:
+            with suppress(RedisError):
+                state: Any = sentinel.sentinel_master(self._service)
+                if "failover_in_progress" in state["flags"] or (state["ip"], state["port"]) != self._primary:
+                    return True
+        return False
 
     def read(self, client: Redis, keys: list[str]) -> Any:
         """Read from a replica while there is no primary.
@@ -149,11 +159,14 @@ def execute(pipeline: Any) -> Any:
     pool = pipeline.connection_pool
     if not pool.replicas:
         return pipeline.execute()
-    milliseconds = int(pool.connection_kwargs["socket_timeout"] * 750)
-    *outcomes, acknowledged = pipeline.wait(pool.replicas, milliseconds).execute()
-    if acknowledged < pool.replicas:
+    # In milliseconds, for three quarters of the time-out; then, but not for long, for all replicas there are.
+    pipeline.wait(pool.replicas, int(pool.connection_kwargs["socket_timeout"] * 750)).wait(pool.most, 20).role()
+    *outcomes, enough, acknowledged, role = pipeline.execute()
+    # A replica that does not respond may be the next primary, and never get what another one has.
+    if enough < pool.replicas or (acknowledged < pool.most and pool.is_moving()):
         pool.distrust()
         raise ResponseError("NOREPLICAS written, but not acknowledged by enough replicas in time")
+    pool.most = max(pool.most, len(role[2]))
     return outcomes
 
 

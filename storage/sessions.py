@@ -124,9 +124,7 @@ class SessionInterface(RedisSessionInterface):
         if session.new and "user_id" in session:
             index = _index_key(session["user_id"])
             pipeline.zadd(index, {store_id: ends_at}).zremrangebyscore(index, "-inf", now).expire(index, lifetime)
-            execute(pipeline)
-        else:
-            pipeline.execute()
+        execute(pipeline) if session.new else pipeline.execute()
         session.new = False
 
 
@@ -171,10 +169,10 @@ def log_in(user_id: int, **facts: Any) -> str:
     if current:
         _interface().regenerate(current)
         current.clear()
-    current.new = True
     current.update(facts, user_id=user_id)
     # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
-    current.modified = False  # nor is it tried again then: nobody knows the token of one that may have been written
+    # Nor is it tried again then: nobody knows the token of one that may have been written.
+    current.new, current.modified = True, False
     _interface().store(current)
     return current.sid
 

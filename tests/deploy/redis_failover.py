@@ -51,8 +51,8 @@ class Load:
         self.outcomes: list[Outcome] = []
         self.tokens: list[str] = []
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._go_on, args=(self._log_in,)) for _ in range(LOGINS)]
-        self._threads += [threading.Thread(target=self._go_on, args=(self._read,)) for _ in range(READS)]
+        self._threads = [threading.Thread(target=self._go_on, args=(self._log_in,), daemon=True) for _ in range(LOGINS)]
+        self._threads += [threading.Thread(target=self._go_on, args=(self._read,), daemon=True) for _ in range(READS)]
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -115,8 +115,10 @@ class Holders:
     def __init__(self, apps: list[Flask]) -> None:
         self._over = threading.Event()
         self._spans: list[tuple[float, float, int]] = []
-        self._threads = [threading.Thread(target=self._hold, args=(app, number)) for number, app in enumerate(apps)]
-        self._threads += [threading.Thread(target=self._check, args=(app,)) for app in apps]
+        self._threads = [
+            threading.Thread(target=self._hold, args=(app, number), daemon=True) for number, app in enumerate(apps)
+        ]
+        self._threads += [threading.Thread(target=self._check, args=(app,), daemon=True) for app in apps]
 
     def __enter__(self) -> "Holders":
         for thread in self._threads:
@@ -230,6 +232,42 @@ def test_no_acknowledged_login_is_lost(
         assert max(stale, default=0) - min(stale, default=0) < STALE_SECONDS
     else:
         assert failed["read"].total() <= READS
+
+
+def test_a_planned_move_costs_logins_seconds_at_most(
+    start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
+) -> None:
+    wait_until(sentinels.complete)
+    service, old = start_service(REDIS_URL=sentinels.url), sentinels.primary()
+    with Load(service, simulator) as load:
+        with sentinels.sentinels[0].client() as client:
+            client.execute_command("SENTINEL", "FAILOVER", "kuaishang")
+        wait_until(lambda: sentinels.primary() is not old)
+        load.more("login", 20)
+        wait_until(lambda: not connected(service, old))
+    refused = [one.began for one in load.failed("login")]
+    seconds = max(refused, default=0) - min(refused, default=0)
+    logger.info("moved: %s of %s requests failed within %.1f s", len(refused), len(load.outcomes), seconds)
+    assert load.lost() == 0
+    assert load.failed("read") == []
+    assert seconds < DEADLINE_SECONDS
+
+
+def test_nothing_is_lost_when_all_are_killed_at_once(
+    start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
+) -> None:
+    wait_until(sentinels.complete)
+    service = start_service(REDIS_URL=sentinels.url)
+    with Load(service, simulator) as load:
+        for process in (*sentinels.servers, *sentinels.sentinels):
+            process.kill()
+        wait_until(lambda: load.failed("login"))
+    wait_until(lambda: readiness(service)[0] == 503)
+    for process in (*sentinels.servers, *sentinels.sentinels):
+        process.start()
+    wait_until(lambda: readiness(service) == READY)
+    assert len(load.tokens) >= 10
+    assert load.lost() == 0
 
 
 @pytest.mark.skipif(not can_cut(), reason="needs root")
