@@ -41,6 +41,7 @@ def _under_load(stage: Stage, fault: Fault, rate: float) -> Facts:
     return Facts(
         happened,
         began,
+        ended,
         running.sent,
         lost + running.missing_sessions,
         doubled,

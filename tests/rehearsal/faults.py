@@ -211,6 +211,7 @@ def power_cut(stage: Stage) -> Iterator[Proof]:
 NONE, SAFE = Goal(never=KINDS), ("read", "order")
 FAIL_OVER = Goal(in_flight=("read",), after_retry=SAFE)
 WRITABLE = Goal(after_retry=SAFE, moved=5)
+MOVED = Goal(after_retry=SAFE, moved=30, until_repair=True)
 FAULTS = [
     Fault("none (control)", nothing, NONE, 5, quick=True),
     Fault(
@@ -236,11 +237,11 @@ FAULTS = [
         Goal(),
         15,
     ),
-    Fault("a site's network is cut", cut_off, Goal(moved=30), 45),
+    Fault("a site's network is cut", cut_off, MOVED, 45),
     Fault(
         "both HAProxies of a site are killed",
         all_killed(lambda stage: stage.sites[1].proxies, lambda one: one.process.poll() is not None),
-        Goal(moved=30),
+        MOVED,
         35,
     ),
     Fault(
@@ -248,16 +249,14 @@ FAULTS = [
         all_killed(lambda stage: stage.name_servers[:1], lambda one: not query(one.address)),
         NONE,
         15,
-        quick=True,
     ),
     Fault(
         "etcd is killed",
         all_killed(lambda stage: stage.etcds, lambda one: not one.is_healthy()),
         NONE,
         20,
-        quick=True,
     ),
-    Fault("all processes are killed at once (a power cut)", power_cut, Goal(), 2),
+    Fault("all processes are killed at once (a power cut)", power_cut, Goal(), 2, quick=True),
 ]
 
 

@@ -4,10 +4,10 @@ import asyncio
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from bench.load import UNREACHED, Outcome, Pool, Request, pool
+from bench.load import Outcome, Pool, Request, pool
 from tests.faults.load import Load, complaint, is_right
 from tests.rehearsal.verdict import Sent
 
@@ -25,35 +25,27 @@ CONNECT_SECONDS = 2
 RETRY_SECONDS, PAUSE_SECONDS = 30, 0.5
 """For how long, and how often, what failed is sent again: a read, and an order with its key. As the mini-program's
 client does, whose user would tap on a login again."""
-NOT_SENT = ("ConnectionRefusedError", "OSError", UNREACHED)
-"""Nothing has been sent: another address may be tried at once."""
 
 
 class Phone:
-    """A client that resolves the name, keeps connections, and tries the next address if one takes no connection.
+    """A client that resolves the name and keeps its connections.
 
-    :param resolve: returns the addresses, in the order in which they are tried.
+    :param resolve: returns the address; raises LookupError.
     """
 
-    def __init__(self, resolve: Callable[[], Sequence[Address]], tls: ssl.SSLContext) -> None:
+    def __init__(self, resolve: Callable[[], Address], tls: ssl.SSLContext) -> None:
         self._resolve, self._tls = resolve, tls
         self._pools: dict[Address, Pool] = {}
 
     async def send(self, request: Request) -> Outcome:
         began = time.monotonic()
-        outcome = Outcome(request, "unresolved", began, 0, None)
         try:
-            addresses = await asyncio.to_thread(self._resolve)
+            host, port = await asyncio.to_thread(self._resolve)
         except LookupError:
-            return outcome
-        for host, port in addresses:
-            known = self._pools.setdefault(
-                (host, port), Pool(port, PATIENCE_SECONDS, host, self._tls, connect_seconds=CONNECT_SECONDS)
-            )
-            outcome = await known.send(request, began)
-            if outcome.status not in NOT_SENT:
-                break
-        return outcome
+            return Outcome(request, "unresolved", began, time.monotonic() - began, None)
+        if (host, port) not in self._pools:
+            self._pools[host, port] = Pool(port, PATIENCE_SECONDS, host, self._tls, CONNECT_SECONDS)
+        return await self._pools[host, port].send(request, began)
 
     def close(self) -> None:
         for known in self._pools.values():

@@ -6,7 +6,6 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from threading import Lock
@@ -272,9 +271,9 @@ class Stage:
         """Return a client with a resolver of its own."""
         lock, resolver = Lock(), Resolver([server.address for server in self.name_servers])
 
-        def resolve() -> Sequence[Address]:
+        def resolve() -> Address:
             with lock:
-                return [(resolver.address(), TLS_PORT)]
+                return resolver.address(), TLS_PORT
 
         return Phone(resolve, self._tls)
 

@@ -9,7 +9,7 @@ from tests.rehearsal.__main__ import options, seeded, selected
 from tests.rehearsal.faults import FAULTS
 from tests.rehearsal.verdict import KINDS, Facts, Goal, Row, Sent, goals, judge, table
 
-BEGAN = 100.0
+BEGAN, ENDED = 100.0, 140.0
 RIGHT = [Sent(kind, BEGAN + number, BEGAN + number + 0.1, 200, True, True) for number, kind in enumerate(KINDS)]
 ALL = Goal(never=KINDS)
 
@@ -19,7 +19,7 @@ def failing(kind: str, began: float, status: int | str = 503, settled: bool = Tr
 
 
 def problems(goal: Goal, *failed: Sent, **different: Any) -> list[str]:
-    facts = Facts(True, BEGAN, [*RIGHT, *failed], 0, 0, 1.5)
+    facts = Facts(True, BEGAN, ENDED, [*RIGHT, *failed], 0, 0, 1.5)
     return judge("a fault", "8/s", goal, facts._replace(**different)).problems
 
 
@@ -51,7 +51,14 @@ def test_what_fails_again_is_a_problem() -> None:
 
 def test_a_failure_too_late_is_a_problem() -> None:
     assert problems(Goal(moved=30), failing("read", 30)) == []
-    assert problems(Goal(moved=30), failing("read", 30.5)) == ["one sent after 30.5 s failed"]
+    assert problems(Goal(moved=30), failing("read", 30.5)) == ["1 requests sent after 30 s failed (503: 1)"]
+
+
+def test_what_returns_may_cost_something_if_the_goal_says_so() -> None:
+    goal = Goal(moved=30, until_repair=True)
+    assert problems(goal, failing("read", 41)) == []
+    assert problems(goal, failing("read", 39)) == ["1 requests sent after 30 s failed (503: 1)"]
+    assert problems(Goal(moved=30), failing("read", 41)) == ["1 requests sent after 30 s failed (503: 1)"]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +86,9 @@ def test_the_table_has_what_was_counted() -> None:
     sent = [*RIGHT, failing("read", 0.5), failing("order", 2), failing("order", 4, settled=False)]
     sent.append(failing("login", 3, settled=False))
     rows = [
-        judge("a fault", "8/s", Goal(never=("login",)), Facts(True, BEGAN, sent, 2, 1, 12.25)),
-        judge("none", "8/s", ALL, Facts(True, BEGAN, RIGHT, 0, 0, 0.04)),
-        judge("worse", "8/s", Goal(), Facts(True, BEGAN, RIGHT, 0, 0, None, ["a site"])),
+        judge("a fault", "8/s", Goal(never=("login",)), Facts(True, BEGAN, ENDED, sent, 2, 1, 12.25)),
+        judge("none", "8/s", ALL, Facts(True, BEGAN, ENDED, RIGHT, 0, 0, 0.04)),
+        judge("worse", "8/s", Goal(), Facts(True, BEGAN, ENDED, RIGHT, 0, 0, None, ["a site"])),
     ]
     assert table(rows) == (
         "| fault | load | requests | failed | acknowledged, lost | doubled | first failure, s | last failure, s |"
@@ -95,13 +102,21 @@ def test_the_table_has_what_was_counted() -> None:
 
 
 def test_the_goals_are_said_in_words() -> None:
-    assert goals([("a", ALL), ("b", Goal(in_flight=("read",), after_retry=("order",), moved=30)), ("c", Goal())]) == (
+    assert goals(
+        [
+            ("a", ALL),
+            ("b", Goal(in_flight=("read",), after_retry=("order",), moved=30)),
+            ("c", Goal()),
+            ("d", Goal(moved=30, until_repair=True)),
+        ]
+    ) == (
         "| fault | goal |\n"
         "|---|---|\n"
         "| a | no read, login or order fails |\n"
         "| b | of reads at most those fail that were on their way; no order fails when it is sent again;"
         " what is sent after 30 s is served |\n"
         "| c | nothing acknowledged is lost or doubled |\n"
+        "| d | what is sent after 30 s and before the repair begins is served |\n"
     )
 
 

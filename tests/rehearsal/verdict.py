@@ -1,5 +1,6 @@
 """What a fault cost, whether that is within the goals, and the table."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,12 +36,14 @@ class Goal(NamedTuple):
     :param in_flight: kinds of which at most those may fail that were on their way when the fault began.
     :param after_retry: kinds of which none may fail in the end, when they are sent again.
     :param moved: seconds after which no request may be sent that fails.
+    :param until_repair: whether that is so only until the repair begins, as what returns may cost something, too.
     """
 
     never: tuple[str, ...] = ()
     in_flight: tuple[str, ...] = ()
     after_retry: tuple[str, ...] = ()
     moved: float | None = None
+    until_repair: bool = False
 
     def __str__(self) -> str:
         parts = []
@@ -51,7 +54,8 @@ class Goal(NamedTuple):
         if self.after_retry:
             parts.append(f"no {_either(self.after_retry)} fails when it is sent again")
         if self.moved is not None:
-            parts.append(f"what is sent after {self.moved:.0f} s is served")
+            until = " and before the repair begins" if self.until_repair else ""
+            parts.append(f"what is sent after {self.moved:.0f} s{until} is served")
         return "; ".join(parts) or "nothing acknowledged is lost or doubled"
 
 
@@ -96,12 +100,14 @@ class Facts(NamedTuple):
 
     :param happened: whether it is proved that it happened.
     :param began: when, by the monotonic clock.
+    :param ended: when its repair began.
     :param lacking: what was not back in time.
     :param complaints: about responses that are wrong whatever happens.
     """
 
     happened: object
     began: float
+    ended: float
     sent: Sequence[Sent]
     lost: int
     doubled: int
@@ -140,8 +146,10 @@ def judge(fault: str, load: str, goal: Goal, facts: Facts) -> Row:
         row.problems += _too_many(kind, "sent during it failed", later)
     for kind in goal.after_retry:
         row.problems += _too_many(kind, "failed in the end", [o for o in failed if o.kind == kind and not o.settled])
-    if goal.moved is not None and row.last is not None and row.last > goal.moved:
-        row.problems.append(f"one sent after {row.last:.1f} s failed")
+    if goal.moved is not None:
+        end = facts.ended if goal.until_repair else math.inf
+        late = [one for one in failed if facts.began + goal.moved < one.began < end]
+        row.problems += _too_many("request", f"sent after {goal.moved:.0f} s failed", late)
     if facts.strength is None:
         row.problems.append(f"not back at full strength: {', '.join(facts.lacking)}")
     row.problems += [f"{text} ({count} ×)" for text, count in sorted(Counter(facts.complaints).items())]
