@@ -20,7 +20,7 @@ from telemetry import metrics
 
 CONNECTIONS, WAIT_SECONDS = 100, 1
 """How many a process opens at most, and how long a request waits for one that is free."""
-_ONCE = {"retry": Retry(NoBackoff(), 0), "socket_timeout": 0.2, "socket_connect_timeout": 0.2}
+_ONCE = {"retry": Retry(NoBackoff(), 0), "socket_timeout": 0.4, "socket_connect_timeout": 0.4}
 """How a sentinel is asked: another one may respond."""
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
@@ -84,7 +84,7 @@ class SentinelPool(Pool):
 
     def _find(self, names: list[str]) -> dict[str, Any]:
         """Ask for the primary. When it is another one, the idle connections are closed."""
-        with self._asking:  # of two at once redis-py might forget a sentinel
+        with self._asking:  # of two at once redis-py might forget a sentinel, as it changes their order
             found = self._sentinel.discover_master(self._service)
         if self._primary != found:
             self._primary = found
@@ -94,11 +94,12 @@ class SentinelPool(Pool):
     def distrust(self) -> None:
         """Ask another sentinel, too: this one may be cut off with an old primary."""
         super().distrust()
-        self._sentinel.sentinels.append(self._sentinel.sentinels.pop(0))
+        with self._asking:
+            self._sentinel.sentinels.append(self._sentinel.sentinels.pop(0))
 
     def is_moving(self) -> bool:
         """Whether another server is being made the primary, as far as sentinels know."""
-        for sentinel in self._sentinel.sentinels:
+        for sentinel in [*self._sentinel.sentinels]:  # whose order changes meanwhile
             with suppress(RedisError):
                 state: Any = sentinel.sentinel_master(self._service)
                 if "failover_in_progress" in state["flags"] or (state["ip"], state["port"]) != self._primary:
@@ -142,10 +143,9 @@ def init_app(app: Flask) -> None:
         # it has not run the command, script or MULTI.
         retry=Retry(Failover(), 1, (ResponseError, BusyLoadingError)),
     )
-    client = app.extensions["redis"] = Redis(connection_pool=pool)
-    # For work that belongs to no request: makes no spans.
-    quiet = app.extensions["quiet_redis"] = Redis(connection_pool=pool)
-    app.extensions["check_redis"] = partial(ping, quiet)
+    # The quiet one is for work that belongs to no request: it makes no spans.
+    client, quiet = Redis(connection_pool=pool), Redis(connection_pool=pool)
+    app.extensions |= {"redis": client, "quiet_redis": quiet, "check_redis": partial(ping, quiet)}
     app.extensions["shared_reads"] = SharedReads(partial(pool.read, client))
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
