@@ -231,10 +231,10 @@ class HAProxy(LoadBalancer):
         """Return what is different where instances are checked so often."""
         return {"inter 5s fastinter 1s downinter 5s": f"inter {time} fastinter {time} downinter {time}"}
 
-    def ask(self, command: str) -> str:
+    def ask(self, command: str, seconds: float = WAIT_SECONDS) -> str:
         """Send a command to the runtime socket, and return the answer."""
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(WAIT_SECONDS)
+            connection.settimeout(seconds)
             connection.connect(self.socket)
             connection.sendall(f"{command}\n".encode())
             return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
@@ -253,13 +253,22 @@ class HAProxy(LoadBalancer):
         return self.status(server).startswith("UP")
 
     def reload(self) -> None:
-        before = self._serving()
-        self.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: self._serving() not in ("", before))
+        serving = self._serving()
+
+        def is_reloaded() -> bool:
+            # The master ignores the signal until some milliseconds after a start or reload.
+            self.process.send_signal(signal.SIGUSR2)
+            with suppress(AssertionError):
+                wait_until(lambda: self._serving() not in ("", serving), 5)
+                return True
+            return False
+
+        wait_until(is_reloaded)
 
     def _serving(self) -> str:
         with suppress(OSError):
-            found = re.search(r"^Pid: (\d+)", self.ask("show info"), re.MULTILINE)
+            # A process that is about to end may accept a connection, and not answer.
+            found = re.search(r"^Pid: (\d+)", self.ask("show info", 1), re.MULTILINE)
             return found[1] if found else ""
         return ""
 
