@@ -1,5 +1,6 @@
 """The Redis that all instances share: one server, or the one of several that their sentinels call the primary."""
 
+import random
 import re
 import threading
 from contextlib import suppress
@@ -95,7 +96,7 @@ class SentinelPool(Pool):
         """Ask another sentinel, too: this one may be cut off with an old primary."""
         super().distrust()
         with self._asking:
-            self._sentinel.sentinels.append(self._sentinel.sentinels.pop(0))
+            random.shuffle(self._sentinel.sentinels)  # a rotation might end where it began, if several come at once
 
     def is_moving(self) -> bool:
         """Whether another server is being made the primary, as far as sentinels know."""

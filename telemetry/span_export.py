@@ -72,8 +72,9 @@ class Exporter(OTLPSpanExporter):
         error, ids = attributes.get("error.type"), span.get_span_context()
         context = ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags)
         status = trace.Status(span.status.status_code, str(error) if error and not span.status.is_ok else None)
-        same = {name: getattr(span, name) for name in _SAME}
-        return ReadableSpan(_name(span), context, attributes=attributes, status=status, **same)
+        return ReadableSpan(
+            _name(span), context, attributes=attributes, status=status, **{name: getattr(span, name) for name in _SAME}
+        )
 
 
 def _name(span: ReadableSpan) -> str:
