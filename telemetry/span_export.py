@@ -72,9 +72,8 @@ class Exporter(OTLPSpanExporter):
         error, ids = attributes.get("error.type"), span.get_span_context()
         context = ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags)
         status = trace.Status(span.status.status_code, str(error) if error and not span.status.is_ok else None)
-        return ReadableSpan(
-            _name(span), context, attributes=attributes, status=status, **{name: getattr(span, name) for name in _SAME}
-        )
+        same = {name: getattr(span, name) for name in _SAME}
+        return ReadableSpan(_name(span), context, attributes=attributes, status=status, **same)
 
 
 def _name(span: ReadableSpan) -> str:
