@@ -318,6 +318,9 @@ class Writer:
         peers = peers or {name: f"{host}:{free_port('the port of peers', '0')}"}
         text = CONFIGURATION.with_name("haproxy.cfg").read_text()
         text = text.replace("bind 127.0.0.1:3306", f"bind {host}:{self.port}")
+        statistics = f"{host}:{free_port('the port of statistics', '0')}"
+        self.statistics_url = f"http://{statistics}"
+        text = text.replace("bind 127.0.0.1:8405", f"bind {statistics}")
         text = re.sub("(?:    peer .*\n)+", "".join(f"    peer {one} {where}\n" for one, where in peers.items()), text)
         at = {node.name: f"{node.address}:{node.port}" for node in galera.nodes}
         text, count = re.subn(r"server (n\d) [0-9.]+:3306", lambda found: f"server {found[1]} {at.get(found[1])}", text)

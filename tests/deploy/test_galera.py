@@ -13,14 +13,16 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.databases import executable
 from tests.deploy.galera_nodes import Galera, Writer, is_installed
 from tests.deploy.history import SOUND, Verdict, history
 from tests.deploy.load_balancers import HAPROXY
 from tests.faults.stage import Stage
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 FOLDER = ROOT / "deploy" / "galera"
 CHECK = re.compile(r'^ +tcp-check send(-binary)? "?([^"\n]+)', re.MULTILINE)
@@ -50,11 +52,17 @@ def test_mariadb_knows_each_setting() -> None:
 
 @pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")
 def test_haproxy_takes_the_configuration_beside_the_other_one(tmp_path: Path) -> None:
+    ours = (ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
+    ours = re.sub(r" ssl crt .*", "", ours).replace("/var/lib/haproxy/state", f"{tmp_path}/state")
+    (tmp_path / "state").write_text("1\n")
     head = tmp_path / "haproxy.cfg"
-    head.write_text("global\n    log stdout format raw daemon\n")
-    command = [str(HAPROXY), "-c", "-L", "site-1", "-f", str(head), "-f", str(FOLDER / "haproxy.cfg")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, "WARNING" in done.stderr) == (0, False), done.stderr
+    for text in ("global\n    log stdout format raw daemon\n", ours):
+        head.write_text(text)
+        command = [str(HAPROXY), "-c", "-dW", "-L", "site-1", "-f", str(head), "-f", str(FOLDER / "haproxy.cfg")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    binds = re.findall(r"(?m)^ +bind \S*:(\d+)", ours + (FOLDER / "haproxy.cfg").read_text())
+    assert sorted(binds) == ["3306", "443", "80", "8404", "8405"]
 
 
 def test_the_packets_of_the_check_have_the_length_that_they_name() -> None:
@@ -73,6 +81,18 @@ def test_the_packets_of_the_check_have_the_length_that_they_name() -> None:
     assert end == b"\x01"
 
 
+def states_for_prometheus(writer: Writer) -> dict[str, float]:
+    """Return what the alarm DatabaseNodeOut reads of the node n1, by state."""
+    scraped = requests.get(f"{writer.statistics_url}/metrics", timeout=WAIT_SECONDS).text
+    samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
+    of_node = {"proxy": "database", "server": "n1"}
+    return {
+        sample.labels["state"]: sample.value
+        for sample in samples
+        if sample.name == "haproxy_server_status" and sample.labels.items() >= of_node.items()
+    }
+
+
 @needs_galera
 def test_haproxy_asks_a_node_whether_it_takes_writes(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="kuaishang-galera-") as folder, ExitStack() as stack:
@@ -83,10 +103,16 @@ def test_haproxy_asks_a_node_whether_it_takes_writes(tmp_path: Path) -> None:
         writer = stack.enter_context(closing(Writer(tmp_path / "writer", galera)))
         (node,) = galera.nodes
         wait_until(lambda: writer.states() == {"n1": "UP"})
+        assert states_for_prometheus(writer) == {"DOWN": 0, "UP": 1, "MAINT": 0, "DRAIN": 0, "NOLB": 0}
         node.execute("SET GLOBAL read_only = 1")
         wait_until(lambda: writer.states() == {"n1": "DOWN"})
+        assert states_for_prometheus(writer) == {"DOWN": 1, "UP": 0, "MAINT": 0, "DRAIN": 0, "NOLB": 0}
+        writer.ask("set server database/n1 state maint")  # as for an index
+        assert states_for_prometheus(writer) == {"DOWN": 0, "UP": 0, "MAINT": 1, "DRAIN": 0, "NOLB": 0}
+        writer.ask("set server database/n1 state ready")
         node.execute("SET GLOBAL read_only = 0")
         wait_until(lambda: writer.states() == {"n1": "UP"})
+        assert requests.get(f"{writer.statistics_url}/", timeout=WAIT_SECONDS).status_code == 404
         assert "user: 'haproxy'" not in node.log.read_text()  # as if the check did not end its connection
 
 

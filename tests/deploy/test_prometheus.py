@@ -69,7 +69,7 @@ def series() -> dict[str, set[str]]:
     """The labels of each series, by its name."""
     there = {"up": OF_PROMETHEUS, "ALERTS": {"alertname", "alertstate", *OF_PROMETHEUS}}
     there["ALERTS_FOR_STATE"] = {"alertname", "method", "route", *OF_PROMETHEUS}  # of SwitchedOff
-    there["haproxy_server_status"] = {"proxy", "server", "state", *OF_PROMETHEUS}  # see test_haproxy.py
+    there["haproxy_server_status"] = {"proxy", "server", "state", *OF_PROMETHEUS}  # see test_haproxy.py, test_galera.py
     there["haproxy_backend_active_servers"] = {"proxy", *OF_PROMETHEUS}
     for metric in (*vars(metrics).values(), *metrics.PROCESS.values()):
         if isinstance(metric, MetricWrapperBase):
