@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from errors import ApiError, Code
 from storage.cipher import cipher
-from storage.redis_client import execute, redis
+from storage.redis_client import execute_replicated, redis
 from telemetry import metrics
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ class MessageQueue:
         propagate.inject(ids)
         entry = cipher.encrypt(json.dumps(message, ensure_ascii=False), STREAM), json.dumps(ids)
         values = _WORKERS, BACKLOG, *entry, KEEP_SECONDS, remember
-        (outcome,) = execute(redis.pipeline(transaction=False).eval(_PUT, 2, STREAM, f"message:{key}", *values))
+        pipeline: Any = redis.pipeline(transaction=False).eval(_PUT, 2, STREAM, f"message:{key}", *values)
+        (outcome,) = execute_replicated(pipeline)
         if outcome == -1:
             metrics.MESSAGES.labels("rejected").inc()
             raise ApiError(Code.UNAVAILABLE)

@@ -5,6 +5,7 @@ import re
 import threading
 from contextlib import suppress
 from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -34,7 +35,7 @@ class Pool(BlockingConnectionPool):
     """Measures for how long a connection is waited for while all are in use."""
 
     replicas = 0
-    """How many replicas must have what `execute` writes."""
+    """How many replicas must have what `execute_replicated` writes."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(max_connections=CONNECTIONS, timeout=WAIT_SECONDS, **options)  # type: ignore[no-untyped-call]
@@ -99,13 +100,14 @@ class SentinelPool(Pool):
             random.shuffle(self._sentinel.sentinels)  # a rotation might end where it began, if several come at once
 
     def is_moving(self) -> bool:
-        """Whether another server is being made the primary, as far as sentinels know."""
+        """Whether another server is being made the primary, or is it already, as far as sentinels know."""
+        states: list[Any] = []
         for sentinel in [*self._sentinel.sentinels]:  # whose order changes meanwhile
             with suppress(RedisError):
-                state: Any = sentinel.sentinel_master(self._service)
-                if "failover_in_progress" in state["flags"] or (state["ip"], state["port"]) != self._primary:
-                    return True
-        return False
+                states.append(sentinel.sentinel_master(self._service))
+        states.sort(key=itemgetter("config-epoch"))  # of one that is cut off it is older
+        is_electing = any("failover_in_progress" in state["flags"] for state in states)
+        return is_electing or any((state["ip"], state["port"]) != self._primary for state in states[-1:])
 
     def read(self, client: Redis, keys: list[str]) -> Any:
         """Read from a replica while there is no primary.
@@ -151,7 +153,7 @@ def init_app(app: Flask) -> None:
     metrics.SAMPLED[metrics.POOL_IN_USE.labels("redis")] = lambda: pool.get_connection_count()[1][0]  # 0: idle ones
 
 
-def execute(pipeline: Any) -> Any:
+def execute_replicated(pipeline: Any) -> Any:
     """Run a pipeline that is no transaction, and wait until as many replicas as REDIS_URL asks for have what it wrote.
 
     :returns: the outcome of each command.
@@ -178,4 +180,4 @@ def ping(client: Redis = redis) -> None:
     """
     pipeline = client.pipeline(transaction=False)
     pipeline.set("readiness", "", ex=60, get=True)  # GET is unknown to older versions
-    execute(pipeline.exists("readiness", "another-slot"))  # refused by a Cluster, as are logins
+    execute_replicated(pipeline.exists("readiness", "another-slot"))  # refused by a Cluster, as are logins

@@ -3,7 +3,6 @@
 import hashlib
 import time
 from collections import UserDict
-from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
@@ -14,7 +13,7 @@ from redis.exceptions import RedisError
 
 from errors import ApiError, Code
 from storage import wechat_session_keys
-from storage.redis_client import execute, redis
+from storage.redis_client import execute_replicated, redis
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 COOKIE_OPTIONS: dict[str, Any] = {"secure": True, "httponly": True, "samesite": "Lax"}
@@ -102,15 +101,18 @@ class SessionInterface(RedisSessionInterface):
             return
         name, is_modified = cookie_name("session"), session.modified
         session.modified = False  # the response to a failure of this is saved too: do not wait for Redis twice
-        with suppress(*() if is_modified else (RedisError,)):  # one that cannot be prolonged now is valid for long
+        try:
             if session:
                 self.store(session)
                 if session.by_cookie:
                     response.set_cookie(name, session.sid, expires=session["expires_at"], **COOKIE_OPTIONS)
             else:
-                execute(self.client.pipeline(transaction=False).delete(self._get_store_id(session.sid)))
+                execute_replicated(self.client.pipeline(transaction=False).delete(self._get_store_id(session.sid)))
                 if session.by_cookie:
                     response.delete_cookie(name, **COOKIE_OPTIONS)
+        except RedisError:
+            if is_modified:  # one that cannot be prolonged now is valid for long
+                raise
 
     def store(self, session: LazySession) -> None:
         now, store_id = int(time.time()), self._get_store_id(session.sid)
@@ -124,7 +126,7 @@ class SessionInterface(RedisSessionInterface):
         if session.new and "user_id" in session:
             index = _index_key(session["user_id"])
             pipeline.zadd(index, {store_id: ends_at}).zremrangebyscore(index, "-inf", now).expire(index, lifetime)
-        execute(pipeline) if session.new else pipeline.execute()
+        execute_replicated(pipeline)
         session.new = False
 
 
@@ -202,4 +204,4 @@ def revoke_sessions(user_id: int) -> None:
     store_ids = redis.zrange(index, 0, -1)
     pipeline: Any = redis.pipeline(transaction=False).delete(wechat_session_keys.redis_key(user_id), *store_ids)
     # Only the sessions that were read: a concurrent login keeps its session and its entry. ZREM wants one at least.
-    execute(pipeline.zrem(index, "", *store_ids))
+    execute_replicated(pipeline.zrem(index, "", *store_ids))

@@ -209,7 +209,7 @@ def power_cut(stage: Stage) -> Iterator[Proof]:
 
 
 NONE, SAFE = Goal(never=KINDS), ("read", "order")
-FAIL_OVER = Goal(in_flight=("read",), after_retry=SAFE)
+FAIL_OVER = Goal(in_flight=("read",), after_retry=SAFE, moved=10)
 WRITABLE = Goal(after_retry=SAFE, moved=5)
 MOVED = Goal(after_retry=SAFE, moved=30, until_repair=True)
 FAULTS = [
@@ -227,7 +227,7 @@ FAULTS = [
     Fault("the HAProxy that has the address is killed", proxy_killed, WRITABLE, 8, quick=True),
     Fault("Redis: the primary is killed, and returns", primary_killed, FAIL_OVER, 10, quick=True),
     Fault("Redis: the primary is frozen, and goes on", primary_frozen, FAIL_OVER, 10),
-    Fault("Redis: the primary is cut off from the sentinels", primary_partitioned, FAIL_OVER, 15),
+    Fault("Redis: the primary is cut off from the sentinels", primary_partitioned, FAIL_OVER, 15, quick=True),
     Fault("database: the writer is killed", nodes_killed(lambda stage: [writer(stage)]), WRITABLE, 8, quick=True),
     Fault("database: the writer and one of another site are killed", nodes_killed(writer_and_other), WRITABLE, 8),
     Fault("database: a site's nodes are killed", nodes_killed(lambda stage: stage.galera.site(1)), WRITABLE, 8),
