@@ -341,9 +341,10 @@ def post_worker_init(worker):  # type: ignore[no-untyped-def]
 
     try:
         worker.wsgi.extensions["check_redis"]()
-    except Exception as error:  # noqa: BLE001  any other may pass
-        if failures.kind(error) == "Is a Redis Cluster.":
-            raise RuntimeError("REDIS_URL names a Redis Cluster: use a single Redis, or Sentinel") from None
+    except failures.CLUSTER:
+        raise RuntimeError("REDIS_URL names a Redis Cluster: use a single Redis, or Sentinel") from None
+    except Exception:  # noqa: BLE001, S110  which may pass
+        pass
 
 
 def worker_exit(server, worker):  # type: ignore[no-untyped-def]

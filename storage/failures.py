@@ -22,6 +22,7 @@ what was not committed is rolled back."""
 FAILOVERS = READ_ONLY | {1047, 1053, 1180, 3032, 3100}
 """A new connection may lead to a better server: also from Galera without quorum, a shutdown, a group that broke up,
 offline mode, and a primary that left its group."""
+CLUSTER = exceptions.MovedError, exceptions.ClusterCrossSlotError, exceptions.ClusterDownError
 _KINDS: dict[str, set[Any]] = {
     "Not migrated.": {1146, 1054, "SQLITE_ERROR"},  # the latter for any wrong statement, which has no other cause here
     "Read-only.": {*READ_ONLY, exceptions.ReadOnlyError, errno.EROFS},
@@ -29,7 +30,7 @@ _KINDS: dict[str, set[Any]] = {
     "Out of service.": {*FAILOVERS, exceptions.BusyLoadingError},
     "Out of descriptors.": {errno.EMFILE, errno.ENFILE},
     "Out of memory or space.": {1021, 1041, 1114, "SQLITE_FULL", errno.ENOSPC, exceptions.OutOfMemoryError},
-    "Is a Redis Cluster.": {exceptions.MovedError, exceptions.ClusterCrossSlotError, exceptions.ClusterDownError},
+    "Is a Redis Cluster.": {*CLUSTER},
     "Wrong user or password.": {1045, 1698, exceptions.AuthenticationError},
     "No permission.": {1044, 1142, 1143, 1227, exceptions.NoPermissionError, PermissionError},
     "Unknown database.": {1046, 1049, "DB", "SQLITE_CANTOPEN", "SQLITE_NOTADB"},

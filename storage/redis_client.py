@@ -72,8 +72,9 @@ class SentinelPool(Pool):
         options |= parse_url(f"redis://{credentials}{at}/{''.join(database)}?{parts.query}")
         self.replicas = int(options.pop("replicas", 1))
         login = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
-        self._sentinel = Sentinel(re.findall(r"([^,[\]]+)]?:([0-9]+)", hosts), sentinel_kwargs=login | _ONCE)
-        self._replica = partial(self._sentinel.replica_for, self._service, **options | {"retry": Retry(NoBackoff(), 1)})
+        addresses = re.findall(r"([^,[\]]+)]?:([0-9]+)", hosts)
+        self._sentinels: Any = partial(Sentinel, addresses, sentinel_kwargs=login | _ONCE)
+        self._sentinel, self._once = self._sentinels(), options | {"retry": Retry(NoBackoff(), 1)}
         self._asking, asked = threading.Lock(), SharedReads(self._find)
 
         class Primary(Connection):
@@ -117,7 +118,8 @@ class SentinelPool(Pool):
         try:
             return super().read(client, keys)
         except (exceptions.ConnectionError, exceptions.TimeoutError):
-            with self._replica() as replica:  # not kept: it may be the primary next
+            # By sentinels of its own, whose order redis-py may change; and not kept, as it may be the primary next.
+            with self._sentinels().replica_for(self._service, **self._once) as replica:
                 found = replica.mget(keys)
             if None in found and len(keys) == 1:
                 raise  # another replica may have it
