@@ -174,11 +174,13 @@ def nodes_killed(choose: Callable[[Stage], Sequence[Node]]) -> Cause:
         left = [node for node in galera.nodes if node not in nodes]
         galera.kill(nodes)
         has_quorum = len(left) > len(nodes)
-        yield lambda: all(node.process is None for node in nodes) and has_quorum == any(map(takes_writes, left))
-        if not has_quorum:
-            left[0].bootstrap()
-            wait_until(lambda: takes_writes(left[0]))
-        galera.join(nodes)
+        try:
+            yield lambda: all(node.process is None for node in nodes) and has_quorum == any(map(takes_writes, left))
+        finally:
+            if not has_quorum:
+                left[0].bootstrap()
+                wait_until(lambda: takes_writes(left[0]))
+            galera.join(nodes)
 
     return cause
 
@@ -204,8 +206,10 @@ def writer_and_other(stage: Stage) -> list[Node]:
 @contextmanager
 def power_cut(stage: Stage) -> Iterator[Proof]:
     stage.cut_power()
-    yield lambda: not any(instance.serving() for instance in stage.instances)
-    stage.restore_power()
+    try:
+        yield lambda: not any(instance.serving() for instance in stage.instances)
+    finally:
+        stage.restore_power()
 
 
 NONE, SAFE = Goal(never=KINDS), ("read", "order")

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from tests.rehearsal.__main__ import options, seeded, selected
-from tests.rehearsal.faults import FAULTS
+from tests.rehearsal.faults import FAULTS, Cause, nodes_killed, power_cut
 from tests.rehearsal.verdict import KINDS, Facts, Goal, Row, Sent, goals, judge, table
 
 BEGAN, ENDED = 100.0, 140.0
@@ -129,3 +130,14 @@ def test_words_and_the_short_form_select_faults() -> None:
 
 def test_each_fault_has_a_name_of_its_own() -> None:
     assert [name for name, count in Counter(fault.name for fault in FAULTS).items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("cause", "repair"),
+    [(nodes_killed(lambda stage: stage.galera.nodes[:1]), "galera.join"), (power_cut, "restore_power")],
+)
+def test_a_proof_that_raises_leaves_nothing_down(cause: Cause, repair: str) -> None:
+    stage = MagicMock(**{"galera.nodes": [MagicMock() for _ in range(3)]})
+    with pytest.raises(ZeroDivisionError), cause(stage):
+        raise ZeroDivisionError
+    assert repair in {name for name, _, _ in stage.mock_calls}
