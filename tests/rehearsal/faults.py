@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.deploy.dns_servers import query
+from tests.deploy.dns_servers import DnsServer, query
 from tests.deploy.galera_nodes import Node
 from tests.deploy.redis_sentinels import RedisProcess
 from tests.harness import ROOT, wait_until
@@ -200,6 +200,24 @@ def writer_and_other(stage: Stage) -> list[Node]:
     return [first, next(node for node in stage.galera.nodes if node.site != first.site)]
 
 
+@contextmanager
+def database_refuses(stage: Stage) -> Iterator[Proof]:
+    """Nothing listens any more where the instances of a site look for the database, so the site must leave the name."""
+    site = stage.sites[2]
+    site.writer.kill()
+    try:
+        yield lambda: all(not in_answers(server, site) for server in stage.name_servers)
+    finally:
+        site.writer.start()
+
+
+def in_answers(server: DnsServer, site: Site) -> bool:
+    """Whether a name server still answers with a site."""
+    addresses = {address for _, address in query(server.address, times=100)}
+    assert addresses, "no answer"
+    return site.address in addresses
+
+
 # All of it
 
 
@@ -241,6 +259,7 @@ FAULTS = [
         Goal(),
         15,
     ),
+    Fault("a site's database refuses", database_refuses, MOVED, 40),
     Fault("a site's network is cut", cut_off, MOVED, 45),
     Fault(
         "both HAProxies of a site are killed",
