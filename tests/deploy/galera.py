@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.galera_nodes import DATABASE, Galera, Node, Writer, can_cut, is_installed
+from tests.deploy.galera_nodes import DATABASE, Galera, Node, Writer, is_installed
 from tests.deploy.history import SOUND, History, history
+from tests.deploy.partition import can_cut
 from tests.deploy.patch.test_check import Tree
 from tests.faults.load import codes, complaint, is_right
 from tests.faults.stage import Stage

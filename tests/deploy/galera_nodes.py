@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pymysql
 from dev.run import free_port
 from tests.databases import MariaDB, _empty_data, executable
 from tests.deploy.load_balancers import HAPROXY
+from tests.deploy.partition import cut, heal
 from tests.harness import ROOT, bound_to_this_process, migrate, suspend, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "galera" / "galera.cnf"
@@ -38,16 +39,6 @@ def is_installed() -> bool:
     with suppress(FileNotFoundError):
         return bool(executable("mariadbd") and PROVIDER.exists() and shutil.which("rsync"))
     return False
-
-
-def can_cut() -> bool:
-    """Whether a site can be cut off here."""
-    command = ["iptables", "-w", "-S", "INPUT"]
-    return (
-        os.geteuid() == 0
-        and bool(shutil.which("iptables"))
-        and not subprocess.run(command, capture_output=True).returncode
-    )
 
 
 def _as_mysql() -> list[str]:
@@ -201,6 +192,7 @@ class Galera:
 
     def start(self) -> None:
         """Found the cluster, and wait until all nodes are members."""
+        heal()
         first, *others = self.nodes
         first.start(new_cluster=True)
         self.wait_for([first], 1)
@@ -278,13 +270,11 @@ class Galera:
     def cut(site: int) -> Iterator[None]:
         """Let nothing pass between the addresses of a site and all others, in either direction, during the block."""
         here = f"127.{site}.0.0/16"
-        rules = [["-s", here, "!", "-d", here], ["!", "-s", here, "-d", here]]
-        with ExitStack() as stack:
-            for rule in rules:
-                command = ["INPUT", "-i", "lo", *rule, "-j", "DROP"]
-                subprocess.run(["iptables", "-w", "-I", *command], check=True)
-                stack.callback(subprocess.run, ["iptables", "-w", "-D", *command], check=True)
+        cut((("-i", "lo", "-s", here, "!", "-d", here), ("-i", "lo", "!", "-s", here, "-d", here)))
+        try:
             yield
+        finally:
+            heal()
 
     def close(self) -> None:
         for node in self.nodes:

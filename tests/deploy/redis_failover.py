@@ -19,7 +19,8 @@ import requests
 from flask import Flask
 from redis.exceptions import RedisError
 
-from tests.deploy.redis_sentinels import RedisProcess, RedisSentinels, can_cut
+from tests.deploy.partition import can_cut
+from tests.deploy.redis_sentinels import RedisProcess, RedisSentinels
 from tests.deploy.test_redis_sentinel import connected
 from tests.harness import Service, Simulator, bearer, until_available, wait_until
 from tests.test_failover import READY

@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from dev.redis_server import executable
+from tests.deploy.partition import cut, heal
 from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, suspend, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "redis"
@@ -27,13 +28,6 @@ PASSWORDS = {
     "SENTINELS-PASSWORD": "a-password-of-sentinels-nobody-may-see",
 }
 ADMINISTRATOR = "an-administrators-password-nobody-may-see"
-
-
-def can_cut() -> bool:
-    """Whether connections between addresses of this machine can be cut."""
-    with suppress(FileNotFoundError):
-        return not subprocess.run(["iptables", "-w", "-L", "INPUT", "-n"], capture_output=True).returncode
-    return False
 
 
 def is_bindable(address: str) -> bool:
@@ -123,7 +117,6 @@ class RedisSentinels:
     """
 
     def __init__(self, folder: Path, addresses: Sequence[str] = ADDRESSES) -> None:
-        self._cuts: list[tuple[str, str]] = []
         # From Redis 7 on a connection leaves from this address, too, only if it is told to; before, always.
         version = subprocess.run([executable(), "--version"], capture_output=True, text=True, check=True).stdout
         source = {} if " v=6" in version else {"bind-source-addr": "ADDRESS"}
@@ -148,6 +141,7 @@ class RedisSentinels:
 
     def start(self) -> None:
         """Start all, and wait until the sentinels know each other and both replicas follow."""
+        heal()
         for process in (*self.servers, *self.sentinels):
             process.start()
         wait_until(self.complete)
@@ -179,22 +173,14 @@ class RedisSentinels:
     def cut(self, machine: RedisProcess) -> None:
         """Let nothing pass any more between this machine and the two others; clients reach it as before."""
         others = {one.address for one in self.servers} - {machine.address}
-        for pair in (
-            (source, target) for one in others for source, target in ((machine.address, one), (one, machine.address))
-        ):
-            _iptables("--insert", *pair)
-            self._cuts.append(pair)
+        to_others = [("-s", machine.address, "-d", one) for one in others]
+        cut([*to_others, *(("-s", one, "-d", machine.address) for one in others)])
 
     def heal(self) -> None:
         """Let all pass again."""
-        while self._cuts:
-            _iptables("--delete", *self._cuts.pop())
+        heal()
 
     def close(self) -> None:
         self.heal()
         for process in (*self.sentinels, *self.servers):
             process.kill()
-
-
-def _iptables(action: str, source: str, target: str) -> None:
-    subprocess.run(["iptables", "-w", action, "INPUT", "-s", source, "-d", target, "-j", "DROP"], check=True)
