@@ -13,6 +13,7 @@ import requests
 
 import settings
 from blueprints.health import CHECK_SECONDS
+from errors import Code
 from tests.deploy.load_balancers import HAPROXY, HAProxy, Instance
 from tests.deploy.test_load_balancers import assert_is_its_own
 from tests.harness import ROOT, WAIT_SECONDS, wait_until
@@ -105,7 +106,9 @@ def test_if_no_instance_is_ready_all_are_asked_and_the_plain_port_says_so(
     def readiness() -> requests.Response:
         return requests.get(f"{haproxy.plain_url}/readyz", timeout=WAIT_SECONDS)
 
-    assert (readiness().status_code, readiness().json()["code"]) == (200, 200)
+    answer, success = readiness(), {"code": 200, "message": Code.SUCCESS.message.chinese, "data": {}}
+    assert (answer.status_code, answer.json()) == (200, success)
+    assert answer.headers["Content-Type"] == "application/json"
     for instance in instances:
         instance.is_ready = False
     wait_until(lambda: not haproxy.is_up("web-1") and not haproxy.is_up("web-2"))
