@@ -247,6 +247,8 @@ ONCE = {
     "a write without a key": ("POST", "/orders", {}),
     "a write whose key is empty": ("POST", "/orders", {"Idempotency-Key": ""}),
     "what only looks like a login": ("POST", "/auth/wechat/phone", {}),
+    "a phone code": ("PUT", "/users/me/phone", {}),
+    "a logout": ("DELETE", "/auth/session", {}),
 }
 SLOW = {
     "headers": "GET / HTTP/1.1\r\nHost: x\r\n",

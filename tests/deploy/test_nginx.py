@@ -19,6 +19,7 @@ REFUSED = {
     "a transfer coding that nginx refuses": (400, ["POST /livez HTTP/1.1", "Host: x", "Transfer-Encoding: x"]),
     "a path of nginx's own": (404, ["GET /nginx/error HTTP/1.1", "Host: x"]),
     "another path of nginx's own": (404, ["POST /nginx/keyed HTTP/1.1", "Host: x", "Content-Length: 0"]),
+    "a third path of nginx's own": (404, ["PUT /nginx/once HTTP/1.1", "Host: x", "Content-Length: 0"]),
     "a hidden path with a key": (404, ["POST /metrics HTTP/1.1", "Host: x", "Idempotency-Key: x", "Content-Length: 0"]),
 }
 
@@ -60,6 +61,21 @@ def test_a_write_with_a_key_keeps_its_path(nginx: Nginx, instances: list[Instanc
     assert nginx.request("POST", path).status_code == 200
     [with_key, without] = instances[0].came + instances[1].came
     assert with_key == without
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_what_a_version_protects_is_repeated(nginx: Nginx, instances: list[Instance], method: str) -> None:
+    path = "/a%2Fb/c//d?e=%2F&e=2"
+    instances[0].closes = 1
+    for headers, sent in (({"If-Match": '"1", "2"'}, 3), ({}, 5)):
+        assert [nginx.request(method, path, headers=headers).status_code for _ in range(2)] == [200, 200]
+        assert instances[0].came + instances[1].came == [f"{method} {path}"] * sent
+
+
+def test_what_nothing_protects_is_not_even_repeated_if_it_was_refused(nginx: Nginx, instances: list[Instance]) -> None:
+    instances[0].refuse()
+    assert sorted(nginx.request("PUT", "/").status_code for _ in range(2)) == [200, 503]
+    assert [len(instance.came) for instance in instances] == [0, 1]
 
 
 def test_if_all_instances_are_left_out_all_are_asked(nginx: Nginx, instances: list[Instance]) -> None:
