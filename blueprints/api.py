@@ -80,16 +80,10 @@ class Blueprint(flask.Blueprint):
         return lambda view: documented(decorate(view), **{location: schema, f"{location}_example": example})
 
     def response(
-        self,
-        status_code: int,
-        schema: Any = None,
-        *,
-        transaction: bool = True,
-        if_match: bool = True,
-        etag: bool = True,
-        **documents: Any,
+        self, status_code: int, schema: Any = None, *, transaction: bool = True, if_match: bool = True, **documents: Any
     ) -> Callable[..., Any]:
-        """Respond in the envelope, with an ETag: the version of the row that the view returns, or a hash of the body.
+        """Respond in the envelope, with an ETag: the version of the row that the view returns, or a hash of the body;
+        a response that is streamed has none.
 
         A POST, PUT or DELETE runs in one transaction, which is committed; it is run again if it lost a race against
         another one. A POST takes an Idempotency-Key; with 201 it responds with the Location of the row, which is its id
@@ -99,9 +93,8 @@ class Blueprint(flask.Blueprint):
         :param transaction: False for a view that stores nothing in the database or begins its own transactions; its
             POST takes no Idempotency-Key.
         :param if_match: False for a PUT or DELETE of something without a version.
-        :param etag: False for a GET that streams its response.
         :param documents: `content_type` of a response that is not JSON; `example`, which replaces the examples of these
-            fields.
+            fields; `etag=False` of one that is streamed.
         """
         dump = dumper(schema()) if isinstance(schema, type) else None
         documents |= {"status": status_code, "schema": schema, "transaction": transaction, "if_match": if_match}
@@ -111,7 +104,7 @@ class Blueprint(flask.Blueprint):
                 row = g.row = view(*args, **arguments)
                 if if_match and method in ("PUT", "DELETE") and "version_checked" not in g:
                     raise RuntimeError(f"{request.endpoint} does not call require_match")
-                return self._respond(row, dump, status_code, etag and method in sessions.SAFE_METHODS)
+                return self._respond(row, dump, status_code, method in sessions.SAFE_METHODS)
 
             @wraps(view)
             def wrapper(*args: Any, **arguments: Any) -> Response:
@@ -120,7 +113,7 @@ class Blueprint(flask.Blueprint):
                 run = idempotency.run_once if method == "POST" else database.in_transaction
                 return run(partial(make_response, method, *args, **arguments))
 
-            return documented(wrapper, etag=etag, **documents)
+            return documented(wrapper, **documents)
 
         return decorate
 
@@ -140,10 +133,10 @@ class Blueprint(flask.Blueprint):
             response.headers["Cache-Control"] = self.cache_control
         if is_versioned:
             response.headers["ETag"] = f'"{row.etag}-{language()}"'  # with the language, as messages are translated
-        elif is_read and is_secured:
+        elif is_read and is_secured and not response.is_streamed:
             response.add_etag()
         # Not with If-Match, with which werkzeug would make a 412 of the body of a 200.
-        if is_read and "If-None-Match" in request.headers and not request.if_match:
+        if is_read and "ETag" in response.headers and "If-None-Match" in request.headers and not request.if_match:
             response.make_conditional(request)
         return response
 

@@ -393,7 +393,8 @@ class _Document:
         content = {"schema": described, "example": self._example(described)}
         if example := documents.get("example"):
             content["example"] = {**content["example"], "data": {**content["example"]["data"], **example}}
-        names = ["ETag"] if status == 200 and is_secured and documents["etag"] and method in ("get", "put") else []
+        has_etag = status == 200 and is_secured and documents.get("etag", True) and method in ("get", "put")
+        names = ["ETag"] if has_etag else []
         response = {
             "description": PHRASES[status],
             "headers": _headers(*names, *STATUS_HEADERS.get(status, [])),
