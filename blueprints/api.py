@@ -54,8 +54,6 @@ class Blueprint(flask.Blueprint):
 
     cache_control = "private, no-cache"
     """Of a success, if the group demands a session."""
-    error_type = "application/json"
-    """Of the documents: the content type of an error."""
     auth: AuthPolicy
 
     def __init__(self, name: str, import_name: str, *, title: Message, **options: Any) -> None:

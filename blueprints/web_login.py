@@ -33,7 +33,6 @@ SNAPSHOT_USER = Message("快照页用户不能登录，请进入完整网页", "
 BEGIN_AGAIN = Message("登录链接无效、过期或已使用，请重新登录", "Login link invalid, expired or used: log in again")
 
 blueprint = Blueprint("web_login", __name__, title=Message("网页登录", "Log in on the web"), template_folder=".")
-blueprint.error_type = "text/html"
 
 PAGE = {"type": "string", "examples": ["<!doctype html>"]}
 

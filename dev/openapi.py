@@ -546,8 +546,8 @@ def _headers(*names: str) -> dict[str, Any]:
 
 def _error_content(pairs: list[tuple[Code, Message]], group: Blueprint, limit: int) -> dict[str, Any]:
     """Describe the body of an error, with an example of each code, by its number."""
-    if group.error_type != "application/json":
-        return {group.error_type: {"schema": {"type": "string"}, "example": "<!doctype html>"}}
+    if group.name == "web_login":  # whose errors are pages
+        return {"text/html": {"schema": {"type": "string"}, "example": "<!doctype html>"}}
     examples: dict[str, Any] = {}
     for code, text in pairs:
         problems = {
