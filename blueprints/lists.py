@@ -17,14 +17,12 @@ COUNT_LIMIT = 10_000
 class ListSchema(Schema):
     """Which page of a list; subclasses add filters."""
 
-    page = fields.Integer(load_default=1, validate=validate.Range(1, 1000), metadata={"example": 1})
-    page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100), metadata={"example": 20})
+    page = fields.Integer(load_default=1, validate=validate.Range(1, 1000))
+    page_size = fields.Integer(load_default=20, validate=validate.Range(1, 100))
     after = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"example": 100})
     """上一页最后一项的 id，页码从其后算起；与第一页一样快 |
     The id of the last item on the previous page; `page` counts from there, each as fast as the first"""
-    sort = fields.String(
-        load_default=NEWEST, validate=validate.OneOf(["created_at", NEWEST]), metadata={"example": NEWEST}
-    )
+    sort = fields.String(load_default=NEWEST, validate=validate.OneOf(["created_at", NEWEST]))
     """`-` 表示最新的在前 | `-` is for the newest first"""
 
 

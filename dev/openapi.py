@@ -21,7 +21,7 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 from apispec.ext.marshmallow.openapi import OpenAPIConverter
 from flask import Flask
-from marshmallow import Schema
+from marshmallow import Schema, missing
 
 import service
 from blueprints import idempotency, messages
@@ -184,11 +184,13 @@ def notes(declared: type) -> dict[str, Message]:
     return found
 
 
-def _describe(converter: OpenAPIConverter, field: Any, **kwargs: Any) -> dict[str, Message]:
-    """Describe a field of a schema by the docstring below it."""
+def _describe(converter: OpenAPIConverter, field: Any, **kwargs: Any) -> dict[str, Any]:
+    """Describe a field of a schema by the docstring below it; without an example, its default is one."""
     declared_in = [one for one in type(field.parent).__mro__ if one.__module__.startswith("blueprints.")]
     texts = [text for one in declared_in if (text := notes(one).get(field.name))]
-    return {"description": texts[0]} if texts else {}
+    has_default = field.load_default is not missing and "example" not in field.metadata
+    example = {"example": field.load_default} if has_default else {}
+    return example | ({"description": texts[0]} if texts else {})
 
 
 def texts_of(view: Any) -> tuple[Message, Message]:
