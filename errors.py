@@ -128,7 +128,7 @@ _ERRORS, _CHARACTERS = 20, 60
 """How many fields `data.errors` names, and how much of a name, which the caller may have chosen, it repeats."""
 
 
-def envelope(code: Code, data: Any, message: Message | None = None) -> bytes:
+def envelope(code: Code, data: Any, message: Message | str | None = None) -> bytes:
     """Make the JSON of every response, with its three keys."""
     return msgspec.json.encode({"code": code.number, "message": str(message or code.message), "data": data})
 
@@ -164,8 +164,6 @@ def conflict(field: str, reason: Message) -> ApiError:
 
 def init_app(app: Flask) -> None:
     """Respond to every failure, of whatever kind, in the envelope."""
-    app.json.ensure_ascii = False  # type: ignore[attr-defined]  # UTF-8 as it is
-    app.json.sort_keys = False  # type: ignore[attr-defined]  # code, message, data
     for failure in (HTTPException, exc.IntegrityError, *_UNAVAILABLE):
         app.register_error_handler(failure, handle_error)
 

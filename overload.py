@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import gevent
-import msgspec
 from gevent.event import AsyncResult, Event
 
-from errors import RETRY_SECONDS, Code, Message
+from errors import RETRY_SECONDS, Code, Message, envelope
 from telemetry import metrics
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ _RESPONSE = (
     b"Retry-After: %d\r\nX-Trace-Id: %s\r\nConnection: %s\r\n\r\n%s"
 )
 _place_of_request: ContextVar[float] = ContextVar("place", default=LOGINS)
-_BODIES = [msgspec.json.encode({"code": Code.UNAVAILABLE.number, "message": text, "data": None}) for text in BUSY]
+_BODIES = [envelope(Code.UNAVAILABLE, None, text) for text in BUSY]
 
 
 class Door:
