@@ -16,7 +16,6 @@ fails, WeChat gets `success`:
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from sqlalchemy import delete
@@ -66,7 +65,7 @@ def erase_revoked_data(message: Fields) -> None:
         database.session.execute(delete(IdempotencyKey).where(*ours))
         for name in names:
             setattr(user, name, None)
-        database.after_commit(partial(logger.info, "personal data erased", extra={"userId": user.id, "columns": names}))
+        database.after_commit(lambda: logger.info("personal data erased", extra={"userId": user.id, "columns": names}))
 
     if names and "PluginID" not in message:
         _change_user(message, erase)
