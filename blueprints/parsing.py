@@ -29,7 +29,6 @@ class JsonParser(FlaskParser):
     for a route that no cookie signs in, as any site may have a browser send text/plain.
     """
 
-    DEFAULT_VALIDATION_STATUS = 400
     DEFAULT_UNKNOWN_BY_LOCATION: dict[str, str | None] = {"query": None}  # noqa: RUF012  as the schema says: rejected
 
     def load_json(self, req: Request, schema: Schema) -> Any:
