@@ -168,9 +168,8 @@ def log_in(user_id: int, **facts: Any) -> str:
     :returns: the token.
     :raises redis.exceptions.RedisError: if Redis is away; then there is no session.
     """
-    if current:
-        _interface().regenerate(current)
-        current.clear()
+    _interface().regenerate(current)  # ends the one before, if there is one
+    current.clear()
     current.update(facts, user_id=user_id)
     # Now, not at the end of the request: a concurrent request with the same code may use the token before that.
     # Nor is it tried again then: nobody knows the token of one that may have been written.
