@@ -30,8 +30,7 @@ def openapi() -> Response:
 
 
 @page.get("/docs", defaults={"filename": "docs.html"})
-@page.get("/docs/docs.js", defaults={"filename": "docs.js"})
-@page.get("/docs/docs.css", defaults={"filename": "docs.css"})
+@page.get("/docs/<any('docs.js', 'docs.css'):filename>")
 def show(filename: str) -> Response:
     return _send(_HERE / filename)
 
