@@ -77,8 +77,7 @@ def _merge(app_id: str, openid: str, unionid: str | None) -> User:
         database.session.flush()
         logger.warning("users merged", extra={"userId": user.id, "mergedUserId": other.id})
         database.after_commit(partial(sessions.revoke_sessions, other.id))
-    if unionid is not None:
-        user.unionid = unionid
+    user.unionid = unionid or user.unionid
     return user
 
 
