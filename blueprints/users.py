@@ -21,7 +21,6 @@ from storage.models import Identity, User
 
 PHONE, AVATAR = "13800138000", "https://example.com/avatar.png"
 """Of examples."""
-MASKED = Message("已脱敏", "Masked")
 MINI_PROGRAM_LOGIN_REQUIRED = Message("请先在小程序中登录", "Log in to the mini-program first")
 
 blueprint = Blueprint("users", __name__, title=Message("用户", "Users"))
@@ -34,7 +33,7 @@ class Masked(fields.String):
     """A field that shows an attribute of a user through a mask."""
 
     def __init__(self, mask: Callable[[str], str], example: str) -> None:
-        metadata = {"description": MASKED, "example": mask(example)}
+        metadata = {"description": Message("已脱敏", "Masked"), "example": mask(example)}
         super().__init__(dump_only=True, required=True, allow_none=True, metadata=metadata)
         self.mask = mask
 
