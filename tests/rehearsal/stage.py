@@ -103,6 +103,10 @@ class Site:
         self.proxies: list[SlottedHAProxy] = []
         self.keepaliveds: list[Keepalived] = []
 
+    def served(self) -> int:
+        """Return how many requests its HAProxies have given to its instances, since they started."""
+        return sum(int(proxy.statistics()["kuaishang", "BACKEND"]["req_tot"]) for proxy in self.proxies)
+
 
 class Stage:
     """The sites and what they share, all started.
