@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,53 @@ class Process:
                 process.kill()
         self.popen.wait()
         psutil.wait_procs(family)
+
+
+class Program:
+    """A program of any language in its own process, which can be killed and started again, with its output in a file.
+
+    :param file: takes the output.
+    :param starts: whether it runs when the constructor returns.
+    """
+
+    def __init__(
+        self, file: Path, command: Sequence[str], env: Mapping[str, str] | None = None, starts: bool = True
+    ) -> None:
+        self.file, self._command = file, [*bound_to_this_process(), *command]
+        self._env = {"PATH": os.environ["PATH"], **(env or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+        if starts:
+            self.start()
+
+    def start(self) -> None:
+        with self.file.open("ab") as output:
+            self.process = subprocess.Popen(self._command, env=self._env, stdout=output, stderr=output)
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.terminate()
+            self.process.wait(WAIT_SECONDS)
+            self.process = None
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def suspend(self) -> None:
+        assert self.process
+        suspend(self.process)
+
+    def resume(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGCONT)
+
+    def log(self) -> str:
+        return self.file.read_text()
 
 
 class Simulator:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from dev.run import listen
-from tests.harness import ROOT, WAIT_SECONDS, Process, bound_to_this_process, suspend, wait_until
+from tests.harness import ROOT, Process, Program, suspend, wait_until
 
 FOLDER = ROOT / "deploy" / "dns"
 NAME = "api.example.com"
@@ -93,12 +93,9 @@ class DnsServer:
         except BaseException:
             self._process.kill()
             raise
-        command = [sys.executable, FOLDER / "ramp.py", self.folder / "sites", self.weights_file]
-        options = ["--config", self.folder, "--seconds", str(self.step_seconds)]
-        with (self.folder / "ramp.log").open("ab") as log:
-            self.ramp = subprocess.Popen(
-                [*bound_to_this_process(), *command, *options], env={"PATH": PATH}, stdout=log, stderr=log
-            )
+        command = [sys.executable, str(FOLDER / "ramp.py"), str(self.folder / "sites"), str(self.weights_file)]
+        options = ["--config", str(self.folder), "--seconds", str(self.step_seconds)]
+        self.ramp = Program(self.folder / "ramp.log", [*command, *options], {"PATH": PATH})
 
     def _answers(self) -> bool:
         command = [str(DIG), f"@{self.address[0]}", "-p", str(self.address[1]), "+tries=1", "+timeout=1", NAME, "SOA"]
@@ -136,7 +133,6 @@ class DnsServer:
     def kill(self) -> None:
         """End all its processes, as a crash of the machine would."""
         self.ramp.kill()
-        self.ramp.wait()
         wait_until(self._killed)
 
     def _killed(self) -> bool:
@@ -146,8 +142,7 @@ class DnsServer:
         return self._process.popen.poll() is not None  # the reaper, which ends after them
 
     def stop(self) -> None:
-        self.ramp.terminate()
-        self.ramp.wait(WAIT_SECONDS)
+        self.ramp.stop()
         self._process.stop()
 
     def discard(self) -> None:

@@ -3,12 +3,10 @@
 Debian's galera-4 and rsync are needed; to cut a site off, root and iptables.
 """
 
-import csv
 import os
 import pwd
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +19,9 @@ import pymysql
 
 from dev.run import free_port
 from tests.databases import MariaDB, _empty_data, executable
-from tests.deploy.load_balancers import HAPROXY
+from tests.deploy.load_balancers import HAPROXY, RuntimeSocket
 from tests.deploy.partition import cut, heal
-from tests.harness import ROOT, bound_to_this_process, migrate, suspend, wait_until
+from tests.harness import ROOT, Program, bound_to_this_process, migrate, suspend, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "galera" / "galera.cnf"
 PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
@@ -282,7 +280,7 @@ class Galera:
             node.close()
 
 
-class Writer:
+class Writer(Program, RuntimeSocket):
     """HAProxy with deploy/galera/haproxy.cfg in front of a cluster.
 
     :param name: that it has among its peers.
@@ -300,7 +298,6 @@ class Writer:
         several: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.host, self.name = folder, host, name
         self.port = free_port("the database's port", "0")
         self.url = galera.url(host, self.port)
         self._short = tempfile.TemporaryDirectory(prefix="kuaishang-")
@@ -320,27 +317,16 @@ class Writer:
             text = text.replace(" backup\n", "\n").replace("stick on int(1)", "balance roundrobin")
         head = f"global\n    log stdout format raw daemon\n    stats socket {self.socket} level admin\n\n"
         (folder / "haproxy.cfg").write_text(head + text)
-        self.log = folder / "log"
-        self.start()
+        super().__init__(folder / "log", [str(HAPROXY), "-db", "-L", name, "-f", str(folder / "haproxy.cfg")])
 
     def start(self) -> None:
-        command = [
-            *bound_to_this_process(),
-            str(HAPROXY),
-            "-db",
-            "-L",
-            self.name,
-            "-f",
-            str(self.folder / "haproxy.cfg"),
-        ]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_until(lambda: self.process.poll() is not None or Path(self.socket).exists())
-        assert self.process.poll() is None, self.log.read_text()
+        super().start()
+        wait_until(lambda: Path(self.socket).exists() or not self.running())
+        assert self.running(), self.log()
 
     def states(self) -> dict[str, str]:
         """Return what the checks of each node say, by name: UP, DOWN, UP 1/2 and so on."""
-        return {row["svname"]: row["status"] for row in self._statistics() if row["svname"].startswith("n")}
+        return {name: row["status"] for name, row in self._nodes().items()}
 
     def writer(self) -> str | None:
         """Return the name of the node that gets new connections; None if there is none."""
@@ -349,23 +335,11 @@ class Writer:
 
     def sessions(self) -> dict[str, int]:
         """Return the number of open connections to each node, by name."""
-        return {row["svname"]: int(row["scur"]) for row in self._statistics() if row["svname"].startswith("n")}
+        return {name: int(row["scur"]) for name, row in self._nodes().items()}
 
-    def _statistics(self) -> list[dict[str, str]]:
-        lines = self.ask("show stat").removeprefix("# ").strip().splitlines()
-        return [row for row in csv.DictReader(lines) if row["pxname"] == "database"]
-
-    def ask(self, command: str) -> str:
-        """Send a command to the runtime socket, and return the answer."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(10)
-            connection.connect(self.socket)
-            connection.sendall(f"{command}\n".encode())
-            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def _nodes(self) -> dict[str, dict[str, str]]:
+        rows = self.statistics()
+        return {name: row for (proxy, name), row in rows.items() if proxy == "database" and name.startswith("n")}
 
     def close(self) -> None:
         self.kill()

@@ -169,8 +169,27 @@ class LoadBalancer(ABC):
         return context.wrap_socket(connection, server_hostname=self.host)
 
 
-class HAProxy(LoadBalancer):
-    """HAProxy with deploy/haproxy/haproxy.cfg, steered by its runtime socket.
+class RuntimeSocket:
+    """Of a HAProxy."""
+
+    socket: str
+
+    def ask(self, command: str, seconds: float = WAIT_SECONDS) -> str:
+        """Send a command to the runtime socket, and return the answer."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(self.socket)
+            connection.sendall(f"{command}\n".encode())
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+    def statistics(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Return the row of each server, by its backend and name; its `status` is UP, DOWN, DRAIN, MAINT or UP 1/3."""
+        rows = csv.DictReader(self.ask("show stat").removeprefix("# ").strip().splitlines())
+        return {(row["pxname"], row["svname"]): row for row in rows}
+
+
+class HAProxy(LoadBalancer, RuntimeSocket):
+    """HAProxy with deploy/haproxy/haproxy.cfg.
 
     :param statistics_port: that Prometheus scrapes.
     """
@@ -230,19 +249,6 @@ class HAProxy(LoadBalancer):
     def checks_every(time: str) -> dict[str, str]:
         """Return what is different where instances are checked so often."""
         return {"inter 5s fastinter 1s downinter 5s": f"inter {time} fastinter {time} downinter {time}"}
-
-    def ask(self, command: str, seconds: float = WAIT_SECONDS) -> str:
-        """Send a command to the runtime socket, and return the answer."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(seconds)
-            connection.connect(self.socket)
-            connection.sendall(f"{command}\n".encode())
-            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
-
-    def statistics(self) -> dict[tuple[str, str], dict[str, str]]:
-        """Return the row of each server, by its backend and name; its `status` is UP, DOWN, DRAIN, MAINT or UP 1/3."""
-        rows = csv.DictReader(self.ask("show stat").removeprefix("# ").strip().splitlines())
-        return {(row["pxname"], row["svname"]): row for row in rows}
 
     def status(self, server: str) -> str:
         """Return what the checks of an instance say."""

@@ -1,7 +1,6 @@
 """Redis with two replicas and three sentinels, each a process, with the configuration of deploy/redis."""
 
 import re
-import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from dev.redis_server import executable
+from tests.deploy.load_balancers import free_port
 from tests.deploy.partition import cut, heal
-from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, suspend, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Program, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "redis"
 ADDRESSES = "127.1.0.21", "127.1.0.22", "127.1.0.23"
@@ -38,13 +38,7 @@ def is_bindable(address: str) -> bool:
     return False
 
 
-def _free_port(address: str) -> int:
-    with closing(socket.socket()) as free:
-        free.bind((address, 0))
-        return int(free.getsockname()[1])
-
-
-class RedisProcess:
+class RedisProcess(Program):
     """A redis-server or a sentinel, with a configuration of its own, which it changes.
 
     :param folder: for its files.
@@ -53,8 +47,7 @@ class RedisProcess:
     """
 
     def __init__(self, folder: Path, name: str, address: str, lines: dict[str, str]) -> None:
-        self.folder, self.name, self.address, self.port = folder, name, address, _free_port(address)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.folder, self.name, self.address, self.port = folder, name, address, free_port(address)
         folder.mkdir(parents=True, exist_ok=True)
         lines = {"bind": address, "port": str(self.port), "dir": str(folder), "logfile": f"{name}.log", **lines}
         text = (CONFIGURATION / f"{name}.conf").read_text()
@@ -66,11 +59,12 @@ class RedisProcess:
         self.configuration = folder / f"{name}.conf"
         self.configuration.write_text(text)
 
+        words = [executable(), str(self.configuration), *(["--sentinel"] if name == "sentinel" else [])]
+        super().__init__(folder / f"{name}.output", words, starts=False)
+
     def start(self) -> None:
         """Start it, with what it has written before, and wait until it accepts connections."""
-        words = [executable(), str(self.configuration), *(["--sentinel"] if self.name == "sentinel" else [])]
-        with (self.folder / f"{self.name}.output").open("ab") as output:
-            self.process = subprocess.Popen([*bound_to_this_process(), *words], stdout=output, stderr=output)
+        super().start()
         wait_until(lambda: self._accepts() or not self.running())
         assert self.running(), self.configuration
 
@@ -78,23 +72,6 @@ class RedisProcess:
         with suppress(OSError), socket.create_connection((self.address, self.port), timeout=WAIT_SECONDS):
             return True
         return False
-
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def kill(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def suspend(self) -> None:
-        assert self.process
-        suspend(self.process)
-
-    def resume(self) -> None:
-        assert self.process
-        self.process.send_signal(signal.SIGCONT)
 
     def client(self, **options: Any) -> Redis:
         """Return a client with all rights."""

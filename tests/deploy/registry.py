@@ -1,10 +1,7 @@
 """etcd, and the programs of deploy/registry, each in a process of its own."""
 
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,50 +11,10 @@ from typing import Any
 import requests
 
 from tests.deploy.load_balancers import HAProxy, free_port
-from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, suspend, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Program, wait_until
 
 ETCD = shutil.which("etcd")
 FOLDER = ROOT / "deploy" / "registry"
-
-
-class Program:
-    """A process that can be killed and started again, with its output in a file.
-
-    :param file: takes the output.
-    """
-
-    def __init__(self, file: Path, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        self.file, self._command = file, [*bound_to_this_process(), *command]
-        self._env = {"PATH": os.environ["PATH"], **(env or {})}
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        with self.file.open("ab") as output:
-            self.process = subprocess.Popen(self._command, env=self._env, stdout=output, stderr=output)
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.terminate()
-            self.process.wait(WAIT_SECONDS)
-            self.process = None
-
-    def kill(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def suspend(self) -> None:
-        assert self.process
-        suspend(self.process)
-
-    def resume(self) -> None:
-        assert self.process
-        self.process.send_signal(signal.SIGCONT)
-
-    def log(self) -> str:
-        return self.file.read_text()
 
 
 class Etcd(Program):

@@ -32,13 +32,13 @@ from dev.redis_server import RedisServer
 from tests.blueprints.callers import ITEM
 from tests.databases import MariaDB, executable
 from tests.deploy.backups import AGE, Backups
-from tests.deploy.registry import Program
 from tests.harness import (
     APP_ID,
     APP_SECRET,
     PERSON,
     ROOT,
     WAIT_SECONDS,
+    Program,
     Service,
     Simulator,
     bearer,

@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.dns_servers import DIG, FOLDER, GDNSD, PATH, DnsServer, Resolver, Site, query
-from tests.harness import ROOT, suspend, wait_until
+from tests.harness import ROOT, wait_until
 
 pytestmark = pytest.mark.skipif(not (GDNSD and DIG), reason="gdnsd or dig is not installed")
 
@@ -104,12 +103,12 @@ def test_a_site_that_is_not_ready_leaves_the_answers_and_returns_in_steps(stage:
         assert_shares(answers, others)
 
     server = stage.servers[0]
-    suspend(server.ramp)
+    server.ramp.suspend()
     stage.sites["shanghai"].status = 200
     wait_until(lambda: uses(server, SHANGHAI))
     answers = Counter(address for _, address in query(server.address, times=QUERIES, tries=5))
     assert_shares(answers, others | {"shanghai": 4})
-    server.ramp.send_signal(signal.SIGCONT)
+    server.ramp.resume()
     for server in stage.servers:
         wait_until(lambda server=server: server.weights()["shanghai"] == 40)
         assert server.steps("shanghai") == [4, 10, 20, 40]
