@@ -41,14 +41,6 @@ class AuthPolicy(NamedTuple):
     """The codes of a rejection."""
 
 
-class PreparedResponse(Response):
-    """A response whose headers are sent as they are where werkzeug would copy them and change nothing."""
-
-    def get_wsgi_headers(self, environ: Any) -> Any:
-        is_prepared = self.status_code == 200 and "Content-Length" in self.headers
-        return self.headers if is_prepared else super().get_wsgi_headers(environ)
-
-
 class Blueprint(flask.Blueprint):
     """A group of routes whose successes respond in the envelope."""
 
@@ -123,7 +115,7 @@ class Blueprint(flask.Blueprint):
         response: Response = row
         if not isinstance(row, Response):
             data = {} if row is None else dump(row) if dump else row
-            response = PreparedResponse(envelope(Code.SUCCESS, data), status, content_type="application/json")
+            response = Response(envelope(Code.SUCCESS, data), status, content_type="application/json")
         if status == 201:
             response.headers["Location"] = f"{request.script_root}{request.path}/{row.id}"
         if is_secured:
