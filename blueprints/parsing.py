@@ -85,14 +85,12 @@ class IdConverter(IntegerConverter):
     """An id in a URL: of at most 18 digits, which fits the database; anything else is not found."""
 
     regex = r"[1-9][0-9]{0,17}"
-    openapi = {"type": "integer", "format": "int64", "minimum": 1, "maximum": 10**18 - 1, "examples": [1]}  # noqa: RUF012
 
 
 class UserIdConverter(BaseConverter):
     """The id of a user in a URL, or `me`."""
 
     regex = f"me|{IdConverter.regex}"
-    openapi = {"type": "string", "pattern": f"^({regex})$", "examples": ["me"]}  # noqa: RUF012
 
 
 def openapi_path(rule: Rule) -> str:

@@ -26,7 +26,7 @@ from marshmallow import Schema, missing
 import service
 from blueprints import idempotency, messages
 from blueprints.api import IF_MATCH_PATTERN, Blueprint
-from blueprints.parsing import SMALL_BODY, openapi_path
+from blueprints.parsing import SMALL_BODY, UserIdConverter, openapi_path
 from errors import HEADERS, Code, Message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +141,11 @@ ERROR_ENVELOPE = {
         },
     },
 }
+IN_PATHS = {
+    "id": {"type": "integer", "format": "int64", "minimum": 1, "maximum": 10**18 - 1, "examples": [1]},
+    "user": {"type": "string", "pattern": f"^({UserIdConverter.regex})$", "examples": ["me"]},
+}
+"""What the CONVERTERS of paths take, by their names."""
 NOT_FOR_MINI_PROGRAMS = {"web_login", "messages", "metrics"}
 """Groups that browsers, WeChat and Prometheus call: what errors.py advises is for mini-programs."""
 
@@ -347,7 +352,7 @@ class _Document:
         return operation
 
     def _path_parameter(self, rule: Any, name: str) -> dict[str, Any]:
-        schema = self._app.url_map.converters[re.search(rf"<(\w+):{name}>", rule.rule)[1]].openapi  # type: ignore[index, attr-defined]
+        schema = IN_PATHS[re.search(rf"<(\w+):{name}>", rule.rule)[1]]  # type: ignore[index]
         return _parameter({"name": name, "in": "path", "required": True, "schema": schema})
 
     def _body(self, schema: Schema, example: dict[str, Any] | None) -> dict[str, Any]:
