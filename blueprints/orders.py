@@ -243,7 +243,8 @@ def delete_order_item(order_id: int, item_id: int) -> None:
 
     The last item cannot be removed (409): delete the order instead.
     """
-    order = (item := load_item(order_id, item_id, pending=True)).order
+    item = load_item(order_id, item_id, pending=True)
+    order = item.order
     if len(order.items) == 1:
         reason = Message("订单至少要有一项明细：请改为删除订单", "An order needs an item: delete the order instead")
         raise conflict("items", reason)

@@ -16,7 +16,7 @@ from concurrency import context_for, room
 from errors import Code, Message, envelope
 from storage import database, ownership
 from storage.masks import mask_bank_card, mask_email, mask_id_card, mask_name, mask_phone
-from storage.models import User
+from storage.models import PERSONAL_FIELDS, User
 
 EXPORT_WEIGHT = 4
 """What a part of an export takes of `concurrency.room` while it is read; while the client receives it, nothing."""
@@ -43,9 +43,13 @@ class MaskedPersonalDataSchema(Schema):
     version = VERSION
 
 
-_SHOWN: Any = {"required": True, "allow_none": True}
-_FIELDS: Any = {name: fields.String(**_SHOWN, metadata={"example": one}) for name, one in EXAMPLES.items()}
-PersonalDataSchema = Schema.from_dict(_FIELDS, name="PersonalDataSchema")
+PersonalDataSchema = Schema.from_dict(
+    {
+        name: fields.String(required=True, allow_none=True, metadata={"example": EXAMPLES[name]})
+        for name in PERSONAL_FIELDS
+    },
+    name="PersonalDataSchema",
+)
 FullPersonalDataSchema = PersonalDataSchema.from_dict({"version": VERSION}, name="FullPersonalDataSchema")
 
 

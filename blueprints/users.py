@@ -197,7 +197,8 @@ def delete_user(user_id: str) -> None:
 
     Erases all personal data at once and ends all sessions. Orders are kept without the person and without remarks.
     """
-    delete_for_good(user := load_user(user_id))
+    user = load_user(user_id)
+    delete_for_good(user)
     if user.id == g.user_id:
         database.after_commit(sessions.current.clear)
 

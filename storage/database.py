@@ -30,7 +30,8 @@ from storage import failures
 from storage.models import Base, Encrypted, User
 from telemetry import metrics
 
-STATEMENT_SECONDS, TRIES = 3, 5
+STATEMENT_SECONDS = 3
+TRIES = 5
 SQLITE_FREE_BYTES = 1_000_000
 """What must be free for SQLite to count as ready."""
 T = TypeVar("T")

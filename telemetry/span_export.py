@@ -69,7 +69,8 @@ class Exporter(OTLPSpanExporter):
         for happened in span.events:
             if happened.attributes and "exception.type" in happened.attributes:
                 attributes.setdefault("error.type", happened.attributes["exception.type"])
-        error, ids = attributes.get("error.type"), span.get_span_context()
+        error = attributes.get("error.type")
+        ids = span.get_span_context()
         context = ids and trace.SpanContext(ids.trace_id, ids.span_id, False, ids.trace_flags)
         status = trace.Status(span.status.status_code, str(error) if error and not span.status.is_ok else None)
         same = {name: getattr(span, name) for name in _SAME}

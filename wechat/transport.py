@@ -189,7 +189,8 @@ class Transport:
         """
         # As raw UTF-8: with \u escapes WeChat's content check lets everything pass.
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
-        method, headers = ("GET", {}) if body is None else ("POST", {"Content-Type": "application/json"})
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        method = "GET" if body is None else "POST"
         request = requests.Request(method, self._base_url + path, headers, data=data, params=params).prepare()
         # A second to connect.
         with self._adapter.send(request, timeout=(1, limit), **self._options) as response:
