@@ -14,6 +14,13 @@ DESTRUCTIVE = {"drop_table", "drop_column", "drop_constraint", "drop_index", "de
 DESTRUCTIVE |= {"alter_column", "rename_table", "batch_alter_table"}
 CONSTRAINTS = {"create_unique_constraint", "create_check_constraint", "create_foreign_key", "create_primary_key"}
 DESTRUCTIVE_SQL = re.compile(r"(?:^|;)\s*(DROP|ALTER|RENAME|TRUNCATE|DELETE|REPLACE|CREATE\s+UNIQUE)\s", re.IGNORECASE)
+INDEX_SQL = re.compile(
+    r"(?:^|;)\s*CREATE\s+(?:FULLTEXT\s+|SPATIAL\s+)?INDEX\s+(?!\s*IF\s)(?:.*?\bON\s+[`\"]?(\w+))?",
+    re.IGNORECASE | re.DOTALL,
+)
+BUILD_BEFORE = "build it before, node by node (deploy/galera/README.md, Migrations), and say if_not_exists=True here"
+FIRST_RELEASE = "0007"
+"""The last revision of 0.1.0, before which no table had rows."""
 VERSION = re.compile(r"\d+(\.\d+)*")
 BY_KEYWORD = 99
 """The place of an argument that has none."""
@@ -49,6 +56,8 @@ def check_migrations(release: Path, old: Path | None) -> tuple[str, bool]:
     added, gone = sorted(new.keys() - before.keys()), sorted(before.keys() - new.keys())
     for number in added:
         require_safe(new[number], version, old_version)
+        if number > FIRST_RELEASE:
+            require_quick(new[number])
     for number in gone:  # the database keeps its schema, and this older code is to serve it
         require_safe(before[number], str(old_version), version)
     if old is None:
@@ -117,22 +126,55 @@ def require_safe(revision: Revision, version: str, other: str | None) -> None:
             raise Refused(f"{what}. The code that minds has left in {left_in}, and is in {other}")
 
 
+def require_quick(revision: Revision) -> None:
+    """Check that a revision keeps nobody waiting: while Galera builds an index, every commit waits.
+
+    :raises Refused: if it builds one on a table that exists; no OLD_CODE_LEFT_IN changes that.
+    """
+    for line, reason in sorted(find_builds(revision.tree)):
+        raise Refused(f"{revision.where(line)}: {reason}")
+
+
 def find_hazards(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Find what loses data, or breaks writes of code that does not know this revision: line and reason.
 
     It finds mistakes, not malice: what is put together at run time it does not see.
     """
-    nodes = [node for part in tree.body if getattr(part, "name", "") != "downgrade" for node in ast.walk(part)]
-    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    nodes = _upgrade(tree)
     made, left_null = _tables_made(nodes), _columns_left_null(nodes)
     for node in nodes:
         match node:
             case ast.Attribute(attr=name) | ast.alias(name=name) if name in DESTRUCTIVE:
                 yield node.lineno, f"{name} takes away what older code may use"
-            case ast.Constant(value=str(text)) if node not in docstrings and (found := DESTRUCTIVE_SQL.search(text)):
+            case ast.Constant(value=str(text)) if found := DESTRUCTIVE_SQL.search(text):
                 yield node.lineno, f"{found[1].upper()} in SQL may take away what older code uses"
             case ast.Call():
                 yield from ((node.lineno, reason) for reason in _hazards_of_call(node, nodes, made, left_null))
+
+
+def find_builds(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Find what builds an index on a table that exists: line and reason. Unique ones are left to find_hazards."""
+    nodes = _upgrade(tree)
+    made = _tables_made(nodes)
+    for node in nodes:
+        match node:
+            case ast.Constant(value=str(text)) if (found := INDEX_SQL.search(text)) and found[1] not in made:
+                yield node.lineno, f"CREATE INDEX on a table that exists: {BUILD_BEFORE}"
+            case ast.Call() if _called(node) == "create_index":
+                table, unique = _argument(node, 1, "table_name"), _argument(node, BY_KEYWORD, "unique")
+                if not (unique or table in made or _argument(node, BY_KEYWORD, "if_not_exists")):
+                    yield node.lineno, f"create_index on a table that exists: {BUILD_BEFORE}"
+            case ast.Call() if _called(node) == "add_column" and (column := _column(node, nodes)):
+                if _argument(column, BY_KEYWORD, "index") and _argument(node, 0, "table_name") not in made:
+                    later = "leave it out, and use create_index in a later release"
+                    yield node.lineno, f"index=True on a table that exists: {later}: {BUILD_BEFORE}"
+
+
+def _upgrade(tree: ast.Module) -> list[ast.AST]:
+    """Return what a revision does, without its way back and what is only said."""
+    nodes = [node for part in tree.body if getattr(part, "name", "") != "downgrade" for node in ast.walk(part)]
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    return [node for node in nodes if node not in docstrings]
 
 
 def _hazards_of_call(
