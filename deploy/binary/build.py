@@ -30,7 +30,7 @@ from settings import SOURCES, VERSION
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-MORE_SOURCES = "pyproject.toml", "dev/**/*", "deploy/binary/*.py", "deploy/patch/*"
+MORE_SOURCES = "pyproject.toml", "dev/**/*", "deploy/binary/*.py", "deploy/keys/*", "deploy/patch/*"
 """What the commands of the file need beside the service."""
 UNUSED = ("config-*", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tkinter", "turtle*")
 UNUSED_EXTENSIONS = re.compile(r"_crypt|_curses|_dbm|_gdbm|_test|_tkinter|_xx|xx|nis|ossaudiodev|readline|_ctypes_test")

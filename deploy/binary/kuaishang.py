@@ -29,12 +29,12 @@ Settings come from the environment, and from the file .env beside this one; `che
 
 
 def flask(words: Sequence[str]) -> None:
-    from flask.cli import main
+    from flask.cli import FlaskGroup
 
-    os.environ["FLASK_APP"] = str(ROOT / "wsgi.py")
-    os.environ["FLASK_SKIP_DOTENV"] = "1"  # settings.py reads the file
-    sys.argv = ["kuaishang", *words]
-    main()
+    from deploy.keys import create_app
+
+    # Not by FLASK_APP, which would put the folder where it is called before ours. settings.py reads the file .env.
+    FlaskGroup(create_app=create_app, load_dotenv=False).main(words, "kuaishang")
 
 
 def serve(words: Sequence[str]) -> None:

@@ -338,7 +338,8 @@ def test_a_patch_of_the_requirements_gets_an_environment_of_its_own(machine: Mac
 
 def test_flask_has_the_settings_of_the_service(machine: Machine) -> None:
     [block] = commands("The commands of the service")
-    assert machine.run(block).splitlines()[-1] == "Nothing is switched off."
+    said = machine.run(block).splitlines()
+    assert ("Nothing is switched off." in said, said[-1]) == (True, "All is under the first key."), said
 
 
 def test_a_request_is_found_in_the_journal(machine: Machine) -> None:

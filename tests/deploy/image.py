@@ -157,6 +157,8 @@ def test_it_migrates_serves_and_stops_read_only_without_root_and_without_a_shell
         headers = bearer(log_in().json()["data"]["token"])
         ordered = requests.post(f"{container.url}/api/v1/orders", json=ORDER, headers=headers, timeout=WAIT_SECONDS)
         assert ordered.status_code == 201, ordered.text
+        said = podman("exec", container.name, "flask", "--app", "deploy.keys", "keys", "status")
+        assert said.splitlines()[-1] == "All is under the first key."
 
         simulator.forget()
         simulator.fault("slow", seconds=3)

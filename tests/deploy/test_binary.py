@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import pytest
 from deploy.binary import build, upgrades
 from deploy.patch.supervisor import Refused
 from dev.redis_server import CARRIED
-from tests.harness import ROOT
+from tests.harness import ROOT, WAIT_SECONDS
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cc") and Path("/usr/include/zlib.h").exists()), reason="needs gcc and zlib1g-dev"
@@ -489,6 +490,17 @@ def test_the_sources_are_all_that_the_service_imports() -> None:
     assert {"pyproject.toml", "requirements.txt", "deploy/binary/kuaishang.py", "deploy/patch/check.py"} <= inside
     assert {"openapi.json", "openapi.en.json", *(f"blueprints/docs.{kind}" for kind in ("html", "js", "css"))} <= inside
     assert "deploy/docker/healthcheck.py" not in inside
+
+
+def test_what_goes_in_has_the_command_for_the_keys(environ: dict[str, str], tmp_path: Path) -> None:
+    """By its own modules, not those in the folder where it is called."""
+    build.copy_app(tmp_path / "app")
+    for module in ("service", "settings", "wsgi"):
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('not ours')")
+    command = [sys.executable, "-P", tmp_path / "app" / "deploy" / "binary" / "kuaishang.py", "keys", "status"]
+    env = {**environ, "KUAISHANG_FILE": str(tmp_path / "file"), "PATH": os.defpath}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", CARRIED)
