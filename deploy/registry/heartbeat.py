@@ -11,6 +11,7 @@ knows nothing of the lease, there is a new one.
 """
 
 import argparse
+import http.client
 import signal
 import threading
 import time
@@ -45,7 +46,7 @@ class Heartbeat:
         try:
             with self._opener.open(f"http://{self._address}{probe}", timeout=SECONDS):
                 pass
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             return f"not renewed, {probe}: {error}"
         try:
             if self.lease and not self._etcd.renew(self.lease):

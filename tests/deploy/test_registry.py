@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import yaml
 from deploy.registry.etcd import is_address
 from tests.deploy.load_balancers import HAPROXY
 from tests.deploy.registry import ETCD, FOLDER, Agent, Heartbeat, SlottedHAProxy, etcd_cluster
-from tests.harness import Service, suspend, wait_until
+from tests.harness import WAIT_SECONDS, Service, suspend, wait_until
 
 pytestmark = pytest.mark.skipif(None in (ETCD, HAPROXY), reason="etcd or haproxy is not installed")
 
@@ -125,6 +126,23 @@ def test_without_etcd_nothing_changes(stage: Stage) -> None:
     wait_until(lambda: "registered" in other_heartbeat.log().partition("expired")[2])
     service.kill()
     stage.until(slot1="MAINT", slot2="UP")
+
+
+def test_an_answer_that_is_not_http_is_a_miss(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        heartbeat = Heartbeat(tmp_path, [], address, BEAT_SECONDS)
+        try:
+            server.settimeout(WAIT_SECONDS)
+            for _ in range(2):  # it has outlived the first
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(9999)
+                    connection.sendall(b"garbage\r\n")
+            heartbeat.stop()
+            assert f"{address}: not renewed, /readyz: " in heartbeat.log()
+        finally:
+            heartbeat.kill()
 
 
 def test_the_alarms_are_about_what_the_agent_shows(tmp_path: Path) -> None:
