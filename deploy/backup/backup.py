@@ -196,9 +196,11 @@ class SQLite:
                     [(last,)] = database.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = ?", [table])
                     database.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])
                     database.execute("INSERT INTO sqlite_sequence VALUES (?, ?)", [table, (last or 0) + skip_ids])
-            if self._file.exists():
-                there = self._file.stat()
-                copy.chmod(there.st_mode)
+            # The service opens it, not who restores it.
+            is_new = not self._file.exists()
+            there = (self._file.parent if is_new else self._file).stat()
+            copy.chmod(there.st_mode & (0o660 if is_new else 0o777))
+            if os.geteuid() == 0 or not is_new:
                 os.chown(copy, there.st_uid, there.st_gid)
             for left in ("-wal", "-shm"):  # of what was there: SQLite would apply it to this
                 self._file.with_name(self._file.name + left).unlink(missing_ok=True)

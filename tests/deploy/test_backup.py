@@ -1,6 +1,7 @@
 """deploy/backup with SQLite; restore.py has MariaDB. `.ci/run` installs Debian's age."""
 
 import hashlib
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -122,6 +123,24 @@ def test_rows_are_replaced_only_on_demand(stage: Stage) -> None:
         database.execute("DELETE FROM users")
     stage.backups.restore(file)  # it has tables, and nothing in them
     assert openids(stage.database) == ["o-first"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root restores for another user")
+def test_what_root_restores_belongs_to_whom_the_folder_or_the_file_before_does(stage: Stage) -> None:
+    file, folder = stage.backups.make(), stage.database.parent
+
+    def restored() -> tuple[int, int, int]:
+        stage.backups.restore(file, "--replace")
+        found = stage.database.stat()
+        return found.st_uid, found.st_gid, found.st_mode & 0o777
+
+    stage.clear()
+    folder.chmod(0o755)
+    os.chown(folder, 4321, 1234)
+    assert restored() == (4321, 1234, 0o640)
+    os.chown(stage.database, 4322, 1234)
+    stage.database.chmod(0o604)
+    assert restored() == (4322, 1234, 0o604)
 
 
 def test_a_backup_that_fails_leaves_the_others(stage: Stage) -> None:
