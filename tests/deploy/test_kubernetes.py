@@ -33,10 +33,10 @@ WHOLE_STOP_SECONDS = 28
 def kubectl() -> str:
     path = shutil.which("kubectl")
     if not path:
-        pytest.skip("kubectl is not installed")
+        pytest.skip("kubectl is not installed; deploy/kubernetes/test.sh brings it")
     version = json.loads(subprocess.run([path, "version", "--client", "-o", "json"], capture_output=True).stdout)
     if not version.get("kustomizeVersion", "").startswith("v5."):
-        pytest.skip("kubectl has no kustomize 5")
+        pytest.skip("kubectl has no kustomize 5; deploy/kubernetes/test.sh brings one")
     return path
 
 
