@@ -7,7 +7,9 @@ from contextlib import closing, contextmanager
 import pytest
 import requests
 from flask import Flask
+from redis.exceptions import ResponseError
 
+from storage.sessions import revoke_sessions
 from tests.conftest import Journal
 from tests.deploy.redis_sentinels import ADDRESSES, PASSWORDS, SERVICE, RedisProcess, RedisSentinels, is_bindable
 from tests.harness import WAIT_SECONDS, Service, Simulator, until_available, wait_until
@@ -98,29 +100,74 @@ def test_a_killed_primary_costs_no_session_and_no_restart(
         assert client.execute_command("ROLE")[0] == b"slave"
 
 
+@contextmanager
+def without_replicas(sentinels: RedisSentinels) -> Iterator[None]:
+    """Neither replica responds. In the first seconds the primary itself refuses no write."""
+    replicas = [server for server in sentinels.servers if server is not sentinels.primary()]
+    for replica in replicas:
+        replica.suspend()
+    try:
+        yield
+    finally:
+        for replica in replicas:
+            replica.resume()
+
+
 def test_a_login_is_answered_when_a_replica_has_it(
     start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
 ) -> None:
     service = start_service(REDIS_URL=f"{sentinels.url}&socket_timeout=0.6")  # less than a probe has
     token = service.log_in(simulator)
-    replicas = [server for server in sentinels.servers if server is not sentinels.primary()]
     with sentinels.primary().client() as client:
         sessions = len(client.keys("session:*"))
-        for replica in replicas:
-            replica.suspend()
-        try:
+        with without_replicas(sentinels):
             refused = log_in(service, simulator)
             assert (refused.status_code, refused.json()["data"]) == (503, None)
             assert "Retry-After" in refused.headers
             assert service.call("DELETE", "/auth/session", token).status_code == 503
             wait_until(lambda: readiness(service) == (503, {"errors": {"redis": ["Refuses writes."]}}))
             assert service.read_me(token).status_code in (200, 401)  # the logout may have been written
-        finally:
-            for replica in replicas:
-                replica.resume()
         assert until_available(lambda: log_in(service, simulator)).status_code == 200
         assert len(client.keys("session:*")) <= sessions + 2
     wait_until(lambda: readiness(service) == READY)
+
+
+def test_a_pushed_message_is_confirmed_when_a_replica_has_it(
+    start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
+) -> None:
+    service = start_service(REDIS_URL=sentinels.url)
+    event = {"MsgType": "event", "Event": "user_authorization_revoke", "OpenID": "o-alice", "RevokeInfo": "8"}
+    event |= {"FromUserName": "o-wechat", "CreateTime": int(time.time())}
+
+    def push() -> int:
+        (answer,) = simulator.push(event, url=f"{service.url}/api/v1/wechat/messages", attempts=1)
+        assert (answer["body"] == "success") == (answer["status"] == 200)
+        return int(answer["status"])
+
+    with without_replicas(sentinels):
+        assert push() == 503
+        assert push() == 503  # it was written, and is known
+    wait_until(lambda: push() == 200)
+
+
+def test_the_end_of_all_sessions_is_answered_when_a_replica_has_it(
+    start_service: Callable[..., Service],
+    make_app: Callable[..., Flask],
+    simulator: Simulator,
+    sentinels: RedisSentinels,
+) -> None:
+    service, app = start_service(REDIS_URL=sentinels.url), make_app(REDIS_URL=sentinels.url)
+    alice, bob = (service.log_in(simulator, openid=f"o-{name}") for name in ("alice", "bob"))
+    user_id = service.read_me(alice).json()["data"]["id"]
+    with without_replicas(sentinels):
+        # The route waits for the end of the caller's own session, too; what deletes a user does not.
+        with app.app_context(), pytest.raises(ResponseError, match="NOREPLICAS"):
+            revoke_sessions(user_id)
+        assert service.call("DELETE", "/auth/sessions", bob).status_code == 503
+    wait_until(lambda: readiness(service) == READY)
+    more = [service.log_in(simulator, openid="o-bob") for _ in range(2)]
+    assert service.call("DELETE", "/auth/sessions", more[0]).status_code == 200
+    assert {service.read_me(token).status_code for token in (bob, *more)} == {401}
 
 
 def test_a_sentinel_that_hangs_delays_one_connection(make_app: Callable[..., Flask], sentinels: RedisSentinels) -> None:
