@@ -1,7 +1,7 @@
 """Three sites under one name: a HAProxy each, with an instance of the service; two name servers, and clients that read.
 
-A site that goes is left within 30 s, with the intervals as shipped, and returns in steps. Not part of `make test`, as
-it takes two minutes:
+A site that goes is left within 30 s, with the intervals as shipped, and returns in steps. Run by hand, as it takes two
+minutes:
 
     .venv/bin/python -m pytest --database=mariadb --capture=no tests/deploy/gslb.py
 """

@@ -1,7 +1,7 @@
 """What a fail-over of Redis costs under load, and that it loses no login that was acknowledged.
 
-Run by hand and in CI: `pytest tests/deploy/redis_failover.py`. The machines are addresses, between which only root can
-cut the network.
+Run by hand: `pytest tests/deploy/redis_failover.py`. The machines are addresses, between which only root can cut
+the network.
 """
 
 import logging

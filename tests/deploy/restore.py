@@ -1,6 +1,6 @@
 """A backup of a MariaDB that is written to, and what it brings back when the machines of database and Redis are lost.
 
-Not part of `make test`, as it takes some 40 s:
+Not part of `make test`, as it takes some 40 s; CI runs it:
 
     .venv/bin/python -m pytest --database=mariadb --capture=no tests/deploy/restore.py
 

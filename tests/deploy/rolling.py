@@ -1,6 +1,6 @@
 """Two instances under load, behind HAProxy and behind nginx: restarted in turn, killed, frozen; no request fails.
 
-Not part of `make test`, as it takes about a minute:
+Run by hand, as it takes about a minute:
 
     .venv/bin/python -m pytest -s tests/deploy/rolling.py
 
