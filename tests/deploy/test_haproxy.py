@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 import settings
 from blueprints.health import CHECK_SECONDS
 from errors import Code
 from tests.deploy.load_balancers import HAPROXY, HAProxy, Instance
 from tests.deploy.test_load_balancers import assert_is_its_own
+from tests.deploy.test_prometheus import OF_HAPROXY
 from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed")
@@ -135,11 +137,20 @@ def test_a_hung_instance_costs_no_more_time_than_its_caller_asked_for(
     assert time.monotonic() - began < 10
 
 
-def test_prometheus_is_told_of_each_instance_and_nobody_else(haproxy: HAProxy) -> None:
+def test_prometheus_is_told_of_each_instance_and_nobody_else(haproxy: HAProxy, instances: list[Instance]) -> None:
+    instances[0].closes = 1
+    assert [haproxy.request("GET", "/").status_code for _ in range(2)] == [200, 200]
+    instances[0].closes = instances[1].closes = 1
+    assert [haproxy.request("POST", "/").status_code for _ in range(2)] == [503, 503]
     scraped = requests.get(f"{haproxy.statistics_url}/metrics", timeout=WAIT_SECONDS).text
     assert 'haproxy_server_status{proxy="kuaishang",server="web-1",state="UP"} 1' in scraped
     assert 'haproxy_server_status{proxy="kuaishang",server="web-1",state="DOWN"} 0' in scraped
     assert 'haproxy_backend_active_servers{proxy="kuaishang"} 2' in scraped
+    assert 'haproxy_backend_retry_warnings_total{proxy="kuaishang"} 1' in scraped
+    assert 'haproxy_backend_redispatch_warnings_total{proxy="kuaishang"} 1' in scraped
+    assert 'haproxy_frontend_http_responses_total{proxy="https",code="5xx"} 2' in scraped
+    samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
+    assert OF_HAPROXY.items() <= {sample.name: {*sample.labels} for sample in samples}.items()
     for readme in (FOLDER / "README.md", FOLDER / "README.zh-CN.md"):
         assert set(re.findall(r"`(haproxy_\w+)`", readme.read_text())) <= set(re.findall(r"(?m)^\w+", scraped))
     assert requests.get(f"{haproxy.statistics_url}/", timeout=WAIT_SECONDS).status_code == 404

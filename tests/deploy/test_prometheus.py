@@ -33,6 +33,14 @@ VARIABLES = {"$__rate_interval": "1m", "$job": "kuaishang", "$instance": ".*"}
 
 OF_PROMETHEUS = {"job", "instance"}
 """The labels that it adds to whatever it scrapes."""
+OF_HAPROXY = {
+    "haproxy_server_status": {"proxy", "server", "state"},
+    "haproxy_backend_active_servers": {"proxy"},
+    "haproxy_backend_retry_warnings_total": {"proxy"},
+    "haproxy_backend_redispatch_warnings_total": {"proxy"},
+    "haproxy_frontend_http_responses_total": {"proxy", "code"},
+}
+"""The labels of its series; test_haproxy.py finds them in a scrape."""
 SUFFIXES = {
     "counter": ["_total"],
     "gauge": [""],
@@ -69,8 +77,7 @@ def series() -> dict[str, set[str]]:
     """The labels of each series, by its name."""
     there = {"up": OF_PROMETHEUS, "ALERTS": {"alertname", "alertstate", *OF_PROMETHEUS}}
     there["ALERTS_FOR_STATE"] = {"alertname", "method", "route", *OF_PROMETHEUS}  # of SwitchedOff
-    there["haproxy_server_status"] = {"proxy", "server", "state", *OF_PROMETHEUS}  # see test_haproxy.py, test_galera.py
-    there["haproxy_backend_active_servers"] = {"proxy", *OF_PROMETHEUS}
+    there |= {name: labels | OF_PROMETHEUS for name, labels in OF_HAPROXY.items()}
     for metric in (*vars(metrics).values(), *metrics.PROCESS.values()):
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
@@ -117,7 +124,7 @@ def test_a_scrape_has_every_series_that_the_queries_name(
     samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
     there = {sample.name: {*sample.labels, *OF_PROMETHEUS} for sample in samples}
     of_others = {rule.get("record") for rule in RULES} | {"up", "ALERTS", "ALERTS_FOR_STATE"}
-    of_others |= {"haproxy_server_status", "haproxy_backend_active_servers"}
+    of_others |= OF_HAPROXY.keys()
     named = [(name, labels) for query in queries().values() for name, labels in read(query)[0]]
     assert [name for name, labels in named if name not in of_others and not labels <= there.get(name, set())] == []
 
@@ -144,7 +151,7 @@ def test_every_panel_shows_the_chosen_instances_of_the_chosen_deployment() -> No
         for target in panel.get("targets", []):
             assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             for name, labels in read(target["expr"])[0]:
-                of_all_instances = name == "ALERTS" or name.startswith("job:")
+                of_all_instances = name == "ALERTS" or name.startswith(("job:", "haproxy_"))
                 assert labels >= ({"job"} if of_all_instances else OF_PROMETHEUS), target["expr"]
 
 
