@@ -53,11 +53,6 @@ class Blueprint(flask.Blueprint):
         super().__init__(name, import_name, **options)
         self.title = title
 
-    def route(self, rule: str, **options: Any) -> Any:
-        """Make a route as Flask does; one that names something by its id may find nothing."""
-        decorate = super().route(rule, **options)
-        return lambda view: decorate(self.fails(Code.NOT_FOUND)(view) if "<" in rule else view)
-
     @staticmethod
     def arguments(schema: Any, *, location: str = "json", example: dict[str, Any] | None = None) -> Any:
         """Pass what was sent to the view, loaded by the schema.

@@ -335,6 +335,8 @@ class _Document:
         if method in ("put", "delete") and documents["if_match"]:
             parameters.append(IF_MATCH)
             codes += [Code.PRECONDITION_REQUIRED, Code.PRECONDITION_FAILED, Code.CONFLICT]
+        if "<" in rule.rule:
+            codes.append(Code.NOT_FOUND)
         operation["parameters"] = parameters
         operation["responses"] = self._success(method, group, documents)
         if group.name == "messages" and method == "post":  # a responder's reply
