@@ -9,7 +9,6 @@ from sqlalchemy import ColumnElement, func, select
 from blueprints.parsing import MAXIMUM_ID
 from storage import database
 
-NEWEST = "-created_at"
 COUNT_LIMIT = 10_000
 """The largest total: where counting stops."""
 
@@ -22,7 +21,7 @@ class ListSchema(Schema):
     after = fields.Integer(validate=validate.Range(1, MAXIMUM_ID), metadata={"example": 100})
     """上一页最后一项的 id，页码从其后算起；与第一页一样快 |
     The id of the last item on the previous page; `page` counts from there, each as fast as the first"""
-    sort = fields.String(load_default=NEWEST, validate=validate.OneOf(["created_at", NEWEST]))
+    sort = fields.String(load_default="-created_at", validate=validate.OneOf(["created_at", "-created_at"]))
     """`-` 表示最新的在前 | `-` is for the newest first"""
 
 

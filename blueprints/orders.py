@@ -19,8 +19,6 @@ from errors import ApiError, Code, Message, conflict
 from storage import database, sessions
 from storage.models import Order, OrderItem
 
-MAXIMUM_ITEMS = MAXIMUM_LENGTH
-
 STATUS_TRANSITIONS: dict[str, tuple[str, ...]] = {
     "pending": ("paid", "cancelled"),
     "paid": ("shipped", "cancelled"),
@@ -68,7 +66,7 @@ class OrderSchema(Schema):
     remark = fields.String(load_default=None, allow_none=True, validate=REMARK_RULES, metadata={"example": "少糖"})
     total = fields.Integer(dump_only=True, required=True, metadata={"example": 2500})
     """单位：分 | In fen"""
-    items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_ITEMS))
+    items = fields.List(fields.Nested(ItemSchema), required=True, validate=validate.Length(1, MAXIMUM_LENGTH))
     created_at = fields.DateTime(dump_only=True, required=True, metadata=TIME)
     updated_at = fields.DateTime(dump_only=True, required=True, metadata=TIME)
     version = VERSION
@@ -199,8 +197,8 @@ def create_order_item(body: dict[str, Any], order_id: int) -> OrderItem:
     The order's total and version change with it.
     """
     order = load_order(order_id, pending=True)
-    if len(order.items) >= MAXIMUM_ITEMS:
-        raise conflict("items", Message(f"最多 {MAXIMUM_ITEMS} 件商品", f"At most {MAXIMUM_ITEMS} items"))
+    if len(order.items) >= MAXIMUM_LENGTH:
+        raise conflict("items", Message(f"最多 {MAXIMUM_LENGTH} 件商品", f"At most {MAXIMUM_LENGTH} items"))
     item = fill_item(OrderItem(), body)
     order.items.append(item)
     order.sum_up()
