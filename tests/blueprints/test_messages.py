@@ -343,7 +343,7 @@ def test_without_redis_a_message_is_503_and_handled_when_wechat_sends_it_again(
     app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as away:
-        away.setattr(app.extensions["redis"], "eval", Mock(side_effect=RedisError))
+        away.setattr(message_queue, "execute_replicated", Mock(side_effect=RedisError))
         assert code_of(push(client, EVENT)) == (503, 503)
     assert push(client, EVENT).status_code == 200
     settled(app)
@@ -353,14 +353,12 @@ def test_without_redis_a_message_is_503_and_handled_when_wechat_sends_it_again(
 def test_a_message_whose_confirmation_was_lost_is_handled_once(
     app: Flask, client: FlaskClient, handled: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = app.extensions["redis"].eval
-
-    def lose_the_response(*args: Any) -> None:
-        evaluate(*args)
+    def lose_the_response(pipeline: Any) -> None:
+        pipeline.execute()
         raise RedisError
 
     with monkeypatch.context() as broken:
-        broken.setattr(app.extensions["redis"], "eval", lose_the_response)
+        broken.setattr(message_queue, "execute_replicated", lose_the_response)
         assert code_of(push(client, EVENT)) == (503, 503)
     assert push(client, EVENT).data == b"success"
     settled(app)

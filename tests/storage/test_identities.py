@@ -165,12 +165,16 @@ def test_a_login_that_finds_a_user_who_is_being_merged_gets_the_one_who_stays(ap
     assert get_or_create_user("wx-third", f"t-{name}", f"v-{name}").id == stays
 
 
-@pytest.mark.parametrize(("number", "again"), [(1213, True), (1020, True), (2013, False)])
-def test_only_a_transaction_that_lost_a_race_is_retried(
-    name: str, monkeypatch: pytest.MonkeyPatch, number: int, again: bool
+@pytest.mark.parametrize(
+    ("number", "statement", "again"),
+    [(1213, "", True), (1213, None, True), (1020, "", True), (2013, "", True), (2013, None, False), (1114, "", False)],
+)
+def test_only_a_transaction_that_has_committed_nothing_is_retried(
+    name: str, monkeypatch: pytest.MonkeyPatch, number: int, statement: str | None, again: bool
 ) -> None:
+    """Of a COMMIT there is no statement."""
     merge: Callable[..., User] = identities._merge
-    errors = [OperationalError("", {}, pymysql.err.OperationalError(number, "said by the server"))]
+    errors = [OperationalError(statement, {}, pymysql.err.OperationalError(number, "said by the server"))]
 
     def merge_the_second_time(*arguments: Any) -> User:
         if errors:
