@@ -141,10 +141,6 @@ class DnsServer:
                 process.kill()
         return self._process.popen.poll() is not None  # the reaper, which ends after them
 
-    def stop(self) -> None:
-        self.ramp.stop()
-        self._process.stop()
-
     def discard(self) -> None:
         """End it for good."""
         self.kill()

@@ -1,4 +1,4 @@
-"""The name servers of deploy/dns: weights, health, and how a site returns; gslb.py does the same with real sites."""
+"""The name servers of deploy/dns: weights, health, and how a site returns; `make rehearsal` has real sites."""
 
 import math
 import re
