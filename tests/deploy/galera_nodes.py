@@ -1,6 +1,6 @@
 """Five MariaDB servers in three sites, with deploy/galera/galera.cnf, each at an address of its own of this machine.
 
-Debian's galera-4 and rsync are needed; to cut a site off, root and iptables.
+Debian's galera-4, mariadb-backup and socat are needed; to cut a site off, root and iptables.
 """
 
 import os
@@ -25,6 +25,8 @@ from tests.harness import ROOT, Program, bound_to_this_process, migrate, suspend
 
 CONFIGURATION = ROOT / "deploy" / "galera" / "galera.cnf"
 PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
+COPY = ("mariadb-backup", "mbstream", "socat")
+"""What the script of `wsrep_sst_method` runs."""
 ADDRESSES = ("127.1.0.1", "127.1.0.2", "127.2.0.1", "127.2.0.2", "127.3.0.1")
 DATABASE, USER, PASSWORD = "kuaishang", "app", "app-password"
 SMALL = {"innodb_buffer_pool_size": "48M", "innodb_log_file_size": "8M", "performance_schema": "OFF"}
@@ -35,12 +37,12 @@ SMALL |= {"innodb_flush_method": "nosync", "skip_name_resolve": "ON", "max_conne
 def is_installed() -> bool:
     """Whether this machine can run a cluster."""
     with suppress(FileNotFoundError):
-        return bool(executable("mariadbd") and PROVIDER.exists() and shutil.which("rsync"))
+        return bool(executable("mariadbd") and PROVIDER.exists() and all(map(shutil.which, COPY)))
     return False
 
 
 def _as_mysql() -> list[str]:
-    """Words before a server's command: rsync's daemon of a root's server becomes nobody, who may read nothing."""
+    """Words before a server's command: it refuses to run as root."""
     user = ["--reuid=mysql", "--regid=mysql", "--clear-groups"] if os.geteuid() == 0 else []
     return [*bound_to_this_process(), *user]
 
@@ -72,6 +74,7 @@ class Node(MariaDB):
             "segment=1": f"segment={self.site}",
             "tcp://10.1.0.1:4567": f"tcp://{self.address}:{group}; ist.recv_addr={self.address}:{self._ports['state']}",
             "gcache.size=512M": "gcache.size=32M",
+            'wsrep_sst_auth = "mysql:"': f'wsrep_sst_auth = "{_user()}:"',
         }.items():
             assert shipped in text
             text = text.replace(shipped, here)
@@ -85,7 +88,6 @@ class Node(MariaDB):
             "wsrep_cluster_address": "gcomm://" + ",".join(f"{address}:{group}" for address in ADDRESSES),
             "wsrep_node_address": f"{self.address}:{group}",
             "wsrep_node_name": self.name,
-            "wsrep_sst_auth": f"{_user()}:",
             "wsrep_sst_receive_address": f"{self.address}:{self._ports['copy']}",
         }
         text += "\n" + "".join(f"{name} = {value}\n" for name, value in options.items())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from tests.deploy.galera_nodes import COPY
 from tests.harness import ROOT
 from tests.rehearsal import network
 from tests.rehearsal.experiment import rehearse
@@ -19,7 +20,7 @@ from tests.rehearsal.stage import STEP_SECONDS, Stage
 from tests.rehearsal.verdict import STRENGTH_SECONDS, Row, goals, table
 
 RATE, SEEDED_RATE = 8, 20
-PROGRAMS = ("haproxy", "keepalived", "curl", "mariadbd", "rsync", "iptables", "etcd", "gdnsd", "dig")
+PROGRAMS = ("haproxy", "keepalived", "curl", "mariadbd", *COPY, "iptables", "etcd", "gdnsd", "dig")
 TABLE = ROOT / "deploy" / "rehearsal.md"
 INTRODUCTION = """# The rehearsal
 
