@@ -8,6 +8,7 @@ The tests share one cluster, and run in this order; each leaves it whole.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from tests.deploy.partition import can_cut
 from tests.deploy.patch.test_check import Tree
 from tests.faults.load import codes, complaint, is_right
 from tests.faults.stage import Stage
-from tests.harness import wait_until
+from tests.harness import WAIT_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="needs mariadb-server, galera-4, mariadb-backup and socat")
 
@@ -115,6 +116,27 @@ def test_two_nodes_are_killed_at_once(galera: Galera, writer: Writer, stage: Sta
         assert seconds is not None
         assert max(first, seconds) < WRITABLE_SECONDS
         galera.join(gone)
+        assert is_sound(galera, running)
+        assert {text for text in map(complaint, running.since(began)) if text} == set()
+    assert is_sound(galera, running)
+
+
+def test_a_node_without_data_is_given_all_of_it(galera: Galera, writer: Writer, stage: Stage) -> None:
+    """By mariabackup, as nodes 2 to 5 of a new cluster; the others serve meanwhile."""
+    with history(stage) as running:
+        assert running.recovered(time.monotonic()) is not None
+        *others, node = galera.nodes
+        assert the_writer(galera, writer) is not node
+        node.stop()
+        galera.wait_for(others, len(others))
+        shutil.rmtree(node.folder / "data")
+        node.log.unlink()
+        began = time.monotonic()
+        node.start()
+        wait_until(node.is_synced, 2 * WAIT_SECONDS)
+        assert "mariabackup SST completed on joiner" in node.log.read_text()  # not only what it missed
+        report(f"{node.name} given all", running, began, running.recovered(began))
+        galera.wait_for(galera.nodes, len(galera.nodes))
         assert is_sound(galera, running)
         assert {text for text in map(complaint, running.since(began)) if text} == set()
     assert is_sound(galera, running)
