@@ -262,7 +262,7 @@ def test_new_encryption_keys_leave_nothing_unreadable(deployment: Deployment, lo
     old, new = deployment.settings["ENCRYPTION_KEYS"], new_key()
     deployment.change(load, ENCRYPTION_KEYS=f"{old},{new}")
     deployment.change(load, ENCRYPTION_KEYS=f"{new},{old}")
-    env = {**deployment.services[0].environ, "FLASK_APP": "wsgi"}
+    env = {**deployment.services[0].environ, "FLASK_APP": "deploy.keys"}
     command = [sys.executable, "-m", "flask", "keys", "rotate"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "All is under the first key."), done.stderr

@@ -355,7 +355,7 @@ def test_no_commit_is_named_for_what_is_not_in_it(tree: Path, tmp_path: Path) ->
 
 def test_a_second_rollback_does_not_lead_past_a_column_that_is_gone(stage: Patched, tmp_path: Path, tree: Path) -> None:
     home, with_column, without = (tmp_path / "home", *map(copy_tree, (tmp_path / "with", tmp_path / "without")))
-    server = Server(home, stage.server.environ, released=False, **stage.secrets)
+    server = Server(home, stage.server.environ | {"PORT": ""}, released=False, **stage.secrets)
     for folder, version in ((with_column, "0.1.0"), (without, "0.2.0"), (tree, "0.3.0")):
         settings = (folder / "settings.py").read_text()
         (folder / "settings.py").write_text(settings.replace('VERSION = "0.1.0"', f'VERSION = "{version}"'))

@@ -172,7 +172,7 @@ def test_when_nothing_serves_a_patch_and_a_rollback_help(
     stage: Patched, tmp_path: Path, request: pytest.FixtureRequest, cure: str
 ) -> None:
     # Nobody waits until the bad one has had its time.
-    server = Server(tmp_path / "home", stage.server.environ | {"START_SECONDS": "600"}, **stage.secrets)
+    server = Server(tmp_path / "home", stage.server.environ | {"START_SECONDS": "600", "PORT": ""}, **stage.secrets)
     request.addfinalizer(server.discard)
     good, bad, better = server.serves(), server.release(), server.release()
     server.patch(bad)
@@ -339,7 +339,7 @@ def test_a_full_disk_keeps_nothing_from_starting(server: Server) -> None:
 def test_a_rollback_ends_no_patch_where_nothing_serves(
     stage: Patched, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    server = Server(tmp_path / "home", stage.server.environ | {"START_SECONDS": "600"}, **stage.secrets)
+    server = Server(tmp_path / "home", stage.server.environ | {"START_SECONDS": "600", "PORT": ""}, **stage.secrets)
     request.addfinalizer(server.discard)
     slow = server.release(add("wsgi.py", "import time; time.sleep(3)"))
     add("wsgi.py", "raise SystemExit")(server.home / "releases" / server.serves())
