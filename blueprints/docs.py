@@ -30,7 +30,8 @@ def openapi() -> Response:
 
 
 @page.get("/docs", defaults={"filename": "docs.html"})
-@page.get("/docs/<any('docs.js', 'docs.css'):filename>")
+@page.get("/docs/docs.js", defaults={"filename": "docs.js"})
+@page.get("/docs/docs.css", defaults={"filename": "docs.css"})
 def show(filename: str) -> Response:
     return _send(_HERE / filename)
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from redis import Redis
 
 from tests.blueprints.callers import ORDER
 from tests.deploy.backups import AGE, Backups
-from tests.harness import PERSON, ROOT, Service, Simulator, migrate
+from tests.harness import PERSON, ROOT, Service, Simulator, migrate, wait_until
 
 pytestmark = pytest.mark.skipif(AGE is None, reason="age is not installed")
 
@@ -148,6 +149,7 @@ def test_a_backup_that_fails_leaves_the_others(stage: Stage) -> None:
     assert first.stat().st_mode & 0o777 == 0o600
     assert b"o-first" not in first.read_bytes()
     stage.backups.recipients.rename(stage.backups.recipients.with_name("gone"))
+    wait_until(lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}" not in first.name)  # each second has a name of its own
     failed = stage.backups.run("make", "--to", first.parent, "--recipients", stage.backups.recipients, "--keep", "1")
     assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, "backup: age has failed")
     assert sorted(first.parent.iterdir()) == [first, Path(f"{first}.sha256")]
