@@ -61,7 +61,8 @@ def main() -> None:
                 else:
                     skipped.append(fault.name)
             if database == available[0]:
-                for row in clients.run(stage, [one for one in clients.CLIENTS if _selected(one.name, words)]):
+                misbehaving = [one for one in clients.CLIENTS if _selected(f"client: {one.name}", words)]
+                for row in clients.run(stage, misbehaving):
                     show(row)
                 if _selected(SEEDED.name, words):
                     seeded = experiment(stage, SEEDED)
