@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pymysql
 import requests
+from pymysql.constants.ER import CON_COUNT_ERROR
 from redis import Redis
 from redis.exceptions import BusyLoadingError, RedisError
 from sqlalchemy import make_url
@@ -306,16 +307,28 @@ def no_connections_left(stage: Stage) -> Iterator[Proof]:
 
         (allowed,) = ask("SELECT @@GLOBAL.max_connections")
         stack.callback(ask, f"SET GLOBAL max_connections = {allowed}")
-        (before,) = ask("SHOW GLOBAL STATUS LIKE 'Connection_errors_max_connections'")
         ask("SET GLOBAL max_connections = 10")
-        for number in ask("SELECT id FROM information_schema.processlist WHERE user = 'app'"):
-            with suppress(pymysql.Error):
-                ask(f"KILL {number}")
-        for _ in range(20):
-            with suppress(pymysql.Error):
+        taken: set[int] = set()
+
+        def is_refused() -> bool:
+            """Take one that is left, if there is one."""
+            try:
                 app = pymysql.connect(unix_socket=socket_path, user="app", password="app-password")
-                stack.enter_context(closing(app))
-        yield lambda: int(ask("SHOW GLOBAL STATUS LIKE 'Connection_errors_max_connections'")[0]) > int(before)
+            except pymysql.err.OperationalError as error:
+                return bool(error.args[0] == CON_COUNT_ERROR)
+            stack.enter_context(closing(app))
+            taken.add(app.thread_id())
+            return False
+
+        def are_all_taken() -> bool:
+            for number in ask("SELECT id FROM information_schema.processlist WHERE user = 'app'"):
+                if number not in taken:
+                    with suppress(pymysql.Error):
+                        ask(f"KILL {number}")
+            return is_refused() and len(taken) >= 9  # and one is the administrator's
+
+        wait_until(are_all_taken)
+        yield is_refused
 
 
 @contextmanager
