@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from tests.rehearsal.__main__ import options, seeded, selected
+from tests.rehearsal.__main__ import TABLE, options, seeded, selected
 from tests.rehearsal.faults import FAULTS, Cause, nodes_killed, power_cut
 from tests.rehearsal.verdict import KINDS, Facts, Goal, Row, Sent, goals, judge, table
 
@@ -126,6 +126,13 @@ def test_words_and_the_short_form_select_faults() -> None:
     quick = [fault for fault in FAULTS if selected(fault, options(["--quick"]))]
     assert quick == [fault for fault in FAULTS if fault.quick]
     assert {fault.name for fault in FAULTS if selected(fault, options(["control"]))} == {"none (control)"}
+
+
+def test_the_table_that_is_kept_has_all_faults_and_missed_no_goal() -> None:
+    text = TABLE.read_text()
+    assert goals((fault.name, fault.goal) for fault in FAULTS) in text
+    assert all(f"\n| {fault.name} | 8/s |" in text for fault in FAULTS)
+    assert "**" not in text
 
 
 def test_each_fault_has_a_name_of_its_own() -> None:
