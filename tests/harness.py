@@ -22,7 +22,7 @@ from alembic.config import Config
 from redis import Redis
 from sqlalchemy import ColumnElement
 
-from dev.run import free_port
+from dev.run import listen
 from storage import message_queue
 from storage.models import User
 from telemetry import metrics
@@ -83,6 +83,12 @@ def answers(url: str) -> bool:
         return requests.get(url, timeout=2).ok
     except requests.RequestException:
         return False
+
+
+def free_port(host: str = "0.0.0.0") -> int:
+    """Find a port that is free at an address; by default at all of this machine's, as the service listens there."""
+    with listen("a port", "0", host) as listener:
+        return int(listener.getsockname()[1])
 
 
 class Process:
@@ -186,7 +192,7 @@ class Simulator:
     """The WeChat simulator and its controls."""
 
     def __init__(self, output: Path, host: str = "127.0.0.1") -> None:
-        port = free_port("the simulator's port", "0")
+        port = free_port()
         self.url = f"http://{host}:{port}"
         command = ["dev.wechat_simulator", "--host", host, "--port", str(port)]
         command += ["--app-id", APP_ID, "--app-secret", APP_SECRET]
@@ -286,7 +292,7 @@ class Service:
             "ENV_FILE": os.devnull,
             **environ,
             "PATH": os.environ["PATH"],
-            "PORT": str(free_port("PORT", "0")),
+            "PORT": str(free_port()),
         }
         self.url = f"http://127.0.0.1:{self.environ['PORT']}"
         self.output = output

@@ -12,8 +12,7 @@ import pytest
 import requests
 from redis import Redis
 
-from dev.run import free_port
-from tests.harness import ROOT, WAIT_SECONDS, Process, Simulator, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Process, Simulator, free_port, wait_until
 
 pytestmark = pytest.mark.only_on("sqlite")
 
@@ -22,7 +21,7 @@ class Platform:
     """Runs the Procfile with an empty database, by honcho, which like platforms sets PORT and signals all processes."""
 
     def __init__(self, environ: dict[str, str], folder: Path) -> None:
-        port = free_port("PORT", "0")
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.output = folder / "web"
         path = f"{Path(sys.executable).parent}:/usr/bin:/bin"

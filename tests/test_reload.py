@@ -13,12 +13,11 @@ import psutil
 import pytest
 import requests
 
-from dev.run import free_port
 from tests.deploy.patch.broken import BROKEN, add
 from tests.deploy.patch.server import copy_tree
 from tests.faults.load import codes, is_right, load
 from tests.faults.stage import Stage
-from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, bearer, wait_until
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Process, Service, bearer, free_port, wait_until
 
 AT = {
     "a syntax error": "def (",
@@ -157,7 +156,7 @@ def test_a_worker_that_dies_while_the_tree_is_broken_takes_no_other_one_with_it(
 
 
 def test_a_stop_does_not_wait_for_a_trial(stage: Reloaded, tmp_path: Path) -> None:
-    environ = {**stage.in_place.environ, "PORT": str(free_port("PORT", "0")), "START_SECONDS": "600"}
+    environ = {**stage.in_place.environ, "PORT": str(free_port()), "START_SECONDS": "600"}
     service = InPlace(environ, tmp_path)
     try:
         add("wsgi.py", "import time; time.sleep(600)")(service.first)

@@ -17,11 +17,10 @@ from typing import Any
 import psutil
 import pymysql
 
-from dev.run import free_port
 from tests.databases import MariaDB, _empty_data, executable
 from tests.deploy.load_balancers import HAPROXY, RuntimeSocket
 from tests.deploy.partition import cut, heal
-from tests.harness import ROOT, Program, bound_to_this_process, migrate, suspend, wait_until
+from tests.harness import ROOT, Program, bound_to_this_process, free_port, migrate, suspend, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "galera" / "galera.cnf"
 PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
@@ -62,7 +61,7 @@ class Node(MariaDB):
         super().__init__(folder, *options)
         self.address, self.site, self.port = ADDRESSES[number], number // 2 + 1, ports["client"]
         self.name = f"n{number + 1}"
-        self._ports = ports | {"copy": free_port("a node's port", "0")}  # where socat listens on all addresses
+        self._ports = ports | {"copy": free_port()}  # where socat listens on all addresses
         self.log = folder / "mariadb.log"
 
     def _words(self, *more: str) -> list[str]:
@@ -187,7 +186,7 @@ class Galera:
     """
 
     def __init__(self, folder: Path, *options: str, size: int = len(ADDRESSES)) -> None:
-        ports = {name: free_port("a node's port", "0") for name in ("client", "group", "state")}
+        ports = {name: free_port() for name in ("client", "group", "state")}
         self.nodes = [Node(folder / f"n{number + 1}", number, ports, *options) for number in range(size)]
 
     def start(self) -> None:
@@ -300,14 +299,14 @@ class Writer(Program, RuntimeSocket):
         several: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.port = free_port("the database's port", "0")
+        self.port = free_port()
         self.url = galera.url(host, self.port)
         self._short = tempfile.TemporaryDirectory(prefix="kuaishang-")
         self.socket = f"{self._short.name}/admin.sock"
-        peers = peers or {name: f"{host}:{free_port('the port of peers', '0')}"}
+        peers = peers or {name: f"{host}:{free_port()}"}
         text = CONFIGURATION.with_name("haproxy.cfg").read_text()
         text = text.replace("bind 127.0.0.1:3306", f"bind {host}:{self.port}")
-        statistics = f"{host}:{free_port('the port of statistics', '0')}"
+        statistics = f"{host}:{free_port()}"
         self.statistics_url = f"http://{statistics}"
         text = text.replace("bind 127.0.0.1:8405", f"bind {statistics}")
         text = re.sub("(?:    peer .*\n)+", "".join(f"    peer {one} {where}\n" for one, where in peers.items()), text)

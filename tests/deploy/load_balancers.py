@@ -15,7 +15,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,16 +24,10 @@ from typing import Any
 import psutil
 import requests
 
-from dev.run import listen
-from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, suspend, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, free_port, suspend, wait_until
 
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 HAPROXY, NGINX = shutil.which("haproxy", path=PATH), shutil.which("nginx", path=PATH)
-
-
-def free_port(host: str) -> int:
-    with closing(listen("a port", "0", host)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -14,9 +14,8 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from dev.redis_server import executable
-from tests.deploy.load_balancers import free_port
 from tests.deploy.partition import cut, heal
-from tests.harness import ROOT, WAIT_SECONDS, Program, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Program, free_port, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "redis"
 ADDRESSES = "127.1.0.21", "127.1.0.22", "127.1.0.23"

@@ -10,8 +10,8 @@ from typing import Any
 
 import requests
 
-from tests.deploy.load_balancers import HAProxy, free_port
-from tests.harness import ROOT, WAIT_SECONDS, Program, wait_until
+from tests.deploy.load_balancers import HAProxy
+from tests.harness import ROOT, WAIT_SECONDS, Program, free_port, wait_until
 
 ETCD = shutil.which("etcd")
 FOLDER = ROOT / "deploy" / "registry"

@@ -95,6 +95,7 @@ def test_haproxy_has_the_instances_that_live(stage: Stage) -> None:
 
 def test_without_etcd_nothing_changes(stage: Stage) -> None:
     service, heartbeat = stage.instance()
+    stage.until(slot1="UP")
     first, *others = stage.etcd
     first.kill()  # a majority lives
     _, other_heartbeat = stage.instance()

@@ -18,7 +18,6 @@ from bench import WIDE_LIMITS
 from tests.deploy.dns_servers import DnsServer, Resolver
 from tests.deploy.dns_servers import Site as NamedSite
 from tests.deploy.galera_nodes import Galera, Writer
-from tests.deploy.load_balancers import free_port
 from tests.deploy.patch.server import Server
 from tests.deploy.redis_sentinels import RedisSentinels
 from tests.deploy.registry import Agent, Etcd, Heartbeat, SlottedHAProxy, peer_url
@@ -28,6 +27,7 @@ from tests.harness import (
     METRICS_TOKEN,
     Process,
     Simulator,
+    free_port,
     suspend,
     wait_until,
 )

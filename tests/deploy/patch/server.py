@@ -16,9 +16,8 @@ import psutil
 import requests
 
 from deploy.patch.supervisor import Figures
-from dev.run import free_port
 from tests.faults.stage import Stage
-from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, wait_until
+from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, Process, bearer, free_port, wait_until
 
 NEXT_METRICS_TOKEN = "the-next-metrics-token"
 FOLDERS = ("blueprints", "deploy", "dev", "storage", "telemetry", "wechat")
@@ -45,7 +44,7 @@ class Server:
     def __init__(self, home: Path, environ: dict[str, str], released: bool = True, **in_file: str) -> None:
         self.home = home
         host = environ.get("HOST", "127.0.0.1")
-        self.port = int(environ.get("PORT") or free_port("PORT", "0"))
+        self.port = int(environ.get("PORT") or free_port(host))
         self.url = f"http://{host}:{self.port}"
         self.environ = {**environ, "PATH": os.environ["PATH"], "PORT": str(self.port), "HOST": host}
         (home / "environments").mkdir(parents=True)
