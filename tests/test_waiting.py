@@ -17,8 +17,7 @@ from bench import WIDE_LIMITS, sign_in
 from bench.load import Outcome, Request, statuses
 from bench.speed import USERS, read
 from bench.waiting import FACTOR, SERVED, WECHAT_SECONDS, both, read_at
-from dev.run import free_port
-from tests.harness import Process, Service
+from tests.harness import Process, Service, free_port
 
 LOGINS, SLOW_CLIENTS, SLOW_SECONDS, QUIET_SECONDS = 2000, 1000, 8, 4
 ATTEMPTS, LACK = 5, 0.3
@@ -43,7 +42,7 @@ def fast_redis(redis: Redis) -> Iterator[None]:
 
 @pytest.fixture
 def slow_wechat(tmp_path: Path) -> Iterator[str]:
-    port = free_port("a port", "0")
+    port = free_port()
     stub = Process(["bench.wechat_stub", str(port), str(WECHAT_SECONDS)], dict(os.environ), tmp_path / "stub")
     yield f"http://127.0.0.1:{port}"
     stub.kill()

@@ -16,12 +16,20 @@ from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session
 
 from dev.redis_server import RedisServer
-from dev.run import free_port
 from service import create_app
 from storage import database
 from telemetry.metrics import REGISTRY
 from tests.databases import Databases, MariaDB
-from tests.harness import WAIT_SECONDS, Service, Simulator, bearer, bound_to_this_process, migrate, wait_until
+from tests.harness import (
+    WAIT_SECONDS,
+    Service,
+    Simulator,
+    bearer,
+    bound_to_this_process,
+    free_port,
+    migrate,
+    wait_until,
+)
 from wechat.transport import FAILURES
 
 
@@ -131,7 +139,7 @@ def test_readiness_says_why_redis_cannot_be_used(
 
 
 def test_readiness_names_a_redis_cluster(make_app: Callable[..., Flask], tmp_path: Path) -> None:
-    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "port": str(free_port("a port", "0"))}
+    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "port": str(free_port())}
     with closing(RedisServer(tmp_path / "cluster", bound_to_this_process(), **options)) as server:
         server.start()
         assert reason(make_app, REDIS_URL=server.url) == "Is a Redis Cluster."  # without slots
@@ -142,7 +150,7 @@ def test_readiness_names_a_redis_cluster(make_app: Callable[..., Flask], tmp_pat
 
 
 def test_a_redis_cluster_is_refused_at_the_start(start_service: Callable[..., Service], tmp_path: Path) -> None:
-    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "port": str(free_port("a port", "0"))}
+    options = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "port": str(free_port())}
     with closing(RedisServer(tmp_path / "cluster", bound_to_this_process(), **options)) as server:
         server.start()
         with pytest.raises(AssertionError, match="ended instead of starting"):

@@ -28,11 +28,10 @@ import yaml
 from redis import Redis
 
 from dev.redis_server import RedisServer
-from dev.run import free_port
 from telemetry.logs import CAPACITY
 from tests.databases import MariaDB
 from tests.deploy.test_prometheus import FOLDER
-from tests.harness import APP_ID, METRICS_TOKEN, Service, Simulator, answers, suspend, wait_until
+from tests.harness import APP_ID, METRICS_TOKEN, Service, Simulator, answers, free_port, suspend, wait_until
 
 pytestmark = pytest.mark.only_on("mariadb")
 
@@ -79,7 +78,7 @@ class Prometheus:
         (folder / "metrics_token").write_text(METRICS_TOKEN)
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (folder / "rules.yml").write_text(in_haste((FOLDER / "rules.yml").read_text()))
-        address = f"127.0.0.1:{free_port('Prometheus', '0')}"
+        address = f"127.0.0.1:{free_port()}"
         self.url = f"http://{address}"
         command = ["prometheus", f"--web.listen-address={address}", f"--storage.tsdb.path={folder / 'data'}"]
         with (folder / "log").open("wb") as log:

@@ -22,7 +22,6 @@ import requests
 
 from deploy.binary.build import sources
 from dev.redis_server import RedisServer, executable
-from dev.run import free_port
 from settings import VERSION
 from tests.blueprints.callers import ORDER
 from tests.harness import (
@@ -33,6 +32,7 @@ from tests.harness import (
     answers,
     bearer,
     bound_to_this_process,
+    free_port,
     wait_until,
 )
 
@@ -69,7 +69,7 @@ class Container:
     """
 
     def __init__(self, environ: dict[str, str], options: Sequence[str] = ()) -> None:
-        port = free_port("PORT", "0")
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         settings = [f"--env={name}={value}" for name, value in {**environ, "PORT": str(port)}.items()]
         self.name = podman("run", "--detach", *AS_LITTLE, *options, *settings, IMAGE).strip()
@@ -95,7 +95,7 @@ class Container:
 @pytest.fixture
 def settings(environ: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     """The settings of a container, with a Redis on a port, as its socket is for one user alone."""
-    port = free_port("Redis's port", "0")
+    port = free_port()
     with closing(RedisServer(tmp_path / "redis", bound_to_this_process(), port=str(port))) as server:
         server.start()
         yield {**environ, "REDIS_URL": f"redis://127.0.0.1:{port}/0", "DATABASE_URL": "sqlite:////data/kuaishang.db"}
@@ -239,7 +239,7 @@ class Compose:
             (self.source / path).parent.mkdir(parents=True, exist_ok=True)
             (self.source / path).write_bytes((ROOT / path).read_bytes())
             (self.source / path).chmod((ROOT / path).stat().st_mode)
-        self.port, self.simulator_port = (free_port(name, "0") for name in ("PORT", "SIMULATOR_PORT"))
+        self.port, self.simulator_port = free_port(), free_port()
         self.url, self.simulator_url = (f"http://127.0.0.1:{port}" for port in (self.port, self.simulator_port))
         self.project = f"kuaishang-test-{self.port}"
         self._socket = folder / "podman.sock"

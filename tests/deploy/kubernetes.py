@@ -24,13 +24,12 @@ import yaml
 
 from bench.waiting import KILOBYTES
 from dev.redis_server import RedisServer
-from dev.run import free_port
 from settings import Settings
 from tests.blueprints.callers import ORDER
 from tests.databases import MariaDB
 from tests.deploy.image import IMAGE, podman
 from tests.deploy.test_kubernetes import ONE_CLUSTER, Overlay
-from tests.harness import WAIT_SECONDS, Simulator, bearer, bound_to_this_process, wait_until
+from tests.harness import WAIT_SECONDS, Simulator, bearer, bound_to_this_process, free_port, wait_until
 
 
 class Pod:
@@ -96,7 +95,7 @@ class Pod:
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[str]:
     """The URL of an empty database of MariaDB, over TCP."""
-    port = free_port("MariaDB's port", "0")
+    port = free_port()
     with closing(
         MariaDB(tmp_path / "mariadb", "--skip-networking=0", "--bind-address=127.0.0.1", f"--port={port}")
     ) as server:
@@ -109,7 +108,7 @@ def database(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def redis_url(tmp_path: Path) -> Iterator[str]:
-    port = free_port("Redis's port", "0")
+    port = free_port()
     with closing(RedisServer(tmp_path / "redis", bound_to_this_process(), port=str(port))) as server:
         server.start()
         yield f"redis://127.0.0.1:{port}/0"
@@ -154,7 +153,7 @@ class Namespace:
 def namespace(
     environ: dict[str, str], database: str, redis_url: str, simulator: Simulator, tmp_path: Path
 ) -> Iterator[Namespace]:
-    values = {**environ, "DATABASE_URL": database, "REDIS_URL": redis_url, "PORT": str(free_port("PORT", "0"))}
+    values = {**environ, "DATABASE_URL": database, "REDIS_URL": redis_url, "PORT": str(free_port())}
     with closing(Namespace(values, tmp_path)) as namespace:
         yield namespace
 

@@ -31,9 +31,9 @@ import requests
 
 import settings
 from deploy.binary import build
-from dev.run import SIMULATED_ACCOUNT, free_port
+from dev.run import SIMULATED_ACCOUNT
 from tests.docs.pages import blocks, page
-from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, bearer, until_available, wait_until
+from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, bearer, free_port, until_available, wait_until
 
 ITEM = {"sku": "tea-01", "name": "大红袍", "quantity": 2, "unit_price": 12800}
 
@@ -163,7 +163,7 @@ def log_in(url: str, simulator: str) -> dict[str, str]:
 
 class Demo:
     def __init__(self, machine: Machine) -> None:
-        port, simulator_port = free_port("PORT", "0"), free_port("SIMULATOR_PORT", "0")
+        port, simulator_port = free_port(), free_port()
         self.url, self.simulator = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{simulator_port}"
         ports = {"PORT": str(port), "SIMULATOR_PORT": str(simulator_port)}
         self.running = Running(machine, "demo", "--var", "/root/demo", **ports)
@@ -188,7 +188,7 @@ def env_file(demo: Demo, installed: Path) -> Iterator[Path]:
         "REDIS_URL": demo.redis_url,
         "DATABASE_URL": "sqlite:////root/served.db",
         "HOST": "127.0.0.1",
-        "PORT": str(free_port("PORT", "0")),
+        "PORT": str(free_port()),
         "DRAIN_SECONDS": "0",
         "LOG_LEVEL": "WARNING",
         "METRICS_TOKEN": METRICS_TOKEN,

@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from dev.run import free_port
-from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Process, bearer, free_port, wait_until
 
 
 class Launched(Process):
@@ -22,7 +21,7 @@ class Launched(Process):
     def __init__(self, var: Path, output: Path, root: Path = ROOT, **env: str) -> None:
         self.var = var
         self.output = output
-        self.port = env.get("PORT") or str(free_port("PORT", "0"))
+        self.port = env.get("PORT") or str(free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         env = {"PATH": os.environ["PATH"], "PORT": self.port, "WEB_CONCURRENCY": "1", **env}
         self._start = partial(

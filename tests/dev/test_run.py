@@ -23,9 +23,9 @@ import pytest
 import requests
 
 from dev import run
-from dev.run import banner, free_port
+from dev.run import banner
 from tests.dev.launched import Launch, Launched
-from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, migrate, suspend, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, free_port, migrate, suspend, wait_until
 
 PROXY = {"http_proxy": "http://127.0.0.1:9"}
 
@@ -246,7 +246,7 @@ def test_a_terminal_shows_colours_and_lines_are_kept_after_it_is_gone(tmp_path: 
             shown.extend(os.read(master, 65536))
         return words in shown
 
-    port = str(free_port("PORT", "0"))
+    port = str(free_port())
     url, kept = f"http://127.0.0.1:{port}/version", tmp_path / "log" / f"{port}.jsonl"
     command = [*bound_to_this_process(signal.SIGTERM), sys.executable, "-m", "dev.run", "--var", str(tmp_path)]
     env = {"PATH": os.environ["PATH"], **environ, "PORT": port, "WEB_CONCURRENCY": "1"}

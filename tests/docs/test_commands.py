@@ -10,10 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from dev.run import free_port
 from tests.databases import Databases
 from tests.docs.pages import blocks, page
-from tests.harness import ROOT, WAIT_SECONDS, Process, Service, Simulator, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, Process, Service, Simulator, free_port, wait_until
 
 pytestmark = pytest.mark.only_on("sqlite")
 
@@ -38,7 +37,7 @@ def test_an_empty_database_is_migrated_and_served(
 ) -> None:
     install, migrate, serve = lines_of("production.md", "pip install")
     assert install == "pip install --require-hashes -r requirements.txt"  # as `make` has done
-    port = str(free_port("PORT", "0"))
+    port = str(free_port())
     settings = {**environ, "DATABASE_URL": databases.create(), "PORT": port}
     run(migrate, settings)
     settings["PATH"] = os.environ["PATH"]
@@ -71,7 +70,7 @@ def test_the_keys_are_rotated(environ: dict[str, str]) -> None:
 
 def test_the_simulator_runs_by_itself(tmp_path: Path) -> None:
     (line,) = lines_of("simulator.md", ".venv/bin/python -m dev.wechat_simulator")
-    port = str(free_port("the simulator's port", "0"))
+    port = str(free_port())
     _, _, *words = line.replace("8001", port).split()
     process = Process(words, dict(os.environ), tmp_path / "output")
     try:
