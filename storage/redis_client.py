@@ -22,7 +22,9 @@ from telemetry import metrics
 
 CONNECTIONS, WAIT_SECONDS = 100, 1
 """How many a process opens at most, and how long a request waits for one that is free."""
-_ONCE = {"retry": Retry(NoBackoff(), 0), "socket_timeout": 0.4, "socket_connect_timeout": 0.4}
+_TIMEOUTS: dict[str, Any] = {"socket_timeout": 0.4, "socket_connect_timeout": 0.4}
+"""A Redis that is away must cost a request well under a second."""
+_ONCE = _TIMEOUTS | {"retry": Retry(NoBackoff(), 0)}
 """How a sentinel is asked: another one may respond."""
 
 redis = cast(Redis, LocalProxy(lambda: current_app.extensions["redis"]))
@@ -64,9 +66,11 @@ class SentinelPool(Pool):
     :param url: as REDIS_URL.
     """
 
+    most_replicas = 0
+    """That were seen at once."""
+
     def __init__(self, url: str, **options: Any) -> None:
-        # The most replicas that were seen at once are `most`.
-        parts, self._primary, self.most = urlsplit(url), None, 0
+        parts, self._primary = urlsplit(url), None
         credentials, at, hosts = parts.netloc.rpartition("@")
         _, self._service, *database = parts.path.split("/")
         options |= parse_url(f"redis://{credentials}{at}/{''.join(database)}?{parts.query}")
@@ -140,10 +144,9 @@ def init_app(app: Flask) -> None:
     pool: Pool = (SentinelPool if app.config["REDIS_URL"].startswith("redis+sentinel:") else Pool.from_url)(
         app.config["REDIS_URL"],
         driver_info=DriverInfo(),  # made once: redis-py would read its version from a file for each connection
-        # A Redis that is away must cost a request well under a second. Nothing whose response was lost is tried again:
-        # a SET NX would take its own key for somebody else's. A closed connection is noticed before use.
-        socket_connect_timeout=0.4,
-        socket_timeout=0.4,
+        **_TIMEOUTS,
+        # Nothing whose response was lost is tried again: a SET NX would take its own key for somebody else's. A closed
+        # connection is noticed before use.
         # What Redis refused is sent again: READONLY, MASTERDOWN, NOREPLICAS … An error that it responds with means that
         # it has not run the command, script or MULTI.
         retry=Retry(Failover(), 1, (ResponseError, BusyLoadingError)),
@@ -164,14 +167,14 @@ def execute_replicated(pipeline: Any) -> Any:
     pool = pipeline.connection_pool
     if not pool.replicas:
         return pipeline.execute()
-    # In milliseconds, for three quarters of the time-out; then, but not for long, for all replicas there are.
-    pipeline.wait(pool.replicas, int(pool.connection_kwargs["socket_timeout"] * 750)).wait(pool.most, 20).role()
+    milliseconds = int(pool.connection_kwargs["socket_timeout"] * 750)  # three quarters of the time-out
+    pipeline.wait(pool.replicas, milliseconds).wait(pool.most_replicas, 20).role()  # for all there are, not for long
     *outcomes, enough, acknowledged, role = pipeline.execute()
     # A replica that does not respond may be the next primary, and never get what another one has.
-    if enough < pool.replicas or (acknowledged < pool.most and pool.is_moving()):
+    if enough < pool.replicas or (acknowledged < pool.most_replicas and pool.is_moving()):
         pool.distrust()
         raise ResponseError("NOREPLICAS written, but not acknowledged by enough replicas in time")
-    pool.most = max(pool.most, len(role[2]))
+    pool.most_replicas = max(pool.most_replicas, len(role[2]))
     return outcomes
 
 
