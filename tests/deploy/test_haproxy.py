@@ -32,14 +32,6 @@ MALFORMED = {
 
 
 @pytest.fixture
-def instances() -> Iterator[list[Instance]]:
-    instances = [Instance(), Instance()]
-    yield instances
-    for instance in instances:
-        instance.discard()
-
-
-@pytest.fixture
 def haproxy(instances: list[Instance], tmp_path: Path) -> Iterator[HAProxy]:
     """It asks for /readyz every 100 ms, and waits for its clients for 200 ms."""
     servers = {f"web-{number}": instance.address for number, instance in enumerate(instances, 1)}

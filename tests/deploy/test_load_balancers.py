@@ -222,14 +222,6 @@ def kind(request: pytest.FixtureRequest) -> type[LoadBalancer]:
 
 
 @pytest.fixture
-def instances() -> Iterator[list[Instance]]:
-    instances = [Instance(), Instance()]
-    yield instances
-    for instance in instances:
-        instance.discard()
-
-
-@pytest.fixture
 def in_front(kind: type[LoadBalancer], instances: list[Instance], tmp_path: Path) -> Iterator[LoadBalancer]:
     """It counts an instance that does not answer within a second as one that hangs."""
     servers = {f"web-{number}": instance.address for number, instance in enumerate(instances, 1)}

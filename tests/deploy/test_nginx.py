@@ -25,14 +25,6 @@ REFUSED = {
 
 
 @pytest.fixture
-def instances() -> Iterator[list[Instance]]:
-    instances = [Instance(), Instance()]
-    yield instances
-    for instance in instances:
-        instance.discard()
-
-
-@pytest.fixture
 def nginx(instances: list[Instance], tmp_path: Path) -> Iterator[Nginx]:
     servers = {f"web-{number}": instance.address for number, instance in enumerate(instances, 1)}
     nginx = Nginx(tmp_path, servers)
