@@ -127,24 +127,19 @@ def site_of(stage: Stage, server: RedisProcess) -> Site:
 # Redis
 
 
-@contextmanager
-def primary_killed(stage: Stage) -> Iterator[Proof]:
-    primary = stage.redis.primary()
-    primary.kill()
-    try:
-        yield lambda: stage.redis.primary() is not primary
-    finally:
-        primary.start()
+def to_primary(begin: Callable[[RedisProcess], object], end: Callable[[RedisProcess], object]) -> Cause:
+    """Something is done to Redis's primary, and undone at the end; meanwhile another one must be elected."""
 
+    @contextmanager
+    def cause(stage: Stage) -> Iterator[Proof]:
+        primary = stage.redis.primary()
+        begin(primary)
+        try:
+            yield lambda: stage.redis.primary() is not primary
+        finally:
+            end(primary)
 
-@contextmanager
-def primary_frozen(stage: Stage) -> Iterator[Proof]:
-    primary = stage.redis.primary()
-    primary.suspend()
-    try:
-        yield lambda: stage.redis.primary() is not primary
-    finally:
-        primary.resume()
+    return cause
 
 
 @contextmanager
@@ -246,8 +241,19 @@ FAULTS = [
     Fault("all instances are patched, one after the other", patched_in_turn, NONE, quick=True),
     Fault("HAProxy is reloaded", proxies_reloaded, NONE, quick=True),
     Fault("the HAProxy that has the address is killed", proxy_killed, WRITABLE, 8, quick=True),
-    Fault("Redis: the primary is killed, and returns", primary_killed, FAIL_OVER, 10, quick=True),
-    Fault("Redis: the primary is frozen, and goes on", primary_frozen, FAIL_OVER, 10),
+    Fault(
+        "Redis: the primary is killed, and returns",
+        to_primary(lambda one: one.kill(), lambda one: one.start()),
+        FAIL_OVER,
+        10,
+        quick=True,
+    ),
+    Fault(
+        "Redis: the primary is frozen, and goes on",
+        to_primary(lambda one: one.suspend(), lambda one: one.resume()),
+        FAIL_OVER,
+        10,
+    ),
     Fault("Redis: the primary is cut off from the sentinels", primary_partitioned, FAIL_OVER, 15, quick=True),
     Fault("database: the writer is killed", nodes_killed(lambda stage: [writer(stage)]), WRITABLE, 8),
     Fault(

@@ -4,7 +4,8 @@ import asyncio
 import secrets
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from bench.load import Outcome, Pool, Request, pool
@@ -52,6 +53,16 @@ class Phone:
             known.close()
 
 
+class InTurn:
+    """Sends each request by the next of several clients."""
+
+    def __init__(self, phones: Sequence[Phone]) -> None:
+        self._turn = cycle(phones)
+
+    async def send(self, request: Request) -> Outcome:
+        return await next(self._turn).send(request)
+
+
 class OpenLoad(Load):
     """Requests at a constant rate, each from the next of several clients.
 
@@ -60,16 +71,12 @@ class OpenLoad(Load):
 
     def __init__(self, stage: "Stage", rate: float) -> None:
         super().__init__(stage)  # type: ignore[arg-type]  # it has what is used of a stage
-        self._rate, self._phones, self._turn = rate, [stage.phone() for _ in range(PHONES)], 0
+        self._rate, self._phones = rate, [stage.phone() for _ in range(PHONES)]
+        self.service = InTurn(self._phones)
         self.sent: list[Sent] = []
         self.complaints: list[str] = []
 
-    async def send(self, request: Request) -> Outcome:
-        self._turn += 1
-        return await self._phones[self._turn % PHONES].send(request)
-
     async def run(self, ready: object) -> None:
-        self.service = self
         async with pool(self.stage.simulator_port, host=self.stage.simulator_host) as self.simulator:  # type: ignore[attr-defined]
             await self.sign_in(USERS)
             ready.set()  # type: ignore[attr-defined]
@@ -87,19 +94,13 @@ class OpenLoad(Load):
 
     async def _request(self, number: int) -> None:
         kind, token, key = MIX[number % len(MIX)], self.tokens[number % USERS], secrets.token_hex(16)
-
-        async def send() -> Outcome:
-            if kind == "login":
-                return await self.log_in()
-            return await (self.read(token) if kind == "read" else self.order(token, key))
-
-        first = outcome = await send()
+        first = outcome = await self.send(kind, token, key)
         self.outcomes.append(first)
         self.complaints += filter(None, [complaint(first)])
         end = time.monotonic() + RETRY_SECONDS
         while kind != "login" and not is_right(outcome) and time.monotonic() < end:
             await asyncio.sleep(PAUSE_SECONDS)
-            outcome = await send()
+            outcome = await self.send(kind, token, key)
             self.complaints += filter(None, [complaint(outcome)])
         ended = first.began + first.seconds
         self.sent.append(Sent(kind, first.began, ended, first.status, is_right(first), is_right(outcome)))
