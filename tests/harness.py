@@ -1,13 +1,16 @@
 """The programs that the tests run against, each in a process of its own, and how to control them."""
 
+import fcntl
 import html
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +25,6 @@ from alembic.config import Config
 from redis import Redis
 from sqlalchemy import ColumnElement
 
-from dev.run import listen
 from storage import message_queue
 from storage.models import User
 from telemetry import metrics
@@ -45,6 +47,8 @@ PUSH_TOKEN, PUSH_AES_KEY = "apushtokennobodymaysee", "aPushAesKeyNobodyMaySee012
 
 WAIT_SECONDS = 60
 """How long to wait for what happens at once on a quiet machine."""
+PORTS = range(10_000, 32_768)
+"""Which are looked for: below those that the kernel gives to connections that are made."""
 
 
 def bound_to_this_process(number: signal.Signals = signal.SIGKILL) -> list[str]:
@@ -86,9 +90,20 @@ def answers(url: str) -> bool:
 
 
 def free_port(host: str = "0.0.0.0") -> int:
-    """Find a port that is free at an address; by default at all of this machine's, as the service listens there."""
-    with listen("a port", "0", host) as listener:
-        return int(listener.getsockname()[1])
+    """Find a port that is free at an address; by default at all of this machine's, as the service listens there.
+
+    Processes that test at the same time take turns, by a file that has a byte for each port so far. So none gets what
+    another one has found and does not use yet, or what its clients still ask after its server has ended.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with Path(tempfile.gettempdir(), f"kuaishang-ports-{os.getuid()}").open("ab", buffering=0) as turns:
+        fcntl.flock(turns, fcntl.LOCK_EX)
+        for _ in PORTS:
+            turns.write(b".")
+            port = PORTS[turns.tell() % len(PORTS)]
+            with suppress(OSError), socket.create_server((host, port), family=family):
+                return port
+    raise AssertionError(f"no port is free at {host}")
 
 
 class Process:

@@ -1,15 +1,17 @@
 """What a test starts is stopped, whatever happens."""
 
 import json
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests import harness
-from tests.harness import ROOT, Service, wait_until
+from tests.harness import ROOT, Service, free_port, wait_until
 
 STARTER = """
 import json, sys, time
@@ -23,6 +25,9 @@ Service(json.loads(sys.argv[2]), folder / "output")
 print("started", flush=True)
 time.sleep(600)
 """
+
+
+FIND_PORTS = "from tests.harness import free_port; print(*(free_port() for _ in range(200)))"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs setpriv")
@@ -52,3 +57,24 @@ def test_a_service_that_does_not_start_is_killed(
         Service(environ, tmp_path / "output")
     assert len(during) > len(before)
     assert psutil.Process().children(recursive=True) == before
+
+
+def test_processes_that_look_for_ports_at_once_find_different_ones_that_no_connection_gets() -> None:
+    command = [sys.executable, "-c", FIND_PORTS]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: subprocess.check_output(command, cwd=ROOT, text=True).split(), range(4)))
+    ports = [int(port) for part in found for port in part]
+    assert len(set(ports)) == len(ports) == 800
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as made:
+        assert max(ports) < min(server.getsockname()[1], made.getsockname()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
+def test_a_port_that_is_taken_at_one_address_is_free_at_no_more_than_another() -> None:
+    taken = free_port()
+    with socket.create_server(("127.0.0.1", taken)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "PORTS", [taken])
+        assert free_port("127.0.0.2") == taken
+        for host in ("127.0.0.1", "0.0.0.0"):
+            with pytest.raises(AssertionError, match="no port is free"):
+                free_port(host)

@@ -13,14 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from dev.run import listen
-from tests.harness import ROOT, Process, Program, suspend, wait_until
+from tests.harness import ROOT, Process, Program, free_port, suspend, wait_until
 
 FOLDER = ROOT / "deploy" / "dns"
 NAME = "api.example.com"
@@ -61,8 +60,7 @@ class DnsServer:
     ) -> None:
         self.folder = shutil.copytree(FOLDER, folder)
         self.step_seconds = step_seconds
-        with closing(listen("a port", "0", address)) as listener:
-            self.address: tuple[str, int] = listener.getsockname()
+        self.address = (address, free_port(address))
         self._short = tempfile.TemporaryDirectory(prefix="kuaishang-")  # the path of a socket has about 100 characters
         self.weights_file, self.log = folder / "weights", folder / "log"
         self.admin_state = folder / "state" / "admin_state"
