@@ -220,7 +220,9 @@ def own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_app(environ: dict[str, str], redis: Redis, journal: Journal) -> Iterator[Callable[..., Flask]]:
+def make_app(
+    environ: dict[str, str], redis: Redis, journal: Journal, own_stream: None
+) -> Iterator[Callable[..., Flask]]:
     """Create applications, with these settings changed from the usual ones."""
     with ExitStack() as stack:
 
@@ -245,7 +247,7 @@ def shared_app(environ: dict[str, str]) -> Flask:
 
 
 @pytest.fixture
-def app(shared_app: Flask, redis: Redis, journal: Journal) -> Iterator[Flask]:
+def app(shared_app: Flask, redis: Redis, journal: Journal, own_stream: None) -> Iterator[Flask]:
     """One application for all tests, as making one takes longer than most of them; `make_app` makes more.
 
     What it remembers outside of Redis and the database is made anew.

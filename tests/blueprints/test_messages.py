@@ -29,8 +29,6 @@ from tests.harness import APP_ID, PUSH_AES_KEY, PUSH_TOKEN, WAIT_SECONDS, Simula
 from wechat.crypto import push_signature
 from wechat.message_push import PUSH_NOT_CONFIGURED, MessagePush
 
-pytestmark = pytest.mark.usefixtures("own_stream")
-
 URL = "/api/v1/wechat/messages"
 EVENT = {
     "ToUserName": "gh_97417a04a28d",

@@ -17,8 +17,6 @@ from storage.message_queue import MessageQueue
 from telemetry.traces import RequestSpan, current_ids
 from tests.harness import WAIT_SECONDS, counted, let_claims_be_due, wait_until
 
-pytestmark = pytest.mark.usefixtures("own_stream")
-
 Handle = Callable[[Any], object]
 MakeQueue = Callable[[Handle], MessageQueue]
 
