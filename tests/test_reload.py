@@ -83,6 +83,8 @@ def stage() -> Iterator[Reloaded]:
 
 @pytest.fixture
 def service(stage: Reloaded) -> InPlace:
+    """The service with both workers, loaded."""
+    wait_until(stage.in_place.has_begun)
     stage.in_place.clear_log()
     return stage.in_place
 
