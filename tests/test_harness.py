@@ -1,4 +1,4 @@
-"""What a test starts is stopped, whatever happens."""
+"""What a test starts has ports of its own, and is stopped, whatever happens."""
 
 import json
 import socket
@@ -25,8 +25,6 @@ Service(json.loads(sys.argv[2]), folder / "output")
 print("started", flush=True)
 time.sleep(600)
 """
-
-
 FIND_PORTS = "from tests.harness import free_port; print(*(free_port() for _ in range(200)))"
 
 
@@ -70,7 +68,7 @@ def test_processes_that_look_for_ports_at_once_find_different_ones_that_no_conne
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
-def test_a_port_that_is_taken_at_one_address_is_free_at_no_more_than_another() -> None:
+def test_a_port_that_is_taken_at_an_address_is_not_free_at_all_addresses() -> None:
     taken = free_port()
     with socket.create_server(("127.0.0.1", taken)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "PORTS", [taken])
