@@ -23,8 +23,7 @@ import requests
 
 from bench import GO, environment
 from dev.redis_server import executable
-from dev.run import free_port
-from tests.harness import ROOT, WAIT_SECONDS
+from tests.harness import ROOT, WAIT_SECONDS, free_port
 
 FILE = ROOT / "dist" / "kuaishang"
 
@@ -34,7 +33,7 @@ def first_response(command: Sequence[str | Path], environ: dict[str, str], path:
 
     :returns: the seconds until then, and the memory of its processes in MB.
     """
-    port = free_port("a port", "0")
+    port = free_port()
     environ = {**environ, "PORT": str(port), "BIND": f"127.0.0.1:{port}", "HOST": "127.0.0.1"}
     began = time.monotonic()
     with subprocess.Popen(command, env=environ, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
@@ -72,7 +71,7 @@ def main() -> None:
     rounds = options.parse_args().rounds
     with tempfile.TemporaryDirectory() as name, environment() as environ:
         folder = Path(name)
-        redis_port = free_port("a port", "0")
+        redis_port = free_port()
         redis = [executable(), "--port", str(redis_port), "--save", "", "--dir", name]
         environ = {**environ, "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0", "XDG_CACHE_HOME": name}
         tree = [sys.executable, "-m", "gunicorn", "wsgi:app"]

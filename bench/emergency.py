@@ -20,11 +20,10 @@ from typing import NamedTuple
 import requests
 
 from bench import GO
-from dev.run import free_port
 from tests.deploy.patch.broken import BROKEN
 from tests.deploy.patch.server import Patched, copy_tree
 from tests.faults.load import is_right, load
-from tests.harness import ROOT, answers, wait_until
+from tests.harness import ROOT, answers, free_port, wait_until
 
 INTRODUCTION = """# An emergency, step by step
 
@@ -59,7 +58,7 @@ def main() -> None:
 def first_answer() -> Row:
     """From a clone to the first answer of `make run`, with nothing installed and nothing cached."""
     with tempfile.TemporaryDirectory() as folder:
-        began, port = time.monotonic(), free_port("PORT", "0")
+        began, port = time.monotonic(), free_port()
         subprocess.run(["git", "clone", "--quiet", str(ROOT), f"{folder}/clone"], check=True)
         environ = {**os.environ, "HOME": folder, "PORT": str(port), "XDG_CACHE_HOME": f"{folder}/cache"}
         with subprocess.Popen(
@@ -110,7 +109,7 @@ def gin(source: Path) -> Iterator[Row]:
     """What Go does: build, stop, start."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(shutil.copytree(source, Path(folder, "gin")))
-        port, environ = free_port("PORT", "0"), {**os.environ, **GO, "GOCACHE": f"{folder}/cache"}
+        port, environ = free_port(), {**os.environ, **GO, "GOCACHE": f"{folder}/cache"}
         environ |= {"BIND": f"127.0.0.1:{port}", "REDIS_ADDR": "127.0.0.1:1"}
 
         def build() -> float:

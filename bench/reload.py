@@ -18,8 +18,7 @@ from pathlib import Path
 
 import requests
 
-from dev.run import free_port
-from tests.harness import ROOT, Process, wait_until
+from tests.harness import ROOT, Process, free_port, wait_until
 
 GOAL_SECONDS = 1.0
 
@@ -73,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ignored = shutil.ignore_patterns(".git", ".venv", "var", ".*_cache")
         clone = Path(shutil.copytree(ROOT, Path(folder, "clone"), ignore=ignored))
-        port = free_port("PORT", "0")
+        port = free_port()
         url = f"http://127.0.0.1:{port}"
         env = {"PATH": os.environ["PATH"], "PORT": str(port)}
         launcher = Process(["dev.run", "--var", f"{folder}/var"], env, Path(folder, "output"), root=clone)

@@ -30,8 +30,7 @@ from redis import Redis
 
 from bench import SERVER_CORE, environment, pin_load, pinned, sign_in
 from bench.load import Request, closed_loop, encode, endless, quantile, statuses
-from dev.run import free_port
-from tests.harness import ROOT, Process, Service, bearer
+from tests.harness import ROOT, Process, Service, bearer, free_port
 
 USERS, ORDERS_OF_THE_LISTED = 200, 40
 FLOOR = "floor"
@@ -142,7 +141,7 @@ class Servers:
 
         :returns: the port, and the process that serves.
         """
-        port = free_port("a port", "0")
+        port = free_port()
         words = [word.format(port=port) for word in command]
         environ = {"PATH": os.environ["PATH"], "REDIS_URL": self.environ["REDIS_URL"]}
         output, within = self.folder / secrets.token_hex(4), pinned(SERVER_CORE)
@@ -164,7 +163,7 @@ def stage(wechat_seconds: float = 0) -> Iterator[Servers]:
     pin_load()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        port = free_port("a port", "0")
+        port = free_port()
         stub = Process(["bench.wechat_stub", str(port), str(wechat_seconds)], dict(os.environ), folder / "stub")
         stack.callback(stub.kill)
         environ = stack.enter_context(environment())

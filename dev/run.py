@@ -256,15 +256,6 @@ def relay(lines: IO[bytes], log: RotatingFileHandler, show: Callable[[str], str]
                 sys.stdout.flush()
 
 
-def free_port(name: str, value: str) -> int:
-    """Check that a port is free; 0 finds a free one.
-
-    :raises SystemExit: if it is not a port, or taken.
-    """
-    with listen(name, value) as listener:
-        return int(listener.getsockname()[1])
-
-
 def listen(name: str, value: str, host: str = LOCALHOST) -> socket.socket:
     """Listen on a port of an address of this machine.
 

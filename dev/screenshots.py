@@ -16,7 +16,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, Response, sync_playwright
 
-from dev.run import ROOT, free_port
+from dev.run import ROOT, listen
 
 FOLDER = ROOT / "docs" / "screenshots"
 CHROMIUM = shutil.which("chromium")
@@ -72,7 +72,8 @@ def try_out(page: Page, method: str, path: str, body: Any = None, **parameters: 
 @contextmanager
 def running() -> Iterator[str]:
     """Run `make run` with a folder of its own, and return its URL."""
-    port = str(free_port("PORT", "0"))
+    with listen("PORT", "0") as listener:
+        port = str(listener.getsockname()[1])
     with TemporaryDirectory() as var:
         command = [sys.executable, "-m", "dev.run", "--var", var]
         env = os.environ | {"PORT": port}
