@@ -1,6 +1,5 @@
 """The programs that the tests run against, each in a process of its own, and how to control them."""
 
-import fcntl
 import html
 import json
 import os
@@ -97,9 +96,8 @@ def free_port(host: str = "0.0.0.0") -> int:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with Path(tempfile.gettempdir(), f"kuaishang-ports-{os.getuid()}").open("ab", buffering=0) as turns:
-        fcntl.flock(turns, fcntl.LOCK_EX)
         for _ in PORTS:
-            turns.write(b".")
+            turns.write(b".")  # which appends, and so moves to the end of this byte, whoever else does
             port = PORTS[turns.tell() % len(PORTS)]
             with suppress(OSError), socket.create_server((host, port), family=family):
                 return port
