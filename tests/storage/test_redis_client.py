@@ -14,7 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from dev.redis_server import RedisServer
 from storage import redis_client
-from tests.harness import bound_to_this_process, counted
+from tests.harness import Service, bound_to_this_process, counted, wait_until
 from tests.proxy import Proxy
 
 NOBODY = ("REPLICAOF", "127.0.0.1", "1")
@@ -144,3 +144,17 @@ def test_requests_beyond_the_pool_wait_for_a_connection(
     waited = counted("pool_wait_seconds_sum", pool="redis")
     assert redis.ping()
     assert counted("pool_wait_seconds_sum", pool="redis") == waited
+
+
+def test_a_worker_without_requests_leaves_a_primary_that_has_become_a_replica(
+    start_service: Callable[..., Service], own_redis: RedisServer
+) -> None:
+    start_service(REDIS_URL=own_redis.url, WEB_CONCURRENCY="1")
+    with Redis.from_url(own_redis.url) as client:
+
+        def connections() -> set[str]:
+            return {one["id"] for one in client.client_list(_type="normal")} - {str(client.client_id())}
+
+        old = wait_until(connections)
+        client.execute_command(*NOBODY)
+        wait_until(lambda: not connections() & old)
