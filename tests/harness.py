@@ -46,8 +46,9 @@ PUSH_TOKEN, PUSH_AES_KEY = "apushtokennobodymaysee", "aPushAesKeyNobodyMaySee012
 
 WAIT_SECONDS = 60
 """How long to wait for what happens at once on a quiet machine."""
-PORTS = range(10_000, 32_768)
-"""Which are looked for: below those that the kernel gives to connections that are made."""
+PORTS = range(10_000, 20_000)
+"""Which are looked for. A node of a Redis Cluster listens 10,000 above its port too. Both are below those that the
+kernel gives to connections, and nobody looks for the second."""
 
 
 def bound_to_this_process(number: signal.Signals = signal.SIGKILL) -> list[str]:
