@@ -15,9 +15,11 @@ DESTRUCTIVE |= {"alter_column", "rename_table", "batch_alter_table"}
 CONSTRAINTS = {"create_unique_constraint", "create_check_constraint", "create_foreign_key", "create_primary_key"}
 DESTRUCTIVE_SQL = re.compile(r"(?:^|;)\s*(DROP|ALTER|RENAME|TRUNCATE|DELETE|REPLACE|CREATE\s+UNIQUE)\s", re.IGNORECASE)
 INDEX_SQL = re.compile(
-    r"(?:^|;)\s*CREATE\s+(?:FULLTEXT\s+|SPATIAL\s+)?INDEX\s+(?!\s*IF\s)(?:.*?\bON\s+[`\"]?(\w+))?",
+    r"(?:^|;)\s*CREATE\s+(?:UNIQUE\s+|FULLTEXT\s+|SPATIAL\s+)?INDEX\s+(?!\s*IF\s)(?:.*?\bON\s+[`\"]?(\w+))?",
     re.IGNORECASE | re.DOTALL,
 )
+ALTER_SQL = re.compile(r"(?:^|;)\s*ALTER\s+TABLE\s+(?!.*\bALGORITHM\s*=?\s*INSTANT\b)", re.IGNORECASE | re.DOTALL)
+MAY_COPY = "MariaDB may copy the table, and writes wait: {}, or write SQL with ALGORITHM=INSTANT, so that it cannot"
 BUILD_BEFORE = "build it before, node by node (deploy/galera/README.md, Migrations), and say if_not_exists=True here"
 FIRST_RELEASE = "0007"
 """The last revision of 0.1.0, before which no table had rows."""
@@ -127,11 +129,11 @@ def require_safe(revision: Revision, version: str, other: str | None) -> None:
 
 
 def require_quick(revision: Revision) -> None:
-    """Check that a revision keeps nobody waiting: while Galera builds an index, every commit waits.
+    """Check that a revision keeps nobody waiting: while a table is copied, or Galera builds an index, writes do.
 
-    :raises Refused: if it builds one on a table that exists; no OLD_CODE_LEFT_IN changes that.
+    :raises Refused: if it may do so with a table that exists; no OLD_CODE_LEFT_IN changes that.
     """
-    for line, reason in sorted(find_builds(revision.tree)):
+    for line, reason in sorted(find_slow(revision.tree)):
         raise Refused(f"{revision.where(line)}: {reason}")
 
 
@@ -152,22 +154,18 @@ def find_hazards(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield from ((node.lineno, reason) for reason in _hazards_of_call(node, nodes, made, left_null))
 
 
-def find_builds(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Find what builds an index on a table that exists: line and reason. Unique ones are left to find_hazards."""
+def find_slow(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Find what builds an index on a table that exists, or may copy it: line and reason."""
     nodes = _upgrade(tree)
     made = _tables_made(nodes)
     for node in nodes:
         match node:
             case ast.Constant(value=str(text)) if (found := INDEX_SQL.search(text)) and found[1] not in made:
                 yield node.lineno, f"CREATE INDEX on a table that exists: {BUILD_BEFORE}"
-            case ast.Call() if _called(node) == "create_index":
-                table, unique = _argument(node, 1, "table_name"), _argument(node, BY_KEYWORD, "unique")
-                if not (unique or table in made or _argument(node, BY_KEYWORD, "if_not_exists")):
-                    yield node.lineno, f"create_index on a table that exists: {BUILD_BEFORE}"
-            case ast.Call() if _called(node) == "add_column" and (column := _column(node, nodes)):
-                if _argument(column, BY_KEYWORD, "index") and _argument(node, 0, "table_name") not in made:
-                    later = "leave it out, and use create_index in a later release"
-                    yield node.lineno, f"index=True on a table that exists: {later}: {BUILD_BEFORE}"
+            case ast.Constant(value=str(text)) if ALTER_SQL.search(text):
+                yield node.lineno, f"ALTER TABLE: {MAY_COPY.format('use op')}"
+            case ast.Call():
+                yield from ((node.lineno, reason) for reason in _slow_of_call(node, nodes, made))
 
 
 def _upgrade(tree: ast.Module) -> list[ast.AST]:
@@ -193,13 +191,29 @@ def _hazards_of_call(
         if table not in made and left_null.isdisjoint((table, column) for column in columns or ()):
             yield "a unique index on a table that exists: what older code writes may violate it"
     elif name == "add_column":
-        table, column = _argument(call, 0, "table_name"), _column(call, nodes)
+        column = _column(call, nodes)
         if column is None:
             yield "add_column whose sa.Column(…) is not written out, so it cannot be checked"
         elif _is_required(column):
             yield "a column that is NOT NULL and has no server_default: older code does not fill it"
-        elif _argument(column, BY_KEYWORD, "unique") and (table, _name(column)) not in left_null:
-            yield "a unique column with a server_default: older code would write it twice"
+
+
+def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: set[Any]) -> Iterator[str]:
+    name, table = _called(call), _argument(call, 0, "table_name")
+    if name == "create_index":
+        if _argument(call, 1, "table_name") not in made and not _argument(call, BY_KEYWORD, "if_not_exists"):
+            yield f"create_index on a table that exists: {BUILD_BEFORE}"
+    elif name in CONSTRAINTS and _argument(call, 1, "table_name", "source_table") not in made:
+        yield f"{name} on a table that exists: {MAY_COPY.format('use a unique index')}"
+    elif name == "alter_column" and _argument(call, BY_KEYWORD, "type_", "nullable", "new_column_name") is not None:
+        yield f"alter_column: {MAY_COPY.format('add a column')}"
+    elif name == "add_column" and table not in made and (column := _column(call, nodes)):
+        for option in ("index", "unique"):
+            if _argument(column, BY_KEYWORD, option):
+                later = "leave it out, and use create_index in a later release"
+                yield f"{option}=True on a table that exists: {later}: {BUILD_BEFORE}"
+        if any(isinstance(node, ast.Call) and _called(node) == "ForeignKey" for node in ast.walk(column)):
+            yield f"ForeignKey on a table that exists: {MAY_COPY.format('leave it out')}"
 
 
 def _column(add_column: ast.Call, nodes: Sequence[ast.AST]) -> ast.Call | None:

@@ -17,10 +17,13 @@ is the first release whose code does without what goes. It must be the one that 
 the release with the drop is a later one. So raise VERSION in settings.py with both. From then on there is no way back
 to a release before 0.2.0. A revision that has run somewhere is never changed: add another.
 
-It also refuses an index on a table that exists, also one by `index=True` in `op.add_column`: on Galera every commit
-waits while it is built. Build it before, node by node, as deploy/galera/README.md says, and write
-`op.create_index(…, if_not_exists=True)`; so an index on a new column comes in the release after the column's. With one
-server, where writes go on meanwhile, only the latter is needed.
+It also refuses what keeps writes waiting while a large table is changed, whatever code has left. An index on a table
+that exists, also by `index=True` or `unique=True` in `op.add_column`: on Galera every commit waits while it is built.
+Build it before, node by node, as deploy/galera/README.md says, and write `op.create_index(…, if_not_exists=True)`; so
+an index on a new column comes in the release after the column's. With one server, where writes go on meanwhile, only
+the latter is needed. And what MariaDB may copy the table for: a foreign key or another constraint on a table that
+exists, a change of a column's type or of NULL, and `ALTER TABLE` in SQL that does not say `ALGORITHM=INSTANT`, with
+which MariaDB refuses to copy.
 
 `make migration NAME=what_it_is` begins one with what storage/models.py has changed. It writes the types that columns
 have in the database, as a migration must not change with the code. It cannot write a foreign key of a table that

@@ -1,9 +1,17 @@
 """The rule of storage/migrations/env.py: one chain of revisions, safe beside the code of another release."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy.exc import OperationalError
 
+from storage.database import engine_for
+from storage.models import Base
+from tests.databases import Databases
 from tests.deploy.patch.test_check import VERSIONS, Tree, check
 
 NEW_TABLE = 'op.create_table("new", sa.Column("id", sa.Integer, primary_key=True))\n'
@@ -22,8 +30,10 @@ SAFE = [
     'op.create_table("new", sa.Column("id", sa.Integer, primary_key=True, index=True))',
     f'{NEW_TABLE}op.create_index("uq_more", "new", ["id"], unique=True)',
     f'{NEW_TABLE}op.create_unique_constraint("uq_more", "new", ["id"])',
-    'op.add_column("orders", sa.Column("note", sa.String(9)))\nop.create_index("uq", "orders", ["note"], unique=True)',
-    'op.add_column("orders", sa.Column("user", sa.Integer, sa.ForeignKey("users.id", ondelete="SET NULL")))',
+    f'{NEW_TABLE}op.add_column("new", sa.Column("note", sa.String(9), server_default="x", unique=True))',
+    'op.add_column("orders", sa.Column("note", sa.String(9)))\n'
+    'op.create_index("uq", "orders", ["note"], unique=True, if_not_exists=True)',
+    'op.create_table("new", sa.Column("id", sa.Integer, sa.ForeignKey("users.id", ondelete="CASCADE")))',
     """op.execute("UPDATE orders SET remark = 'ALTER TABLE' WHERE id = 0")""",
     '"""DROP TABLE orders is what this does not do."""',
 ]
@@ -49,13 +59,29 @@ UNSAFE = {
     'op.add_column("orders", sa.Column("note", sa.String(9), nullable=False, default="x"))': "NOT NULL and has no",
     'op.add_column("orders", sa.Column("note", sa.String(9), nullable=False, server_default=None))': "NOT NULL and",
     'for column in ():\n    op.add_column("orders", column)': "not written out",
-    'op.add_column("orders", sa.Column("note", sa.String(9), server_default="x", unique=True))': "would write it twice",
-    'op.add_column("orders", sa.Column("user", sa.Integer, sa.ForeignKey("users.id")))': "ForeignKey without ondelete",
+    'op.create_table("new", sa.Column("id", sa.Integer, sa.ForeignKey("users.id")))': "ForeignKey without ondelete",
     'op.create_index("uq", "orders", ["remark"], unique=True)': "a unique index on a table that exists",
     'op.create_unique_constraint("uq", "orders", ["remark"])': "create_unique_constraint on a table that exists",
     'op.create_check_constraint("ck", "orders", "total > 0")': "create_check_constraint on a table that exists",
     'op.create_foreign_key("fk", "orders", "users", ["a"], ["id"], ondelete="CASCADE")': "create_foreign_key on",
 }
+SLOW_IF_OLD_CODE_HAS_LEFT = {
+    'op.create_unique_constraint("uq", "orders", ["remark"])': "writes wait: use a unique index, or",
+    'op.create_check_constraint("ck", "orders", "version > 0")': "create_check_constraint on a table that",
+    'op.create_foreign_key("fk", "orders", "users", ["version"], ["id"])': "create_foreign_key on a table that",
+    'op.alter_column("orders", "version", type_=sa.BigInteger)': "alter_column: MariaDB may copy the table",
+    'op.alter_column("orders", "remark", nullable=False, existing_type=sa.Text)': "and writes wait: add a column, or",
+    'op.alter_column("orders", "remark", new_column_name="note", existing_type=sa.Text)': "alter_column: MariaDB may",
+    'op.execute("ALTER TABLE orders MODIFY version BIGINT")': "ALTER TABLE: MariaDB may copy the table",
+    'op.execute("CREATE UNIQUE INDEX uq ON orders (version)")': "CREATE INDEX on a table that exists: build it before",
+    'op.create_index("uq", "orders", ["version"], unique=True)': "create_index on a table that exists: build it before",
+}
+QUICK_IF_OLD_CODE_HAS_LEFT = [
+    'op.alter_column("orders", "version", server_default="7", existing_type=sa.Integer, existing_nullable=False)',
+    'op.execute("ALTER TABLE orders DROP COLUMN remark, ALGORITHM=INSTANT")',
+    'op.create_index("uq", "orders", ["version"], unique=True, if_not_exists=True)',
+    'op.drop_column("orders", "remark")',
+]
 SLOW = {
     'op.create_index("ix", "orders", ["remark"])': "create_index on a table that exists: build it before, node by node",
     'op.create_index("ix", "orders", ["remark"], unique=False)': "and say if_not_exists=True here",
@@ -65,6 +91,10 @@ SLOW = {
     'from alembic.op import create_index\ncreate_index("ix", "orders", ["remark"])': "create_index on a table that",
     'op.add_column("orders", sa.Column("note", sa.String(9), index=True))': "use create_index in a later release",
     'note = sa.Column("note", sa.String(9), index=True)\nop.add_column("orders", note)': "index=True on a table that",
+    'note = sa.Column("note", sa.String(9))\nop.add_column("orders", note)\n'
+    'op.create_index("uq", "orders", ["note"], unique=True)': "create_index on a table that exists",
+    'op.add_column("orders", sa.Column("note", sa.String(9), unique=True))': "unique=True on a table that exists",
+    'op.add_column("orders", sa.Column("user", sa.Integer, sa.ForeignKey("users.id", ondelete="SET NULL")))': "copy",
     'op.execute("CREATE INDEX ix ON orders (remark)")': "CREATE INDEX on a table that exists",
     'op.execute("SELECT 1; create fulltext  index ix ON `orders` (remark)")': "CREATE INDEX on a table that exists",
     'name = "ix"\nop.execute(f"CREATE INDEX {name} ON orders (remark)")': "CREATE INDEX on a table that exists",
@@ -99,7 +129,7 @@ def test_what_leaves_older_code_alone_is_safe(body: str, new: Tree, old: Tree) -
 
 
 @pytest.mark.parametrize("body", UNSAFE | SLOW)
-def test_what_breaks_older_code_or_builds_an_index_is_refused_with_its_line(body: str, new: Tree, old: Tree) -> None:
+def test_what_breaks_older_code_or_makes_writes_wait_is_refused_with_its_line(body: str, new: Tree, old: Tree) -> None:
     new.migrate(body)
     status, last = only(new, old)
     assert (status, (UNSAFE | SLOW)[body] in last) == (1, True), last
@@ -141,13 +171,37 @@ def test_the_way_back_is_open_as_long_as_the_older_code_can_serve_the_schema(
     assert (status, "has left in 0.2.0, and is in 0.1.0" in last) == (1, True), last
 
 
-def test_an_index_is_no_matter_of_older_code(new: Tree, old: Tree) -> None:
+@pytest.mark.parametrize("body", SLOW_IF_OLD_CODE_HAS_LEFT)
+def test_that_writes_wait_is_no_matter_of_older_code(body: str, new: Tree, old: Tree) -> None:
     """So nothing excuses it, and it is in nobody's way back."""
-    new.migrate('op.create_index("ix", "orders", ["remark"])', OLD_CODE_LEFT_IN="0.1.0")
+    new.migrate(body, OLD_CODE_LEFT_IN="0.1.0")
     new.replace("settings.py", 'VERSION = "0.1.0"', 'VERSION = "0.3.0"')
     for status, last in (only(new, old), check(new, "--migrations-only")[::2]):
-        assert (status, "create_index on a table that exists" in last) == (1, True), last
+        assert (status, SLOW_IF_OLD_CODE_HAS_LEFT[body] in last) == (1, True), last
     assert only(old, new)[0] == 0
+
+
+@pytest.mark.parametrize("body", QUICK_IF_OLD_CODE_HAS_LEFT)
+def test_what_keeps_no_writes_waiting_is_safe_when_older_code_has_left(body: str, new: Tree, old: Tree) -> None:
+    new.migrate(body, OLD_CODE_LEFT_IN="0.1.0")
+    new.replace("settings.py", 'VERSION = "0.1.0"', 'VERSION = "0.3.0"')
+    assert only(new, old)[0] == 0
+
+
+@pytest.mark.only_on("mariadb")
+def test_mariadb_takes_for_instant_what_the_check_does(databases: Databases) -> None:
+    """On tables that exist, with no index built before. Asked by `alter_algorithm`, which MariaDB heeds until 11.4."""
+    quick = [*SAFE, *QUICK_IF_OLD_CODE_HAS_LEFT]
+    quick = [body for body in quick if "exists" not in body.lower() and "create_table" not in body]
+    slow = [body for body in (*SLOW, *SLOW_IF_OLD_CODE_HAS_LEFT) if ";" not in body]
+    for body in quick + slow:
+        engine = engine_for(databases.create())
+        with engine.connect() as connection, Operations.context(MigrationContext.configure(connection)) as op:
+            Base.metadata.create_all(connection)
+            connection.execute(sa.text("SET alter_algorithm = 'INSTANT'"))
+            with nullcontext() if body in quick else pytest.raises(OperationalError, match="is not supported"):
+                exec(body.removeprefix(NEW_TABLE), {"op": op, "sa": sa, "is_mariadb": lambda: True})
+        engine.dispose()
 
 
 def test_a_revision_that_has_run_does_not_change(new: Tree, old: Tree) -> None:
