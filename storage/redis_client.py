@@ -49,7 +49,8 @@ class Pool(BlockingConnectionPool):
             return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
 
     def distrust(self) -> None:
-        """Close the idle connections: the server has refused a write, and may be the primary no more."""
+        """Close the connections, those in use after their use: the server may be the primary no more."""
+        self.update_active_connections_for_reconnect()
         self.disconnect(inuse_connections=False)
 
     def read(self, client: Redis, keys: list[str]) -> Any:
@@ -90,12 +91,12 @@ class SentinelPool(Pool):
         super().__init__(connection_class=Primary, **options)
 
     def _find(self, names: list[str]) -> dict[str, Any]:
-        """Ask for the primary. When it is another one, the idle connections are closed."""
+        """Ask for the primary. When it is another one, the connections are closed."""
         with self._asking:  # of two at once redis-py might forget a sentinel, as it changes their order
             found = self._sentinel.discover_master(self._service)
         if self._primary != found:
             self._primary = found
-            self.disconnect(inuse_connections=False)
+            super().distrust()
         return dict.fromkeys(names, found)
 
     def distrust(self) -> None:
@@ -123,7 +124,7 @@ class SentinelPool(Pool):
             return super().read(client, keys)
         except (exceptions.ConnectionError, exceptions.TimeoutError):
             # By sentinels of its own, whose order redis-py may change; and not kept, as it may be the primary next.
-            with self._sentinels().replica_for(self._service, **self._once) as replica:
+            with self._sentinels() as sentinels, sentinels.replica_for(self._service, **self._once) as replica:
                 found = replica.mget(keys)
             if None in found and len(keys) == 1:
                 raise  # another replica may have it
@@ -168,8 +169,9 @@ def execute_replicated(pipeline: Any) -> Any:
     if not pool.replicas:
         return pipeline.execute()
     milliseconds = int(pool.connection_kwargs["socket_timeout"] * 750)  # three quarters of the time-out
+    pipeline.set("replicated", "", ex=60)  # after writes that change nothing WAIT would not wait, from Redis 7.2 on
     pipeline.wait(pool.replicas, milliseconds).wait(pool.most_replicas, 20).role()  # for all there are, not for long
-    *outcomes, enough, acknowledged, role = pipeline.execute()
+    *outcomes, _, enough, acknowledged, role = pipeline.execute()
     # A replica that does not respond may be the next primary, and never get what another one has.
     if enough < pool.replicas or (acknowledged < pool.most_replicas and pool.is_moving()):
         pool.distrust()

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
+from unittest.mock import MagicMock, Mock, patch
 
 import pytest
 from flask import Flask
-from redis import Redis
+from redis import Redis, Sentinel
 from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import RedisError, ResponseError
 
@@ -91,7 +92,8 @@ def test_a_refusal_is_followed_by_the_same_on_a_new_connection(
             old.set("key", "value")
         assert COMMANDS[command](redis)
         assert COMMANDS["a command"](redis) or command == "a command"
-        assert proxy.accepted == 2 or command == "a lock"  # whose scripts the other server must be given first
+        # The connection of the second try is not kept either.
+        assert proxy.accepted == 3 or command == "a lock"  # whose scripts the other server must be given first
 
 
 def test_a_refusal_is_raised_if_the_new_connection_has_the_same(
@@ -107,7 +109,7 @@ def test_a_refusal_is_raised_if_the_new_connection_has_the_same(
         assert proxy.accepted == 3
 
 
-def test_a_refusal_replaces_the_idle_connections_too(
+def test_a_refusal_replaces_all_connections(
     make_app: Callable[..., Flask], own_redis: RedisServer, other_redis: RedisServer
 ) -> None:
     """They would read from a server that may no longer get what is written."""
@@ -122,8 +124,31 @@ def test_a_refusal_replaces_the_idle_connections_too(
         old.execute_command(*NOBODY)
         new.set("key", "newer")
         assert read() == [None, None]  # nothing has been refused yet
-        redis.set("counted", 1)
+        with redis.client() as used:
+            redis.set("counted", 1)
+            assert used.get("key") is None
         assert read() == [b"newer", b"newer"]
+
+
+def test_connections_leave_what_sentinels_no_longer_call_the_primary(
+    make_app: Callable[..., Flask], own_redis: RedisServer, other_redis: RedisServer
+) -> None:
+    with (
+        Proxy(own_redis.socket) as old,
+        Proxy(other_redis.socket) as new,
+        patch.object(Sentinel, "discover_master", return_value=("127.0.0.1", old.port)) as found,
+    ):
+        redis = make_app(REDIS_URL="redis+sentinel://127.0.0.1:1/kuaishang/0").extensions["redis"]
+        with redis.client() as used, redis.client() as idle:
+            assert idle.set("key", "older")
+            idle.close()
+            found.return_value = ("127.0.0.1", new.port)
+            with redis.client() as first:
+                assert first.get("key") == b"older"  # nobody has asked yet
+                assert redis.get("key") is None  # on a connection that is new
+            assert used.get("key") == b"older"
+        with redis.client() as one, redis.client() as other, redis.client() as third:
+            assert [client.get("key") for client in (one, other, third)] == [None, None, None]
 
 
 def test_requests_beyond_the_pool_wait_for_a_connection(
@@ -158,3 +183,33 @@ def test_a_worker_without_requests_leaves_a_primary_that_has_become_a_replica(
         old = wait_until(connections)
         client.execute_command(*NOBODY)
         wait_until(lambda: not connections() & old)
+
+
+AGREED = {"flags": "master", "ip": "127.0.0.1", "port": 6379, "config-epoch": 7}
+
+
+@pytest.mark.parametrize(
+    ("waited", "known", "is_acknowledged"),
+    [
+        ([2, 2], [], True),
+        ([0, 0], [AGREED], False),
+        ([1, 1], [AGREED, AGREED], True),  # the other replica is away, and nothing else is going on
+        ([1, 1], [AGREED, AGREED | {"flags": "master,o_down,failover_in_progress"}], False),
+        ([1, 1], [AGREED | {"ip": "127.0.0.2", "config-epoch": 8}, AGREED], False),
+        ([1, 1], [AGREED | {"ip": "127.0.0.2", "config-epoch": 6}, AGREED], True),  # one of them was cut off
+        ([1, 1], [RedisError(), AGREED | {"port": 6380}], False),
+    ],
+)
+def test_a_replica_that_is_missing_may_become_the_primary(
+    make_app: Callable[..., Flask], waited: list[int], known: list[Any], is_acknowledged: bool
+) -> None:
+    url = "redis+sentinel://127.0.0.1:1/kuaishang/0"
+    pool = make_app(REDIS_URL=url).extensions["redis"].connection_pool
+    pool.most_replicas, pool._primary = 2, ("127.0.0.1", 6379)
+    pool._sentinel.sentinels = [Mock(sentinel_master=Mock(side_effect=[state])) for state in known]
+    pipeline = MagicMock(connection_pool=pool)
+    pipeline.execute.return_value = ["done", True, *waited, ["master", 1, ["one", "other"]]]
+    with nullcontext() if is_acknowledged else pytest.raises(ResponseError, match="NOREPLICAS"):
+        assert redis_client.execute_replicated(pipeline) == ["done"]
+    written = [call[0] for call in pipeline.mock_calls]
+    assert written.index("set") < written.index("wait")  # else WAIT might not wait
