@@ -38,7 +38,7 @@ LEFT, LOST = "left", "lost"
 """The lease has ended after the instance had said that it leaves, or without that."""
 FORGET_SECONDS = 86400
 """For how long an instance that is out is remembered, and reported if it was lost."""
-MAINTENANCE = 0x01  # of srv_admin_state: management.txt of HAProxy
+MAINTENANCE, DRAIN = 0x01, 0x08  # of srv_admin_state: management.txt of HAProxy
 
 
 @dataclass
@@ -46,12 +46,14 @@ class Server:
     """A server of HAProxy's.
 
     :param out: whether it is in maintenance.
+    :param drained: whether an operator has put it into the state `drain`, which `maint` would end.
     """
 
     backend: str
     name: str
     address: str
     out: bool
+    drained: bool
     weight: int
 
 
@@ -86,6 +88,7 @@ class Haproxy:
                 row["srv_name"],
                 join(row["srv_addr"], row["srv_port"]),
                 bool(int(row["srv_admin_state"]) & MAINTENANCE),
+                bool(int(row["srv_admin_state"]) & DRAIN),
                 int(row["srv_uweight"]),
             )
             for row in rows
@@ -174,7 +177,7 @@ def _arrange(registry: Registry, haproxy: Haproxy, servers: list[Server], slots:
             if address in here and here[address].weight:
                 haproxy.set(here[address], "weight 0%")
         for address in registry.addresses(LEFT, LOST):
-            if address in here and not here[address].out:
+            if address in here and not (here[address].out or here[address].drained):
                 haproxy.set(here[address], "state maint")
     return without
 

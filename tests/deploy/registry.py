@@ -98,13 +98,13 @@ class SlottedHAProxy(HAProxy):
             text = text.replace(f"{one}\n", f"{other}\n", 1)
         configuration.write_text(text)
 
-    def slots(self) -> dict[str, str]:
-        """Return the status of each slot that has an address, or `leaving`."""
+    def slots(self, of: str = "kuaishang") -> dict[str, str]:
+        """Return the status of each slot of a backend that has an address, or `leaving`."""
         rows = self.statistics()
         return {
             name: "leaving" if row["weight"] == "0" and row["status"] == "UP" else row["status"]
             for (backend, name), row in rows.items()
-            if backend == "kuaishang" and name.startswith("slot") and row["addr"] != "127.0.0.1:1"
+            if backend == of and name.startswith("slot") and row["addr"] != "127.0.0.1:1"
         }
 
 

@@ -1,5 +1,6 @@
 """Real etcd, real HAProxy and two instances, with the programs of deploy/registry; `.ci/run` installs both servers."""
 
+import configparser
 import re
 import shutil
 import socket
@@ -14,16 +15,20 @@ import pytest
 import requests
 import yaml
 
-from deploy.registry.etcd import is_address
+from deploy.registry.etcd import Away, is_address
+from deploy.registry.etcd import Etcd as Client
 from tests.deploy.load_balancers import HAPROXY
-from tests.deploy.registry import ETCD, FOLDER, Agent, Heartbeat, SlottedHAProxy, etcd_cluster
-from tests.harness import WAIT_SECONDS, Service, suspend, wait_until
+from tests.deploy.registry import ETCD, FOLDER, Agent, Etcd, Heartbeat, SlottedHAProxy, etcd_cluster
+from tests.harness import ROOT, WAIT_SECONDS, Program, Service, free_port, suspend, wait_until
 
 pytestmark = pytest.mark.skipif(None in (ETCD, HAPROXY), reason="etcd or haproxy is not installed")
 
 BEAT_SECONDS, PATIENCE_SECONDS = 1, 4
 """Between the beats of an instance; and what the agent is told, so that it can be seen waiting for a lease."""
+SLOW_BEAT_SECONDS = 3
+"""Of an instance that leaves: the agent sees so before the lease ends, also on a busy machine."""
 
+PREFIX = "/kuaishang/instances/"
 SITES = ["127.1.0.1", "127.2.0.1", "127.3.0.1"]
 WHO_RESPONDED = "http-response set-header X-Server %s"
 
@@ -76,10 +81,11 @@ def stage(tmp_path: Path, start_service: Callable[..., Service]) -> Iterator[Sta
 
 
 def test_haproxy_has_the_instances_that_live(stage: Stage) -> None:
-    _, heartbeat = stage.instance()
+    _, heartbeat = stage.instance(SLOW_BEAT_SECONDS)
     stage.until(slot1="UP")
-    other, other_heartbeat = stage.instance(2)  # so that its last lease is seen on a busy machine
+    other, other_heartbeat = stage.instance(SLOW_BEAT_SECONDS)
     stage.until(slot1="UP", slot2="UP")
+    wait_until(lambda: stage.haproxy.slots("unready") == {"slot1": "no check", "slot2": "no check"})
 
     other_heartbeat.stop()
     stage.until(slot1="UP", slot2="leaving")
@@ -136,6 +142,23 @@ def test_without_etcd_nothing_changes(stage: Stage) -> None:
     stage.until(slot1="MAINT", slot2="UP")
 
 
+def test_who_is_drained_stays_so_and_who_has_no_slot_is_counted(stage: Stage) -> None:
+    service, heartbeat = stage.instance(SLOW_BEAT_SECONDS)
+    stage.until(slot1="UP")
+    stage.haproxy.ask("set server kuaishang/slot1 state drain")
+    etcd = Client([member.endpoint for member in stage.etcd])
+    lease = etcd.grant(600)
+    for port in range(1, 22):  # with the instance two more than there are slots
+        etcd.put(f"{PREFIX}127.0.0.2:{port}", "up", lease)
+    wait_until(lambda: stage.agent.metrics()["kuaishang_registry_without_slot"] == 2)
+
+    heartbeat.stop()
+    wait_until(lambda: f"{service.url.removeprefix('http://')}: left" in stage.agent.log())
+    heartbeat.start()
+    wait_until(lambda: stage.count("up") == 22)
+    assert stage.haproxy.slots()["slot1"] == "DRAIN"
+
+
 def test_an_answer_that_is_not_http_is_a_miss(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -151,6 +174,68 @@ def test_an_answer_that_is_not_http_is_a_miss(tmp_path: Path) -> None:
             assert f"{address}: not renewed, /readyz: " in heartbeat.log()
         finally:
             heartbeat.kill()
+
+
+@pytest.mark.skipif(not shutil.which("etcdctl"), reason="etcdctl is not installed")
+def test_the_readme_makes_one_cluster_that_wants_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "subjectAltName=IP:127.0.0.1," + ",".join(f"IP:{address}" for address in SITES)
+    certify(tmp_path, "ca", "/CN=authority")
+    certify(tmp_path, "member", "/CN=member", "-CA", "ca.crt", "-CAkey", "ca.key", "-addext", names)
+    places = {"/etc/kuaishang/etcd-ca.": "/etc/etcd/ca.", "/etc/kuaishang/etcd.": "/etc/etcd/member."}
+    places["/etc/etcd/"] = f"{tmp_path}/"
+    for number, address in enumerate(SITES, 1):
+        places |= {f"10.{number}.0.1:{port}": f"{address}:{free_port(address)}" for port in (2379, 2380)}
+
+    def here(text: str) -> str:
+        for shipped, other in places.items():
+            text = text.replace(shipped, other)
+        return text
+
+    readme = (FOLDER / "README.md").read_text()
+    [removal] = re.findall(r"^    (rm .+)$", readme, re.MULTILINE)
+    [listing] = re.findall(r"^    (etcdctl .+ member list)$", readme, re.MULTILINE)
+    with ExitStack() as stack:
+        for number in range(1, 4):
+            by_itself = Etcd(tmp_path / str(number))  # as Debian starts it
+            stack.callback(by_itself.kill)
+            by_itself.wait()
+            by_itself.kill()
+            subprocess.run(removal.replace("/var/lib/etcd/default", str(by_itself.data)).split(), check=True)
+            env = {"ETCD_DATA_DIR": str(by_itself.data)}
+            for name, value in re.findall(r"^    (ETCD_\w+)=(.+)$", readme, re.MULTILINE):
+                own = value.replace("10.1.", f"10.{number}.").replace("etcd-1", f"etcd-{number}")
+                env[name] = here(value if name == "ETCD_INITIAL_CLUSTER" else own)
+            stack.callback(Program(tmp_path / f"log-{number}", [str(ETCD)], env).kill)
+
+        def members() -> int:
+            return subprocess.run(here(listing).split(), capture_output=True, text=True).stdout.count(", started, ")
+
+        wait_until(lambda: members() == 3)
+        for name, value in re.findall(r"^    (ETCDCTL_\w+)=(.+)$", readme, re.MULTILINE):
+            monkeypatch.setenv(name, here(value))
+        assert Client.from_environment().list(PREFIX) == {}
+        monkeypatch.delenv("ETCDCTL_CERT")
+        with pytest.raises(Away):
+            Client.from_environment().list(PREFIX)
+
+
+def certify(folder: Path, name: str, *words: str) -> None:
+    """Make a key and a certificate for it, by default its own authority."""
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", f"{name}.key"]
+    made = ["openssl", "req", "-x509", *key, "-days", "1", "-out", f"{name}.crt", "-subj", *words]
+    subprocess.run(made, cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_units_and_stops_the_heartbeat_first(tmp_path: Path) -> None:
+    units = [shutil.copy(unit, tmp_path) for unit in FOLDER.glob("*.service")]
+    shutil.copy(ROOT / "deploy" / "server" / "kuaishang.service", tmp_path)
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kuaishang" not in done.stderr  # it names other units of this machine, too
+    heartbeat = configparser.ConfigParser(strict=False)
+    heartbeat.read(FOLDER / "kuaishang-heartbeat.service")
+    assert heartbeat["Unit"]["PartOf"] == heartbeat["Unit"]["After"] == "kuaishang.service"  # both, or it is not first
 
 
 def test_the_alarms_are_about_what_the_agent_shows(tmp_path: Path) -> None:
