@@ -302,11 +302,24 @@ def test_the_way_in_leads_to_the_pods(overlay: Overlay) -> None:
     }
 
 
-def snippet_of_the_ingress() -> str:
-    """What it adds to HAProxy's configuration, read without kubectl."""
+def for_the_controller() -> dict[str, str]:
+    """The Service's annotations for HAProxy's ingress controller, read without kubectl."""
     objects = yaml.safe_load_all((FOLDER / "base/network.yaml").read_text())
-    (ingress,) = [one for one in objects if one["kind"] == "Ingress"]
-    return ingress["metadata"]["annotations"]["haproxy.org/backend-config-snippet"]  # type: ignore[no-any-return]
+    (service,) = [one for one in objects if one["kind"] == "Service"]
+    return {name.removeprefix("haproxy.org/"): value for name, value in service["metadata"]["annotations"].items()}
+
+
+def test_the_controller_asks_pods_as_the_kubelet_does(overlay: Overlay) -> None:
+    ready = overlay.container["readinessProbe"]
+    # Without a method it asks by OPTIONS, to which every route answers 204.
+    assert for_the_controller()["check-http"] == f"GET {ready['httpGet']['path']}"
+    assert for_the_controller()["check-interval"] == f"{ready['periodSeconds']}s"
+
+
+def test_all_ingresses_share_what_the_service_says_of_its_backend(overlay: Overlay) -> None:
+    assert {f"haproxy.org/{name}" for name in for_the_controller()} <= {*overlay("Service")["metadata"]["annotations"]}
+    for ingress in [one for one in overlay.objects if one["kind"] == "Ingress"]:  # the last one would win
+        assert {*ingress["metadata"]["annotations"]} == {"haproxy.org/ssl-redirect"}
 
 
 def test_the_ingress_repeats_and_refuses_what_deploy_haproxy_does() -> None:
@@ -314,17 +327,20 @@ def test_the_ingress_repeats_and_refuses_what_deploy_haproxy_does() -> None:
     about = (
         r"^ *((?:acl|retries|retry-on|option redispatch) .+|http-request .*(?:l7-retry|X-Forwarded-Host|metrics/).*)$"
     )
-    assert sorted(snippet_of_the_ingress().splitlines()) == sorted(re.findall(about, ours, re.MULTILINE))
+    assert sorted(for_the_controller()["backend-config-snippet"].splitlines()) == sorted(
+        re.findall(about, ours, re.MULTILINE)
+    )
 
 
-def test_haproxy_accepts_what_the_ingress_adds_to_its_configuration(tmp_path: Path) -> None:
+def test_haproxy_accepts_what_the_controller_adds_to_its_configuration(tmp_path: Path) -> None:
     haproxy = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
     if not haproxy:
         pytest.skip("haproxy is not installed")
-    snippet = snippet_of_the_ingress()
+    added = [f"option httpchk {for_the_controller()['check-http']}"]
+    added += for_the_controller()["backend-config-snippet"].splitlines()
     config = "defaults\n  mode http\n" + "".join(f"  timeout {side} 1s\n" for side in ("connect", "client", "server"))
     config += "listen kuaishang\n  bind :80\n"
-    (tmp_path / "haproxy.cfg").write_text(config + "".join(f"  {line}\n" for line in snippet.splitlines()))
+    (tmp_path / "haproxy.cfg").write_text(config + "".join(f"  {line}\n" for line in added))
     done = subprocess.run([haproxy, "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
