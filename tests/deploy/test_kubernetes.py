@@ -4,6 +4,7 @@ deploy/kubernetes/test.sh has the rest: validators, and the Deployment run by po
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -395,6 +396,8 @@ def test_the_name_server_can_ask_each_region_whether_it_can_serve() -> None:
 def test_the_documents_say_how_many_connections_the_database_must_take() -> None:
     def most(overlay: Overlay) -> int:
         pods = overlay("HorizontalPodAutoscaler")["spec"]["maxReplicas"]
+        surge = overlay("Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+        pods += math.ceil(pods * int(surge.removesuffix("%")) / 100)  # as the Deployment's controller rounds
         workers, default = int(overlay.settings["WEB_CONCURRENCY"]), settings.Settings().fields["DATABASE_CONNECTIONS"]
         return pods * workers * int(overlay.settings.get("DATABASE_CONNECTIONS", default.load_default))  # type: ignore[no-any-return]
 
