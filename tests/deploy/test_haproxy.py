@@ -33,10 +33,9 @@ MALFORMED = {
 
 @pytest.fixture
 def haproxy(instances: list[Instance], tmp_path: Path) -> Iterator[HAProxy]:
-    """It asks for /readyz every 100 ms, and waits for its clients for 200 ms."""
+    """It asks for /readyz every 100 ms."""
     servers = {f"web-{number}": instance.address for number, instance in enumerate(instances, 1)}
-    different = {**HAProxy.checks_every("100ms"), **HAProxy.waits_for_clients("200ms")}
-    haproxy = HAProxy(tmp_path, servers, different=different)
+    haproxy = HAProxy(tmp_path, servers, different=HAProxy.checks_every("100ms"))
     wait_until(lambda: all(instance.probes for instance in instances))
     yield haproxy
     haproxy.discard()
@@ -63,12 +62,16 @@ def test_what_is_no_http_reaches_no_instance(haproxy: HAProxy, instances: list[I
     assert [instance.came for instance in instances] == [[], []]
 
 
-def test_a_slow_body_is_refused_in_the_envelope(haproxy: HAProxy) -> None:
-    with haproxy.connect() as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
-        response, body = haproxy.read(connection)
-    assert response.status == 400
-    assert_is_its_own(400, response.headers, body)
+def test_a_slow_body_is_refused_in_the_envelope(instances: list[Instance], tmp_path: Path) -> None:
+    haproxy = HAProxy(tmp_path, {"web-1": instances[0].address}, different=HAProxy.waits_for_clients("200ms"))
+    try:
+        with haproxy.connect() as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
+            response, body = haproxy.read(connection)
+        assert response.status == 400
+        assert_is_its_own(400, response.headers, body)
+    finally:
+        haproxy.discard()
 
 
 def test_an_instance_is_out_after_three_checks_and_back_after_two(haproxy: HAProxy, instances: list[Instance]) -> None:
