@@ -478,7 +478,11 @@ def test_a_deadlock_is_a_lost_race(app: Flask) -> None:
     assert sorted(filter(None, names)) == ["first", "second"]
 
 
-def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(app: Flask) -> None:
+def test_simultaneous_inserts_of_one_row_make_one_which_is_then_kept(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", WAIT_SECONDS)  # whoever is last to write SQLite
+
     def insert(nickname: str) -> None:
         with app.app_context():
             values = {"app_id": "wx1", "openid": "o-crowd", "nickname": nickname}
