@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +115,20 @@ class DnsServer:
         """Return the weights that a site has been given, oldest first."""
         log = (self.folder / "ramp.log").read_text()
         return [int(weight) for weight in re.findall(rf"^{name}: weight \d+ -> (\d+) ", log, re.MULTILINE)]
+
+    @contextmanager
+    def without_ramp(self) -> Iterator[None]:
+        """Let ramp.py not run for a while: it changes the weights at any time, and first of all."""
+        self.ramp.suspend()
+        assert self.ramp.process
+        ramp = psutil.Process(self.ramp.process.pid)
+        # What it runs, such as a replacement of gdnsd, ends first.
+        wait_until(lambda: all(one.status() == psutil.STATUS_ZOMBIE for one in ramp.children()))
+        self.ramp.kill()
+        try:
+            yield
+        finally:
+            self.ramp.start()
 
     def family(self) -> list[psutil.Process]:
         """Return its processes, of which one may just be replacing the other."""

@@ -143,16 +143,26 @@ def test_a_resolver_needs_one_of_the_servers(stage: Stage) -> None:
     assert query(first)
 
 
-def test_weights_that_gdnsd_refuses_leave_it_as_it_is(stage: Stage) -> None:
+REFUSED = {
+    "shanghai => [ nowhere, 40 ]\n": "Replace command to old daemon failed",
+    "shanghai = 40\n": "not a site: shanghai = 40",
+}
+"""By gdnsd, and by ramp.py itself; and what is said of it."""
+
+
+def test_weights_that_are_refused_leave_gdnsd_as_it_is(stage: Stage) -> None:
     server = stage.servers[0]
-    before = server.weights_file.read_text()
-    for refused in ("shanghai => [ nowhere, 40 ]\n", "shanghai = 40\n"):
-        (server.folder / "refused").write_text(refused)
-        command = [sys.executable, FOLDER / "ramp.py", server.folder / "refused", server.weights_file]
-        outcome = subprocess.run([*command, "--config", server.folder], capture_output=True, env={"PATH": PATH})
-        assert outcome.returncode == 1
-        assert server.weights_file.read_text() == before
-    assert query(server.address)
+    with server.without_ramp():
+        before = server.weights_file.read_text()
+        for refused, said in REFUSED.items():
+            (server.folder / "refused").write_text(refused)
+            command = [sys.executable, FOLDER / "ramp.py", server.folder / "refused", server.weights_file]
+            options = ["--config", server.folder]
+            outcome = subprocess.run([*command, *options], capture_output=True, text=True, env={"PATH": PATH})
+            assert outcome.returncode == 1
+            assert said in outcome.stderr
+            assert server.weights_file.read_text() == before
+        assert query(server.address)
 
 
 def test_an_operator_takes_a_site_out(stage: Stage) -> None:
