@@ -6,7 +6,7 @@
 
 Where several HAProxies are in front, name the runtime socket of each with --socket; `ssh -L` brings one of another
 machine here. With --state the file of `server-state-file` is written, too, so that it stays out over a reload or
-restart of HAProxy.
+restart of the first of them, which is that of this machine.
 
 Exit status: 0 done; 1 not done, with the instance left out: its requests did not end, the command failed, or it did not
 become ready; 2 wrong arguments. The last instance that is up is not taken out. Needs nothing but Python 3.

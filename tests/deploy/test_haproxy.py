@@ -214,6 +214,19 @@ def test_an_instance_that_is_out_stays_so_over_a_reload_until_it_is_put_back(hap
     assert haproxy.is_up("web-1")
 
 
+def test_an_instance_is_taken_out_of_two_haproxies_and_put_back(
+    haproxy: HAProxy, instances: list[Instance], tmp_path: Path
+) -> None:
+    both = [haproxy, HAProxy(tmp_path / "other", {"web-1": instances[0].address, "web-2": instances[1].address})]
+    try:
+        assert Drain(haproxy, "--socket", both[1].socket, "web-1").result()[0] == 0
+        assert [one.status("web-1") for one in both] == ["DRAIN", "DRAIN"]
+        assert Drain(haproxy, "--socket", both[1].socket, "--ready", "web-1").result()[0] == 0
+        assert [one.is_up("web-1") for one in both] == [True, True]
+    finally:
+        both[1].discard()
+
+
 FAILURES = {
     "a command that fails": (["web-1", "--", "false"], "DRAIN", "web-1: false ended with status 1\n"),
     "no such instance": (["web-3"], "UP", "there is no such server in kuaishang\n"),
