@@ -391,6 +391,18 @@ def until_available(request: Callable[[], requests.Response]) -> requests.Respon
     return answer
 
 
+def again_if_late(request: Callable[[], requests.Response], status: int) -> requests.Response:
+    """Send a request again, at most twice, if a busy machine answers 503 in place of this status.
+
+    A 504 has 50 ms (`wechat.transport.RESPOND_SECONDS`) before the request's deadline, which is a 503.
+    """
+    for _ in range(2):
+        answer = request()
+        if status == 503 or answer.status_code != 503:
+            return answer
+    return request()
+
+
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
