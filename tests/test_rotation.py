@@ -267,7 +267,7 @@ def test_new_encryption_keys_leave_nothing_unreadable(deployment: Deployment, lo
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "All is under the first key."), done.stderr
     deployment.change(load, ENCRYPTION_KEYS=new)
-    for token in list(load.phones):
+    for token in {*load.phones} - {load.tokens[2]}:  # the number of that one changes meanwhile
         load.read(requests.Session(), token)
 
 
