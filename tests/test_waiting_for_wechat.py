@@ -158,7 +158,7 @@ def test_a_call_with_two_new_tokens_ends_with_its_request(start_service: StartSe
 
 
 def test_no_call_is_made_again_for_a_client_that_has_hung_up(start_service: StartService, simulator: Simulator) -> None:
-    service = start_service(WEB_CONCURRENCY="1")
+    service = start_service("tests.apps.long_pause", WEB_CONCURRENCY="1")
 
     def logins() -> list[dict[str, Any]]:
         return [line for line in service.log_lines() if (line["message"], line.get("route")) == ("request", LOGIN)]
