@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from flask import Flask, Response
 from flask.testing import FlaskClient
+from hypothesis import settings
 from pymysql.err import OperationalError
 from redis import Redis
 
@@ -97,6 +98,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["ENV_FILE"] = os.devnull
+    settings.load_profile("ci")  # without time limits, and each run has the same input
     config.addinivalue_line("markers", "only_on(database): this test is about one database, and skipped on the other")
     config.addinivalue_line("markers", "database: this test runs on each database, outside of the folders that do")
 

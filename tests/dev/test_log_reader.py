@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dev.log_reader import readable, wants_colour
-from tests.wechat.harness import PROPERTY
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 LINE = {
@@ -88,7 +87,6 @@ anything = st.recursive(
 )
 
 
-@PROPERTY
 @given(st.dictionaries(st.sampled_from(sorted({*LINE, "stack", "x"})) | st.text(), anything), st.booleans())
 def test_any_object_is_formatted(fields: dict[str, Any], colour: bool) -> None:
     shown = readable(json.dumps({"message": "", **fields}), colour)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import settings
 from hypothesis import strategies as st
 from werkzeug import Request, Response
 from werkzeug.serving import make_server
@@ -24,7 +23,6 @@ VECTORS = {
     vector["id"]: vector for vector in json.loads(Path(__file__).with_name("vectors.json").read_text())["vectors"]
 }
 
-PROPERTY = settings(deadline=None, max_examples=100, database=None)
 ANY_TEXT = st.text(st.characters())
 """Including lone surrogates."""
 

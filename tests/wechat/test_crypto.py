@@ -15,7 +15,6 @@ from errors import ApiError, Code
 from tests.wechat.harness import (
     ANY_TEXT,
     JSON_OBJECTS,
-    PROPERTY,
     VECTORS,
     any_text,
     decrypt_cbc,
@@ -215,7 +214,6 @@ def test_data_other_than_expected_is_refused(expected: dict[str, Any]) -> None:
     assert refusal(decrypt, expected=expected) is Code.SIGNATURE_MISMATCH
 
 
-@PROPERTY
 @given(JSON_OBJECTS, KEYS, KEYS)
 def test_any_object_survives_encryption(data: dict[str, Any], key: bytes, iv: bytes) -> None:
     data = {**data, "openId": OPENID} | watermarked()
@@ -223,7 +221,6 @@ def test_any_object_survives_encryption(data: dict[str, Any], key: bytes, iv: by
     assert decrypt(ciphertext, key=key, iv=iv, expected=data) == data
 
 
-@PROPERTY
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT)
 def test_any_text_for_user_data_is_refused(data: str, iv: str, session_key: str, app_id: str, openid: str) -> None:
     def call(encrypted_data: str, iv: str) -> None:
@@ -234,7 +231,6 @@ def test_any_text_for_user_data_is_refused(data: str, iv: str, session_key: str,
     assert refusal(call, DEMO["encrypted_data"], DEMO["iv"]) is Code.SESSION_KEY_STALE
 
 
-@PROPERTY
 @given(st.binary(min_size=1, max_size=200) | JSON_OBJECTS.map(lambda data: json.dumps(data).encode()), KEYS)
 def test_any_plaintext_and_any_ciphertext_are_refused(plaintext: bytes, key: bytes) -> None:
     codes = {Code.SESSION_KEY_STALE, Code.SIGNATURE_MISMATCH}
@@ -272,7 +268,6 @@ def test_the_published_signatures() -> None:
         assert push_signature(*parts) == vector.get("url_signature", push_signature(*parts))
 
 
-@PROPERTY
 @given(st.lists(st.text(), max_size=5), st.text(), st.text())
 def test_signatures_match_wechatpy_and_the_formulas(parts: list[str], data: str, key: str) -> None:
     signer = WeChatSigner()
@@ -282,7 +277,6 @@ def test_signatures_match_wechatpy_and_the_formulas(parts: list[str], data: str,
     assert session_signature(key, data) == hmac.new(key.encode(), data.encode(), "sha256").hexdigest()
 
 
-@PROPERTY
 @given(ANY_TEXT, ANY_TEXT)
 def test_any_texts_can_be_signed_and_compared(one: str, other: str) -> None:
     lengths = [len(sign(one, other)) for sign in (raw_data_signature, push_signature, session_signature)]
@@ -354,13 +348,11 @@ def test_a_malformed_message_or_one_for_another_app_id_is_refused() -> None:
         assert_rejected(encrypted, AES_KEY, APP_ID)
 
 
-@PROPERTY
 @given(st.text(), st.binary(min_size=32, max_size=32), st.text(), KEYS)
 def test_any_message_survives_encryption(text: str, key: bytes, app_id: str, random: bytes) -> None:
     assert decrypt_message(encrypt_message(text, key, app_id, random), key, app_id) == text
 
 
-@PROPERTY
 @given(ANY_TEXT, st.binary(max_size=200), st.binary(min_size=32, max_size=32), ANY_TEXT)
 def test_any_text_and_any_plaintext_as_a_message_is_refused(
     text: str, plaintext: bytes, key: bytes, app_id: str

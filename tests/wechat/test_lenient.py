@@ -4,12 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.wechat.harness import JSON_OBJECTS, PROPERTY
+from tests.wechat.harness import JSON_OBJECTS
 from wechat import lenient
 from wechat.lenient import MAXIMUM_DEPTH
 
 
-@PROPERTY
 @given(JSON_OBJECTS)
 def test_json_is_read_back(document: object) -> None:
     for escaped in (True, False):
@@ -45,7 +44,6 @@ def test_the_log_names_the_interface_and_no_content(caplog: pytest.LogCaptureFix
     assert (vars(line)["interface"], vars(line)["reason"]) == ("/sns/userinfo", "characters replaced")
 
 
-@PROPERTY
 @given(st.text(st.sampled_from('{}[]":,\\ud8019eE.-+ tfn\x00')) | st.text(st.characters()) | st.binary())
 def test_anything_is_read_or_none(content: str | bytes) -> None:
     encoded = content if isinstance(content, bytes) else content.encode(errors="surrogatepass")

@@ -18,7 +18,6 @@ from tests.wechat.harness import (
     ANY_TEXT,
     JSON,
     JSON_OBJECTS,
-    PROPERTY,
     VECTORS,
     any_text,
     encrypt_cbc,
@@ -410,7 +409,6 @@ def test_nan_in_json_is_a_value_error() -> None:
 # Any input
 
 
-@PROPERTY
 @given(st.dictionaries(st.sampled_from(["signature", "msg_signature", "timestamp", "nonce", "echostr"]), ANY_TEXT))
 def test_any_query_is_refused(query: dict[str, str]) -> None:
     for push in (PLAIN_MODE, SAFE_MODE):
@@ -421,7 +419,6 @@ def test_any_query_is_refused(query: dict[str, str]) -> None:
 TAGS = st.lists(st.sampled_from(["<xml>", "</xml>", "<a>", "</a>", "<b/>", "&lt;", "<![CDATA[", "]]>", "<!--", "text"]))
 
 
-@PROPERTY
 @given(
     st.binary()
     | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -437,7 +434,6 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
             assert (len(opened.key), [type(name) for name in opened.kind]) == (64, [str, str])
 
 
-@PROPERTY
 @given(JSON_OBJECTS, ANY_TEXT, st.text(min_size=1))
 def test_any_reply_in_json_can_be_opened(reply: dict[str, Any], nonce: str, token: str) -> None:
     plain, safe = MessagePush(token, "", APP_ID), MessagePush(token, ENCODING_AES_KEY, APP_ID)
@@ -462,14 +458,12 @@ def xml_elements(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.dictionaries(NAMES, values | st.lists(values, min_size=2, max_size=3), min_size=1, max_size=3)
 
 
-@PROPERTY
 @given(st.just({}) | xml_elements(st.recursive(XML_TEXT, xml_elements, max_leaves=8)))
 def test_any_reply_in_xml_can_be_opened(reply: dict[str, Any]) -> None:
     assert open_plain(PLAIN_MODE, PLAIN_MODE.seal(reply, "xml", NOW).encode()) == (reply, "xml")
     assert reopen(SAFE_MODE, SAFE_MODE.seal(reply, "xml", NOW), "xml") == (reply, "xml")
 
 
-@PROPERTY
 @given(st.dictionaries(NAMES, JSON | ANY_TEXT), st.sampled_from(FORMS))
 def test_any_reply_can_be_sealed(reply: dict[str, Any], form: Form) -> None:
     try:
