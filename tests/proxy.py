@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from typing import Self
 
+from tests.harness import free_port
+
 
 class Proxy:
     """Forwards each new connection to `target`; those that are open stay where they are.
@@ -26,13 +28,12 @@ class Proxy:
         self.target = target
         self.accepted = self.cut = 0
         self._open: set[socket.socket] = set()
-        self.port = 0
+        self.port = free_port("127.0.0.1")
         self.listen()
 
     def listen(self) -> None:
-        """Accept connections, on the same port as before."""
+        """Accept connections, on the same port each time."""
         self._listener = socket.create_server(("127.0.0.1", self.port))
-        self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def refuse(self) -> None:
