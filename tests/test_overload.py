@@ -124,11 +124,12 @@ def ensure_refused_after(door: Door, asked: Any, seconds: float) -> None:
 def test_the_most_important_request_is_begun_first(door: Door) -> None:
     order: list[int] = []
     door.in_flight = AT_ONCE  # one after the other
-    for kind in (LOGINS, READS, WRITES, STRANGERS):
-        ask(door, CLASSES[kind]).link(lambda asked, kind=kind: order.append(kind))
+    waiting = {kind: ask(door, CLASSES[kind]) for kind in (LOGINS, READS, WRITES, STRANGERS)}
+    for kind, asked in waiting.items():
+        asked.link(lambda asked, kind=kind: order.append(kind))
     assert len(door._waiting) == len(CLASSES)
     begins = begin_what_waits(door)
-    gevent.sleep(0.1)
+    gevent.joinall(waiting.values(), WAIT_SECONDS)
     begins.kill()
     assert order == [WRITES, READS, STRANGERS, LOGINS]
 
@@ -136,10 +137,11 @@ def test_the_most_important_request_is_begun_first(door: Door) -> None:
 def test_of_the_same_place_the_first_comes_first(door: Door) -> None:
     order: list[int] = []
     door.in_flight = AT_ONCE
-    for number in range(5):
-        ask(door, READ).link(lambda asked, number=number: order.append(number))
+    waiting = [ask(door, READ) for _ in range(5)]
+    for number, asked in enumerate(waiting):
+        asked.link(lambda asked, number=number: order.append(number))
     begins = begin_what_waits(door)
-    gevent.sleep(0.1)
+    gevent.joinall(waiting, WAIT_SECONDS)
     begins.kill()
     assert order == [0, 1, 2, 3, 4]
 
@@ -425,13 +427,13 @@ def test_who_waits_for_wechat_is_not_in_flight_and_comes_back_to_its_place(
         while door.in_flight > AT_ONCE:
             gevent.sleep(0.01)
     begins.kill()
-    for name, other in (("login", LOGIN), ("stranger", STRANGER)):
-        ask(door, other).link(lambda asked, name=name: order.append(name))
+    others = {"login": ask(door, LOGIN), "stranger": ask(door, STRANGER)}
+    for name, asked in others.items():
+        asked.link(lambda asked, name=name: order.append(name))
     answered.set()
     gevent.sleep(0)
     begins = begin_what_waits(door)
-    calling.join(WAIT_SECONDS)
-    gevent.sleep(0.1)
+    gevent.joinall([calling, *others.values()], WAIT_SECONDS)
     begins.kill()
     assert order == expected
     assert door.in_flight == AT_ONCE + 1
