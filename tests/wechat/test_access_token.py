@@ -123,7 +123,7 @@ def test_near_its_end_one_caller_refreshes_while_the_others_use_the_old_token(
     old = access_token.get()
     simulator.travel(7200 - 200)
     redis.expire(KEY, 200)
-    simulator.fault("slow", path=PATH, seconds=0.5)
+    simulator.fault("slow", path=PATH, seconds=2)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(access_token.get)
         wait_until(lambda: len(simulator.calls(PATH)) == 2)

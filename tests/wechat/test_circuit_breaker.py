@@ -119,7 +119,7 @@ def test_callers_quotas_and_credentials_are_no_failures_of_wechat(
     assert len(simulator.calls()) == FAILURES + 1
 
 
-@pytest.mark.parametrize("seconds", [0.04, 0.3, 1])
+@pytest.mark.parametrize("seconds", [0.04, 1])
 def test_a_caller_without_time_proves_nothing_against_wechat(
     transport: Transport, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
@@ -151,7 +151,7 @@ def test_one_trial_after_a_pause_decides(
     assert len(simulator.calls()) == 1
     simulator.forget()
     clock(5)
-    simulator.fault("slow", path=PATH, seconds=0.5)
+    simulator.fault("slow", path=PATH, seconds=2)
     with ThreadPoolExecutor(1) as pool:
         trial = pool.submit(call, transport)
         wait_until(simulator.calls)
@@ -226,7 +226,7 @@ def test_a_call_keeps_no_other_requests_out(simulator: Simulator) -> None:
 
 def test_places_are_a_setting(make_app: Callable[..., Flask], simulator: Simulator) -> None:
     client = make_app(WECHAT_CONCURRENCY="2").test_client(use_cookies=False)
-    simulator.fault("slow", times=100, seconds=1)
+    simulator.fault("slow", times=100, seconds=3)
     log_in = partial(client.post, "/api/v1/auth/wechat")
     codes = [simulator.code() for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:

@@ -182,7 +182,7 @@ def test_an_image_that_is_too_long_is_not_cut_short(monkeypatch: pytest.MonkeyPa
 def test_a_response_that_is_cut_short_or_stalls_is_not_retried(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stalls: bool, code: Code, errcode: str
 ) -> None:
-    monkeypatch.setattr(wechat_transport, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(wechat_transport, "ANSWER_SECONDS", 0.3 if stalls else 5)
     before = counted("wechat_calls_total", interface=PATH, errcode=errcode, outcome="failure")
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         failed = threading.Event()
