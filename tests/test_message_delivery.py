@@ -83,7 +83,7 @@ def test_what_a_killed_worker_was_handling_is_handled_again_and_nothing_else(
     start_service: StartService, redis: Redis
 ) -> None:
     service = start_service(APP, WEB_CONCURRENCY="1")
-    assert all(deliver(service, number, "1.5") for number in range(12))
+    assert all(deliver(service, number, "2.5") for number in range(12))
     wait_until(lambda: redis.llen("begun") == 8)
     kill_a_worker(service)
     handled = wait_until(lambda: len(done(redis)) == 12 and done(redis))
@@ -94,8 +94,8 @@ def test_what_a_killed_worker_was_handling_is_handled_again_and_nothing_else(
 
 def test_another_instance_handles_what_a_dead_one_has_left(start_service: StartService, redis: Redis) -> None:
     one = start_service(APP)
-    assert all(deliver(one, number, "3") for number in range(20))
-    wait_until(lambda: redis.llen("begun") == 16)
+    assert all(deliver(one, number, "2") for number in range(20))
+    wait_until(lambda: redis.llen("begun") >= 16)
     one.kill()
     other = start_service(APP, WEB_CONCURRENCY="1")
     wait_until(lambda: redis.xlen(STREAM) == 0)
@@ -193,7 +193,7 @@ def test_while_redis_is_away_no_message_is_lost(start_service: StartService, own
     service, _ = (start_service(APP, REDIS_URL=own_redis.url, WEB_CONCURRENCY="1") for _ in range(2))
     with closing(Redis.from_url(own_redis.url)) as redis:
         assert all(deliver(service, number, "1.5") for number in range(24))
-        wait_until(lambda: redis.llen("begun") == 16)
+        wait_until(lambda: redis.llen("begun") >= 16)
         own_redis.stop()
         time.sleep(5)  # longer than what a dead process has taken is waited for
         assert not push(service, 100, "0")

@@ -25,6 +25,7 @@ message_queue.POLL_SECONDS = 1
 def take_a_while(message: dict[str, Any]) -> None:
     redis.rpush("begun", message["MsgId"])
     if message["Content"] == "die":
+        time.sleep(0.5)  # its lines so far are written
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(float(message["Content"]))
     while True:
