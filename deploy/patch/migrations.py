@@ -13,12 +13,16 @@ FOLDER = "storage/migrations/versions"
 DESTRUCTIVE = {"drop_table", "drop_column", "drop_constraint", "drop_index", "delete"}
 DESTRUCTIVE |= {"alter_column", "rename_table", "batch_alter_table"}
 CONSTRAINTS = {"create_unique_constraint", "create_check_constraint", "create_foreign_key", "create_primary_key"}
-DESTRUCTIVE_SQL = re.compile(r"(?:^|;)\s*(DROP|ALTER|RENAME|TRUNCATE|DELETE|REPLACE|CREATE\s+UNIQUE)\s", re.IGNORECASE)
-INDEX_SQL = re.compile(
-    r"(?:^|;)\s*CREATE\s+(?:UNIQUE\s+|FULLTEXT\s+|SPATIAL\s+)?INDEX\s+(?!\s*IF\s)(?:.*?\bON\s+[`\"]?(\w+))?",
-    re.IGNORECASE | re.DOTALL,
+STATEMENT = r"(?is)(?:^|;)(?:\s|(?:--|#)[^\n]*\n|/\*.*?\*/)*+"
+"""Where a statement of SQL begins: after spaces and comments."""
+DESTRUCTIVE_SQL = re.compile(
+    STATEMENT + r"(DROP|ALTER|RENAME|TRUNCATE|DELETE|REPLACE|CREATE\s+UNIQUE|CREATE\s+OR\s+REPLACE)\s"
 )
-ALTER_SQL = re.compile(r"(?:^|;)\s*ALTER\s+TABLE\s+(?!.*\bALGORITHM\s*=?\s*INSTANT\b)", re.IGNORECASE | re.DOTALL)
+INDEX_SQL = re.compile(
+    STATEMENT + r"CREATE\s+(?:UNIQUE\s+|FULLTEXT\s+|SPATIAL\s+)?INDEX\s+(?!\s*IF\s)(?:.*?\bON\s+[`\"]?(\w+))?"
+)
+SLOW_SQL = re.compile(STATEMENT + r"(OPTIMIZE|LOCK|ALTER(?=\s+(?:\w+\s+)?TABLE\s)(?!.*\bALGORITHM\s*=?\s*INSTANT\b))\s")
+UPDATE_SQL = re.compile(STATEMENT + r"UPDATE\s(?!.*\bWHERE\s)")
 MAY_COPY = "MariaDB may copy the table, and writes wait: {}, or write SQL with ALGORITHM=INSTANT, so that it cannot"
 BUILD_BEFORE = "build it before, node by node (deploy/galera/README.md, Migrations), and say if_not_exists=True here"
 FIRST_RELEASE = "0007"
@@ -162,8 +166,10 @@ def find_slow(tree: ast.Module) -> Iterator[tuple[int, str]]:
         match node:
             case ast.Constant(value=str(text)) if (found := INDEX_SQL.search(text)) and found[1] not in made:
                 yield node.lineno, f"CREATE INDEX on a table that exists: {BUILD_BEFORE}"
-            case ast.Constant(value=str(text)) if ALTER_SQL.search(text):
-                yield node.lineno, f"ALTER TABLE: {MAY_COPY.format('use op')}"
+            case ast.Constant(value=str(text)) if found := SLOW_SQL.search(text):
+                yield node.lineno, f"{found[1].upper()} in SQL: {MAY_COPY.format('use op')}"
+            case ast.Constant(value=str(text)) if UPDATE_SQL.search(text):
+                yield node.lineno, "UPDATE without WHERE locks all rows: change some at a time, and commit"
             case ast.Call():
                 yield from ((node.lineno, reason) for reason in _slow_of_call(node, nodes, made))
 
@@ -176,7 +182,7 @@ def _upgrade(tree: ast.Module) -> list[ast.AST]:
 
 
 def _hazards_of_call(
-    call: ast.Call, nodes: Sequence[ast.AST], made: set[Any], left_null: set[tuple[Any, Any]]
+    call: ast.Call, nodes: Sequence[ast.AST], made: Sequence[Any], left_null: Sequence[tuple[Any, Any]]
 ) -> Iterator[str]:
     name = _called(call)
     if name in CONSTRAINTS and _argument(call, 1, "table_name", "source_table") not in made:
@@ -188,7 +194,7 @@ def _hazards_of_call(
             yield f"{name} without ondelete CASCADE or SET NULL: older code could not delete what it refers to"
     elif name == "create_index" and _argument(call, BY_KEYWORD, "unique"):
         table, columns = _argument(call, 1, "table_name"), _argument(call, 2, "columns")
-        if table not in made and left_null.isdisjoint((table, column) for column in columns or ()):
+        if table not in made and not any((table, column) in left_null for column in columns or ()):
             yield "a unique index on a table that exists: what older code writes may violate it"
     elif name == "add_column":
         column = _column(call, nodes)
@@ -198,7 +204,7 @@ def _hazards_of_call(
             yield "a column that is NOT NULL and has no server_default: older code does not fill it"
 
 
-def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: set[Any]) -> Iterator[str]:
+def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: Sequence[Any]) -> Iterator[str]:
     name, table = _called(call), _argument(call, 0, "table_name")
     if name == "create_index":
         if _argument(call, 1, "table_name") not in made and not _argument(call, BY_KEYWORD, "if_not_exists"):
@@ -212,8 +218,11 @@ def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: set[Any]) -> I
             if _argument(column, BY_KEYWORD, option):
                 later = "leave it out, and use create_index in a later release"
                 yield f"{option}=True on a table that exists: {later}: {BUILD_BEFORE}"
-        if any(isinstance(node, ast.Call) and _called(node) == "ForeignKey" for node in ast.walk(column)):
-            yield f"ForeignKey on a table that exists: {MAY_COPY.format('leave it out')}"
+        for part in ast.walk(column):
+            if isinstance(part, ast.Call) and (
+                _called(part) == "ForeignKey" or (_called(part) == "Computed" and _argument(part, 1, "persisted"))
+            ):
+                yield f"{_called(part)} on a table that exists: {MAY_COPY.format('leave it out')}"
 
 
 def _column(add_column: ast.Call, nodes: Sequence[ast.AST]) -> ast.Call | None:
@@ -239,24 +248,24 @@ def _is_required(column: ast.Call) -> bool:
     return nullable is not True and not _has_default(column)
 
 
-def _columns_left_null(nodes: Sequence[ast.AST]) -> set[tuple[Any, Any]]:
+def _columns_left_null(nodes: Sequence[ast.AST]) -> list[tuple[Any, Any]]:
     """Return the added columns, by table and name, that older code leaves NULL, which no unique index minds."""
     calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) == "add_column"]
-    return {
+    return [
         (_argument(call, 0, "table_name"), _name(column))
         for call in calls
         if (column := _column(call, nodes)) and not (_is_required(column) or _has_default(column))
-    }
+    ]
 
 
-def _tables_made(nodes: Sequence[ast.AST]) -> set[Any]:
+def _tables_made(nodes: Sequence[ast.AST]) -> list[Any]:
     """Return the tables that a revision creates, also by a name of its own for op.create_table."""
     creators = {"create_table"}
     for node in nodes:
         if isinstance(node, ast.Assign) and "create_table" in ast.dump(node.value):
             creators |= _targets(node)
     calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) in creators]
-    return {name for call in calls if isinstance(name := _argument(call, 0, "table_name"), str)}
+    return [_argument(call, 0, "table_name") for call in calls]
 
 
 def _targets(node: ast.Assign) -> set[str]:

@@ -22,8 +22,9 @@ that exists, also by `index=True` or `unique=True` in `op.add_column`: on Galera
 Build it before, node by node, as deploy/galera/README.md says, and write `op.create_index(…, if_not_exists=True)`; so
 an index on a new column comes in the release after the column's. With one server, where writes go on meanwhile, only
 the latter is needed. And what MariaDB may copy the table for: a foreign key or another constraint on a table that
-exists, a change of a column's type or of NULL, and `ALTER TABLE` in SQL that does not say `ALGORITHM=INSTANT`, with
-which MariaDB refuses to copy.
+exists, a stored computed column, a change of a column's type, name or NULL, and `ALTER TABLE` in SQL that does not say
+`ALGORITHM=INSTANT`, with which MariaDB refuses to copy. And an `UPDATE` without `WHERE`, whose rows stay locked until
+its end.
 
 `make migration NAME=what_it_is` begins one with what storage/models.py has changed. It writes the types that columns
 have in the database, as a migration must not change with the code. It cannot write a foreign key of a table that
