@@ -150,8 +150,7 @@ def gauge_pids(directory: Path) -> set[str]:
 
 
 def test_deaths_are_counted_and_reloads_are_not_and_the_instance_stays_ready(start_service: StartService) -> None:
-    service = start_service(DRAIN_SECONDS="1", GUNICORN_CMD_ARGS="--timeout=5")
-
+    service = start_service(DRAIN_SECONDS="1", GUNICORN_CMD_ARGS="--timeout=15")  # a boot may take as long
     wait_for_starts(service, 2)
     before = scrape(service)
     directory = directory_of(service)
