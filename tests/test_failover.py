@@ -14,7 +14,7 @@ from dev.redis_server import RedisServer
 from tests.databases import MariaDB
 from tests.harness import Service, Simulator, bound_to_this_process, migrate, wait_until
 from tests.proxy import Proxy
-from tests.test_probes import readiness
+from tests.test_probes import readiness, ready
 
 READY = (200, {"redis": "up", "database": "up", "wechat": "up"})
 THREADS = 8
@@ -101,7 +101,7 @@ def test_a_redis_failover_costs_at_most_one_request_for_each_connection(
     failed: list[str] = []
     with follow(old, new), load(service, simulator, failed) as more:
         more(100)
-        assert {readiness(service) == READY for _ in range(20)} == {True}
+        assert {ready(service) == READY for _ in range(20)} == {True}
     assert len(failed) <= connections
     assert [body for body in failed if '"code":401' not in body] == []
     assert proxy.accepted > connections
@@ -112,12 +112,12 @@ def test_readiness_is_503_while_the_address_leads_to_a_replica_and_200_after_tha
 ) -> None:
     service, proxy = proxied
     old, new = redis_pair
-    assert {readiness(service) == READY for _ in range(10)} == {True}
+    assert {ready(service) == READY for _ in range(10)} == {True}
     promote(new)
     with follow(old, new):
         assert {readiness(service)[0] for _ in range(10)} == {503}
         proxy.target = new.socket
-        assert {readiness(service) == READY for _ in range(10)} == {True}
+        assert {ready(service) == READY for _ in range(10)} == {True}
         assert service.log_in(simulator)
 
 
@@ -170,7 +170,7 @@ def test_a_mariadb_failover_costs_no_request_once_another_one_is_the_primary(
         accepted = proxy.accepted
         with load(service, simulator) as more:
             more(50)
-            assert {readiness(service) == READY for _ in range(20)} == {True}
+            assert {ready(service) == READY for _ in range(20)} == {True}
         assert proxy.accepted > accepted
 
 
@@ -180,9 +180,9 @@ def test_readiness_is_503_while_the_database_is_read_only_and_200_after_that(
 ) -> None:
     with Proxy(own_databases.socket) as proxy:
         service = start_service(DATABASE_URL=user_without_privileges(own_databases, own_databases.create(), proxy.port))
-        assert {readiness(service) == READY for _ in range(10)} == {True}
+        assert {ready(service) == READY for _ in range(10)} == {True}
         own_databases.execute("SET GLOBAL read_only = 1")
         assert {readiness(service)[0] for _ in range(10)} == {503}
         own_databases.execute("SET GLOBAL read_only = 0")
-        assert {readiness(service) == READY for _ in range(10)} == {True}
+        assert {ready(service) == READY for _ in range(10)} == {True}
         assert service.log_in(simulator)
