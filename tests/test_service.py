@@ -39,6 +39,7 @@ from tests.harness import (
     bound_to_this_process,
     migrate,
     suspend,
+    until_available,
     wait_until,
 )
 from tests.otlp_receiver import OtlpReceiver
@@ -80,9 +81,19 @@ def frail(shared_frail: Frail, journal: Any) -> Iterator[Frail]:
     assert '"stack"' not in service.log()
 
 
+def log_in(service: Service, simulator: Simulator) -> str:
+    """Log in where a busy machine's Redis takes longer than the service allows now and then."""
+
+    def log_in_once() -> requests.Response:
+        return requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=WAIT_SECONDS)
+
+    service.tokens.append(until_available(log_in_once).json()["data"]["token"])
+    return service.tokens[-1]
+
+
 def test_sessions_survive_a_restart_of_the_service_and_of_redis(frail: Frail, simulator: Simulator) -> None:
     service, server = frail
-    token = service.log_in(simulator)
+    token = log_in(service, simulator)
     server.stop()
     server.start()
     assert {service.read_me(token).status_code for _ in range(10)} == {200}
@@ -105,7 +116,7 @@ def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself
     frail: Frail, simulator: Simulator
 ) -> None:
     service, server = frail
-    token, code = service.log_in(simulator), simulator.code()
+    token, code = log_in(service, simulator), simulator.code()
 
     def assert_unavailable() -> None:
         for call in (
@@ -345,7 +356,7 @@ def test_a_stop_finishes_requests_and_messages_and_sends_their_spans(
 ) -> None:
     service = start_service(
         "tests.apps.slow_handler",
-        REDIS_URL=own_redis.url,
+        REDIS_URL=f"{own_redis.url}?socket_timeout=10&socket_connect_timeout=10",
         WEB_CONCURRENCY="1",
         LOG_LEVEL="ERROR",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,

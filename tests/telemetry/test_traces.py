@@ -239,7 +239,8 @@ def shared_traced(environ: dict[str, str], tmp_path_factory: pytest.TempPathFact
 
         def start(module: str, **different: str) -> Service:
             spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-            env = {**environ, **spans, "REDIS_URL": redis.url, "WEB_CONCURRENCY": "1", **different}
+            patient = f"{redis.url}?socket_timeout=10&socket_connect_timeout=10"  # on a busy machine
+            env = {**environ, **spans, "REDIS_URL": patient, "WEB_CONCURRENCY": "1", **different}
             service = Service(env, folder / module, module)
             stack.callback(service.discard)
             return service
