@@ -38,6 +38,22 @@ def sentinels(shared_sentinels: RedisSentinels, journal: Journal) -> RedisSentin
     return shared_sentinels
 
 
+PROMISES = {
+    "appendonly": "yes",  # sessions survive a restart
+    "appendfsync": "everysec",  # after a power failure all but this machine's last second
+    "maxmemory-policy": "noeviction",  # no session or lock disappears
+    "min-replicas-to-write": "1",  # a primary that is cut off refuses writes
+    "min-replicas-max-lag": "3",  # and that soon, in seconds
+    "timeout": "0",  # connections that wait for a request stay
+}
+
+
+def test_redis_runs_with_what_the_promises_rest_on(sentinels: RedisSentinels) -> None:
+    for server in sentinels.servers:
+        with server.client() as client:
+            assert {option: client.config_get(option)[option] for option in PROMISES} == PROMISES
+
+
 def log_in(service: Service, simulator: Simulator, **wanted: str) -> requests.Response:
     body = {"code": simulator.code(**wanted)}
     return requests.post(f"{service.url}/api/v1/auth/wechat", json=body, timeout=WAIT_SECONDS)
