@@ -12,6 +12,7 @@ import base64
 import itertools
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -174,10 +175,14 @@ def fill(site: Site) -> None:
     )
 
 
-def binlog_client(site: Site) -> list[str]:
+def copy_binlogs(site: Site, folder: Path) -> list[str]:
+    """Return the command of the unit that copies the binary logs, for this server and this folder."""
     options = site.folder / "options"
     options.write_text(f"[client]\nuser=backup\npassword=backup-password\nsocket={site.database.socket}\n")
-    return [executable("mariadb-binlog"), f"--defaults-extra-file={options}"]
+    unit = README.with_name("kuaishang-binlog.service").read_text()
+    (line,) = re.findall(r"(?m)^ExecStart=(.+)$", unit)
+    line = line.replace("/etc/kuaishang/binlog.cnf", str(options)).replace("$$", "$")
+    return ["env", f"--chdir={folder}", *shlex.split(line)]
 
 
 def rehearse(folder: Path, simulator: Simulator) -> list[Outcome]:
@@ -189,8 +194,8 @@ def rehearse(folder: Path, simulator: Simulator) -> list[Outcome]:
         fill(lost)
         copies = folder / "binlogs"
         copies.mkdir()
-        options = ["--read-from-remote-server", "--raw", "--stop-never", f"--result-file={copies}/", "binlog.000001"]
-        copying = Program(folder / "copying", [*binlog_client(lost), *options])
+        (copies / "binlog.000001").touch()
+        copying = Program(folder / "copying", copy_binlogs(lost, copies))
         stack.callback(copying.kill)
         service = lost.serve()
         token = service.log_in(simulator, openid="o-before")
@@ -205,6 +210,9 @@ def rehearse(folder: Path, simulator: Simulator) -> list[Outcome]:
         first = len(writer.acknowledged)
         file = backups.make("--binlog")
         during = len(writer.acknowledged)
+        wait_until(lambda: len(writer.acknowledged) > during + 20)
+        copying.kill()  # and started again, as its unit does
+        copying.start()
         wait_until(lambda: len(writer.acknowledged) > during + 50)
         lost.database.kill()
         lost.redis.process.kill()  # type: ignore[union-attr]
@@ -212,7 +220,9 @@ def rehearse(folder: Path, simulator: Simulator) -> list[Outcome]:
         writer.stop()
         service.discard()
         shutil.rmtree(lost.folder / "mariadb")
-        wait_until(lambda: copying.process.poll() is not None)  # type: ignore[union-attr]
+        wait_until(lambda: not copying.running())
+        copying.start()  # as well, and finds no server
+        wait_until(lambda: not copying.running())
         acknowledged = list(writer.acknowledged)
         outcomes = []
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import pwd
+import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -17,6 +20,7 @@ from tests.blueprints.callers import ORDER
 from tests.deploy.backups import AGE, Backups
 from tests.harness import PERSON, ROOT, Service, Simulator, migrate, wait_until
 
+FOLDER = ROOT / "deploy" / "backup"
 pytestmark = pytest.mark.skipif(AGE is None, reason="age is not installed")
 
 
@@ -167,4 +171,46 @@ def test_a_backup_that_fails_leaves_the_others(stage: Stage) -> None:
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
 def test_the_alarms_pass_their_tests() -> None:
-    subprocess.run(["promtool", "test", "rules", str(ROOT / "deploy/backup/rules.test.yml")], check=True)
+    subprocess.run(["promtool", "test", "rules", str(FOLDER / "rules.test.yml")], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_units() -> None:
+    units = sorted([*FOLDER.glob("*.service"), *FOLDER.glob("*.timer")])
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kuaishang" not in done.stderr  # it names other units of this machine, too
+    assert "\nRestart=always\n" in (FOLDER / "kuaishang-binlog.service").read_text()
+
+
+@pytest.mark.skipif(not (shutil.which("rsync") and shutil.which("rrsync")), reason="rsync is not installed")
+def test_another_machine_may_fetch_the_backups_and_nothing_else(tmp_path: Path) -> None:
+    """By the lines of README.md; in place of sshd a script runs what the key allows."""
+    text = (FOLDER / "README.md").read_text()
+    allowed, fetch = (
+        re.search(pattern, text)[1]  # type: ignore[index]
+        for pattern in (r'command="(.+?)"', r"(?m)^    (rsync .+)$")
+    )
+    user = re.search(r"(\w+)@", fetch)[1]  # type: ignore[index]
+    assert not pwd.getpwnam(user).pw_shell.endswith("nologin")
+    here, there = tmp_path / "server", tmp_path / "fetched"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "a.age").write_text("a backup")
+    (tmp_path / "secret").write_text("a secret")
+    shell = tmp_path / "ssh"
+    command = allowed.replace("/var/backups/kuaishang", str(here))
+    shell.write_text(f'#!/bin/sh\nshift 3  # -l root 10.0.0.1\nSSH_ORIGINAL_COMMAND="$*" exec {command}\n')
+    shell.chmod(0o755)
+
+    def run(line: str) -> int:
+        words = shlex.split(line.replace("/var/backups/kuaishang", str(there)))
+        return subprocess.run(["env", f"RSYNC_RSH={shell}", *words], capture_output=True).returncode
+
+    assert run(fetch) == 0
+    assert (there / "a.age").read_text() == "a backup"
+    for forbidden in (f"{tmp_path}/secret", "/../secret"):
+        run(fetch.replace(":/ ", f":{forbidden} "))
+    assert [path.name for path in there.iterdir()] == ["a.age"]
+    assert run(f"rsync {tmp_path}/secret root@10.0.0.1:/") != 0
+    assert [path.name for path in here.iterdir()] == ["a.age"]
