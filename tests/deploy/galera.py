@@ -1,6 +1,6 @@
 """Five Galera nodes in three sites under load: nodes and sites are killed and cut off, and nothing is lost or doubled.
 
-Run by hand, as it takes about two minutes:
+Run by hand, as it takes about six minutes:
 
     .venv/bin/python -m pytest -s tests/deploy/galera.py
 
@@ -8,7 +8,9 @@ The tests share one cluster, and run in this order; each leaves it whole.
 """
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.galera_nodes import DATABASE, Galera, Node, Writer, is_installed
+from tests.deploy.galera_nodes import CONFIGURATION, DATABASE, Galera, Node, Writer, is_installed
 from tests.deploy.history import SOUND, History, history
 from tests.deploy.partition import can_cut
 from tests.deploy.patch.test_check import Tree
@@ -29,6 +31,7 @@ from tests.harness import WAIT_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="needs mariadb-server, galera-4, mariadb-backup and socat")
 
+README = CONFIGURATION.with_name("README.md")
 WRITABLE_SECONDS = 5
 """In which the service writes again after one or two nodes, or a site, are gone."""
 
@@ -187,16 +190,90 @@ def test_two_sites_are_killed_and_the_rest_refuses_until_it_is_told_to_go_on(
     assert is_sound(galera, running)
 
 
+def test_a_node_hangs(galera: Galera, writer: Writer, stage: Stage) -> None:
+    """The writer, with all that is open to it. It is also who passes on to its site what comes from the others."""
+    with history(stage) as running, ExitStack() as stack:
+        assert running.recovered(time.monotonic()) is not None
+        gone = the_writer(galera, writer)
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", writer.port), WAIT_SECONDS))
+        assert client.recv(4096)  # the greeting
+        began = time.monotonic()
+        gone.suspend()
+        stack.callback(gone.resume)
+        seconds = running.recovered(began)
+        first = report(f"{gone.name} hangs", running, began, seconds)
+        assert seconds is not None
+        assert max(first, seconds) < 2 * WRITABLE_SECONDS  # what was sent to it gets no answer, and waits
+        assert client.recv(4096) == b""  # who waits for it without a limit is told
+        now = the_writer(galera, writer)
+        assert now is not gone
+        gone.resume()
+        galera.wait_for(galera.nodes, len(galera.nodes))
+        wait_until(lambda: writer.states()[gone.name] == "UP")
+        assert the_writer(galera, writer) is now
+        assert is_sound(galera, running)
+        assert {text for text in map(complaint, running.since(began)) if text} == set()
+    assert is_sound(galera, running)
+
+
 def test_after_a_power_cut_everything_comes_back_by_itself(galera: Galera, writer: Writer, stage: Stage) -> None:
+    """Though one node starts much later than the others: none of them gives up."""
     with history(stage) as running:
         assert running.recovered(time.monotonic()) is not None
-        began = time.monotonic()
         galera.kill(galera.nodes)
-        galera.restart()
+        late, *others = galera.nodes
+        for node in others:
+            node.start()
+        waiting = [node.process for node in others]
+        given_up = time.monotonic() + 35  # a node that was in no cluster would have, after 30 s
+        wait_until(lambda: time.monotonic() > given_up)
+        assert all(node.is_waiting() for node in others)
+        began = time.monotonic()
+        late.start()
+        galera.wait_for(galera.nodes, len(galera.nodes))
+        assert [node.process for node in others] == waiting  # no hand has started one again
         seconds = running.recovered(began)
-        report("all nodes killed", running, began, seconds)
+        report("all nodes killed, and the last one started", running, began, seconds)
+        assert seconds is not None
         assert is_sound(galera, running)
-    galera.wait_for(galera.nodes, len(galera.nodes))
+    assert is_sound(galera, running)
+
+
+def test_after_a_power_cut_some_nodes_are_told_to_go_on_without_the_others(
+    galera: Galera, writer: Writer, stage: Stage
+) -> None:
+    """By the commands of README.md; the writer is one of them, as the others have its last commits only in memory."""
+    forced, forgotten = (
+        re.search(rf"(?m)^    ({command} .*grastate\.dat)$", README.read_text())[1]  # type: ignore[index]
+        for command in ("sed", "rm")
+    )
+    with history(stage) as running:
+        assert running.recovered(time.monotonic()) is not None
+        former = the_writer(galera, writer)
+        other = next(node for node in galera.nodes if node.site != former.site)
+        rest, lost = [former, other], [node for node in galera.nodes if node not in (former, other)]
+        galera.kill(galera.nodes)
+        for node in rest:
+            node.start()
+        wait_until(lambda: all(node.is_waiting() for node in rest))
+        galera.kill(rest)
+        chosen = max(rest, key=lambda node: int(node.recover().partition(":")[2]))
+        chosen.start(new_cluster=True)
+        wait_until(lambda: not chosen.runs())  # Galera refuses it after a crash
+        began = time.monotonic()
+        chosen.do(forced)
+        chosen.start(new_cluster=True)
+        galera.wait_for([chosen], 1)
+        galera.join(node for node in rest if node is not chosen)
+        seconds = running.recovered(began)
+        report("all nodes killed, and two told to go on", running, began, seconds)
+        assert seconds is not None
+        assert is_sound(galera, running)
+        for node in lost:
+            node.do(forgotten)
+        galera.join(lost)
+        galera.wait_for(galera.nodes, len(galera.nodes))
+        assert is_sound(galera, running)
     assert is_sound(galera, running)
 
 

@@ -62,7 +62,7 @@ class Node(MariaDB):
         self.address, self.site, self.port = ADDRESSES[number], number // 2 + 1, ports["client"]
         self.name = f"n{number + 1}"
         self._ports = ports | {"copy": free_port()}  # where socat listens on all addresses
-        self.log = folder / "mariadb.log"
+        self.log, self._log_start = folder / "mariadb.log", 0
 
     def _words(self, *more: str) -> list[str]:
         """Write its configuration, and return the words of its command."""
@@ -106,6 +106,7 @@ class Node(MariaDB):
         if os.geteuid() == 0:
             subprocess.run(["chown", "-R", "mysql:", self.folder, Path(self.socket).parent], check=True)
         env = {**os.environ, "TMPDIR": str(temporary)}
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         words = self._words(f"--wsrep-start-position={self.recover(env)}", *["--wsrep-new-cluster"] * new_cluster)
         self.process = subprocess.Popen(
             words,
@@ -156,9 +157,16 @@ class Node(MariaDB):
                 cursor.execute(statement)
             return cursor.fetchone()
 
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def is_synced(self) -> bool:
         """Whether it takes reads and writes."""
         return self.status("wsrep_local_state") == "4" and self.status("wsrep_ready") == "ON"
+
+    def is_waiting(self) -> bool:
+        """Whether it looks for the other members of the last cluster, since its last start."""
+        return self.runs() and not self._listens() and "Non-primary view" in self.log.read_text()[self._log_start :]
 
     def suspend(self) -> None:
         """Make it hang."""
@@ -168,6 +176,11 @@ class Node(MariaDB):
     def resume(self) -> None:
         assert self.process
         psutil.Process(self.process.pid).resume()
+
+    def do(self, line: str) -> None:
+        """Run a line of deploy/galera/README.md, with the data of this node."""
+        assert "/var/lib/mysql/" in line
+        subprocess.run(line.replace("/var/lib/mysql", str(self.folder / "data")), shell=True, check=True)
 
     def bootstrap(self) -> None:
         """Let what is left of the cluster take writes again: the command of deploy/galera/README.md."""
@@ -211,23 +224,20 @@ class Galera:
             self._become_member(node)
 
     @staticmethod
-    def _become_member(node: Node, tries: int = 3) -> None:
-        """Wait until a node is a member; if its fetching what it missed fails, start it again, as the README says."""
-        try:
-            wait_until(node.is_synced, 30)
-        except AssertionError:
-            if tries == 1:
-                raise
-            node.kill()
-            node.start()
-            Galera._become_member(node, tries - 1)
+    def _become_member(node: Node) -> None:
+        """Wait until a node is a member; if it ends, start it again, as deploy/galera/restart.conf does."""
+
+        def is_member() -> bool:
+            if not node.runs():
+                node.start()
+            return node.is_synced()
+
+        wait_until(is_member, 90)
 
     def restart(self) -> None:
         """Start all nodes after all were killed: when the members of the last cluster are back, they form it again."""
         for node in self.nodes:
             node.start()
-        for node in self.nodes:
-            self._become_member(node)
         self.wait_for(self.nodes, len(self.nodes))
 
     def wait_for(self, nodes: Sequence[Node], size: int, seconds: float = 60) -> None:

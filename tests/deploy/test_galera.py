@@ -6,6 +6,7 @@ tests/deploy/galera.py has the rest.
 """
 
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -25,8 +26,20 @@ from tests.faults.stage import Stage
 from tests.harness import ROOT, WAIT_SECONDS, wait_until
 
 FOLDER = ROOT / "deploy" / "galera"
+UNIT = Path("/usr/lib/systemd/system/mariadb.service")
 CHECK = re.compile(r'^ +tcp-check send(-binary)? "?([^"\n]+)', re.MULTILINE)
 needs_galera = pytest.mark.skipif(not (is_installed() and HAPROXY), reason="needs mariadb, galera-4 and haproxy")
+
+PROMISES = {
+    "innodb_flush_log_at_trx_commit": "1",  # what was acknowledged is on the disk of every node that had it
+    "wsrep_sync_wait": "1",  # a read finds what was acknowledged before it, also while the writer moves
+    "wsrep_on": "ON",
+    "binlog_format": "ROW",  # else a statement may have another outcome on another node
+    "innodb_autoinc_lock_mode": "2",
+    "innodb_force_primary_key": "ON",  # rows without a key cannot be certified
+    "enforce_storage_engine": "InnoDB",  # others are not replicated
+}
+"""Settings without which a commit that was acknowledged may be lost, read stale or differ from node to node."""
 
 
 def has_mariadb() -> bool:
@@ -45,9 +58,22 @@ def test_mariadb_knows_each_setting() -> None:
     values = dict(re.findall(r"^([a-z-]+) +(\S.*)$", table, re.MULTILINE))
     on = {"ON": "TRUE"}
     assert len(wanted) > 10
+    assert dict(wanted).items() >= PROMISES.items()
     assert {name: values[name.replace("_", "-")] for name, _ in wanted} == {
         name: on.get(value, value).strip('"') for name, value in wanted
     }
+
+
+@pytest.mark.skipif(not (shutil.which("systemd-analyze") and UNIT.exists()), reason="mariadb-server is not installed")
+def test_systemd_accepts_what_is_added_to_debians_unit(tmp_path: Path) -> None:
+    """A member that waits for the others is neither ended nor left."""
+    unit, added = shutil.copy(UNIT, tmp_path), tmp_path / f"{UNIT.name}.d" / "60-galera.conf"
+    added.parent.mkdir()
+    shutil.copy(FOLDER / "restart.conf", added)
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) not in done.stderr  # it names other units of this machine, too
+    assert {"TimeoutStartSec=infinity", "Restart=on-failure"} <= set(added.read_text().splitlines())
 
 
 @pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")
