@@ -1,6 +1,6 @@
 """Five Galera nodes in three sites under load: nodes and sites are killed and cut off, and nothing is lost or doubled.
 
-Run by hand, as it takes about six minutes:
+Run by hand, as it takes about four minutes:
 
     .venv/bin/python -m pytest -s tests/deploy/galera.py
 
