@@ -144,9 +144,8 @@ def answers_anything(tree: Tree) -> None:
 
 
 def fails_half_way(tree: Tree) -> None:
-    tree.migrate(
-        'op.create_table("half", sa.Column("id", sa.Integer, primary_key=True))\nop.execute("UPDATE nowhere SET a = 1")'
-    )
+    half = 'op.create_table("half", sa.Column("id", sa.Integer, primary_key=True))'
+    tree.migrate(f'{half}\nop.execute("UPDATE nowhere SET a = 1 WHERE a = 2")')
 
 
 def is_another_version(tree: Tree) -> None:
