@@ -223,7 +223,8 @@ def test_the_readme_makes_one_cluster_that_wants_certificates(tmp_path: Path, mo
 def certify(folder: Path, name: str, *words: str) -> None:
     """Make a key and a certificate for it, by default its own authority."""
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", f"{name}.key"]
-    made = ["openssl", "req", "-x509", *key, "-days", "1", "-out", f"{name}.crt", "-subj", *words]
+    usage = ["-addext", "keyUsage=critical,keyCertSign,digitalSignature"]  # which Python 3.13 wants
+    made = ["openssl", "req", "-x509", *key, *usage, "-days", "1", "-out", f"{name}.crt", "-subj", *words]
     subprocess.run(made, cwd=folder, check=True, capture_output=True)
 
 
