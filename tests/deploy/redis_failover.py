@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from tests.deploy.partition import can_cut
 from tests.deploy.redis_sentinels import RedisProcess, RedisSentinels
-from tests.deploy.test_redis_sentinel import connected
+from tests.deploy.test_redis_sentinel import connections
 from tests.harness import Service, Simulator, bearer, until_available, wait_until
 from tests.test_failover import READY
 from tests.test_probes import readiness
@@ -224,7 +224,7 @@ def test_no_acknowledged_login_is_lost(
             wait_until(lambda: sentinels.primary() is not old, RECOVERY_SECONDS)
             recovered = load.more("login", 20) - began
             load.more("read", 20)
-            wait_until(lambda: not connected(service, old), DEADLINE_SECONDS)
+            wait_until(lambda: not connections(service, old), DEADLINE_SECONDS)
             assert {readiness(service) == READY for _ in range(10)} == {True}
         wait_until(sentinels.complete)
         load.more("login", 20)
@@ -261,7 +261,7 @@ def test_a_planned_move_costs_logins_seconds_at_most(
             client.execute_command("SENTINEL", "FAILOVER", "kuaishang")
         wait_until(lambda: sentinels.primary() is not old)
         load.more("login", 20)
-        wait_until(lambda: not connected(service, old))
+        wait_until(lambda: not connections(service, old))
     refused = [one.began for one in load.failed("login")]
     seconds = max(refused, default=0) - min(refused, default=0)
     logger.info("moved: %s of %s requests failed within %.1f s", len(refused), len(load.outcomes), seconds)
