@@ -347,12 +347,20 @@ class Service:
     def _log(self) -> str:
         return self.output.read_bytes()[self._log_start :].decode()
 
+    def try_to_log_in(self, simulator: Simulator, **wanted: Any) -> requests.Response:
+        body = {"code": simulator.code(**wanted)}
+        return requests.post(f"{self.url}/api/v1/auth/wechat", json=body, timeout=WAIT_SECONDS)
+
     def log_in(self, simulator: Simulator, **wanted: Any) -> str:
-        answer = requests.post(
-            f"{self.url}/api/v1/auth/wechat", json={"code": simulator.code(**wanted)}, timeout=WAIT_SECONDS
-        )
-        assert answer.status_code == 200, answer.text
-        self.tokens.append(answer.json()["data"]["token"])
+        return self._token_of(self.try_to_log_in(simulator, **wanted))
+
+    def log_in_when_available(self, simulator: Simulator, **wanted: Any) -> str:
+        """Log in, in as many tries as a busy machine takes; each has a code of its own."""
+        return self._token_of(until_available(lambda: self.try_to_log_in(simulator, **wanted)))
+
+    def _token_of(self, login: requests.Response) -> str:
+        assert login.status_code == 200, login.text
+        self.tokens.append(login.json()["data"]["token"])
         return self.tokens[-1]
 
     def call(self, method: str, path: str, token: str, **options: Any) -> requests.Response:

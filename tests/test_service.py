@@ -39,7 +39,6 @@ from tests.harness import (
     bound_to_this_process,
     migrate,
     suspend,
-    until_available,
     wait_until,
 )
 from tests.otlp_receiver import OtlpReceiver
@@ -81,19 +80,9 @@ def frail(shared_frail: Frail, journal: Any) -> Iterator[Frail]:
     assert '"stack"' not in service.log()
 
 
-def log_in(service: Service, simulator: Simulator) -> str:
-    """Log in where a busy machine's Redis takes longer than the service allows now and then."""
-
-    def log_in_once() -> requests.Response:
-        return requests.post(service.url + LOGIN, json={"code": simulator.code()}, timeout=WAIT_SECONDS)
-
-    service.tokens.append(until_available(log_in_once).json()["data"]["token"])
-    return service.tokens[-1]
-
-
 def test_sessions_survive_a_restart_of_the_service_and_of_redis(frail: Frail, simulator: Simulator) -> None:
     service, server = frail
-    token = log_in(service, simulator)
+    token = service.log_in_when_available(simulator)
     server.stop()
     server.start()
     assert {service.read_me(token).status_code for _ in range(10)} == {200}
@@ -116,7 +105,7 @@ def test_without_redis_answers_are_503_within_a_second_and_it_recovers_by_itself
     frail: Frail, simulator: Simulator
 ) -> None:
     service, server = frail
-    token, code = log_in(service, simulator), simulator.code()
+    token, code = service.log_in_when_available(simulator), simulator.code()
 
     def assert_unavailable() -> None:
         for call in (

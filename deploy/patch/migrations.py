@@ -1,4 +1,4 @@
-"""The revisions of a release, read and not run: are they one chain, and safe beside the code of another release?"""
+"""The revisions of a release, read and not run: are they one chain, safe beside other code, and quick?"""
 
 import ast
 import re
@@ -205,7 +205,7 @@ def _hazards_of_call(
 
 
 def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: Sequence[Any]) -> Iterator[str]:
-    name, table = _called(call), _argument(call, 0, "table_name")
+    name = _called(call)
     if name == "create_index":
         if _argument(call, 1, "table_name") not in made and not _argument(call, BY_KEYWORD, "if_not_exists"):
             yield f"create_index on a table that exists: {BUILD_BEFORE}"
@@ -213,7 +213,7 @@ def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: Sequence[Any])
         yield f"{name} on a table that exists: {MAY_COPY.format('use a unique index')}"
     elif name == "alter_column" and _argument(call, BY_KEYWORD, "type_", "nullable", "new_column_name") is not None:
         yield f"alter_column: {MAY_COPY.format('add a column')}"
-    elif name == "add_column" and table not in made and (column := _column(call, nodes)):
+    elif name == "add_column" and _argument(call, 0, "table_name") not in made and (column := _column(call, nodes)):
         for option in ("index", "unique"):
             if _argument(column, BY_KEYWORD, option):
                 later = "leave it out, and use create_index in a later release"
@@ -233,10 +233,6 @@ def _column(add_column: ast.Call, nodes: Sequence[ast.AST]) -> ast.Call | None:
     return next((word for word in given if isinstance(word, ast.Call) and _called(word) == "Column"), None)
 
 
-def _name(column: ast.Call) -> Any:
-    return _argument(column, 0, "name")
-
-
 def _has_default(column: ast.Call) -> bool:
     return _argument(column, BY_KEYWORD, "server_default") is not None
 
@@ -252,7 +248,7 @@ def _columns_left_null(nodes: Sequence[ast.AST]) -> list[tuple[Any, Any]]:
     """Return the added columns, by table and name, that older code leaves NULL, which no unique index minds."""
     calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) == "add_column"]
     return [
-        (_argument(call, 0, "table_name"), _name(column))
+        (_argument(call, 0, "table_name"), _argument(column, 0, "name"))
         for call in calls
         if (column := _column(call, nodes)) and not (_is_required(column) or _has_default(column))
     ]

@@ -225,8 +225,7 @@ def test_after_a_power_cut_everything_comes_back_by_itself(galera: Galera, write
         for node in others:
             node.start()
         waiting = [node.process for node in others]
-        given_up = time.monotonic() + 35  # a node that was in no cluster would have, after 30 s
-        wait_until(lambda: time.monotonic() > given_up)
+        time.sleep(35)  # a node that was in no cluster would have given up after 30 s
         assert all(node.is_waiting() for node in others)
         began = time.monotonic()
         late.start()
@@ -259,7 +258,7 @@ def test_after_a_power_cut_some_nodes_are_told_to_go_on_without_the_others(
         galera.kill(rest)
         chosen = max(rest, key=lambda node: int(node.recover().partition(":")[2]))
         chosen.start(new_cluster=True)
-        wait_until(lambda: not chosen.runs())  # Galera refuses it after a crash
+        wait_until(lambda: not chosen.running())  # Galera refuses it after a crash
         began = time.monotonic()
         chosen.do(forced)
         chosen.start(new_cluster=True)

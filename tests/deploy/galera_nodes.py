@@ -157,7 +157,7 @@ class Node(MariaDB):
                 cursor.execute(statement)
             return cursor.fetchone()
 
-    def runs(self) -> bool:
+    def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     def is_synced(self) -> bool:
@@ -166,7 +166,7 @@ class Node(MariaDB):
 
     def is_waiting(self) -> bool:
         """Whether it looks for the other members of the last cluster, since its last start."""
-        return self.runs() and not self._listens() and "Non-primary view" in self.log.read_text()[self._log_start :]
+        return self.running() and not self._listens() and "Non-primary view" in self.log.read_text()[self._log_start :]
 
     def suspend(self) -> None:
         """Make it hang."""
@@ -228,7 +228,7 @@ class Galera:
         """Wait until a node is a member; if it ends, start it again, as deploy/galera/restart.conf does."""
 
         def is_member() -> bool:
-            if not node.runs():
+            if not node.running():
                 node.start()
             return node.is_synced()
 

@@ -24,6 +24,7 @@ import pytest
 from deploy.binary import build, upgrades
 from deploy.patch.supervisor import Refused
 from dev.redis_server import CARRIED
+from tests.deploy.systemd import needs_systemd, verify
 from tests.harness import ROOT, WAIT_SECONDS
 
 pytestmark = pytest.mark.skipif(
@@ -516,12 +517,10 @@ def test_the_redis_server_of_either_wheel_goes_in_with_its_licence(
     assert (build.HERE / "licences" / f"{program.name}.txt").is_file()
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+@needs_systemd
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = (build.HERE / "kuaishang.service").read_text()
     assert "\nExecStart=/opt/kuaishang/kuaishang serve\n" in unit
     copy = tmp_path / "kuaishang.service"
     copy.write_text(unit.replace("/opt/kuaishang/kuaishang", "/bin/true"))  # which exists
-    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert copy.name not in done.stderr  # it names other units of this machine, too
+    verify(copy, ours=copy.name)

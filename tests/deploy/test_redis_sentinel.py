@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from storage.sessions import revoke_sessions
 from tests.conftest import Journal
 from tests.deploy.redis_sentinels import ADDRESSES, PASSWORDS, SERVICE, RedisProcess, RedisSentinels, is_bindable
-from tests.harness import WAIT_SECONDS, Service, Simulator, until_available, wait_until
+from tests.harness import Service, Simulator, until_available, wait_until
 from tests.test_failover import READY
 from tests.test_probes import readiness
 
@@ -54,16 +54,6 @@ def test_redis_runs_with_what_the_promises_rest_on(sentinels: RedisSentinels) ->
             assert {option: client.config_get(option)[option] for option in PROMISES} == PROMISES
 
 
-def log_in(service: Service, simulator: Simulator, **wanted: str) -> requests.Response:
-    body = {"code": simulator.code(**wanted)}
-    return requests.post(f"{service.url}/api/v1/auth/wechat", json=body, timeout=WAIT_SECONDS)
-
-
-def available_login(service: Service, simulator: Simulator, **wanted: str) -> str:
-    """Log in, in as many tries as a busy machine takes, and return the token."""
-    return str(until_available(lambda: log_in(service, simulator, **wanted)).json()["data"]["token"])
-
-
 def read_me(service: Service, token: str) -> requests.Response:
     return until_available(lambda: service.read_me(token))
 
@@ -97,17 +87,17 @@ def test_a_killed_primary_costs_no_session_and_no_restart(
 ) -> None:
     service, old = start_service(REDIS_URL=sentinels.url), sentinels.primary()
     workers = {worker.pid for worker in service.workers()}
-    token = available_login(service, simulator)
+    token = service.log_in_when_available(simulator)
     wait_until(lambda: readiness(service) == READY)
     with no_election(sentinels):
         old.kill()
         wait_until(lambda: readiness(service) == (503, {"errors": {"redis": ["Refuses connections."]}}))
-        assert log_in(service, simulator).status_code == 503
+        assert service.try_to_log_in(simulator).status_code == 503
         assert all(read_me(service, token).status_code == 200 for _ in range(50))  # from a replica
         assert connections(service, *sentinels.sentinels) <= len(workers) * len(sentinels.sentinels)
     began = time.monotonic()
     reasons = set()
-    while (answer := log_in(service, simulator)).status_code != 200:
+    while (answer := service.try_to_log_in(simulator)).status_code != 200:
         assert answer.status_code == 503, answer.text
         assert time.monotonic() - began < RECOVERY_SECONDS
         assert read_me(service, token).status_code == 200
@@ -144,11 +134,11 @@ def test_a_login_is_answered_when_a_replica_has_it(
     start_service: Callable[..., Service], simulator: Simulator, sentinels: RedisSentinels
 ) -> None:
     service = start_service(REDIS_URL=f"{sentinels.url}&socket_timeout=0.6")  # less than a probe has
-    token = available_login(service, simulator)
+    token = service.log_in_when_available(simulator)
     with sentinels.primary().client() as client:
         sessions = len(client.keys("session:*"))
         with without_replicas(sentinels):
-            refused = log_in(service, simulator)
+            refused = service.try_to_log_in(simulator)
             assert (refused.status_code, refused.json()["data"]) == (503, None)
             assert "Retry-After" in refused.headers
             assert service.call("DELETE", "/auth/session", token).status_code == 503
@@ -157,7 +147,7 @@ def test_a_login_is_answered_when_a_replica_has_it(
         tries = [refused]
 
         def try_again() -> requests.Response:
-            tries.append(log_in(service, simulator))
+            tries.append(service.try_to_log_in(simulator))
             return tries[-1]
 
         assert until_available(try_again).status_code == 200
@@ -191,7 +181,7 @@ def test_the_end_of_all_sessions_is_answered_when_a_replica_has_it(
 ) -> None:
     url = f"{sentinels.url}&socket_timeout=4&socket_connect_timeout=4"  # a second more than WAIT then takes
     service, app = start_service(REDIS_URL=url), make_app(REDIS_URL=url)
-    alice, bob = (available_login(service, simulator, openid=f"o-{name}") for name in ("alice", "bob"))
+    alice, bob = (service.log_in_when_available(simulator, openid=f"o-{name}") for name in ("alice", "bob"))
     user_id = read_me(service, alice).json()["data"]["id"]
     with without_replicas(sentinels):
         # The route waits for the end of the caller's own session, too; what deletes a user does not.
@@ -200,7 +190,7 @@ def test_the_end_of_all_sessions_is_answered_when_a_replica_has_it(
                 revoke_sessions(user_id)
         assert service.call("DELETE", "/auth/sessions", bob).status_code == 503
     wait_until(lambda: readiness(service) == READY)
-    more = [available_login(service, simulator, openid="o-bob") for _ in range(2)]
+    more = [service.log_in_when_available(simulator, openid="o-bob") for _ in range(2)]
     assert until_available(lambda: service.call("DELETE", "/auth/sessions", more[0])).status_code == 200
     assert {read_me(service, token).status_code for token in (bob, *more)} == {401}
 
