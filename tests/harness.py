@@ -147,6 +147,7 @@ class Process:
         if self.popen.poll() is not None:
             return
         process = psutil.Process(self.popen.pid)
+        process.suspend()  # so that it starts none after they are counted
         family = [process, *process.children(recursive=True)]
         for process in family:
             with suppress(psutil.NoSuchProcess):

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 FILE_BYTES = 256 * 1024 * 1024
@@ -139,19 +140,21 @@ class Workshop:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=self._limit,
+                preexec_fn=partial(self._limit, os.getpid()),
                 pass_fds=inherited,
             )
         self._programs.append(Program(name, folder, popen, output, self.ends))
         return self._programs[-1]
 
-    def _limit(self) -> None:
+    def _limit(self, parent: int) -> None:
         """Limit the new process, before its program begins."""
         for kind, most in self._limits.items():
             hard = resource.getrlimit(kind)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(kind, (most, most))
         self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should this check itself be killed
+        if os.getppid() != parent:  # it has been, just before
+            os._exit(1)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go if the machine's memory runs out
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
@@ -177,7 +178,7 @@ class Generation:
                     stdin=asyncio.subprocess.DEVNULL,
                     stderr=asyncio.subprocess.PIPE,
                     start_new_session=True,
-                    preexec_fn=_bounded,
+                    preexec_fn=partial(limit_child, os.getpid()),
                 )
             except (OSError, ValueError):
                 reading.close()
@@ -324,9 +325,11 @@ class Generation:
         return Figures.of(metrics) if status == 200 else None
 
 
-def _bounded() -> None:
+def limit_child(supervisor: int) -> None:
     """Run in the child: it ends with the supervisor, however that ends, and cannot take all memory."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # its workers then end by themselves
+    if os.getppid() != supervisor:  # which has died just before, so that no signal comes: it would hold the port
+        os._exit(1)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
 
 

@@ -1,9 +1,12 @@
 """The supervisor, given releases that no check has looked at: whatever is in them, no request fails."""
 
 import json
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,7 @@ from deploy.patch.supervisor import Figures, read_env
 from tests.deploy.patch.broken import BROKEN, CREATED, EACH_REQUEST, Change, add
 from tests.deploy.patch.server import NEXT_METRICS_TOKEN, Patched, Server, replace_workers
 from tests.faults.load import codes, is_right, load
-from tests.harness import METRICS_TOKEN, WAIT_SECONDS, bearer, wait_until
+from tests.harness import METRICS_TOKEN, ROOT, WAIT_SECONDS, bearer, wait_until
 
 
 @pytest.mark.parametrize(("change", "reason"), BROKEN.values(), ids=BROKEN)
@@ -319,6 +322,15 @@ def test_a_crash_before_a_release_has_proved_itself_brings_back_the_one_before(s
     server.start()
     assert server.serves() == before
     assert json.loads(server.state.read_text())["provisional"] == ""
+
+
+def test_what_starts_in_the_moment_of_a_crash_ends_too() -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    starts = "import sys; from deploy.patch.supervisor import limit_child; limit_child(int(sys.argv[1]))"
+    for supervisor, status in ((os.getpid(), 0), (gone.pid, 1)):
+        child = [sys.executable, "-c", starts, str(supervisor)]
+        assert subprocess.run(child, cwd=ROOT, timeout=WAIT_SECONDS).returncode == status
 
 
 def test_a_release_that_has_proved_itself_serves_after_a_crash(server: Server) -> None:
