@@ -53,12 +53,19 @@ rollback: ## go back to the release before within a second; again, in some secon
 patch-status: ## what serves, and what was deployed when, by whom, with what in it
 	@$(PYTHON) deploy/patch/patch.py status
 
-# Both halves run, also if the first one fails. On MariaDB ARGS may select no test, for which pytest exits with 5.
+# Both halves run, also if the first one fails. What fails in the whole suite runs once more, alone, since the tests kill
+# and freeze servers on a machine that may be busy. On MariaDB ARGS may select no test, for which pytest exits with 5.
 test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS="-k login" for a part, "-n 0 --pdb" to debug)
 	@trap 'exit 130' INT; failed=0; \
-	$(PYTEST) $(ARGS) || failed=1; \
+	run() { \
+	  $(PYTEST) $$1 $(ARGS) && return; status=$$?; \
+	  [ $$status = 1 ] && $(if $(ARGS),false,true) || return $$status; \
+	  echo "Once more, alone: what has failed."; \
+	  $(VENV)/bin/python -m pytest $$1 --last-failed --maxfail=3; \
+	}; \
+	run || failed=1; \
 	if PATH="$$PATH:/usr/sbin" command -v mariadbd >/dev/null; then \
-	  $(PYTEST) --database=mariadb $(ARGS) || [ $$? = 5 ] || failed=1; \
+	  run --database=mariadb || [ $$? = 5 ] || failed=1; \
 	else echo "Skipped: the tests on MariaDB, as mariadbd is not installed."; fi; \
 	exit $$failed
 
