@@ -22,9 +22,10 @@ INDEX_SQL = re.compile(
     STATEMENT + r"CREATE\s+(?:UNIQUE\s+|FULLTEXT\s+|SPATIAL\s+)?INDEX\s+(?!\s*IF\s)(?:.*?\bON\s+[`\"]?(\w+))?"
 )
 SLOW_SQL = re.compile(STATEMENT + r"(OPTIMIZE|LOCK|ALTER(?=\s+(?:\w+\s+)?TABLE\s)(?!.*\bALGORITHM\s*=?\s*INSTANT\b))\s")
-UPDATE_SQL = re.compile(STATEMENT + r"UPDATE\s(?!.*\bWHERE\s)")
+UPDATE_SQL = re.compile(STATEMENT + r"UPDATE\s(?!.*\bWHERE\b)")
 MAY_COPY = "MariaDB may copy the table, and writes wait: {}, or write SQL with ALGORITHM=INSTANT, so that it cannot"
 BUILD_BEFORE = "build it before, node by node (deploy/galera/README.md, Migrations), and say if_not_exists=True here"
+ALL_ROWS = "UPDATE without WHERE locks all rows: change some at a time, and commit"
 FIRST_RELEASE = "0007"
 """The last revision of 0.1.0, before which no table had rows."""
 VERSION = re.compile(r"\d+(\.\d+)*")
@@ -168,8 +169,8 @@ def find_slow(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"CREATE INDEX on a table that exists: {BUILD_BEFORE}"
             case ast.Constant(value=str(text)) if found := SLOW_SQL.search(text):
                 yield node.lineno, f"{found[1].upper()} in SQL: {MAY_COPY.format('use op')}"
-            case ast.Constant(value=str(text)) if UPDATE_SQL.search(text):
-                yield node.lineno, "UPDATE without WHERE locks all rows: change some at a time, and commit"
+            case ast.Constant(value=str(text)) if UPDATE_SQL.search(_without_parentheses(text)):
+                yield node.lineno, ALL_ROWS
             case ast.Call():
                 yield from ((node.lineno, reason) for reason in _slow_of_call(node, nodes, made))
 
@@ -211,6 +212,10 @@ def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: Sequence[Any])
             yield f"create_index on a table that exists: {BUILD_BEFORE}"
     elif name in CONSTRAINTS and _argument(call, 1, "table_name", "source_table") not in made:
         yield f"{name} on a table that exists: {MAY_COPY.format('use a unique index')}"
+    elif name == "execute":
+        for chain in map(_chain, _given(call, nodes)):
+            if "update" in chain and "where" not in chain:
+                yield ALL_ROWS
     elif name == "alter_column" and _argument(call, BY_KEYWORD, "type_", "nullable", "new_column_name") is not None:
         yield f"alter_column: {MAY_COPY.format('add a column')}"
     elif name == "add_column" and _argument(call, 0, "table_name") not in made and (column := _column(call, nodes)):
@@ -226,11 +231,29 @@ def _slow_of_call(call: ast.Call, nodes: Sequence[ast.AST], made: Sequence[Any])
 
 
 def _column(add_column: ast.Call, nodes: Sequence[ast.AST]) -> ast.Call | None:
-    """Return the Column of an add_column, also if a variable holds it."""
-    given = [*add_column.args, *(keyword.value for keyword in add_column.keywords)]
-    names = {word.id for word in given if isinstance(word, ast.Name)}
-    given += [node.value for node in nodes if isinstance(node, ast.Assign) and names & _targets(node)]
+    given = _given(add_column, nodes)
     return next((word for word in given if isinstance(word, ast.Call) and _called(word) == "Column"), None)
+
+
+def _given(call: ast.Call, nodes: Sequence[ast.AST]) -> list[ast.expr]:
+    """Return the arguments of a call, and what was assigned to those that are variables."""
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    names = {word.id for word in given if isinstance(word, ast.Name)}
+    return given + [node.value for node in nodes if isinstance(node, ast.Assign) and names & _targets(node)]
+
+
+def _chain(expression: ast.AST | None) -> list[str]:
+    """Return what is called one after the other: values and update of `orders.update().values(…)`."""
+    if not isinstance(expression, ast.Call):
+        return []
+    return [_called(expression), *_chain(getattr(expression.func, "value", None))]
+
+
+def _without_parentheses(sql: str) -> str:
+    """Leave out what is in parentheses, as a subquery that has a WHERE of its own."""
+    while (outer := re.sub(r"\([^()]*\)", "", sql)) != sql:
+        sql = outer
+    return sql
 
 
 def _has_default(column: ast.Call) -> bool:
