@@ -48,9 +48,7 @@ class Pool(QueuePool):
     """Measures for how long a connection is waited for while all are in use."""
 
     def connect(self) -> PoolProxiedConnection:
-        if self.checkedout() < self.size():
-            return super().connect()
-        with metrics.POOL_WAIT_SECONDS.labels("database").time():
+        with metrics.POOL_WAIT_SECONDS.labels("database").time() if self.checkedout() >= self.size() else nullcontext():
             return super().connect()
 
 

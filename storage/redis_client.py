@@ -3,9 +3,8 @@
 import random
 import re
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
-from operator import itemgetter
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -20,8 +19,10 @@ from werkzeug.local import LocalProxy
 from concurrency import SharedReads
 from telemetry import metrics
 
-CONNECTIONS, WAIT_SECONDS = 100, 1
-"""How many a process opens at most, and how long a request waits for one that is free."""
+CONNECTIONS, WAIT_SECONDS, STALE_MILLISECONDS = 100, 1, 30_000
+"""How many a process opens at most, and how long a request waits for one that is free; and from which replicas nobody
+reads: they had lost the primary so much earlier than another one.
+"""
 _TIMEOUTS: dict[str, Any] = {"socket_timeout": 0.4, "socket_connect_timeout": 0.4}
 """A Redis that is away must cost a request well under a second."""
 _ONCE = _TIMEOUTS | {"retry": Retry(NoBackoff(), 0)}
@@ -43,9 +44,7 @@ class Pool(BlockingConnectionPool):
         super().__init__(max_connections=CONNECTIONS, timeout=WAIT_SECONDS, **options)  # type: ignore[no-untyped-call]
 
     def get_connection(self, *args: Any, **options: Any) -> Any:
-        if not self.pool.empty():
-            return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
-        with metrics.POOL_WAIT_SECONDS.labels("redis").time():
+        with metrics.POOL_WAIT_SECONDS.labels("redis").time() if self.pool.empty() else nullcontext():
             return super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
 
     def distrust(self) -> None:
@@ -56,6 +55,15 @@ class Pool(BlockingConnectionPool):
     def read(self, client: Redis, keys: list[str]) -> Any:
         """Return the values of keys, by key."""
         return dict(zip(keys, client.mget(keys), strict=True))
+
+
+class Sentinels(Sentinel):
+    """Leave out replicas that lack what has happened for some time: sessions that have ended since are valid there."""
+
+    def filter_slaves(self, slaves: Any) -> Any:
+        freshest = min((one["master-link-down-time"] for one in slaves if not one["is_sdown"]), default=0)
+        fresh = [one for one in slaves if one["master-link-down-time"] <= freshest + STALE_MILLISECONDS]
+        return super().filter_slaves(fresh)  # type: ignore[no-untyped-call]
 
 
 class SentinelPool(Pool):
@@ -78,7 +86,7 @@ class SentinelPool(Pool):
         self.replicas = int(options.pop("replicas", 1))
         login = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
         addresses = re.findall(r"([^,[\]]+)]?:([0-9]+)", hosts)
-        self._sentinels: Any = partial(Sentinel, addresses, sentinel_kwargs=login | _ONCE)
+        self._sentinels = cast(Any, partial(Sentinels, addresses, sentinel_kwargs=login | _ONCE))
         self._sentinel, self._once = self._sentinels(), options | {"retry": Retry(NoBackoff(), 1)}
         self._asking, asked = threading.Lock(), SharedReads(self._find)
 
@@ -111,7 +119,7 @@ class SentinelPool(Pool):
         for sentinel in [*self._sentinel.sentinels]:  # whose order changes meanwhile
             with suppress(RedisError):
                 states.append(sentinel.sentinel_master(self._service))
-        states.sort(key=itemgetter("config-epoch"))  # of one that is cut off it is older
+        states.sort(key=lambda state: state["config-epoch"])  # of one that is cut off it is older
         is_electing = any("failover_in_progress" in state["flags"] for state in states)
         return is_electing or any((state["ip"], state["port"]) != self._primary for state in states[-1:])
 

@@ -4,12 +4,15 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from typing import Any
 
 import pytest
 import requests
 from flask import Flask
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
+from storage import redis_client
+from storage.redis_client import execute_replicated
 from storage.sessions import revoke_sessions
 from tests.conftest import Journal
 from tests.deploy.redis_sentinels import ADDRESSES, PASSWORDS, SERVICE, RedisProcess, RedisSentinels, is_bindable
@@ -193,6 +196,41 @@ def test_the_end_of_all_sessions_is_answered_when_a_replica_has_it(
     more = [service.log_in_when_available(simulator, openid="o-bob") for _ in range(2)]
     assert until_available(lambda: service.call("DELETE", "/auth/sessions", more[0])).status_code == 200
     assert {read_me(service, token).status_code for token in (bob, *more)} == {401}
+
+
+def test_what_has_ended_is_not_read_from_a_replica_that_lost_the_primary_before(
+    make_app: Callable[..., Flask], sentinels: RedisSentinels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_client, "STALE_MILLISECONDS", 1000)
+    app, primary = make_app(REDIS_URL=sentinels.url), sentinels.primary()
+    stale = next(server for server in sentinels.servers if server is not primary)
+
+    def write() -> Any:
+        return app.extensions["redis"].pipeline(transaction=False)
+
+    def read(key: str) -> bytes | None:
+        with suppress(RedisError):  # in place of what no other replica has, as the primary is away
+            return app.extensions["shared_reads"].get(key)
+        return None
+
+    def is_known_to(sentinel: RedisProcess) -> bool:
+        with sentinel.client() as client:
+            states = client.sentinel_slaves(SERVICE)
+        return all(state["master-link-down-time"] > 2000 for state in states if state["ip"] == stale.address)
+
+    with stale.client() as client, no_election(sentinels):
+        execute_replicated(write().set("lasts", "", ex=600).set("ends", "", ex=600))
+        wait_until(lambda: client.exists("lasts", "ends") == 2)
+        client.config_set("masterauth", "wrong")
+        client.client_kill_filter(_type="master")
+        execute_replicated(write().delete("ends"))
+        wait_until(lambda: all(map(is_known_to, sentinels.sentinels)))
+        primary.kill()
+        for _ in range(20):
+            wait_until(lambda: read("lasts") == b"")
+            assert read("ends") is None
+        client.config_set("masterauth", PASSWORDS["REPLICA-PASSWORD"])
+        primary.start()
 
 
 def test_a_sentinel_that_hangs_delays_one_connection(make_app: Callable[..., Flask], sentinels: RedisSentinels) -> None:
