@@ -23,6 +23,7 @@ from tests.deploy.partition import cut, heal
 from tests.harness import ROOT, Program, bound_to_this_process, free_port, migrate, suspend, wait_until
 
 CONFIGURATION = ROOT / "deploy" / "galera" / "galera.cnf"
+README = CONFIGURATION.with_name("README.md")
 PROVIDER = Path("/usr/lib/galera/libgalera_smm.so")
 COPY = ("mariadb-backup", "mbstream", "socat")
 """What the script of `wsrep_sst_method` runs."""
@@ -30,7 +31,7 @@ ADDRESSES = ("127.1.0.1", "127.1.0.2", "127.2.0.1", "127.2.0.2", "127.3.0.1")
 DATABASE, USER, PASSWORD = "kuaishang", "app", "app-password"
 SMALL = {"innodb_buffer_pool_size": "48M", "innodb_log_file_size": "8M", "performance_schema": "OFF"}
 """Of a test's servers. A commit must survive a killed server, not the machine: nothing waits for the disk."""
-SMALL |= {"innodb_flush_method": "nosync", "skip_name_resolve": "ON", "max_connections": "200"}
+SMALL |= {"innodb_flush_method": "nosync", "skip_name_resolve": "ON"}
 
 
 def is_installed() -> bool:
@@ -38,6 +39,16 @@ def is_installed() -> bool:
     with suppress(FileNotFoundError):
         return bool(executable("mariadbd") and PROVIDER.exists() and all(map(shutil.which, COPY)))
     return False
+
+
+def documented(command: str) -> str:
+    """Return what deploy/galera/README.md says to type.
+
+    :param command: a pattern of a line, whose first group is returned.
+    """
+    found = re.search(f"(?m)^    {command}$", README.read_text())
+    assert found, command
+    return found[1]
 
 
 def _as_mysql() -> list[str]:
@@ -184,7 +195,7 @@ class Node(MariaDB):
 
     def bootstrap(self) -> None:
         """Let what is left of the cluster take writes again: the command of deploy/galera/README.md."""
-        self.execute("SET GLOBAL wsrep_provider_options = 'pc.bootstrap=YES'")
+        self.execute(documented(r'mariadb -e "(SET GLOBAL .*pc\.bootstrap.*)"'))
 
     @property
     def last_committed(self) -> int:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import pymysql
 import pytest
 import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.databases import executable
-from tests.deploy.galera_nodes import Galera, Writer, is_installed
+from tests.deploy.galera_nodes import PASSWORD, USER, Galera, Writer, is_installed
 from tests.deploy.history import SOUND, Verdict, history
 from tests.deploy.load_balancers import HAPROXY
 from tests.deploy.systemd import needs_systemd, verify
@@ -39,8 +40,11 @@ PROMISES = {
     "innodb_autoinc_lock_mode": "2",
     "innodb_force_primary_key": "ON",  # rows without a key cannot be certified
     "enforce_storage_engine": "InnoDB",  # others are not replicated
+    "max_connections": "520",  # README.md says for how many instances
+    "max_user_connections": "500",  # the rest is for HAProxy's check, which else moves the writer
 }
-"""Settings without which a commit that was acknowledged may be lost, read stale or differ from node to node."""
+"""Settings without which a commit that was acknowledged may be lost, read stale or differ from node to node, or the
+service may lose its writer because it is busy."""
 
 
 def has_mariadb() -> bool:
@@ -143,6 +147,15 @@ def test_haproxy_asks_a_node_whether_it_takes_writes(tmp_path: Path) -> None:
         wait_until(lambda: writer.states() == {"n1": "UP"})
         assert requests.get(f"{writer.statistics_url}/", timeout=WAIT_SECONDS).status_code == 404
         assert "user: 'haproxy'" not in node.log.read_text()  # as if the check did not end its connection
+        # The service cannot take the last connections of a node.
+        node.execute("SET GLOBAL max_connections = 30")
+        node.execute("SET GLOBAL max_user_connections = 10")
+        at = {"host": node.address, "port": node.port}
+        login = {**at, "user": USER, "password": PASSWORD}
+        opened = (stack.enter_context(closing(pymysql.connect(**login))) for _ in range(30))
+        with pytest.raises(pymysql.err.OperationalError, match="max_user_connections"):
+            list(opened)
+        pymysql.connect(**at, user="haproxy").close()
 
 
 @pytest.fixture(scope="module")
