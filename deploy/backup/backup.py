@@ -71,7 +71,7 @@ class MySQL:
         if not parts:
             raise Refused("DATABASE_URL is malformed")
         user, _, password = (parts[1] or "").partition(":")
-        address = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", server or parts[2].partition(",")[0])
+        address = re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", server or parts[2])
         assert address
         self._name = unquote(parts[3])
         options = {"user": unquote(user), "password": unquote(password), "host": address[1], "port": address[2]}
