@@ -1,4 +1,7 @@
-"""deploy/backup with SQLite; restore.py has MariaDB. `.ci/run` installs Debian's age."""
+"""deploy/backup with SQLite, and the copy of MariaDB's binary log; restore.py restores MariaDB.
+
+`.ci/run` installs Debian's age.
+"""
 
 import hashlib
 import os
@@ -6,9 +9,12 @@ import pwd
 import re
 import shlex
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,11 +23,12 @@ import pytest
 from redis import Redis
 
 from tests.blueprints.callers import ORDER
-from tests.deploy.backups import AGE, Backups
+from tests.databases import MariaDB
+from tests.deploy.backups import AGE, FOLDER, README, Backups, BinlogCopy, section, statements
 from tests.deploy.systemd import needs_systemd, verify
-from tests.harness import PERSON, ROOT, Service, Simulator, migrate, wait_until
+from tests.harness import PERSON, Service, Simulator, migrate, suspend, wait_until
+from tests.proxy import Proxy
 
-FOLDER = ROOT / "deploy" / "backup"
 pytestmark = pytest.mark.skipif(AGE is None, reason="age is not installed")
 
 
@@ -185,9 +192,8 @@ def test_systemd_accepts_the_units() -> None:
 @pytest.mark.skipif(not (shutil.which("rsync") and shutil.which("rrsync")), reason="rsync is not installed")
 def test_another_machine_may_fetch_the_backups_and_nothing_else(tmp_path: Path) -> None:
     """By the lines of README.md; in place of sshd a script runs what the key allows."""
-    text = (FOLDER / "README.md").read_text()
     allowed, fetch = (
-        re.search(pattern, text)[1]  # type: ignore[index]
+        re.search(pattern, README)[1]  # type: ignore[index]
         for pattern in (r'command="(.+?)"', r"(?m)^    (rsync .+)$")
     )
     user = re.search(r"(\w+)@", fetch)[1]  # type: ignore[index]
@@ -196,6 +202,7 @@ def test_another_machine_may_fetch_the_backups_and_nothing_else(tmp_path: Path) 
     for folder in (here, there):
         folder.mkdir()
     (here / "a.age").write_text("a backup")
+    (here / "b.age.part").write_text("half a")
     (tmp_path / "secret").write_text("a secret")
     shell = tmp_path / "ssh"
     command = allowed.replace("/var/backups/kuaishang", str(here))
@@ -212,4 +219,118 @@ def test_another_machine_may_fetch_the_backups_and_nothing_else(tmp_path: Path) 
         run(fetch.replace(":/ ", f":{forbidden} "))
     assert [path.name for path in there.iterdir()] == ["a.age"]
     assert run(f"rsync {tmp_path}/secret root@10.0.0.1:/") != 0
-    assert [path.name for path in here.iterdir()] == ["a.age"]
+    assert sorted(path.name for path in here.iterdir()) == ["a.age", "b.age.part"]
+    (here / "a.age").write_text("spoilt")
+    assert run(fetch) == 0
+    assert (there / "a.age").read_text() == "a backup"
+
+
+class QuietProxy(Proxy):
+    """A proxy with a connection that stays open and passes on nothing more that the server sends."""
+
+    def __init__(self, target: str) -> None:
+        self._quiet: frozenset[socket.socket] = frozenset()
+        super().__init__(target)
+
+    def silence(self) -> None:
+        """Wait until there is but one connection, and let it be that."""
+
+        def only_one() -> bool:
+            self._quiet = opened if len(opened := frozenset(self._open)) == 2 else frozenset()
+            return bool(self._quiet)
+
+        wait_until(only_one)
+
+    def _answer(self, data: bytes, sink: socket.socket) -> None:
+        if sink not in self._quiet:
+            super()._answer(data, sink)
+
+
+class Copying:
+    """A server, the copy of its binary log, and the proxy between them, with the lines of README.md."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.certify()
+        for name in ("pem", "key"):
+            (folder / f"kuaishang.{name}").rename(folder / f"server.{name}")
+        lines = [line.replace("/etc/mysql/kuaishang", f"{folder}/server") for line in section("mysqld")]
+        self.server = MariaDB(folder / "server", *(f"--{line.replace(' = ', '=')}" for line in lines))
+        self.server.start()
+        for statement in statements("binlog"):
+            self.server.execute(statement)
+        self.proxy = QuietProxy(self.server.socket)
+        self.options = [
+            line.replace("10.0.0.1", "127.0.0.1").replace("/etc/kuaishang/database.pem", f"{folder}/server.pem")
+            for line in [*section("client"), f"port = {self.proxy.port}"]
+        ]
+        self.copy = BinlogCopy(folder / "other", self.options, seconds=2)
+
+    def certify(self) -> None:
+        """Make a certificate for this machine, kuaishang.pem."""
+        line = re.search(r"(?m)^    (openssl .+)$", README)[1]  # type: ignore[index]
+        words = shlex.split(line.replace("/etc/mysql", str(self._folder)).replace("IP:10.0.0.1", "IP:127.0.0.1"))
+        subprocess.run(words, check=True, capture_output=True)
+
+    def missing(self) -> int:
+        """Return how many bytes of the server's newest file the copy does not have."""
+        name, position, *_ = self.server.execute("SHOW MASTER STATUS")
+        file = self.copy.files / name
+        return int(position) - (file.stat().st_size if file.exists() else 0)
+
+    def close(self) -> None:
+        self.copy.kill()
+        self.proxy.refuse()
+        self.server.close()
+
+
+@pytest.fixture
+def copying(tmp_path: Path) -> Iterator[Copying]:
+    with closing(Copying(tmp_path)) as stage:
+        yield stage
+
+
+@pytest.mark.only_on("mariadb")
+def test_a_copy_of_the_binary_log_that_stands_still_ends(copying: Copying) -> None:
+    server, copy = copying.server, copying.copy
+    copy.wait_until_whole()
+    assert copying.missing() == 0
+
+    copying.proxy.silence()
+    server.execute("CREATE DATABASE meanwhile")
+    assert copying.missing() > 0
+    newest, checks = max(copy.files.iterdir()), copying.proxy.accepted
+    os.utime(newest, (time.time() + 3600,) * 2)  # as if it still grew
+    wait_until(lambda: copying.proxy.accepted > checks + 2)
+    assert copy.running(), copy.output()
+    os.utime(newest, (0, 0))
+    wait_until(lambda: not copy.running())
+    copy.wait_until_whole()
+    assert copying.missing() == 0
+
+    assert server.process
+    suspend(server.process)
+    before = newest.read_bytes()
+    for _ in range(2):
+        wait_until(lambda: not copy.running())
+        copy.start()
+    assert newest.read_bytes() == before
+    server.process.send_signal(signal.SIGCONT)
+    server.execute("CREATE DATABASE afterwards")
+    copy.wait_until_whole()
+    assert copying.missing() == 0
+
+
+@pytest.mark.only_on("mariadb")
+def test_the_binary_log_is_copied_only_from_the_server_that_is_known(copying: Copying) -> None:
+    copying.certify()
+    for options, reason in (
+        ([line.replace("server.pem", "kuaishang.pem") for line in copying.options], "certificate"),
+        ([line.replace("127.0.0.1", "localhost") for line in [*copying.options, "protocol = tcp"]], "certificate"),
+        ([line for line in [*copying.options, "skip-ssl"] if not line.startswith("ssl")], "Access denied"),
+    ):
+        copying.copy.configure(options)
+        copying.copy.start()
+        wait_until(lambda: not copying.copy.running())
+        assert reason in copying.copy.output()
+    assert [file.stat().st_size for file in copying.copy.files.iterdir()] == [0]
