@@ -21,6 +21,7 @@ class Keepalived(Program):
         folder.mkdir()
         text = (ROOT / "deploy" / "haproxy" / "keepalived.conf").read_text()
         here = {"10.0.0.10": own, "10.0.0.11": other, "10.0.0.9": shared, "script_user nobody": "script_user root"}
+        here["http://127.0.0.1/"] = f"http://{own}/"
         for shipped, ours in here.items():
             assert shipped in text, shipped
             text = text.replace(shipped, ours)
