@@ -320,17 +320,24 @@ def test_the_controller_asks_pods_as_the_kubelet_does(overlay: Overlay) -> None:
 def test_all_ingresses_share_what_the_service_says_of_its_backend(overlay: Overlay) -> None:
     assert {f"haproxy.org/{name}" for name in for_the_controller()} <= {*overlay("Service")["metadata"]["annotations"]}
     for ingress in [one for one in overlay.objects if one["kind"] == "Ingress"]:  # the last one would win
-        assert {*ingress["metadata"]["annotations"]} == {"haproxy.org/ssl-redirect"}
+        assert {name.partition("ssl-redirect")[0] for name in ingress["metadata"]["annotations"]} == {"haproxy.org/"}
 
 
 def test_the_ingress_repeats_and_refuses_what_deploy_haproxy_does() -> None:
     ours = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
-    about = (
-        r"^ *((?:acl|retries|retry-on|option redispatch) .+|http-request .*(?:l7-retry|X-Forwarded-Host|metrics/).*)$"
-    )
+    about = r"^ *((?:acl|retries|retry-on|option redispatch|timeout server) .+"
+    about += r"|http-request .*(?:wait-for-body|set-timeout|l7-retry|X-Forwarded-Host|metrics/).*)$"
     assert sorted(for_the_controller()["backend-config-snippet"].splitlines()) == sorted(
         re.findall(about, ours, re.MULTILINE)
     )
+
+
+def test_the_plain_port_of_the_ingress_leads_to_tls_as_that_of_deploy_haproxy_does(overlay: Overlay) -> None:
+    ours = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
+    [code] = re.findall(r"redirect location https://\S+ code (\d+)$", ours, re.MULTILINE)
+    annotations = overlay("Ingress", "kuaishang")["metadata"]["annotations"]
+    asked = {name.removeprefix("haproxy.org/ssl-redirect"): value for name, value in annotations.items()}
+    assert asked == {"": "true", "-code": code, "-port": "443"}
 
 
 def test_haproxy_accepts_what_the_controller_adds_to_its_configuration(tmp_path: Path) -> None:
