@@ -6,7 +6,8 @@
 
 Where several HAProxies are in front, name the runtime socket of each with --socket; `ssh -L` brings one of another
 machine here. With --state the file of `server-state-file` is written, too, so that it stays out over a reload or
-restart of the first of them, which is that of this machine.
+restart of the first of them, which is that of this machine. It names only who is out, and the slots of deploy/registry:
+HAProxy would take the port and the health of any other instance from there, too, and not from its configuration.
 
 Exit status: 0 done; 1 not done, with the instance left out: its requests did not end, the command failed, or it did not
 become ready; 2 wrong arguments. The last instance that is up is not taken out. Needs nothing but Python 3.
@@ -24,7 +25,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-BACKEND = "kuaishang"
+BACKENDS = "kuaishang", "unready"
+"""The second gets the requests while no instance of the first is ready."""
 
 
 class Failed(Exception):
@@ -43,20 +45,29 @@ def ask(path: str, command: str) -> str:
         raise Failed(f"{path}: {error}") from None
 
 
-def servers(path: str) -> dict[str, dict[str, str]]:
+def servers(path: str, backend: str = BACKENDS[0]) -> dict[str, dict[str, str]]:
     """Return what HAProxy says of each instance."""
     rows = csv.DictReader(ask(path, "show stat").removeprefix("# ").splitlines())
-    return {row["svname"]: row for row in rows if row["pxname"] == BACKEND}
+    return {row["svname"]: row for row in rows if row["pxname"] == backend}
+
+
+def state_file(path: str) -> str:
+    """Return what HAProxy's next process must know: who is out, and the addresses that are not in its configuration."""
+    version, names, *lines = ask(path, "show servers state").splitlines()
+    rows = (dict(zip(names.split()[1:], line.split(), strict=False)) for line in lines)
+    kept = [" ".join(row.values()) for row in rows if row["srv_admin_state"] != "0" or row["srv_fqdn"] != "-"]
+    return "\n".join([version, names, *kept, ""])
 
 
 def set_state(options: argparse.Namespace, state: str) -> None:
     """Set it at all HAProxies: ready, drain or maint."""
     for path in options.socket:
-        if said := ask(path, f"set server {BACKEND}/{options.server} state {state}"):
-            raise Failed(f"{path}: {said}")
+        for backend in BACKENDS:
+            if said := ask(path, f"set server {backend}/{options.server} state {state}"):
+                raise Failed(f"{path}: {said}")
     if options.state:
         draft = options.state.with_suffix(".draft")
-        draft.write_text(ask(options.socket[0], "show servers state") + "\n")
+        draft.write_text(state_file(options.socket[0]))
         os.replace(draft, options.state)
     print(f"{options.server}: {state}", flush=True)
 
@@ -91,7 +102,7 @@ def main() -> int:
         for path in options.socket:
             there = servers(path)
             if options.server not in there:
-                raise Failed(f"{path}: there is no such server in {BACKEND}")
+                raise Failed(f"{path}: there is no such server in {BACKENDS[0]}")
             others = [row for name, row in there.items() if name not in (options.server, "BACKEND")]
             if not (options.ready or any(row["status"].startswith("UP") for row in others)):
                 raise Failed(f"{path}: no other instance is up")
@@ -100,7 +111,8 @@ def main() -> int:
             set_state(options, "drain")
 
             def is_idle() -> bool:
-                return all(servers(path)[options.server]["scur"] == "0" for path in options.socket)
+                of_each = (servers(path, backend) for path in options.socket for backend in BACKENDS)
+                return all(of_one[options.server]["scur"] == "0" for of_one in of_each)
 
             wait_until(is_idle, options.seconds, "it still has requests")
             if not options.command:

@@ -15,6 +15,7 @@ It would rather leave in what is out than take out what serves:
 
 `--known` is the file of what it knows, for its next start. `--state` is HAProxy's state file, kept as new as a second:
 HAProxy reads it when it starts or reloads, and so begins with these servers also while etcd and this program are away.
+A server with an address of its own is in there only while it is out, as in drain.py of deploy/haproxy.
 `--metrics` is the address at which Prometheus finds /metrics.
 """
 
@@ -79,9 +80,9 @@ class Haproxy:
         state = self.run("show servers state")
         if not state.startswith("1\n#"):
             raise OSError(f"not the state of servers: {state.strip()}")
-        lines = [line.split() for line in state.splitlines()]
-        names = next((line[1:] for line in lines if line[:1] == ["#"]), [])
-        rows = (dict(zip(names, line, strict=False)) for line in lines if len(line) > 1 and line[0] != "#")
+        version, names, *lines = state.splitlines()
+        rows = [dict(zip(names.split()[1:], line.split(), strict=False)) for line in lines if line]
+        kept = [" ".join(row.values()) for row in rows if row["srv_admin_state"] != "0" or row["srv_fqdn"] != "-"]
         return [
             Server(
                 row["be_name"],
@@ -92,7 +93,7 @@ class Haproxy:
                 int(row["srv_uweight"]),
             )
             for row in rows
-        ], state
+        ], "\n".join([version, names, *kept, ""])
 
     def set(self, server: Server, words: str) -> str:
         """Change a server, and return what HAProxy says of it."""

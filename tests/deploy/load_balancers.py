@@ -244,19 +244,27 @@ class HAProxy(LoadBalancer, RuntimeSocket):
         """Return what is different where instances are checked so often."""
         return {"inter 5s fastinter 1s downinter 5s": f"inter {time} fastinter {time} downinter {time}"}
 
-    def status(self, server: str) -> str:
+    def status(self, server: str, backend: str = "kuaishang") -> str:
         """Return what the checks of an instance say."""
-        return self.statistics()["kuaishang", server]["status"]
+        return self.statistics()[backend, server]["status"]
 
     def is_up(self, server: str) -> bool:
         """Whether an instance gets requests."""
         return self.status(server).startswith("UP")
 
+    def move(self, server: str, address: str) -> None:
+        """Write another address of an instance into the configuration."""
+        file = self.folder / "haproxy.cfg"
+        text, count = re.subn(rf"(?m)^(    server {server}) \S+", rf"\1 {address}", file.read_text())
+        assert count == 2
+        file.write_text(text)
+
     def reload(self) -> None:
         serving = self._serving()
 
         def is_reloaded() -> bool:
-            # The master ignores the signal until some milliseconds after a start or reload.
+            # Until some milliseconds after a start or reload the master ignores it.
+            wait_until(self._catches_the_signal)
             self.process.send_signal(signal.SIGUSR2)
             with suppress(AssertionError):
                 wait_until(lambda: self._serving() not in ("", serving), 5)
@@ -264,6 +272,10 @@ class HAProxy(LoadBalancer, RuntimeSocket):
             return False
 
         wait_until(is_reloaded)
+
+    def _catches_the_signal(self) -> bool:
+        [caught] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text())
+        return bool(int(caught, 16) >> signal.SIGUSR2 - 1 & 1)
 
     def _serving(self) -> str:
         with suppress(OSError):

@@ -1,6 +1,7 @@
 """HAProxy as deploy/haproxy configures it, in front of two stand-ins, and the script that takes one of them out."""
 
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -132,6 +133,23 @@ def test_a_hung_instance_costs_no_more_time_than_its_caller_asked_for(
     assert time.monotonic() - began < 10
 
 
+def test_a_read_that_kills_whoever_gets_it_is_sent_to_three(haproxy: HAProxy, instances: list[Instance]) -> None:
+    for instance in instances:
+        instance.closes = 9
+    assert haproxy.request("GET", "/").status_code == 503
+    assert sum(len(instance.came) for instance in instances) == 3
+
+
+def test_an_instance_is_told_that_its_client_has_gone(haproxy: HAProxy, instances: list[Instance]) -> None:
+    for instance in instances:
+        instance.may_answer.clear()
+    with haproxy.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: instances[0].came + instances[1].came)
+    wait_until(lambda: haproxy.statistics()["kuaishang", "BACKEND"]["scur"] == "0")
+    assert len(instances[0].came + instances[1].came) == 1  # nobody else is asked
+
+
 def test_prometheus_is_told_of_each_instance_and_nobody_else(haproxy: HAProxy, instances: list[Instance]) -> None:
     instances[0].closes = 1
     assert [haproxy.request("GET", "/").status_code for _ in range(2)] == [200, 200]
@@ -161,6 +179,18 @@ def test_a_reload_and_a_request_that_is_under_way(haproxy: HAProxy, instances: l
         for instance in instances:
             instance.may_answer.set()
         assert slow.result().status_code == 200
+
+
+def test_a_client_that_was_idle_at_a_reload_is_answered(haproxy: HAProxy) -> None:
+    def ask(client: socket.socket) -> tuple[int, str | None]:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        response, _ = haproxy.read(client)
+        return response.status, response.getheader("Connection")
+
+    with haproxy.connect() as client:
+        assert ask(client) == (200, None)
+        haproxy.reload()
+        assert ask(client) == (200, "close")
 
 
 class Drain:
@@ -208,10 +238,55 @@ def test_an_instance_is_drained_patched_and_put_back(
 def test_an_instance_that_is_out_stays_so_over_a_reload_until_it_is_put_back(haproxy: HAProxy) -> None:
     assert Drain(haproxy, "web-1").result()[0] == 0
     haproxy.reload()
-    assert haproxy.status("web-1") == "DRAIN"
+    assert [haproxy.status("web-1", backend) for backend in ("kuaishang", "unready")] == ["DRAIN", "DRAIN"]
     assert Drain(haproxy, "--ready", "web-1").result()[0] == 0
     haproxy.reload()
     assert haproxy.is_up("web-1")
+
+
+def test_after_a_drain_an_instance_is_where_the_configuration_says(haproxy: HAProxy, instances: list[Instance]) -> None:
+    elsewhere = "127.0.0.1:9"
+    assert Drain(haproxy, "web-1").result()[0] == 0
+    haproxy.move("web-2", elsewhere)
+    haproxy.reload()
+    assert haproxy.status("web-1") == "DRAIN"
+    assert haproxy.statistics()["kuaishang", "web-2"]["addr"] == elsewhere
+    assert Drain(haproxy, "--ready", "web-1").result()[0] == 0
+    haproxy.move("web-1", instances[1].address)
+    haproxy.reload()
+    for backend in ("kuaishang", "unready"):
+        assert haproxy.statistics()[backend, "web-1"]["addr"] == instances[1].address
+    assert haproxy.statistics()["kuaishang", "web-1"]["weight"] == "100"  # not slowly, as it is warm
+
+
+def test_an_instance_that_is_out_gets_nothing_also_if_no_other_is_ready(
+    haproxy: HAProxy, instances: list[Instance]
+) -> None:
+    out, other = instances
+    assert Drain(haproxy, "web-1").result()[0] == 0
+    other.is_ready = False
+    wait_until(lambda: not haproxy.is_up("web-2"))
+    assert {haproxy.request("POST", "/").status_code for _ in range(4)} == {200}
+    assert (out.came, len(other.came)) == ([], 4)
+
+
+def test_what_an_instance_got_when_none_was_ready_is_waited_for(haproxy: HAProxy, instances: list[Instance]) -> None:
+    for instance in instances:
+        instance.is_ready = False
+        instance.may_answer.clear()
+    wait_until(lambda: not haproxy.is_up("web-1") and not haproxy.is_up("web-2"))
+    with ThreadPoolExecutor(2) as executor:
+        slow = [executor.submit(haproxy.request, "POST", "/slow")]
+        wait_until(lambda: instances[0].came or instances[1].came)
+        slow.append(executor.submit(haproxy.request, "POST", "/slow"))
+        wait_until(lambda: instances[0].came and instances[1].came)
+        instances[1].is_ready = True
+        wait_until(lambda: haproxy.is_up("web-2"))
+        code, _, errors = Drain(haproxy, "web-1", seconds=0.3).result()
+        assert (code, errors) == (1, "web-1: it still has requests after 0.3 s\n")
+        for instance in instances:
+            instance.may_answer.set()
+        assert {answer.result().status_code for answer in slow} == {200}
 
 
 def test_an_instance_is_taken_out_of_two_haproxies_and_put_back(

@@ -26,6 +26,8 @@ KINDS = [
     pytest.param(Nginx, marks=pytest.mark.skipif(NGINX is None, reason="nginx is not installed")),
 ]
 
+EMPTY_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""A frame of HTTP/2: its length, 0; its type, 4; its flags and its stream, 0."""
 UNREAD = {
     ("POST", "/api/v1/orders", 200_000): 401,
     ("POST", "/api/v1/orders", 60_000): 401,
@@ -85,6 +87,24 @@ def test_what_it_refuses_comes_in_the_envelope(front: LoadBalancer, name: str) -
     response, body = front.send(*lines)
     assert response.status == status
     assert_is_its_own(status, response.headers, body)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_1", "TLSv1_2", "TLSv1_3"])
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
+def test_it_speaks_http_2_and_no_tls_before_1_2(front: LoadBalancer, version: str) -> None:
+    context = ssl.create_default_context(cafile=front.certificate)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # the client itself would take TLS 1.1
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with socket.create_connection((front.host, front.port), WAIT_SECONDS) as connection:
+        if version == "TLSv1_1":
+            with pytest.raises(ssl.SSLError, match="ALERT_PROTOCOL_VERSION"):
+                context.wrap_socket(connection, server_hostname=front.host)
+            return
+        with context.wrap_socket(connection, server_hostname=front.host) as client:
+            assert client.selected_alpn_protocol() == "h2"
+            client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + EMPTY_SETTINGS)
+            assert client.recv(65536)[3] == EMPTY_SETTINGS[3]  # it begins with settings of its own
 
 
 def test_the_plain_port_leads_to_tls_with_method_and_body(front: LoadBalancer) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from deploy.registry.etcd import Away, is_address
 from deploy.registry.etcd import Etcd as Client
-from tests.deploy.load_balancers import HAPROXY
+from tests.deploy.load_balancers import HAPROXY, HAProxy, Instance
 from tests.deploy.registry import ETCD, FOLDER, Agent, Etcd, Heartbeat, SlottedHAProxy, etcd_cluster
 from tests.deploy.systemd import needs_systemd, verify
 from tests.harness import ROOT, WAIT_SECONDS, Program, Service, free_port, suspend, wait_until
@@ -159,6 +159,24 @@ def test_who_is_drained_stays_so_and_who_has_no_slot_is_counted(stage: Stage) ->
     heartbeat.start()
     wait_until(lambda: stage.count("up") == 22)
     assert stage.haproxy.slots()["slot1"] == "DRAIN"
+
+
+def test_a_server_with_an_address_of_its_own_is_where_the_configuration_says(
+    tmp_path: Path, instances: list[Instance]
+) -> None:
+    one, other = (instance.address for instance in instances)
+    haproxy = HAProxy(tmp_path / "haproxy", {"web-1": one})
+    etcd = Etcd(tmp_path / "etcd")
+    etcd.kill()  # what is about HAProxy needs none
+    agent = Agent(tmp_path / "agent", [etcd], haproxy)
+    try:
+        wait_until(lambda: haproxy.state.read_text() != "1\n")
+        haproxy.move("web-1", other)
+        haproxy.reload()
+        assert haproxy.statistics()["kuaishang", "web-1"]["addr"] == other
+    finally:
+        agent.kill()
+        haproxy.discard()
 
 
 def test_an_answer_that_is_not_http_is_a_miss(tmp_path: Path) -> None:
