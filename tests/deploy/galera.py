@@ -191,6 +191,29 @@ def test_two_sites_are_killed_and_the_rest_refuses_until_it_is_told_to_go_on(
     assert is_sound(galera, running)
 
 
+def test_two_nodes_are_killed_as_a_third_one_hangs(galera: Galera, writer: Writer, stage: Stage) -> None:
+    """Three see each other again, and do not go on by themselves: they were a minority in between."""
+    with history(stage) as running:
+        assert running.recovered(time.monotonic()) is not None
+        first, second, third, *gone = galera.nodes
+        rest = [first, second, third]
+        third.suspend()
+        galera.kill(gone)
+        wait_until(lambda: not any(node.is_synced() for node in (first, second)))
+        third.resume()
+        wait_until(lambda: {node.status("wsrep_cluster_size") for node in rest} == {"3"})
+        assert {node.status("wsrep_cluster_status") for node in rest} == {"non-Primary"}
+        began = time.monotonic()
+        first.bootstrap()
+        seconds = running.recovered(began)
+        report("two nodes killed as a third one hung, and the rest told to go on", running, began, seconds)
+        assert seconds is not None
+        galera.join(gone)
+        galera.wait_for(galera.nodes, len(galera.nodes))
+        assert is_sound(galera, running)
+    assert is_sound(galera, running)
+
+
 def test_a_node_hangs(galera: Galera, writer: Writer, stage: Stage) -> None:
     """The writer, with all that is open to it. It is also who passes on to its site what comes from the others."""
     with history(stage) as running, ExitStack() as stack:
