@@ -292,7 +292,7 @@ def lock_folder(var: Path, stack: ExitStack) -> IO[bytes]:
 
 
 def start_redis(data: Path, lock: IO[bytes], stack: ExitStack, watched: list[Watched]) -> str:
-    """Start a private redis-server and return its URL."""
+    """Start a private redis-server and return its URL, with more patience than in production."""
     redis = RedisServer(data)
 
     def start() -> None:
@@ -304,7 +304,7 @@ def start_redis(data: Path, lock: IO[bytes], stack: ExitStack, watched: list[Wat
     stack.callback(redis.close)
     start()
     watched.append(Watched("Redis", redis.running, start))
-    return redis.url
+    return f"{redis.url}?socket_timeout=5&socket_connect_timeout=5"  # a laptop may be busy
 
 
 def simulator(env: dict[str, str], service_url: str, stack: ExitStack) -> Part:

@@ -104,7 +104,8 @@ class OneFile(Supervisor):
             raise Refused(f"{self._file} is another program") from None
         is_known, current = self._copy(release).exists(), self.state.current
         if current not in ("", release):
-            self._output_of(copy, "smoke", *["--migrations-only"] * is_known, *self._beside())
+            options = [*["--migrations-only"] * is_known, *self._beside()]
+            self._output_of(copy, "smoke", "--seconds", str(CHECK_SECONDS - 10), *options)
         if not is_known:
             if current:
                 self._output_of(copy, "migrate", seconds=MIGRATION_SECONDS)

@@ -416,9 +416,9 @@ def ask(home: Path, say: Any, **words: Any) -> dict[str, Any] | None:
             control.connect(str(home / "control.sock"))
         except (FileNotFoundError, ConnectionRefusedError):
             return None
-        control.sendall(f"{json.dumps(words)}\n".encode())
         answer: dict[str, Any] = {}
         try:
+            control.sendall(f"{json.dumps(words)}\n".encode())
             for line in control.makefile():
                 answer = json.loads(line)
                 if "step" in answer:

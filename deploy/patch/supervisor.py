@@ -17,6 +17,7 @@ the current release, with the settings read again; SIGTERM drains and stops.
 
 import asyncio
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -710,8 +711,19 @@ def notify_systemd(words: str) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """Listen, as soon as the workers of a supervisor that was killed have left the port: they look once a second.
+
+    :raises OSError: if the port is not free after some seconds.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
+    ends = time.monotonic() + 4
+    while True:
+        try:
+            return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > ends:
+                raise
+        time.sleep(0.1)
 
 
 def main() -> None:
