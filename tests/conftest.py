@@ -26,7 +26,7 @@ from redis import Redis
 import wechat
 from dev.redis_server import RedisServer
 from service import create_app
-from storage import message_queue
+from storage import database, message_queue
 from telemetry.logs import JsonLineFormatter, LineHandler
 from tests.databases import Databases, MariaDB, SQLiteFiles
 from tests.harness import (
@@ -37,6 +37,7 @@ from tests.harness import (
     PUSH_AES_KEY,
     PUSH_TOKEN,
     ROOT,
+    WAIT_SECONDS,
     WEB_APP_ID,
     WEB_APP_SECRET,
     Service,
@@ -139,6 +140,12 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
         if server.process:
             server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def patient_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many at once the last one waits for SQLite as long as a busy machine takes."""
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture(scope="session")

@@ -146,9 +146,14 @@ class Process:
         """End it and its children, as a crash of the machine would."""
         if self.popen.poll() is not None:
             return
-        process = psutil.Process(self.popen.pid)
-        process.suspend()  # so that it starts none after they are counted
-        family = [process, *process.children(recursive=True)]
+        family: list[psutil.Process] = []
+        found = [psutil.Process(self.popen.pid)]
+        while found:  # those that are suspended start no others
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            family += found
+            found = [child for child in family[0].children(recursive=True) if child not in family]
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -346,7 +351,7 @@ class Service:
         return [json.loads(line) for line in self._log().rpartition("\n")[0].splitlines()]
 
     def _log(self) -> str:
-        return self.output.read_bytes()[self._log_start :].decode()
+        return self.output.read_bytes()[self._log_start :].decode(errors="replace")  # half a character at the end
 
     def try_to_log_in(self, simulator: Simulator, **wanted: Any) -> requests.Response:
         body = {"code": simulator.code(**wanted)}

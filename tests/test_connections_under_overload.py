@@ -3,7 +3,6 @@
 The service as in production, with clients that write bytes.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -20,18 +19,10 @@ LOOKS_LIKE_A_REQUEST = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.fixture
 def full_service(start_service: Callable[..., Service]) -> Iterator[Service]:
-    """One that has as many requests in flight as it may, many clients, and many requests a second."""
+    """One that has as many requests in flight as it may, and many clients."""
     service = start_service(
-        "tests.apps.waiting", WEB_CONCURRENCY="1", REQUESTS_IN_FLIGHT="10", REQUEST_SECONDS="300", BODY_SECONDS="3"
+        "tests.apps.crowded", WEB_CONCURRENCY="1", REQUESTS_IN_FLIGHT="10", REQUEST_SECONDS="300", BODY_SECONDS="3"
     )
-    over = threading.Event()
-
-    def ask_often() -> None:
-        with requests.Session() as often:
-            while not over.wait(0.02):
-                often.get(f"{service.url}/livez", timeout=WAIT_SECONDS)
-
-    asking = threading.Thread(target=ask_often)
     with ExitStack() as stack:
         for number in range(30):
             client = Client(service)
@@ -39,10 +30,7 @@ def full_service(start_service: Callable[..., Service]) -> Iterator[Service]:
             client.send("GET /sleep/300.0" if number < 10 else "GET /livez")
             if number >= 10:
                 assert client.response()[0] == 200
-        asking.start()
-        stack.callback(asking.join)
-        stack.callback(over.set)
-        time.sleep(0.5)
+        wait_until(lambda: requests.get(f"{service.url}/nowhere", timeout=WAIT_SECONDS).status_code == 503)
         yield service
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 
 from concurrency import seconds_left
 from dev.redis_server import RedisServer
-from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, Simulator, bearer, suspend, wait_until
+from tests.harness import METRICS_TOKEN, WAIT_SECONDS, Service, Simulator, again_if_late, bearer, suspend, wait_until
 from tests.test_connections import Client
 
 StartService = Callable[..., Service]
@@ -53,10 +53,10 @@ def test_a_request_ends_in_the_envelope_when_its_time_is_over(service: Service) 
 
 
 def test_a_caller_may_ask_for_less_and_never_for_more(service: Service) -> None:
-    assert get(service, "/sleep/1.0").status_code == 200
+    assert again_if_late(lambda: get(service, "/sleep/1.0"), 200).status_code == 200
     assert get(service, "/sleep/1.0", **{"X-Request-Timeout": "0.1"}).status_code == 503
     assert get(service, "/sleep/600.0", **{"X-Request-Timeout": "500"}).status_code == 503
-    assert get(service, "/sleep/0.1", **{"X-Request-Timeout": "1.5"}).status_code == 200
+    assert again_if_late(lambda: get(service, "/sleep/0.1", **{"X-Request-Timeout": "1.5"}), 200).status_code == 200
 
 
 def test_the_time_of_a_request_begins_with_its_first_byte_or_when_the_one_before_it_has_ended(service: Service) -> None:
@@ -184,10 +184,10 @@ def test_half_sent_heads_and_bodies_end_after_their_time_and_leave_others_alone(
 
 
 def test_a_client_that_is_slow_twice_gets_400_and_not_503(start_service: StartService) -> None:
-    service = start_service(REQUEST_SECONDS="3", HEAD_SECONDS="3", BODY_SECONDS="3")
+    service = start_service(REQUEST_SECONDS="8", HEAD_SECONDS="8", BODY_SECONDS="8")
     head = b"POST /api/v1/auth/wechat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
     with closing(connect(service, head)) as client:
-        time.sleep(1.5)
+        time.sleep(4)
         client.sendall(b"\r\nhalf")
         assert client.recv(65536).startswith(b"HTTP/1.1 400")
 
@@ -303,9 +303,9 @@ def test_a_stop_waits_for_requests_and_not_for_idle_connections(start_service: S
             stack.callback(client.close)
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
         pool = stack.enter_context(ThreadPoolExecutor())
-        under_way = pool.submit(get, service, "/sleep/2.0")
+        under_way = pool.submit(get, service, "/sleep/4.0")
         wait_until(lambda: "sleep" not in get(service, "/given-up").text)
-        time.sleep(0.5)
+        time.sleep(2)
         service.process.popen.terminate()
         assert under_way.result().status_code == 200
         service.process.popen.wait(12)  # graceful_timeout is 28

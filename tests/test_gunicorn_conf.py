@@ -1,6 +1,7 @@
 """gunicorn.conf.py holds what the rest of the service relies on."""
 
 import runpy
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,12 @@ def test_a_trial_that_keeps_to_no_limit_is_ended_and_refuses_the_reload(
     trial.write_text("import time; time.sleep(60)")
     server = MagicMock()
     server.cfg.chdir, server.LISTENERS[0].getsockname.return_value = tmp_path, ("127.0.0.1", 1)
-    configure(START_SECONDS=seconds)["reload_what_serves"](server)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+    try:
+        configure(START_SECONDS=seconds)["reload_what_serves"](server)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     ((said, why), _) = server.log.error.call_args
     assert reason in said % why
     server.reload.assert_not_called()

@@ -58,7 +58,7 @@ def test_release_migrates_web_serves_and_sigterm_finishes_what_is_in_flight(
         assert requests.get(f"{platform.url}/readyz", timeout=WAIT_SECONDS).status_code == 200
         family = psutil.Process(web.popen.pid).children(recursive=True)
         login = f"{platform.url}/api/v1/auth/wechat"
-        simulator.fault("slow", seconds=2)
+        simulator.fault("slow", seconds=1)
         with ThreadPoolExecutor(1) as pool:
             in_flight = pool.submit(requests.post, login, json={"code": simulator.code()}, timeout=WAIT_SECONDS)
             wait_until(simulator.calls)

@@ -71,10 +71,11 @@ def reload(service: Service) -> None:
     old, many = {worker.pid for worker in service.workers()}, int(service.environ["WEB_CONCURRENCY"])
     os.kill(service.process.popen.pid, signal.SIGHUP)
 
-    def new() -> set[int]:
-        return {worker.pid for worker in service.workers()} - old
+    def is_reloaded() -> bool:
+        now = {worker.pid for worker in service.workers()}  # and the trial of what is reloaded, for some seconds
+        return len(now) == many and not now & old
 
-    wait_until(lambda: len(new()) == len(service.workers()) == many)
+    wait_until(is_reloaded)
     requests.get(f"{service.url}/livez", timeout=WAIT_SECONDS)
 
 

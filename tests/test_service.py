@@ -39,6 +39,7 @@ from tests.harness import (
     bound_to_this_process,
     migrate,
     suspend,
+    until_available,
     wait_until,
 )
 from tests.otlp_receiver import OtlpReceiver
@@ -85,10 +86,10 @@ def test_sessions_survive_a_restart_of_the_service_and_of_redis(frail: Frail, si
     token = service.log_in_when_available(simulator)
     server.stop()
     server.start()
-    assert {service.read_me(token).status_code for _ in range(10)} == {200}
+    assert {until_available(lambda: service.read_me(token)).status_code for _ in range(10)} == {200}
     service.stop()
     service.start()
-    assert service.read_me(token).status_code == 200
+    assert until_available(lambda: service.read_me(token)).status_code == 200
 
 
 def fastest(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -140,7 +141,7 @@ def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(frail:
 
     def lose_redis() -> requests.Response:
         simulator.forget()
-        simulator.fault("slow", seconds=1)
+        simulator.fault("slow", seconds=3)
         body = {"code": simulator.code()}
         with ThreadPoolExecutor(1) as pool:
             login = pool.submit(requests.post, service.url + LOGIN, json=body, timeout=WAIT_SECONDS)
@@ -151,7 +152,7 @@ def test_redis_lost_in_the_middle_of_a_login_is_503_within_a_second_of_it(frail:
         return answer
 
     seconds, answer = fastest(lose_redis)
-    assert seconds < 2
+    assert seconds < 4
     assert (answer.status_code, answer.json()["code"]) == (503, 503)
     assert "token" not in answer.text
 

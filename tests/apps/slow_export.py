@@ -10,7 +10,7 @@ from werkzeug import Response
 from storage import ownership
 from wsgi import app
 
-SECONDS = 3
+SECONDS = 8
 
 read_all = ownership.read_all
 reading: set[object] = set()

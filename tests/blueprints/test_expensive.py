@@ -82,7 +82,7 @@ def test_many_exports_of_one_user_keep_to_the_room_and_nobody_else_waiting(
     parts = lambda: requests.get(f"{service.url}/parts", timeout=WAIT_SECONDS).json()  # noqa: E731
     export = lambda _: service.call("GET", "/users/me/export", one)  # noqa: E731
     with ThreadPoolExecutor(3 * at_once) as pool:
-        # Each has one part, which takes 3 s. Whoever gets no room for its first part in 1 s is refused.
+        # Each has one part, which takes 8 s. Whoever gets no room for its first part in 1 s is refused.
         answers = pool.map(export, range(3 * at_once))
         wait_until(lambda: parts()["now"] == at_once)
         for path in ("/users/me", "/orders"):

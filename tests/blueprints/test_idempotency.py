@@ -144,6 +144,7 @@ def test_a_key_belongs_to_one_user(alice: Caller, app: Flask, simulator: Simulat
     assert data_of(answers[0], 201)["id"] != data_of(answers[1], 201)["id"]
 
 
+@pytest.mark.usefixtures("patient_writers")
 def test_simultaneous_requests_under_one_key_create_one_order(alice: Caller) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: alice.post("/orders", ORDER, Idempotency_Key="tap"), range(100)))

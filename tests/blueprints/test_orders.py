@@ -345,6 +345,7 @@ def test_each_change_of_an_order_or_its_items_gives_it_another_etag(alice: Calle
     assert alice.etag(path) == alice.etag(item) == etags[-1]
 
 
+@pytest.mark.usefixtures("patient_writers")
 def test_of_many_simultaneous_writers_one_wins(alice: Caller) -> None:
     path = path_of(alice.order())
     etag = alice.etag(path)
@@ -354,6 +355,7 @@ def test_of_many_simultaneous_writers_one_wins(alice: Caller) -> None:
     assert data_of(alice.get(path)) in [answer.get_json()["data"] for answer in answers]
 
 
+@pytest.mark.usefixtures("patient_writers")
 def test_items_added_simultaneously_are_all_in_the_total(alice: Caller) -> None:
     path = path_of(alice.order())
     with ThreadPoolExecutor(8) as pool:

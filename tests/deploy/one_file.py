@@ -462,7 +462,7 @@ def test_a_file_that_replaces_another_serves_and_no_request_fails(
     add = 'op.add_column("orders", sa.Column("note", sa.String(9)))'
     next_one = variant(built, tmp_path / "tree", version="9.9.9", **migration(add))
     url = url_of(env_file)
-    serving = Running(machine, "serve", WATCH_SECONDS="3", START_SECONDS="8")
+    serving = Running(machine, "serve", WATCH_SECONDS="3", START_SECONDS="20")
     try:
         serving.wait_for('"serving"')
         load = Load(url, [log_in(url, demo.simulator) for _ in range(4)])
@@ -517,7 +517,7 @@ def test_a_start_after_a_refusal_serves_the_last_file_that_proved_itself(
 
     @contextmanager
     def started() -> Iterator[Running]:
-        serving = Running(machine, "serve", WATCH_SECONDS="4", START_SECONDS="8")
+        serving = Running(machine, "serve", WATCH_SECONDS="4", START_SECONDS="20")
         try:
             serving.wait_for('"serving"')
             yield serving

@@ -52,7 +52,7 @@ class Launched(Process):
 
     def kept(self) -> str:
         """The log file."""
-        return (self.var / "log" / f"{self.port}.jsonl").read_text()
+        return (self.var / "log" / f"{self.port}.jsonl").read_text(errors="replace")
 
     def ready(self) -> "Launched":
         wait_until(lambda: "Ctrl-C stops everything" in self.printed() or self.popen.poll() is not None)

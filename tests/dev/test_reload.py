@@ -29,7 +29,7 @@ def patch_version(clone: Path, version: str) -> None:
 
 def errors_of(launched: Launched) -> list[str]:
     """The messages of gunicorn and of the code reload."""
-    lines = [json.loads(line) for line in launched.kept().splitlines()]
+    lines = [json.loads(line) for line in launched.kept().rpartition("\n")[0].splitlines()]  # whole ones
     found = [line for line in lines if line["level"] in ("ERROR", "CRITICAL")]
     return [line["message"] for line in found if line["logger"].startswith(("gunicorn", "dev"))]
 

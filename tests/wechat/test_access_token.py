@@ -75,7 +75,7 @@ def test_eight_processes_of_eight_threads_get_one_token_and_replace_it_once(
     ]
     for process in processes:
         process.start()
-    start.wait(60)
+    start.wait(3 * WAIT_SECONDS)  # until all have imported all
     wait_until(lambda: len(simulator.calls(CHECK)) > 200, 60)
     from_cold = len(simulator.calls(PATH))
     simulator.drop_access_token()

@@ -141,7 +141,8 @@ class Server:
         return found
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.home / "output").read_text().splitlines()]
+        whole = (self.home / "output").read_text(errors="replace").rpartition("\n")[0]  # the last one may not be
+        return [json.loads(line) for line in whole.splitlines()]
 
     def discard(self) -> None:
         """End all at once, as a crash of the machine does."""

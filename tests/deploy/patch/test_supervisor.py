@@ -221,7 +221,7 @@ def test_what_gets_slow_or_not_ready_after_the_takeover_is_taken_back(stage: Pat
 def test_what_hangs_at_the_end_of_the_watch_is_taken_back(server: Server) -> None:
     before = server.serves()
     hang = "app.calls = []\n" + EACH_REQUEST.format("app.calls.append(1); len(app.calls) > 4 and time.sleep(600)")
-    ended = server.patch(server.release(add("wsgi.py", f"import time\n{hang}", CREATED)), watch=1)
+    ended = server.patch(server.release(add("wsgi.py", f"import time\n{hang}", CREATED)), watch=3)
     assert (ended["end"], ended["serves"]) == ("went back", before)
     assert server.serves() == before
 
