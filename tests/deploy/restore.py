@@ -11,6 +11,7 @@ deploy/backup/restore.md.
 
 import base64
 import itertools
+import os
 import re
 import secrets
 import shutil
@@ -55,11 +56,12 @@ SEEDED_ORDERS = 20_000
 TABLE = ROOT / "deploy" / "backup" / "restore.md"
 INTRODUCTION = f"""# What a backup brings back
 
-`python -m tests.deploy.restore` writes this table. With {SEEDED_ORDERS * 4:,} rows, on one machine, a user orders one
-thing after the other; meanwhile a backup is made, and the binary log is copied. Then the database is killed, and its
-data and Redis are gone. Each row begins in an empty place. A loss (RPO) counts from when the first of the lost orders
-was acknowledged to the kill; the way back (RTO) until a user has logged in and read an order. From the backup alone
-all is lost that came after it: here seconds, in production up to a day.
+`python -m tests.deploy.restore` writes this table. With {SEEDED_ORDERS * 4:,} rows, on a machine whose
+{os.cpu_count()} cores had a load of {os.getloadavg()[0]:.0f} before, a user orders one thing after the other;
+meanwhile a backup is made, and the binary log is copied. Then the database is killed, and its data and Redis are
+gone. Each row begins in an empty place. A loss (RPO) counts from when the first of the lost orders was acknowledged
+to the kill; the way back (RTO) until a user has logged in and read an order. From the backup alone all is lost that
+came after it: here seconds, in production up to a day.
 
 | restored from | acknowledged | lost | of the last seconds (RPO) | serves after seconds (RTO) |
 |---|---|---|---|---|"""
