@@ -258,6 +258,11 @@ class Simulator:
     def access_token(self) -> str | None:
         return self._get("access_token")["access_token"]
 
+    def access_tokens(self) -> tuple[int, list[list[float]]]:
+        """Return how often one was asked for by force, and when each was used first and last, in the order of issue."""
+        answer = self._get("access_tokens")
+        return answer["forced"], answer["uses"]
+
     def drop_access_token(self) -> None:
         requests.delete(f"{self.url}/simulator/access_token", timeout=WAIT_SECONDS).raise_for_status()
 

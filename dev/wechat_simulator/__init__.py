@@ -41,6 +41,8 @@ Results:
     GET /simulator/secrets               -> {"secrets"}: every value that must not be in a log
     GET /simulator/session_keys/OPENID   -> {"session_key"}: the current one
     GET /simulator/access_token          -> {"access_token", "expires_in"}: the newest one, or nulls
+    GET /simulator/access_tokens         -> {"forced", "uses": [[seconds, seconds]]}: how often one was asked for by
+                                         force, also in vain, and when each was used first and last; empty if it was not
     GET /simulator/subscribe_messages    -> {"messages"}: the subscribe messages as they were sent
     GET /simulator/customer_messages     -> {"messages"}: the customer service messages as they were sent
 """
@@ -82,6 +84,7 @@ def create_simulator(
         with world.lock:
             names = {"parameters": sorted(request.args), "headers": sorted(request.headers.keys())}
             world.memory.calls.append({"path": request.path, **names})
+            world.memory.tokens.record_use(request.args.get("access_token", ""), world.now())
             fault = world.memory.faults.get(request.path)
             if fault is None:
                 return None

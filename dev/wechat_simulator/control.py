@@ -156,6 +156,11 @@ def control(world: World) -> Blueprint:
             token, seconds = world.memory.tokens.current(world.now()) or (None, None)
         return {"access_token": token, "expires_in": seconds}
 
+    @blueprint.get("/access_tokens")
+    def list_access_tokens() -> dict[str, Any]:
+        with world.lock:
+            return {"forced": world.memory.tokens.forced, "uses": list(world.memory.tokens.uses.values())}
+
     @blueprint.delete("/access_token")
     def drop_access_token() -> dict[str, str]:
         with world.lock:

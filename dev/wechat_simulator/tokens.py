@@ -27,10 +27,14 @@ class TokenPool:
         self._ends: dict[str, float] = {}
         self._calls: Counter[str] = Counter()
         self._forced_at: list[float] = []
+        self.forced = 0
+        """How often a token was asked for by force, also in vain."""
+        self.uses: dict[str, list[float]] = {}
+        """When each token was used first and last, ended ones included; empty for one that was not used."""
 
-    def issued(self) -> list[str]:
-        """All tokens, expired ones included."""
-        return list(self._ends)
+    def record_use(self, token: str, now: float) -> None:
+        if token in self.uses:
+            self.uses[token] = [*self.uses[token][:1], now]
 
     def issue(self, force: bool, now: float) -> tuple[str, int]:
         """Issue a token, and return it with its remaining seconds.
@@ -40,11 +44,13 @@ class TokenPool:
         """
         self._count(now)
         if force:
+            self.forced += 1
             self._count_forced(now)
             self.drop()
         if self._ends.get(self._current, 0) - now <= RENEWAL_SECONDS:
             self._current = new_token()
             self._ends[self._current] = now + LIFETIME_SECONDS
+            self.uses[self._current] = []
         return self._current, int(self._ends[self._current] - now)
 
     def current(self, now: float) -> tuple[str, int] | None:

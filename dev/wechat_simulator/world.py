@@ -115,7 +115,7 @@ class Memory:
             *(text for pair in ids for text in pair if text),
             *(code.phone for code in self.phone_codes.values()),
             *self.session_keys.values(),
-            *self.tokens.issued(),
+            *self.tokens.uses,
             *self.codes,
             *self.phone_codes,
             *self.web_codes,

@@ -60,21 +60,13 @@ class History(Load):
             return await self.add_item(self.tokens[0], key)
         if kind not in ("order", "once"):
             return await super().send(kind, token, key)
-        outcome = await (self.order(token, key) if kind == "order" else self.order_once(token, key))
+        outcome = await self.order(token, key, kind)
         if is_right(outcome):
             made = self._id(outcome)
             seen = await self.service.send(
                 Request("read", encode("GET", f"/api/v1/orders/{made}", headers=bearer(token)))
             )
             self.stale += seen.status == 404
-        return outcome
-
-    async def order_once(self, token: str, remark: str) -> Outcome:
-        self.asked.add(remark)
-        content = encode("POST", "/api/v1/orders", {"items": self.items, "remark": remark}, bearer(token))
-        outcome = await self.service.send(Request("once", content))
-        if is_right(outcome):
-            self.acknowledged.add(remark)
         return outcome
 
     async def add_item(self, token: str, key: str) -> Outcome:

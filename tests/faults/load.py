@@ -20,7 +20,7 @@ from storage.models import Order
 from tests.faults.stage import REQUEST_SECONDS, Stage
 from tests.harness import bearer
 
-RIGHT = {"read": 200, "login": 200, "order": 201, "once": 201, "item": 201}
+RIGHT = {"read": 200, "login": 200, "order": 201, "once": 201, "unkeyed order": 201, "item": 201}
 TEMPORARY = (429, 502, 503, 504)
 CODE_USED = 461
 """What a login is told whose code WeChat has taken, in a response that was lost."""
@@ -106,11 +106,11 @@ class Load:
     async def read(self, token: str) -> Outcome:
         return await self.service.send(Request("read", encode("GET", "/api/v1/users/me", headers=bearer(token))))
 
-    async def order(self, token: str, key: str) -> Outcome:
+    async def order(self, token: str, key: str, kind: str = "order") -> Outcome:
         self.asked.add(key)
-        headers = {**bearer(token), "Idempotency-Key": key}
+        headers = bearer(token) | ({"Idempotency-Key": key} if kind in self.keyed else {})
         content = encode("POST", "/api/v1/orders", {"items": self.items, "remark": key}, headers)
-        outcome = await self.service.send(Request("order", content, key))
+        outcome = await self.service.send(Request(kind, content, key))
         if is_right(outcome):
             self.acknowledged.add(key)
         return outcome
@@ -130,7 +130,7 @@ class Load:
     async def send(self, kind: str, token: str, key: str) -> Outcome:
         if kind == "login":
             return await self.log_in()
-        return await (self.read(token) if kind == "read" else self.order(token, key))
+        return await (self.read(token) if kind == "read" else self.order(token, key, kind))
 
     async def settle(self, kind: str, token: str, key: str) -> None:
         """Send what has a key until it is acknowledged."""

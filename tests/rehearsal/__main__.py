@@ -17,6 +17,7 @@ from tests.rehearsal.experiment import rehearse
 from tests.rehearsal.faults import FAULTS, SEEDED, Fault
 from tests.rehearsal.load import MIX, PATIENCE_SECONDS, PHONES, RETRY_SECONDS
 from tests.rehearsal.stage import STEP_SECONDS, Stage
+from tests.rehearsal.users import SLOW_SECONDS
 from tests.rehearsal.verdict import STRENGTH_SECONDS, Row, goals, table
 
 RATE, SEEDED_RATE = 8, 20
@@ -28,8 +29,9 @@ INTRODUCTION = """# The rehearsal
 configuration of `deploy/`: {runs}.
 
 {phones} clients, each with a resolver that keeps to the TTL, send {rate:g} requests a second, whatever becomes of those
-before: of {mix}, {reads} read the user of a session, {orders} order with an `Idempotency-Key`, {logins} log in. They
-wait {patience} s for a response, and for {retry} s send again what failed: reads, and orders with their keys.
+before: of {mix}, {reads} read the user of a session, {orders} order with an `Idempotency-Key`, {unkeyed} orders without
+one, {logins} logs in. They wait {patience} s for a response, and for {retry} s send again what failed: reads, and
+orders with their keys.
 
 - Failed are requests whose first response was not the right one; "sent again" counts those that failed in the end.
 - Acknowledged are orders and logins. Lost are orders that are not in each node of the database when all is back, and
@@ -37,6 +39,9 @@ wait {patience} s for a response, and for {retry} s send again what failed: read
 - The seconds until a failure count from the beginning of the fault until that request was sent; those to full strength
   from when its repair began, as by starting what was killed, until every process, check, replica, member and weight is
   as before. For a patch, a reload and the control nothing is to be repaired.
+- Two access tokens of WeChat's are in use from the first use of one until the last use of the one before. Where they
+  are counted, WeChat rejects the token that it hands out, for some seconds from when there are two primaries.
+- An instance that is stopped has writes that take {slow} s, and that nobody sends again: of them none may fail either.
 - The last row is a bug of ours that the checker must see.
 
 What differs from production: a site that comes back to the name gets its share in steps of {step} s, not 30; no rate of
@@ -85,8 +90,10 @@ def main() -> None:
             mix=len(MIX),
             reads=MIX.count("read"),
             orders=MIX.count("order"),
+            unkeyed=MIX.count("unkeyed order"),
             logins=MIX.count("login"),
             patience=PATIENCE_SECONDS,
+            slow=SLOW_SECONDS,
             retry=RETRY_SECONDS,
             strength=STRENGTH_SECONDS,
             step=STEP_SECONDS,

@@ -6,7 +6,7 @@ from tests.faults.load import codes, in_background
 from tests.rehearsal.faults import Fault
 from tests.rehearsal.load import OpenLoad
 from tests.rehearsal.stage import Stage
-from tests.rehearsal.verdict import STRENGTH_SECONDS, Facts, Row, judge
+from tests.rehearsal.verdict import STRENGTH_SECONDS, Facts, Row, judge, seconds_with_two
 
 STEADY_SECONDS = 2
 """For how long all must be well before a fault, and is watched after it."""
@@ -38,6 +38,7 @@ def _under_load(stage: Stage, fault: Fault, rate: float) -> Facts:
     # Each node must have them all.
     counts = [running.count_orders(url) for url in stage.database_urls()]
     lost, doubled = (max(numbers) for numbers in zip(*counts, strict=True))
+    forced, uses = stage.simulator.access_tokens()
     return Facts(
         happened,
         began,
@@ -48,4 +49,6 @@ def _under_load(stage: Stage, fault: Fault, rate: float) -> Facts:
         back and back - ended,
         lacking,
         running.complaints,
+        forced,
+        seconds_with_two(uses),
     )

@@ -4,6 +4,7 @@ Each is a context manager that begins it and ends it, and yields the proof that 
 before the end.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any
 from tests.deploy.dns_servers import DnsServer, query
 from tests.deploy.galera_nodes import Node
 from tests.deploy.redis_sentinels import RedisProcess
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT, WAIT_SECONDS, wait_until
 from tests.rehearsal.stage import Site, Stage, Startable
-from tests.rehearsal.verdict import KINDS, Goal
+from tests.rehearsal.users import PHONE_PATH, SLOW_SECONDS, all_the_time
+from tests.rehearsal.verdict import KINDS, RESENT, Goal
 
 Proof = Callable[[], object]
 Cause = Callable[[Stage], AbstractContextManager[Proof]]
@@ -83,6 +85,28 @@ def patched_in_turn(stage: Stage) -> Iterator[Proof]:
     yield lambda: {instance.name: instance.current() for instance in stage.instances} == released
 
 
+@contextmanager
+def one_of_each_site_stopped(stage: Stage) -> Iterator[Proof]:
+    """They stop by SIGTERM; meanwhile each has some of the requests that take long and are not sent again."""
+    chosen = [site.instances[0] for site in stage.sites]
+    stopped = [instance.process.popen for instance in chosen]
+    stage.simulator.fault("slow", 1000, PHONE_PATH, seconds=SLOW_SECONDS)
+    try:
+        with all_the_time(stage.users_of_sites) as statuses:
+            wait_until(lambda: all(statuses))
+            for process in stopped:
+                process.terminate()
+            codes = [process.wait(WAIT_SECONDS) for process in stopped]
+    finally:
+        stage.simulator.fault("slow", 1, PHONE_PATH, seconds=0)
+        for instance, process in zip(chosen, stopped, strict=True):
+            if process.poll() is not None:
+                instance.start()
+    failed = [status for of_one in statuses for status in of_one if status != 200]
+    assert not failed, f"phone numbers: {Counter(failed)}"
+    yield lambda: codes == [0] * len(codes)
+
+
 # The way in
 
 
@@ -126,6 +150,9 @@ def site_of(stage: Stage, server: RedisProcess) -> Site:
 
 # Redis
 
+REJECTIONS = 30
+"""Of the access token: for some seconds, and for both primaries."""
+
 
 def to_primary(begin: Callable[[RedisProcess], object], end: Callable[[RedisProcess], object]) -> Cause:
     """Something is done to Redis's primary, and undone at the end; meanwhile another one must be elected."""
@@ -144,16 +171,23 @@ def to_primary(begin: Callable[[RedisProcess], object], end: Callable[[RedisProc
 
 @contextmanager
 def primary_partitioned(stage: Stage) -> Iterator[Proof]:
-    """The primary and the sentinel beside it are cut off from the others, but not from the service."""
+    """The primary and the sentinel beside it are cut off from the others, but not from the service.
+
+    While there are two primaries, all instances need WeChat's access token, and WeChat rejects the one that it gives.
+    """
     primary = stage.redis.primary()
     machine = site_of(stage, primary).machine
     with stage.network.inside(machine):
         stage.redis.cut(primary)
     try:
-        yield lambda: stage.redis.primary() is not primary
+        wait_until(lambda: stage.redis.primary() is not primary)
+        stage.simulator.fault("errcode", REJECTIONS, PHONE_PATH, errcode=40001)
+        with all_the_time(stage.users_of_instances) as statuses:
+            yield lambda: stage.redis.primary() is not primary
     finally:
         with stage.network.inside(machine):
             stage.redis.heal()
+    assert all(200 in of_one for of_one in statuses), f"phone numbers: {statuses}"
 
 
 # The database
@@ -224,10 +258,10 @@ def power_cut(stage: Stage) -> Iterator[Proof]:
         stage.restore_power()
 
 
-NONE, SAFE = Goal(never=KINDS), ("read", "order")
+NONE, SAFE = Goal(never=KINDS), RESENT
 FAIL_OVER = Goal(in_flight=("read",), after_retry=SAFE, moved=10)
 WRITABLE = Goal(after_retry=SAFE, moved=5)
-MOVED = Goal(after_retry=SAFE, moved=30, until_repair=True)
+MOVED = Goal(after_retry=SAFE, moved=30, returning=10)
 FAULTS = [
     Fault("none (control)", nothing, NONE, 5, quick=True),
     Fault(
@@ -239,6 +273,7 @@ FAULTS = [
     ),
     Fault("an instance is frozen", instance_frozen, Goal(never=SAFE), 20),
     Fault("all instances are patched, one after the other", patched_in_turn, NONE, quick=True),
+    Fault("an instance of each site is stopped (SIGTERM), and starts", one_of_each_site_stopped, NONE, quick=True),
     Fault("HAProxy is reloaded", proxies_reloaded, NONE, quick=True),
     Fault("the HAProxy that has the address is killed", proxy_killed, WRITABLE, 8, quick=True),
     Fault(
@@ -254,7 +289,13 @@ FAULTS = [
         FAIL_OVER,
         10,
     ),
-    Fault("Redis: the primary is cut off from the sentinels", primary_partitioned, FAIL_OVER, 15, quick=True),
+    Fault(
+        "Redis: the primary is cut off from the sentinels",
+        primary_partitioned,
+        FAIL_OVER._replace(forced=2, two_tokens=2),
+        10,
+        quick=True,
+    ),
     Fault("database: the writer is killed", nodes_killed(lambda stage: [writer(stage)]), WRITABLE, 8),
     Fault(
         "database: the writer and one of another site are killed",
@@ -267,7 +308,7 @@ FAULTS = [
     Fault(
         "database: two sites' nodes are killed",
         nodes_killed(lambda stage: [*stage.galera.site(1), *stage.galera.site(2)]),
-        Goal(),
+        Goal(refuses=5),
         15,
         quick=True,
     ),
@@ -277,7 +318,7 @@ FAULTS = [
         "both HAProxies of a site are killed",
         all_killed(lambda stage: stage.sites[1].proxies, lambda one: one.process.poll() is not None),
         MOVED,
-        35,
+        45,
     ),
     Fault(
         "a name server is killed",

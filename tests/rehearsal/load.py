@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 
 from bench.load import Outcome, Pool, Request, pool
 from tests.faults.load import Load, complaint, is_right
-from tests.rehearsal.verdict import Sent
+from tests.rehearsal.verdict import RESENT, Sent
 
 if TYPE_CHECKING:
     from tests.rehearsal.stage import Stage
 
 Address = tuple[str, int]
 
-MIX = ("read", "order", "read", "login", "read", "order", "read", "read")
+MIX = ("read", "order", "read", "login", "read", "order", "unkeyed order", "read")
 """The kinds of requests, in turn."""
 PHONES, USERS = 6, 12
 PATIENCE_SECONDS = 15
 """For a response: longer than HAProxy takes to ask a second instance after the first one has hung."""
 CONNECT_SECONDS = 2
 RETRY_SECONDS, PAUSE_SECONDS = 30, 0.5
-"""For how long, and how often, what failed is sent again: a read, and an order with its key. As the mini-program's
-client does, whose user would tap on a login again."""
+"""For how long, and how often, what is RESENT is sent again, an order with its key. As the mini-program's client does,
+whose user would tap on a login again."""
 
 
 class Phone:
@@ -69,6 +69,8 @@ class OpenLoad(Load):
     :param rate: requests a second.
     """
 
+    clients = dict.fromkeys(MIX, 1)
+
     def __init__(self, stage: "Stage", rate: float) -> None:
         super().__init__(stage)  # type: ignore[arg-type]  # it has what is used of a stage
         self._rate, self._phones = rate, [stage.phone() for _ in range(PHONES)]
@@ -98,7 +100,7 @@ class OpenLoad(Load):
         self.outcomes.append(first)
         self.complaints += filter(None, [complaint(first)])
         end = time.monotonic() + RETRY_SECONDS
-        while kind != "login" and not is_right(outcome) and time.monotonic() < end:
+        while kind in RESENT and not is_right(outcome) and time.monotonic() < end:
             await asyncio.sleep(PAUSE_SECONDS)
             outcome = await self.send(kind, token, key)
             self.complaints += filter(None, [complaint(outcome)])

@@ -34,6 +34,7 @@ from tests.harness import (
 from tests.rehearsal.keepalived import Keepalived
 from tests.rehearsal.load import Address, Phone
 from tests.rehearsal.network import OUTSIDE, Network
+from tests.rehearsal.users import USERS_OF_A_SITE, signed_in
 
 SITES, INSTANCES, PROXIES, NAME_SERVERS = 3, 2, 2, 2
 """The instances and the HAProxies are those of each site."""
@@ -142,6 +143,9 @@ class Stage:
             self._tls.load_verify_locations(proxy.certificate)
         _, lacking = self.wait_for_full_strength()
         assert not lacking, lacking
+        self.users_of_instances = [signed_in(self.simulator, instance.url) for instance in self.instances]
+        addresses = [f"https://{site.address}" for site in self.sites for _ in range(USERS_OF_A_SITE)]
+        self.users_of_sites = [signed_in(self.simulator, address) for address in addresses]
 
     def _add(self, machine: str, server: Any, ends: bool = True) -> None:
         self.network.place(machine, server)

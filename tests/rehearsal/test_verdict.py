@@ -8,7 +8,7 @@ import pytest
 
 from tests.rehearsal.__main__ import TABLE, options, seeded, selected
 from tests.rehearsal.faults import FAULTS, Cause, nodes_killed, power_cut
-from tests.rehearsal.verdict import KINDS, Facts, Goal, Row, Sent, goals, judge, table
+from tests.rehearsal.verdict import KINDS, Facts, Goal, Row, Sent, goals, judge, seconds_with_two, table
 
 BEGAN, ENDED = 100.0, 140.0
 RIGHT = [Sent(kind, BEGAN + number, BEGAN + number + 0.1, 200, True, True) for number, kind in enumerate(KINDS)]
@@ -34,6 +34,30 @@ def test_a_failure_that_may_not_be_is_a_problem(kind: str) -> None:
     assert problems(Goal(), failing(kind, 1)) == []
 
 
+def test_it_is_a_problem_if_what_should_be_refused_gets_anything_but_503() -> None:
+    goal = Goal(refuses=5)
+    assert problems(goal, failing("read", 6)) == []
+    assert problems(goal) == ["vacuous: nothing was refused"]
+    late = failing("order", 4, "hung"), failing("read", 39.5, 504), RIGHT[0]._replace(began=ENDED, ended=ENDED + 1)
+    assert problems(goal, failing("read", 6), *late) == []
+    others = failing("order", 6, "hung"), failing("read", 7, 504), RIGHT[0]._replace(began=BEGAN + 8, ended=BEGAN + 9)
+    assert problems(goal, *others) == ["3 requests sent after 5 s did not get 503 (hung: 1, 504: 1, 200: 1)"]
+
+
+def test_access_tokens_asked_for_by_force_and_two_at_once_are_problems() -> None:
+    goal = Goal(forced=2, two_tokens=2)
+    assert problems(goal, forced=2, two_tokens=2.0) == []
+    assert problems(goal, forced=3) == ["3 access tokens were asked for by force"]
+    assert problems(goal, forced=1, two_tokens=2.1) == ["two access tokens were in use for 2.1 s"]
+    assert problems(goal) == ["vacuous: no access token was asked for by force"]
+
+
+def test_two_access_tokens_are_in_use_from_the_first_use_of_one_to_the_last_of_an_older_one() -> None:
+    assert seconds_with_two([]) == 0
+    assert seconds_with_two([[100, 104], [], [105, 109]]) == 0
+    assert seconds_with_two([[100, 104], [102.5, 103], [103.5, 109]]) == 1.5
+
+
 def test_only_what_was_on_its_way_may_fail() -> None:
     goal = Goal(in_flight=("read",))
     assert problems(goal, failing("read", -0.5), failing("order", 2)) == []
@@ -56,9 +80,10 @@ def test_a_failure_too_late_is_a_problem() -> None:
 
 
 def test_what_returns_may_cost_something_if_the_goal_says_so() -> None:
-    goal = Goal(moved=30, until_repair=True)
-    assert problems(goal, failing("read", 41)) == []
-    assert problems(goal, failing("read", 39)) == ["1 requests sent after 30 s failed (503: 1)"]
+    goal = Goal(moved=30, returning=10)
+    assert problems(goal, failing("read", 41), failing("order", 49)) == []
+    for began in (39, 51):
+        assert problems(goal, failing("read", began)) == ["1 requests sent after 30 s failed (503: 1)"]
     assert problems(Goal(moved=30), failing("read", 41)) == ["1 requests sent after 30 s failed (503: 1)"]
 
 
@@ -88,17 +113,17 @@ def test_the_table_has_what_was_counted() -> None:
     sent.append(failing("login", 3, settled=False))
     rows = [
         judge("a fault", "8/s", Goal(never=("login",)), Facts(True, BEGAN, ENDED, sent, 2, 1, 12.25)),
-        judge("none", "8/s", ALL, Facts(True, BEGAN, ENDED, RIGHT, 0, 0, 0.04)),
+        judge("none", "8/s", Goal(two_tokens=2), Facts(True, BEGAN, ENDED, RIGHT, 0, 0, 0.04, two_tokens=0.3)),
         judge("worse", "8/s", Goal(), Facts(True, BEGAN, ENDED, RIGHT, 0, 0, None, ["a site"])),
     ]
     assert table(rows) == (
         "| fault | load | requests | failed | acknowledged, lost | doubled | first failure, s | last failure, s |"
-        " full strength, s |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-        "| a fault | 8/s | 7 | read 1, login 1, order 2; sent again 1; **2 lost**; **1 doubled**;"
-        " **1 logins failed (503: 1)** | 3, 2 | 1 | 0.5 | 4.0 | 12.2 |\n"
-        "| none | 8/s | 3 | 0 | 2, 0 | 0 | – | – | 0.0 |\n"
-        "| worse | 8/s | 3 | 0; **not back at full strength: a site** | 2, 0 | 0 | – | – | never |\n"
+        " two access tokens, s | full strength, s |\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n"
+        "| a fault | 8/s | 8 | read 1, login 1, order 2; sent again 1; **2 lost**; **1 doubled**;"
+        " **1 logins failed (503: 1)** | 4, 2 | 1 | 0.5 | 4.0 | – | 12.2 |\n"
+        "| none | 8/s | 4 | 0 | 3, 0 | 0 | – | – | 0.3 | 0.0 |\n"
+        "| worse | 8/s | 4 | 0; **not back at full strength: a site** | 3, 0 | 0 | – | – | – | never |\n"
     )
 
 
@@ -108,16 +133,20 @@ def test_the_goals_are_said_in_words() -> None:
             ("a", ALL),
             ("b", Goal(in_flight=("read",), after_retry=("order",), moved=30)),
             ("c", Goal()),
-            ("d", Goal(moved=30, until_repair=True)),
+            ("d", Goal(moved=30, returning=10)),
+            ("e", Goal(refuses=5)),
+            ("f", Goal(forced=2, two_tokens=2)),
         ]
     ) == (
         "| fault | goal |\n"
         "|---|---|\n"
-        "| a | no read, login or order fails |\n"
+        "| a | no read, login, order or unkeyed order fails |\n"
         "| b | of reads at most those fail that were on their way; no order fails when it is sent again;"
         " what is sent after 30 s is served |\n"
         "| c | nothing acknowledged is lost or doubled |\n"
-        "| d | what is sent after 30 s and before the repair begins is served |\n"
+        "| d | what is sent after 30 s is served, but in the first 10 s of the repair |\n"
+        "| e | what is sent after 5 s gets 503 until the repair begins |\n"
+        "| f | WeChat is asked by force for at most 2 access tokens; two are in use for at most 2 s |\n"
     )
 
 

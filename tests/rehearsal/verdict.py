@@ -1,12 +1,14 @@
 """What a fault cost, whether that is within the goals, and the table."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-KINDS = ("read", "login", "order")
+KINDS = ("read", "login", "order", "unkeyed order")
+RESENT = ("read", "order")
+"""The kinds that are sent again when they fail; an order has a key, which keeps it from being made twice."""
+REFUSED = 503
 STRENGTH_SECONDS = 120
 """In which all must be back after the repair of a fault began."""
 
@@ -36,14 +38,21 @@ class Goal(NamedTuple):
     :param in_flight: kinds of which at most those may fail that were on their way when the fault began.
     :param after_retry: kinds of which none may fail in the end, when they are sent again.
     :param moved: seconds after which no request may be sent that fails.
-    :param until_repair: whether that is so only until the repair begins, as what returns may cost something, too.
+    :param returning: for how many seconds from when the repair begins that is not so, as what returns may cost
+        something, too.
+    :param refuses: seconds after which every request is answered with 503, until the repair begins.
+    :param forced: how many access tokens WeChat may be asked for by force, which invalidates the one before.
+    :param two_tokens: for how many seconds two access tokens may be in use.
     """
 
     never: tuple[str, ...] = ()
     in_flight: tuple[str, ...] = ()
     after_retry: tuple[str, ...] = ()
     moved: float | None = None
-    until_repair: bool = False
+    returning: float = 0
+    refuses: float | None = None
+    forced: int | None = None
+    two_tokens: float | None = None
 
     def __str__(self) -> str:
         parts = []
@@ -54,8 +63,14 @@ class Goal(NamedTuple):
         if self.after_retry:
             parts.append(f"no {_either(self.after_retry)} fails when it is sent again")
         if self.moved is not None:
-            until = " and before the repair begins" if self.until_repair else ""
-            parts.append(f"what is sent after {self.moved:.0f} s{until} is served")
+            but = f", but in the first {self.returning:.0f} s of the repair" if self.returning else ""
+            parts.append(f"what is sent after {self.moved:.0f} s is served{but}")
+        if self.refuses is not None:
+            parts.append(f"what is sent after {self.refuses:.0f} s gets 503 until the repair begins")
+        if self.forced is not None:
+            parts.append(f"WeChat is asked by force for at most {self.forced} access tokens")
+        if self.two_tokens is not None:
+            parts.append(f"two are in use for at most {self.two_tokens:.0f} s")
         return "; ".join(parts) or "nothing acknowledged is lost or doubled"
 
 
@@ -68,6 +83,17 @@ def _plural(kinds: Sequence[str]) -> str:
     return " and ".join(f"{kind}s" for kind in kinds)
 
 
+def seconds_with_two(uses: Iterable[Sequence[float]]) -> float:
+    """Return for how long at most an access token was in use after the first use of a newer one.
+
+    :param uses: the time of the first and of the last use of each that was used, in the order of issue.
+    """
+    last, longest = 0.0, 0.0
+    for times in filter(None, uses):
+        longest, last = max(longest, last - times[0]), max(last, times[-1])
+    return longest
+
+
 @dataclass
 class Row:
     """What a fault led to.
@@ -77,6 +103,7 @@ class Row:
     :param in_the_end: and how many of them when they were sent again, too.
     :param first: seconds from its beginning until the first request that failed was sent.
     :param last: and the last one.
+    :param two_tokens: for how many seconds two access tokens were in use; None if nothing asked for one.
     :param strength: seconds from when its repair began until all was back; None if it did not come back.
     :param problems: all that must not be.
     """
@@ -91,6 +118,7 @@ class Row:
     doubled: int = 0
     first: float | None = None
     last: float | None = None
+    two_tokens: float | None = None
     strength: float | None = 0
     problems: list[str] = field(default_factory=list)
 
@@ -103,6 +131,8 @@ class Facts(NamedTuple):
     :param ended: when its repair began.
     :param lacking: what was not back in time.
     :param complaints: about responses that are wrong whatever happens.
+    :param forced: how many access tokens WeChat was asked for by force.
+    :param two_tokens: for how many seconds an access token was in use after the first use of the next one.
     """
 
     happened: object
@@ -114,6 +144,8 @@ class Facts(NamedTuple):
     strength: float | None
     lacking: Sequence[str] = ()
     complaints: Iterable[str] = ()
+    forced: int = 0
+    two_tokens: float = 0
 
 
 def judge(fault: str, load: str, goal: Goal, facts: Facts) -> Row:
@@ -125,7 +157,7 @@ def judge(fault: str, load: str, goal: Goal, facts: Facts) -> Row:
         load,
         len(concerned),
         Counter(one.kind for one in failed),
-        Counter(one.kind for one in failed if not one.settled and one.kind != "login"),
+        Counter(one.kind for one in failed if not one.settled and one.kind in RESENT),
         sum(one.settled and one.kind != "read" for one in concerned),
         facts.lost,
         facts.doubled,
@@ -147,9 +179,24 @@ def judge(fault: str, load: str, goal: Goal, facts: Facts) -> Row:
     for kind in goal.after_retry:
         row.problems += _too_many(kind, "failed in the end", [o for o in failed if o.kind == kind and not o.settled])
     if goal.moved is not None:
-        end = facts.ended if goal.until_repair else math.inf
-        late = [one for one in failed if facts.began + goal.moved < one.began < end]
+        late = [one for one in failed if one.began > facts.began + goal.moved]
+        late = [one for one in late if not facts.ended <= one.began < facts.ended + goal.returning]
         row.problems += _too_many("request", f"sent after {goal.moved:.0f} s failed", late)
+    if goal.refuses is not None:
+        refused = [one for one in concerned if facts.began + goal.refuses < one.began and one.ended < facts.ended]
+        if not refused:
+            row.problems.append("vacuous: nothing was refused")
+        others = [one for one in refused if one.status != REFUSED]
+        row.problems += _too_many("request", f"sent after {goal.refuses:.0f} s did not get 503", others)
+    if goal.forced is not None:
+        if not facts.forced:
+            row.problems.append("vacuous: no access token was asked for by force")
+        if facts.forced > goal.forced:
+            row.problems.append(f"{facts.forced} access tokens were asked for by force")
+    if goal.two_tokens is not None:
+        row.two_tokens = facts.two_tokens
+        if facts.two_tokens > goal.two_tokens:
+            row.problems.append(f"two access tokens were in use for {facts.two_tokens:.1f} s")
     if facts.strength is None:
         row.problems.append(f"not back at full strength: {', '.join(facts.lacking)}")
     row.problems += [f"{text} ({count} ×)" for text, count in sorted(Counter(facts.complaints).items())]
@@ -170,6 +217,7 @@ TITLES = (
     "doubled",
     "first failure, s",
     "last failure, s",
+    "two access tokens, s",
     "full strength, s",
 )
 
@@ -191,10 +239,10 @@ def _lines(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cells(row: Row) -> list[str]:
     failed = ", ".join(f"{kind} {row.failed[kind]}" for kind in KINDS if row.failed[kind]) or "0"
-    if row.failed["read"] + row.failed["order"]:
+    if any(row.failed[kind] for kind in RESENT):
         failed += f"; sent again {row.in_the_end.total()}"
     failed += "".join(f"; **{problem}**" for problem in row.problems)
-    seconds = ["–" if value is None else f"{value:.1f}" for value in (row.first, row.last)]
+    seconds = ["–" if value is None else f"{value:.1f}" for value in (row.first, row.last, row.two_tokens)]
     strength = "never" if row.strength is None else f"{row.strength:.1f}"
     counted = [str(row.requests), failed, f"{row.acknowledged}, {row.lost}", str(row.doubled)]
     return [row.fault, row.load, *counted, *seconds, strength]

@@ -174,6 +174,9 @@ def test_forced_refreshes_are_thirty_seconds_apart_and_twenty_a_day(
     current = stable_token(force_refresh=True)["access_token"]
     assert [use(wechat, token) for token in (old, current)] == [40001, ALIVE]
     assert errcode(stable_token(force_refresh=True)) == 45011
+    now = control("clock", advance=0)["now"]
+    listed = wechat.get("/simulator/access_tokens").get_json()
+    assert listed == {"forced": 2, "uses": [[pytest.approx(now, abs=60)], [pytest.approx(now, abs=60)]]}
     for _ in range(19):
         control("clock", advance=30)
         assert errcode(stable_token(force_refresh=True)) == 0
