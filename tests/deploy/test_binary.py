@@ -335,13 +335,13 @@ def test_a_file_put_there_between_two_starts_is_checked_and_serves(
     starts.start()
     starts.put("two")
     assert starts.serves() == "two"
-    asked = [f"smoke --old {starts.home.parent}/one/app", "migrate"]  # not before the check
+    asked = [f"smoke --seconds 50 --old {starts.home.parent}/one/app", "migrate"]  # not before the check
     assert starts.asked.read_text().splitlines() == asked
     starts.prove()
     assert starts.serves() == "two"
     starts.put("one")  # and back
     assert starts.serves() == "one"
-    asked += [f"smoke --migrations-only --old {starts.home.parent}/two/app"]
+    asked += [f"smoke --seconds 50 --migrations-only --old {starts.home.parent}/two/app"]
     assert starts.asked.read_text().splitlines() == asked
     assert errors(capsys) == []
 
