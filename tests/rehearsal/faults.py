@@ -281,7 +281,6 @@ FAULTS = [
         to_primary(lambda one: one.kill(), lambda one: one.start()),
         FAIL_OVER,
         10,
-        quick=True,
     ),
     Fault(
         "Redis: the primary is frozen, and goes on",
