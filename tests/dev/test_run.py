@@ -23,11 +23,14 @@ import pytest
 import requests
 
 from dev import run
+from dev.redis_server import executable
 from dev.run import banner
 from tests.dev.launched import Launch, Launched
 from tests.harness import ROOT, WAIT_SECONDS, bound_to_this_process, free_port, migrate, suspend, wait_until
 
 PROXY = {"http_proxy": "http://127.0.0.1:9"}
+REDIS = Path(executable()).name
+"""redis-server, or from Python 3.13 on valkey-server."""
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_the_service_and_the_simulator_know_each_other(everyday: Launched) -> No
 
 
 def test_stand_ins_run_and_a_stop_is_not_delayed(everyday: Launched) -> None:
-    assert all(everyday.family(part) for part in ("redis-server", "dev.wechat_simulator"))
+    assert all(everyday.family(part) for part in (REDIS, "dev.wechat_simulator"))
     assert everyday.family("dev.reload")[0].environ()["DRAIN_SECONDS"] == "0"
 
 
@@ -191,7 +194,7 @@ def test_data_is_locked_while_its_redis_runs_and_survives_a_crash(everyday: Laun
 def test_stand_ins_that_die_are_started_again_where_they_were(everyday: Launched) -> None:
     headers = everyday.log_in()
     me = everyday.me(headers)
-    for name, part in (("Redis", "redis-server"), ("the WeChat simulator", "dev.wechat_simulator")):
+    for name, part in (("Redis", REDIS), ("the WeChat simulator", "dev.wechat_simulator")):
         (process,) = everyday.family(part)
         process.kill()
         wait_until(lambda: f"make run: {name} has died; starting it again\n" in everyday.printed())  # noqa: B023
@@ -208,7 +211,7 @@ def test_settings_of_the_environment_are_used_and_several_run_side_by_side(
     chosen = {name: environ[name] for name in ("REDIS_URL", "DATABASE_URL", "ENCRYPTION_KEYS")}
     chosen |= {"DRAIN_SECONDS": "1", "LOG_FORMAT": "json"}
     other = launch(str(everyday.var), **chosen).ready()
-    assert not other.family("redis-server")
+    assert not other.family(REDIS)
     assert other.family("simulator")
     used = other.family("dev.reload")[0].environ()
     kept = dict(line.split("=", 1) for line in (other.var / "secrets.env").read_text().splitlines())
