@@ -59,7 +59,7 @@ test: $(INSTALLED) ## run all tests on SQLite, and on MariaDB if installed (ARGS
 	@trap 'exit 130' INT; failed=0; \
 	run() { \
 	  $(PYTEST) $$1 $(ARGS) && return; status=$$?; \
-	  [ $$status = 1 ] && $(if $(ARGS),false,true) || return $$status; \
+	  $(if $(ARGS),return $$status,[ $$status = 1 ] || return $$status); \
 	  echo "Once more, alone: what has failed."; \
 	  $(VENV)/bin/python -m pytest $$1 --last-failed --maxfail=3; \
 	}; \

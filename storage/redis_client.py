@@ -58,9 +58,10 @@ class Pool(BlockingConnectionPool):
 
 
 class Sentinels(Sentinel):
-    """Leave out replicas that lack what has happened for some time: sessions that have ended since are valid there."""
+    """Several, of which one that responds is asked."""
 
     def filter_slaves(self, slaves: Any) -> Any:
+        """Leave out replicas that lack what has happened for some time: what has ended since is valid there."""
         freshest = min((one["master-link-down-time"] for one in slaves if not one["is_sdown"]), default=0)
         fresh = [one for one in slaves if one["master-link-down-time"] <= freshest + STALE_MILLISECONDS]
         return super().filter_slaves(fresh)  # type: ignore[no-untyped-call]

@@ -45,10 +45,10 @@ def ask(path: str, command: str) -> str:
         raise Failed(f"{path}: {error}") from None
 
 
-def servers(path: str, backend: str = BACKENDS[0]) -> dict[str, dict[str, str]]:
-    """Return what HAProxy says of each instance."""
+def servers(path: str) -> dict[tuple[str, str], dict[str, str]]:
+    """Return what HAProxy says of each instance, by backend and name."""
     rows = csv.DictReader(ask(path, "show stat").removeprefix("# ").splitlines())
-    return {row["svname"]: row for row in rows if row["pxname"] == backend}
+    return {(row["pxname"], row["svname"]): row for row in rows if row["pxname"] in BACKENDS}
 
 
 def state_file(path: str) -> str:
@@ -100,7 +100,7 @@ def main() -> int:
     options.socket = options.socket or ["/run/haproxy/admin.sock"]
     try:
         for path in options.socket:
-            there = servers(path)
+            there = {name: row for (backend, name), row in servers(path).items() if backend == BACKENDS[0]}
             if options.server not in there:
                 raise Failed(f"{path}: there is no such server in {BACKENDS[0]}")
             others = [row for name, row in there.items() if name not in (options.server, "BACKEND")]
@@ -111,8 +111,8 @@ def main() -> int:
             set_state(options, "drain")
 
             def is_idle() -> bool:
-                of_each = (servers(path, backend) for path in options.socket for backend in BACKENDS)
-                return all(of_one[options.server]["scur"] == "0" for of_one in of_each)
+                of_each = (servers(path) for path in options.socket)
+                return all(of_one[backend, options.server]["scur"] == "0" for of_one in of_each for backend in BACKENDS)
 
             wait_until(is_idle, options.seconds, "it still has requests")
             if not options.command:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from deploy.patch.supervisor import end_with
+
 FILE_BYTES = 256 * 1024 * 1024
 """What a program may write into a file."""
 LAST_BYTES, LAST_LINES = 256 * 1024, 12
 """What is read of its output, and what of that is shown."""
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Refused(Exception):
@@ -106,8 +109,8 @@ class Workshop:
             resource.RLIMIT_FSIZE: FILE_BYTES,
             resource.RLIMIT_CORE: 0,
         }
-        self._prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)  # only on Linux
-        self._prctl(PR_SET_CHILD_SUBREAPER, 1)  # a process whose parent has died is then our child
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # a process whose parent has died is then our child
         os.nice(5)  # what serves on this machine goes first
 
     def listen(self) -> socket.socket:
@@ -152,9 +155,8 @@ class Workshop:
             hard = resource.getrlimit(kind)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(kind, (most, most))
-        self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should this check itself be killed
-        if os.getppid() != parent:  # it has been, just before
-            os._exit(1)
+        if sys.platform == "linux":
+            end_with(parent)  # should this check itself be killed
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go if the machine's memory runs out
 

@@ -326,11 +326,16 @@ class Generation:
         return Figures.of(metrics) if status == 200 else None
 
 
-def limit_child(supervisor: int) -> None:
-    """Run in the child: it ends with the supervisor, however that ends, and cannot take all memory."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # its workers then end by themselves
-    if os.getppid() != supervisor:  # which has died just before, so that no signal comes: it would hold the port
+def end_with(parent: int) -> None:
+    """Run in a child, on Linux: it is killed when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # which has ended just before, so that no signal comes
         os._exit(1)
+
+
+def limit_child(supervisor: int) -> None:
+    """Run in the child: it cannot take all memory, nor hold the port when the supervisor has ended."""
+    end_with(supervisor)  # and its workers by themselves
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
 
 
